@@ -1,0 +1,38 @@
+#pragma once
+
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include <c10/util/ArrayRef.h>
+#include <selfattn/backend.h>
+
+#include "attention/problem.h"
+
+namespace selfattn {
+
+/// One fact that a backend needs: nothing where the problem meets it, else the reason, a phrase that completes
+/// "<backend> cannot serve this call: ...".
+using Constraint = std::optional<std::string> (*)(const AttentionProblem&);
+
+/// A backend as the selection sees it. Its call runs only where no constraint objects; lse is undefined unless
+/// `problem.needs_lse`.
+struct AttentionBackend {
+  Backend name;
+  c10::ArrayRef<Constraint> constraints;
+  std::tuple<at::Tensor, at::Tensor> (*call)(const AttentionProblem&);
+};
+
+/// Every reason why `backend` cannot serve `problem`; empty where it can.
+std::vector<std::string> reasons_against(const AttentionBackend& backend, const AttentionProblem& problem);
+
+// Facts that several backends need.
+std::optional<std::string> no_function_transform(const AttentionProblem& problem);
+std::optional<std::string> no_forward_mode_ad(const AttentionProblem& problem);
+std::optional<std::string> no_softcap(const AttentionProblem& problem);
+std::optional<std::string> no_sinks(const AttentionProblem& problem);
+std::optional<std::string> no_lse_output(const AttentionProblem& problem);
+std::optional<std::string> no_empty_tensor(const AttentionProblem& problem);
+
+}  // namespace selfattn

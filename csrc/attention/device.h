@@ -1,0 +1,12 @@
+#pragma once
+
+#include <optional>
+
+#include <c10/core/Device.h>
+
+namespace selfattn {
+
+/// Compute capability of a CUDA device as 10 * major + minor (90 for Hopper); nothing in a build without CUDA.
+std::optional<int> compute_capability(const c10::Device& device);
+
+}  // namespace selfattn

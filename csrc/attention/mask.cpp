@@ -1,0 +1,38 @@
+#include "attention/mask.h"
+
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/arange.h>
+#include <ATen/ops/logical_and.h>
+
+namespace selfattn {
+namespace {
+
+void intersect(std::optional<at::Tensor>& mask, const at::Tensor& rule) {
+  mask = mask ? at::logical_and(*mask, rule) : rule;
+}
+
+}  // namespace
+
+at::Tensor same_segment(const at::Tensor& query_segment_ids, const at::Tensor& key_segment_ids) {
+  const at::Tensor query = query_segment_ids.unsqueeze(1).unsqueeze(3);  // (B, 1, Sq, 1)
+  const at::Tensor key = key_segment_ids.unsqueeze(1).unsqueeze(2);      // (B, 1, 1, Skv)
+  return at::logical_and(query == key, query >= 0);
+}
+
+std::optional<at::Tensor> attention_mask(const AttentionProblem& problem) {
+  std::optional<at::Tensor> mask;
+  if (problem.is_causal || problem.has_window()) {
+    const auto indices = problem.query.options().dtype(at::kLong).requires_grad(false);
+    const c10::SymInt shift = problem.key_length() - problem.query_length();  // aligns the last query with the last key
+    const at::Tensor query = (at::arange(problem.query_length(), indices) + at::Scalar(shift)).unsqueeze(1);  // (Sq, 1)
+    const at::Tensor key = at::arange(problem.key_length(), indices).unsqueeze(0);  // (1, Skv)
+    if (problem.is_causal) intersect(mask, key <= query);
+    if (problem.window_left >= 0) intersect(mask, key >= query - at::Scalar(problem.window_left));
+    if (problem.window_right >= 0) intersect(mask, key <= query + at::Scalar(problem.window_right));
+    mask = mask->unsqueeze(0).unsqueeze(0);
+  }
+  if (problem.has_segments()) intersect(mask, same_segment(*problem.query_segment_ids, *problem.key_segment_ids));
+  return mask;
+}
+
+}  // namespace selfattn

@@ -1,0 +1,119 @@
+#include "attention/problem.h"
+
+#include <ATen/core/grad_mode.h>
+#include <c10/util/Exception.h>
+
+#include <cmath>
+
+#include "segment/segment_ids.h"
+
+namespace selfattn {
+namespace {
+
+bool is_supported_dtype(at::ScalarType dtype) {
+  return dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kDouble;
+}
+
+void check_tensor_like_query(const at::Tensor& query, const at::Tensor& tensor, const char* name) {
+  TORCH_CHECK_TYPE(tensor.scalar_type() == query.scalar_type(), "selfattn: ", name, " must have the dtype of q, ",
+                   query.scalar_type(), "; got ", tensor.scalar_type());
+  TORCH_CHECK_TYPE(tensor.device() == query.device(), "selfattn: ", name, " must be on the device of q, ",
+                   query.device(), "; got ", tensor.device());
+}
+
+void check_query_key_value(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
+  TORCH_CHECK_TYPE(is_supported_dtype(q.scalar_type()),
+                   "selfattn: q must be float64, float32, bfloat16 or float16; got ", q.scalar_type());
+  check_tensor_like_query(q, k, "k");
+  check_tensor_like_query(q, v, "v");
+  TORCH_CHECK_VALUE(q.dim() == 4, "selfattn: q must have four dimensions (B, Sq, NH, DQK); got shape ", q.sym_sizes());
+  TORCH_CHECK_VALUE(k.dim() == 4, "selfattn: k must have four dimensions (B, Skv, NKV, DQK); got shape ",
+                    k.sym_sizes());
+  TORCH_CHECK_VALUE(v.dim() == 4, "selfattn: v must have four dimensions (B, Skv, NKV, DV); got shape ", v.sym_sizes());
+  const auto qs = q.sym_sizes(), ks = k.sym_sizes(), vs = v.sym_sizes();
+  TORCH_CHECK_VALUE(ks[0] == qs[0], "selfattn: k must have the batch size of q, ", qs[0], "; got ", ks[0]);
+  TORCH_CHECK_VALUE(ks[3] == qs[3], "selfattn: k must have the head dimension of q, ", qs[3], "; got ", ks[3]);
+  TORCH_CHECK_VALUE(qs[3] > 0, "selfattn: q must have a head dimension of at least 1; got ", qs[3]);
+  TORCH_CHECK_VALUE(vs[0] == ks[0] && vs[1] == ks[1] && vs[2] == ks[2],
+                    "selfattn: v must have the batch size, length and heads of k, ", ks.slice(0, 3), "; got ",
+                    vs.slice(0, 3));
+  TORCH_CHECK_VALUE(ks[2] > 0 && qs[2] % ks[2] == 0,
+                    "selfattn: the heads of q must be a multiple of the heads of k; got ", qs[2], " and ", ks[2]);
+}
+
+void check_numbers(const AttentionArguments& arguments) {
+  TORCH_CHECK_VALUE(!arguments.qk_scale || std::isfinite(*arguments.qk_scale),
+                    "selfattn: qk_scale must be finite; got ", *arguments.qk_scale);
+  TORCH_CHECK_VALUE(arguments.window_left >= -1, "selfattn: window_left must be -1 (unbounded) or at least 0; got ",
+                    arguments.window_left);
+  TORCH_CHECK_VALUE(arguments.window_right >= -1, "selfattn: window_right must be -1 (unbounded) or at least 0; got ",
+                    arguments.window_right);
+  TORCH_CHECK_VALUE(std::isfinite(arguments.softcap) && arguments.softcap >= 0.0,
+                    "selfattn: softcap must be finite and at least 0 (0: none); got ", arguments.softcap);
+}
+
+at::Tensor check_ids(const at::Tensor& ids, const char* name, const at::Tensor& tokens) {
+  const at::Tensor as_int32 = segment_ids_as_int32(ids, name);
+  TORCH_CHECK_TYPE(ids.device() == tokens.device(), "selfattn: ", name, " must be on the device of q, ",
+                   tokens.device(), "; got ", ids.device());
+  TORCH_CHECK_VALUE(ids.sym_size(0) == tokens.sym_size(0) && ids.sym_size(1) == tokens.sym_size(1), "selfattn: ", name,
+                    " must have the shape (B, S) = ", tokens.sym_sizes().slice(0, 2), "; got ", ids.sym_sizes());
+  return as_int32;
+}
+
+void add_segment_ids(const AttentionArguments& arguments, AttentionProblem& problem) {
+  if (!arguments.segment_ids) {
+    TORCH_CHECK_VALUE(!arguments.kv_segment_ids,
+                      "selfattn: kv_segment_ids must come with segment_ids; got kv_segment_ids alone");
+    return;
+  }
+  problem.query_segment_ids = check_ids(*arguments.segment_ids, "segment_ids", problem.query);
+  if (arguments.kv_segment_ids) {
+    problem.key_segment_ids = check_ids(*arguments.kv_segment_ids, "kv_segment_ids", problem.key);
+    return;
+  }
+  TORCH_CHECK_VALUE(problem.query_length() == problem.key_length(),
+                    "selfattn: kv_segment_ids must be given where q and k differ in length; got lengths ",
+                    problem.query_length(), " and ", problem.key_length());
+  problem.key_segment_ids = problem.query_segment_ids;
+}
+
+void add_sinks(const AttentionArguments& arguments, AttentionProblem& problem) {
+  if (!arguments.sinks) return;
+  const at::Tensor& sinks = *arguments.sinks;
+  TORCH_CHECK_TYPE(at::isFloatingType(sinks.scalar_type()), "selfattn: sinks must be floating point; got ",
+                   sinks.scalar_type());
+  TORCH_CHECK_TYPE(sinks.device() == problem.query.device(), "selfattn: sinks must be on the device of q, ",
+                   problem.query.device(), "; got ", sinks.device());
+  TORCH_CHECK_VALUE(sinks.dim() == 1 && sinks.sym_size(0) == problem.query_heads(),
+                    "selfattn: sinks must have the shape (NH,) = [", problem.query_heads(), "]; got ",
+                    sinks.sym_sizes());
+  problem.sinks = sinks;
+}
+
+}  // namespace
+
+bool AttentionProblem::requires_grad() const {
+  return at::GradMode::is_enabled() &&
+         (query.requires_grad() || key.requires_grad() || value.requires_grad() || (sinks && sinks->requires_grad()));
+}
+
+AttentionProblem make_attention_problem(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                        const AttentionArguments& arguments, bool needs_lse) {
+  check_query_key_value(q, k, v);
+  check_numbers(arguments);
+  AttentionProblem problem{.query = q, .key = k, .value = v};
+  add_segment_ids(arguments, problem);
+  add_sinks(arguments, problem);
+  problem.is_causal = arguments.is_causal;
+  problem.scale = arguments.qk_scale
+                      ? *arguments.qk_scale
+                      : 1.0 / std::sqrt(static_cast<double>(q.sym_size(3).guard_int(__FILE__, __LINE__)));
+  problem.window_left = arguments.window_left;
+  problem.window_right = arguments.window_right;
+  problem.softcap = arguments.softcap;
+  problem.needs_lse = needs_lse;
+  return problem;
+}
+
+}  // namespace selfattn

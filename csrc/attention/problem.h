@@ -1,0 +1,61 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/SymInt.h>
+
+#include <optional>
+
+namespace selfattn {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+/// One attention call, validated: the value that backends are chosen for and called with.
+///
+/// Lengths and head counts are symbolic integers, so that a call traced with dynamic shapes stays dynamic.
+struct AttentionProblem {
+  at::Tensor query;  // (B, Sq, NH, DQK)
+  at::Tensor key;    // (B, Skv, NKV, DQK)
+  at::Tensor value;  // (B, Skv, NKV, DV)
+  // Both or neither are given; int32. Negative ids are padding.
+  OptionalTensor query_segment_ids = std::nullopt;  // (B, Sq)
+  OptionalTensor key_segment_ids = std::nullopt;    // (B, Skv)
+  OptionalTensor sinks = std::nullopt;              // (NH,)
+  bool is_causal = true;
+  double scale = 1.0;
+  int64_t window_left = -1;   // -1: unbounded
+  int64_t window_right = -1;  // -1: unbounded
+  double softcap = 0.0;       // 0: none
+  bool needs_lse = false;     // the caller wants the logsumexp as a differentiable output
+
+  c10::SymInt batch() const { return query.sym_size(0); }
+  c10::SymInt query_length() const { return query.sym_size(1); }
+  c10::SymInt key_length() const { return key.sym_size(1); }
+  c10::SymInt query_heads() const { return query.sym_size(2); }
+  c10::SymInt key_heads() const { return key.sym_size(2); }
+  c10::SymInt head_dim() const { return query.sym_size(3); }
+  c10::SymInt value_head_dim() const { return value.sym_size(3); }
+
+  bool has_segments() const { return query_segment_ids.has_value(); }
+  bool has_window() const { return window_left >= 0 || window_right >= 0; }
+  bool requires_grad() const;
+};
+
+/// What a caller may leave out, as the operators' schemas have it.
+struct AttentionArguments {
+  OptionalTensor segment_ids;
+  bool is_causal = true;
+  std::optional<double> qk_scale;
+  OptionalTensor kv_segment_ids;
+  int64_t window_left = -1;
+  int64_t window_right = -1;
+  double softcap = 0.0;
+  OptionalTensor sinks;
+};
+
+/// Validates a call and fills in the defaults (scale 1/sqrt(DQK), key ids = query ids, ids as int32).
+/// Throws c10::TypeError for a wrong dtype or device, c10::ValueError for a wrong rank, shape or number; each message
+/// names the argument, what was expected and what came.
+AttentionProblem make_attention_problem(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                        const AttentionArguments& arguments, bool needs_lse = false);
+
+}  // namespace selfattn

@@ -1,0 +1,114 @@
+// Autograd of flash_attention. Its gradient is the operator flash_attention_backward, so that a kernel sees it.
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/exp.h>
+#include <ATen/ops/zeros_like.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include "attention/kernel_ops.h"
+
+namespace selfattn {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+/// d loss / d sinks (NH,): a sink is a logit without a value, so dS of its column is P * (dlse - rowsum(dO * O)).
+at::Tensor sinks_gradient(const at::Tensor& sinks, const AttentionGradients& gradients) {
+  const at::Tensor& lse = gradients.lse;  // (B, NH, Sq)
+  at::Tensor row_term = -(gradients.grad_out.to(lse.scalar_type()) * gradients.out).sum(-1).transpose(1, 2);
+  if (gradients.grad_lse) row_term = row_term + *gradients.grad_lse;
+  const at::Tensor probability = at::exp(sinks.to(lse.scalar_type()).view({1, -1, 1}) - lse);
+  return (probability * row_term).sum(at::IntArrayRef{0, 2}).to(sinks.scalar_type());
+}
+
+class FlashAttention : public torch::autograd::Function<FlashAttention> {
+ public:
+  static variable_list forward(AutogradContext* context, const at::Tensor& query, const at::Tensor& key,
+                               const at::Tensor& value, const at::Tensor& sinks, const AttentionProblem& problem) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    auto [out, lse] = flash_attention(problem);
+    context->save_for_backward({query, key, value, sinks, problem.query_segment_ids.value_or(at::Tensor()),
+                                problem.key_segment_ids.value_or(at::Tensor()), out, lse});
+    context->saved_data["is_causal"] = problem.is_causal;
+    context->saved_data["scale"] = problem.scale;
+    context->saved_data["window_left"] = problem.window_left;
+    context->saved_data["window_right"] = problem.window_right;
+    context->saved_data["softcap"] = problem.softcap;
+    context->set_materialize_grads(false);
+    return {out, lse};
+  }
+
+  static variable_list backward(AutogradContext* context, variable_list grads) {
+    const auto saved = context->get_saved_variables();
+    if (!grads[0].defined() && !grads[1].defined()) return variable_list(5);
+    const auto optional = [](const at::Tensor& tensor) {
+      return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
+    };
+    AttentionProblem problem{.query = saved[0], .key = saved[1], .value = saved[2]};
+    problem.query_segment_ids = optional(saved[4]);
+    problem.key_segment_ids = optional(saved[5]);
+    problem.is_causal = context->saved_data["is_causal"].toBool();
+    problem.scale = context->saved_data["scale"].toDouble();
+    problem.window_left = context->saved_data["window_left"].toInt();
+    problem.window_right = context->saved_data["window_right"].toInt();
+    problem.softcap = context->saved_data["softcap"].toDouble();
+    const AttentionGradients gradients{.grad_out = grads[0].defined() ? grads[0] : at::zeros_like(saved[6]),
+                                       .grad_lse = optional(grads[1]),
+                                       .out = saved[6],
+                                       .lse = saved[7]};
+    at::Tensor grad_query, grad_key, grad_value, grad_sinks;
+    if (context->needs_input_grad(0) || context->needs_input_grad(1) || context->needs_input_grad(2)) {
+      std::tie(grad_query, grad_key, grad_value) = flash_attention_backward(problem, gradients);
+    }
+    if (saved[3].defined() && context->needs_input_grad(3)) grad_sinks = sinks_gradient(saved[3], gradients);
+    return {grad_query, grad_key, grad_value, grad_sinks, at::Tensor()};
+  }
+};
+
+std::tuple<at::Tensor, at::Tensor> flash_attention_autograd(const at::Tensor& q, const at::Tensor& k,
+                                                            const at::Tensor& v, const OptionalTensor& segment_ids,
+                                                            bool causal, std::optional<double> qk_scale,
+                                                            const OptionalTensor& kv_segment_ids, int64_t window_left,
+                                                            int64_t window_right, double softcap,
+                                                            const OptionalTensor& sinks) {
+  const AttentionProblem problem = make_attention_problem(
+      q, k, v, {segment_ids, causal, qk_scale, kv_segment_ids, window_left, window_right, softcap, sinks},
+      /*needs_lse=*/true);
+  if (!problem.requires_grad()) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return flash_attention(problem);
+  }
+  const auto results = FlashAttention::apply(q, k, v, sinks.value_or(at::Tensor()), problem);
+  return {results[0], results[1]};
+}
+
+bool any_requires_grad(std::initializer_list<at::Tensor> tensors) {
+  return at::GradMode::is_enabled() &&
+         std::any_of(tensors.begin(), tensors.end(), [](const at::Tensor& tensor) { return tensor.requires_grad(); });
+}
+
+/// Asked for a gradient of the gradient, it computes the formula in differentiable operators instead of the kernel.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> flash_attention_backward_autograd(
+    const at::Tensor& grad_out, const OptionalTensor& grad_lse, const at::Tensor& q, const at::Tensor& k,
+    const at::Tensor& v, const at::Tensor& out, const at::Tensor& lse, const OptionalTensor& segment_ids, bool causal,
+    std::optional<double> qk_scale, const OptionalTensor& kv_segment_ids, int64_t window_left, int64_t window_right,
+    double softcap) {
+  const AttentionProblem problem = make_attention_problem(
+      q, k, v, {segment_ids, causal, qk_scale, kv_segment_ids, window_left, window_right, softcap, std::nullopt},
+      /*needs_lse=*/true);
+  const AttentionGradients gradients{grad_out, grad_lse, out, lse};
+  if (any_requires_grad({grad_out, grad_lse.value_or(at::Tensor()), q, k, v, out, lse})) {
+    return reference_attention_backward(problem, gradients);
+  }
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return flash_attention_backward(problem, gradients);
+}
+
+}  // namespace
+}  // namespace selfattn
+
+TORCH_LIBRARY_IMPL(selfattn, Autograd, m) {
+  m.impl("flash_attention", TORCH_FN(selfattn::flash_attention_autograd));
+  m.impl("flash_attention_backward", TORCH_FN(selfattn::flash_attention_backward_autograd));
+}

@@ -1,0 +1,86 @@
+// at::scaled_dot_product_attention, with a mask only where one is needed: dense causal and full attention reach ATen's
+// own fast kernels.
+#include <ATen/ops/_scaled_dot_product_attention_math.h>
+#include <ATen/ops/_scaled_dot_product_efficient_attention.h>
+#include <ATen/ops/constant_pad_nd.h>
+#include <ATen/ops/repeat_interleave.h>
+#include <ATen/ops/scaled_dot_product_attention.h>
+#include <ATen/ops/zeros.h>
+
+#include <limits>
+
+#include "attention/mask.h"
+#include "attention/select_backend.h"
+
+namespace selfattn {
+namespace {
+
+constexpr Constraint kConstraints[] = {no_function_transform, no_forward_mode_ad, no_softcap, no_sinks,
+                                       no_lse_output,         no_empty_tensor};
+
+/// The memory-efficient kernel reads a bias whose rows start at multiples of 16 bytes, in q's dtype.
+at::Tensor aligned_bias(const AttentionProblem& problem, const at::Tensor& allowed) {
+  constexpr int64_t kAlignment = 8;
+  const auto sizes = allowed.sym_sizes();
+  const c10::SymInt keys = problem.key_length();
+  const c10::SymInt padding = (kAlignment - keys % kAlignment) % kAlignment;
+  const at::Tensor bias = at::zeros_symint(sizes, problem.query.options().requires_grad(false))
+                              .masked_fill(allowed.logical_not(), -std::numeric_limits<double>::infinity());
+  return at::constant_pad_nd_symint(bias, {c10::SymInt(0), padding})
+      .narrow_symint(-1, 0, keys)
+      .expand_symint({problem.batch(), problem.query_heads(), problem.query_length(), keys});
+}
+
+bool suits_efficient_attention(const AttentionProblem& problem) {
+  return problem.query.scalar_type() != at::kDouble && problem.head_dim() % 8 == 0 && problem.value_head_dim() % 8 == 0;
+}
+
+/// Attention under a mask with at least one allowed pair a row. On CUDA the kernel is named, since the choice inside
+/// scaled_dot_product_attention may fall on cuDNN, whose gradients under a dense mask can be NaN.
+at::Tensor masked_attention(const AttentionProblem& problem, const at::Tensor& query, at::Tensor key, at::Tensor value,
+                            const at::Tensor& allowed) {
+  if (!problem.query.is_cuda()) {
+    return at::scaled_dot_product_attention(query, key, value, allowed, 0.0, /*is_causal=*/false, problem.scale,
+                                            /*enable_gqa=*/true);
+  }
+  if (!suits_efficient_attention(problem)) {
+    return std::get<0>(at::_scaled_dot_product_attention_math(query, key, value, allowed, 0.0, /*is_causal=*/false,
+                                                              std::nullopt, problem.scale, /*enable_gqa=*/true));
+  }
+  if (problem.query_heads() != problem.key_heads()) {
+    const c10::SymInt group = problem.query_heads() / problem.key_heads();
+    key = at::repeat_interleave_symint(key, group, 1);
+    value = at::repeat_interleave_symint(value, group, 1);
+  }
+  return std::get<0>(at::_scaled_dot_product_efficient_attention(query, key, value, aligned_bias(problem, allowed),
+                                                                 problem.requires_grad(), 0.0, /*is_causal=*/false,
+                                                                 problem.scale));
+}
+
+std::tuple<at::Tensor, at::Tensor> call(const AttentionProblem& problem) {
+  const at::Tensor query = problem.query.transpose(1, 2);
+  const at::Tensor key = problem.key.transpose(1, 2);
+  const at::Tensor value = problem.value.transpose(1, 2);
+  const bool is_plain_causal = problem.is_causal && !problem.has_segments() && !problem.has_window() &&
+                               problem.query_length() == problem.key_length();
+  const auto mask = is_plain_causal ? std::nullopt : attention_mask(problem);
+  if (!mask) {
+    const at::Tensor out = at::scaled_dot_product_attention(query, key, value, std::nullopt, 0.0, is_plain_causal,
+                                                            problem.scale, /*enable_gqa=*/true);
+    return {out.transpose(1, 2), at::Tensor()};
+  }
+  // A row without an allowed pair attends to every key and is cleared afterwards: kernels differ on what they make of
+  // such a row, and a cleared output sends back a zero gradient.
+  const at::Tensor is_empty = mask->any(-1, /*keepdim=*/true).logical_not();
+  const at::Tensor out = masked_attention(problem, query, key, value, mask->logical_or(is_empty));
+  return {out.masked_fill(is_empty, 0.0).transpose(1, 2), at::Tensor()};
+}
+
+}  // namespace
+
+const AttentionBackend& aten_backend() {
+  static const AttentionBackend backend{Backend::kAten, kConstraints, call};
+  return backend;
+}
+
+}  // namespace selfattn

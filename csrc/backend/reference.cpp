@@ -1,0 +1,125 @@
+// The formula in ATen operators: the oracle, and the backend that serves every option.
+#include "backend/reference.h"
+
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/amax.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/exp.h>
+#include <ATen/ops/full_like.h>
+#include <ATen/ops/log.h>
+#include <ATen/ops/matmul.h>
+#include <ATen/ops/tanh.h>
+#include <ATen/ops/where.h>
+#include <ATen/ops/zeros_like.h>
+
+#include <limits>
+
+#include "attention/mask.h"
+#include "attention/select_backend.h"
+
+namespace selfattn {
+namespace {
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+at::ScalarType score_dtype(const at::Tensor& query) {
+  return query.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+/// (B, S, N, D) -> (B, NKV, N / NKV, S, D): heads of a group beside each other, so that keys and values broadcast.
+at::Tensor group_heads(const AttentionProblem& problem, const at::Tensor& tensor) {
+  const auto sizes = tensor.sym_sizes();
+  const c10::SymInt groups = problem.key_heads();
+  return tensor.to(score_dtype(problem.query))
+      .view_symint({sizes[0], sizes[1], groups, sizes[2] / groups, sizes[3]})
+      .permute({0, 2, 3, 1, 4});
+}
+
+/// (B, NH, Sq) -> (B, NKV, NH / NKV, Sq, 1).
+at::Tensor group_rows(const AttentionProblem& problem, const at::Tensor& tensor) {
+  const auto sizes = tensor.sym_sizes();
+  const c10::SymInt groups = problem.key_heads();
+  return tensor.reshape_symint({sizes[0], groups, sizes[1] / groups, sizes[2], 1});
+}
+
+/// (B, NKV, NH / NKV, S, D) -> (B, S, NH, D).
+at::Tensor ungroup_heads(const at::Tensor& tensor) { return tensor.permute({0, 3, 1, 2, 4}).flatten(2, 3); }
+
+/// Scaled and capped scores (B, NKV, NH / NKV, Sq, Skv) before the mask.
+at::Tensor scores(const AttentionProblem& problem, const at::Tensor& query, const at::Tensor& key) {
+  const at::Tensor scaled = at::matmul(query * problem.scale, key.transpose(-1, -2));
+  return problem.softcap > 0.0 ? at::tanh(scaled / problem.softcap) * problem.softcap : scaled;
+}
+
+/// The pairs that are not allowed, broadcastable to the scores; nothing where all are allowed.
+std::optional<at::Tensor> forbidden_pairs(const AttentionProblem& problem) {
+  const auto mask = attention_mask(problem);
+  return mask ? std::optional(mask->logical_not().unsqueeze(2)) : std::nullopt;
+}
+
+/// (NH,) -> one column of logits (B, NKV, NH / NKV, Sq, 1).
+at::Tensor sink_logits(const AttentionProblem& problem, const at::Tensor& score) {
+  const auto sizes = score.sym_sizes();
+  return problem.sinks->to(score.scalar_type())
+      .view_symint({1, sizes[1], sizes[2], 1, 1})
+      .expand_symint({sizes[0], sizes[1], sizes[2], sizes[3], 1});
+}
+
+std::tuple<at::Tensor, at::Tensor> call(const AttentionProblem& problem) { return reference_attention(problem); }
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor> reference_attention(const AttentionProblem& problem) {
+  const at::Tensor value = group_heads(problem, problem.value);
+  at::Tensor score = scores(problem, group_heads(problem, problem.query), group_heads(problem, problem.key));
+  if (const auto forbidden = forbidden_pairs(problem)) score = score.masked_fill(*forbidden, -kInfinity);
+
+  const at::Tensor logits = problem.sinks ? at::cat({score, sink_logits(problem, score)}, -1) : score;
+  const bool has_columns = problem.sinks || problem.key_length() != 0;
+  at::Tensor row_max =
+      has_columns ? at::amax(logits.detach(), -1, /*keepdim=*/true) : at::zeros_like(score.sum(-1, /*keepdim=*/true));
+  row_max = row_max.masked_fill(row_max == -kInfinity, 0.0);  // a row without an allowed pair: exp(-inf - 0) = 0
+  const at::Tensor weights = at::exp(logits - row_max);
+  const at::Tensor row_sum = weights.sum(-1, /*keepdim=*/true);
+  const at::Tensor is_empty = row_sum == 0.0;
+  const at::Tensor safe_sum = row_sum.masked_fill(is_empty, 1.0);
+
+  const at::Tensor probability = weights.narrow_symint(-1, 0, problem.key_length()) / safe_sum;
+  const at::Tensor out = ungroup_heads(at::matmul(probability, value)).to(problem.query.scalar_type());
+  const at::Tensor lse = (at::log(safe_sum) + row_max).masked_fill(is_empty, -kInfinity).squeeze(-1).flatten(1, 2);
+  return {out, lse.to(at::kFloat)};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> reference_attention_backward(const AttentionProblem& problem,
+                                                                            const AttentionGradients& gradients) {
+  const at::Tensor query = group_heads(problem, problem.query);
+  const at::Tensor key = group_heads(problem, problem.key);
+  const at::Tensor value = group_heads(problem, problem.value);
+  const at::Tensor grad_out = group_heads(problem, gradients.grad_out);
+  const at::Tensor score = scores(problem, query, key);
+
+  const at::Tensor lse = group_rows(problem, gradients.lse.to(score.scalar_type()));
+  const at::Tensor is_empty = lse == -kInfinity;
+  at::Tensor probability = at::exp(score - lse.masked_fill(is_empty, 0.0));
+  probability = probability.masked_fill(is_empty, 0.0);
+  if (const auto forbidden = forbidden_pairs(problem)) probability = probability.masked_fill(*forbidden, 0.0);
+
+  at::Tensor row_term = -(grad_out * group_heads(problem, gradients.out)).sum(-1, /*keepdim=*/true);
+  if (gradients.grad_lse) row_term = row_term + group_rows(problem, gradients.grad_lse->to(score.scalar_type()));
+  at::Tensor grad_score = probability * (at::matmul(grad_out, value.transpose(-1, -2)) + row_term);
+  if (problem.softcap > 0.0) grad_score = grad_score * (1.0 - (score / problem.softcap).square());
+  grad_score = grad_score * problem.scale;
+
+  const at::Tensor grad_query = at::matmul(grad_score, key);
+  const at::Tensor grad_key = at::matmul(grad_score.transpose(-1, -2), query).sum(2, /*keepdim=*/true);
+  const at::Tensor grad_value = at::matmul(probability.transpose(-1, -2), grad_out).sum(2, /*keepdim=*/true);
+  const auto dtype = problem.query.scalar_type();
+  return {ungroup_heads(grad_query).to(dtype), ungroup_heads(grad_key).to(dtype), ungroup_heads(grad_value).to(dtype)};
+}
+
+const AttentionBackend& reference_backend() {
+  static const AttentionBackend backend{Backend::kReference, /*constraints=*/{}, call};
+  return backend;
+}
+
+}  // namespace selfattn

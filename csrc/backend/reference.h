@@ -1,0 +1,29 @@
+#pragma once
+
+#include <tuple>
+
+#include "attention/problem.h"
+
+namespace selfattn {
+
+/// softmax(scale * Q K^T) V over the allowed pairs, in ATen operators, differentiable any number of times. Scores,
+/// softmax and lse are float32, or float64 for float64 inputs. Memory O(B * NH * Sq * Skv).
+/// -> out (B, Sq, NH, DV) in q's dtype; lse (B, NH, Sq) float32, -inf for a row without an allowed pair.
+std::tuple<at::Tensor, at::Tensor> reference_attention(const AttentionProblem& problem);
+
+/// What a forward pass saved and received, for the gradient.
+struct AttentionGradients {
+  at::Tensor grad_out;      // (B, Sq, NH, DV)
+  OptionalTensor grad_lse;  // (B, NH, Sq)
+  at::Tensor out;           // (B, Sq, NH, DV)
+  at::Tensor lse;           // (B, NH, Sq)
+};
+
+/// The gradient of reference_attention from the saved out and lse: P = exp(S - lse), dS = P * (dP - rowsum(dO * O) +
+/// dlse) (FlashAttention-2, arXiv:2307.08691, section 3.1.2), in differentiable ATen operators: the gradient of a
+/// backend without a backward kernel of its own, and what makes kernels twice differentiable.
+/// -> dq, dk, dv in the inputs' shapes and dtype.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> reference_attention_backward(const AttentionProblem& problem,
+                                                                            const AttentionGradients& gradients);
+
+}  // namespace selfattn

@@ -1,0 +1,55 @@
+// Every schema of the library, on one screen. Implementations register themselves at the end of their own files.
+//
+// Saved TorchScript and AOTInductor packages depend on these strings: extend one with trailing defaulted keyword
+// arguments or a new overload, never change it.
+#include <ATen/core/enum_tag.h>
+#include <torch/library.h>
+
+#define SELFATTN_QKV "Tensor q, Tensor k, Tensor v"
+#define SELFATTN_PAIRS "Tensor? segment_ids=None, bool causal=True, float? qk_scale=None"
+#define SELFATTN_KEYWORDS "Tensor? kv_segment_ids=None, int window_left=-1, int window_right=-1, float softcap=0.0"
+#define SELFATTN_CALL \
+  SELFATTN_QKV ", " SELFATTN_PAIRS ", str backend=\"auto\", *, " SELFATTN_KEYWORDS ", Tensor? sinks=None"
+
+TORCH_LIBRARY(selfattn, m) {
+  const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
+  // Attention
+  m.def("multihead_attention(" SELFATTN_CALL ") -> Tensor", tags);
+  m.def("multihead_attention_lse(" SELFATTN_CALL ") -> (Tensor out, Tensor lse)", tags);
+  m.def("explain_backend(" SELFATTN_CALL ") -> str", tags);
+  m.def("flash_attention(" SELFATTN_QKV ", " SELFATTN_PAIRS ", *, " SELFATTN_KEYWORDS
+        ", Tensor? sinks=None) -> (Tensor out, Tensor lse)",
+        tags);
+  m.def("flash_attention_backward(Tensor grad_out, Tensor? grad_lse, " SELFATTN_QKV
+        ", Tensor out, Tensor lse, " SELFATTN_PAIRS ", *, " SELFATTN_KEYWORDS ") -> (Tensor dq, Tensor dk, Tensor dv)",
+        tags);
+  // Segments
+  m.def("segment_mask(Tensor segment_ids, Tensor? kv_segment_ids=None) -> Tensor", tags);
+  m.def("segment_ids_from_positions(Tensor positions) -> Tensor", tags);
+  m.def("segment_ids_from_cu_seqlens(Tensor cu_seqlens, int length) -> Tensor", tags);
+  m.def("cu_seqlens_from_segment_ids(Tensor segment_ids, int max_segments) -> Tensor", tags);
+  // Rotary embedding and query-key norm
+  m.def(
+      "precompute_freqs(int feat_dim, Tensor? pos_idx=None, int? max_length=None, float theta=10000.0, *, "
+      "ScalarType? dtype=None, Device? device=None) -> (Tensor sin, Tensor cos)",
+      tags);
+  m.def(
+      "apply_rotary_emb(Tensor xq, Tensor xk, Tensor? freqs_sin=None, Tensor? freqs_cos=None, "
+      "float theta=10000.0, *, str pairing=\"interleaved\") -> (Tensor xq, Tensor xk)",
+      tags);
+  m.def(
+      "qk_norm_rope(Tensor q, Tensor k, Tensor? q_weight=None, Tensor? k_weight=None, Tensor? freqs_sin=None, "
+      "Tensor? freqs_cos=None, *, bool norm=True, float eps=1e-06, bool rope=True, Tensor? positions=None, "
+      "float theta=10000.0, str pairing=\"interleaved\") -> (Tensor q, Tensor k)",
+      tags);
+  // Module
+  m.def(
+      "self_attention(Tensor x, Tensor q_weight, Tensor k_weight, Tensor v_weight, Tensor out_weight, "
+      "Tensor? q_bias=None, Tensor? k_bias=None, Tensor? v_bias=None, Tensor? out_bias=None, "
+      "Tensor? q_norm_weight=None, Tensor? k_norm_weight=None, Tensor? sinks=None, Tensor? freqs_sin=None, "
+      "Tensor? freqs_cos=None, Tensor? segment_ids=None, *, int head_dim, float norm_eps=1e-06, "
+      "float rope_theta=10000.0, str rope_pairing=\"interleaved\", bool causal=True, float? qk_scale=None, "
+      "str backend=\"auto\", int window_left=-1, int window_right=-1, float softcap=0.0, float dropout_rate=0.0, "
+      "bool training=False) -> Tensor",
+      tags);
+}

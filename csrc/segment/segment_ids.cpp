@@ -1,0 +1,39 @@
+#include "segment/segment_ids.h"
+
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/_assert_async.h>
+#include <ATen/ops/logical_and.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
+
+#include <limits>
+
+#include "attention/function_transform.h"
+
+namespace selfattn {
+
+bool has_readable_values(const at::Tensor& tensor) {
+  return tensor.is_cpu() && !tensor.unsafeGetTensorImpl()->is_python_dispatch() &&
+         !c10::impl::TorchDispatchModeTLS::any_modes_set() && !is_function_transform_active();
+}
+
+void check_values(const at::Tensor& condition, const std::string& message) {
+  if (has_readable_values(condition)) {
+    TORCH_CHECK_VALUE(condition.all().item<bool>(), message);
+  } else if (!condition.is_meta() && !is_function_transform_active()) {
+    at::_assert_async(condition.all(), message);
+  }
+}
+
+at::Tensor segment_ids_as_int32(const at::Tensor& segment_ids, const char* name) {
+  TORCH_CHECK_TYPE(segment_ids.scalar_type() == at::kInt || segment_ids.scalar_type() == at::kLong, "selfattn: ", name,
+                   " must be int32 or int64; got ", segment_ids.scalar_type());
+  TORCH_CHECK_VALUE(segment_ids.dim() == 2, "selfattn: ", name, " must have two dimensions (B, S); got ",
+                    segment_ids.dim());
+  if (segment_ids.scalar_type() == at::kInt) return segment_ids;
+  const at::Tensor fits = at::logical_and(segment_ids >= std::numeric_limits<int32_t>::min(),
+                                          segment_ids <= std::numeric_limits<int32_t>::max());
+  check_values(fits, std::string("selfattn: ") + name + " must hold values that fit in int32; got a larger one");
+  return segment_ids.to(at::kInt);
+}
+
+}  // namespace selfattn

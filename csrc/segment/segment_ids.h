@@ -1,0 +1,18 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+namespace selfattn {
+
+/// Whether the host may look at `tensor`'s elements: a plain CPU tensor, not one that a tracer, a functorch transform
+/// or a tensor subclass stands in for.
+bool has_readable_values(const at::Tensor& tensor);
+
+/// Requires every element of the boolean tensor `condition`. Throws c10::ValueError with `message` where the host may
+/// look at the values, and asserts on the device (PyTorch's habit for indices) elsewhere: never a synchronisation.
+void check_values(const at::Tensor& condition, const std::string& message);
+
+/// Validates segment ids (rank 2, int32 or int64) and gives them as int32. `name` is the argument's, for the message.
+at::Tensor segment_ids_as_int32(const at::Tensor& segment_ids, const char* name);
+
+}  // namespace selfattn
