@@ -1,0 +1,87 @@
+#include "rotary/rotary.h"
+
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/arange.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/cos.h>
+#include <ATen/ops/pow.h>
+#include <ATen/ops/sin.h>
+#include <ATen/ops/stack.h>
+#include <c10/util/Exception.h>
+
+#include <cmath>
+
+namespace selfattn {
+namespace {
+
+void check_table(const at::Tensor& table, const at::Tensor& x, const char* name) {
+  TORCH_CHECK_TYPE(at::isFloatingType(table.scalar_type()), "selfattn: ", name, " must be floating point; got ",
+                   table.scalar_type());
+  TORCH_CHECK_TYPE(table.device() == x.device(), "selfattn: ", name, " must be on the device of the heads, ",
+                   x.device(), "; got ", table.device());
+  const auto sizes = table.sym_sizes();
+  const bool fits = table.dim() == 3 && (sizes[0] == 1 || sizes[0] == x.sym_size(0)) && sizes[1] == x.sym_size(1) &&
+                    sizes[2] * 2 == x.sym_size(3);
+  TORCH_CHECK_VALUE(fits, "selfattn: ", name, " must have the shape (1 or B, S, D / 2) = (1 or ", x.sym_size(0), ", ",
+                    x.sym_size(1), ", ", x.sym_size(3) / 2, "); got ", sizes);
+}
+
+at::ScalarType compute_dtype(const at::Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+
+}  // namespace
+
+RotaryPairing parse_pairing(c10::string_view text, const char* name) {
+  if (text == "interleaved") return RotaryPairing::kInterleaved;
+  TORCH_CHECK_VALUE(text == "half", "selfattn: ", name, " must be 'interleaved' or 'half'; got '", text, "'");
+  return RotaryPairing::kHalf;
+}
+
+RotaryTables rotary_tables(const at::Tensor& positions, int64_t head_dim, double theta) {
+  const auto options = positions.options().dtype(at::kDouble);
+  const at::Tensor exponents = at::arange(0, head_dim, 2, options) / static_cast<double>(head_dim);
+  const at::Tensor frequencies = at::pow(theta, -exponents);  // float64: float32 angles lose digits at far positions
+  const at::Tensor rows = positions.dim() == 1 ? positions.unsqueeze(0) : positions;
+  const at::Tensor angles = rows.to(at::kDouble).unsqueeze(-1) * frequencies;
+  return {at::sin(angles), at::cos(angles)};
+}
+
+RotaryTables choose_tables(const at::Tensor& x, const OptionalTensor& sin, const OptionalTensor& cos,
+                           const OptionalTensor& positions, double theta) {
+  TORCH_CHECK_VALUE(sin.has_value() == cos.has_value(),
+                    "selfattn: freqs_sin and freqs_cos must be given together; got one alone");
+  TORCH_CHECK_VALUE(x.sym_size(3) % 2 == 0, "selfattn: a head dimension must be even for the rotary embedding; got ",
+                    x.sym_size(3));
+  if (sin) {
+    TORCH_CHECK_VALUE(!positions, "selfattn: positions must not be given beside freqs_sin and freqs_cos");
+    check_table(*sin, x, "freqs_sin");
+    check_table(*cos, x, "freqs_cos");
+    return {*sin, *cos};
+  }
+  TORCH_CHECK_VALUE(std::isfinite(theta) && theta > 0.0, "selfattn: theta must be positive and finite; got ", theta);
+  const int64_t head_dim = x.sym_size(3).guard_int(__FILE__, __LINE__);
+  if (!positions) {
+    return rotary_tables(at::arange(x.sym_size(1), x.options().dtype(at::kLong).requires_grad(false)), head_dim, theta);
+  }
+  TORCH_CHECK_TYPE(positions->device() == x.device(), "selfattn: positions must be on the device of the heads, ",
+                   x.device(), "; got ", positions->device());
+  TORCH_CHECK_VALUE(positions->dim() == 2 && positions->sym_size(1) == x.sym_size(1) &&
+                        (positions->sym_size(0) == 1 || positions->sym_size(0) == x.sym_size(0)),
+                    "selfattn: positions must have the shape (1 or B, S) = (1 or ", x.sym_size(0), ", ", x.sym_size(1),
+                    "); got ", positions->sym_sizes());
+  return rotary_tables(*positions, head_dim, theta);
+}
+
+at::Tensor rotate(const at::Tensor& x, const RotaryTables& tables, RotaryPairing pairing) {
+  const at::Tensor heads = x.to(compute_dtype(x));
+  const at::Tensor sin = tables.sin.to(heads.scalar_type()).unsqueeze(2);  // (1 or B, S, 1, D / 2)
+  const at::Tensor cos = tables.cos.to(heads.scalar_type()).unsqueeze(2);
+  const c10::SymInt half = heads.sym_size(3) / 2;
+  if (pairing == RotaryPairing::kInterleaved) {
+    const at::Tensor even = heads.slice_symint(3, 0, std::nullopt, 2), odd = heads.slice_symint(3, 1, std::nullopt, 2);
+    return at::stack({even * cos - odd * sin, even * sin + odd * cos}, -1).flatten(3, 4);
+  }
+  const at::Tensor low = heads.narrow_symint(3, 0, half), high = heads.narrow_symint(3, half, half);
+  return at::cat({low * cos - high * sin, low * sin + high * cos}, -1);
+}
+
+}  // namespace selfattn

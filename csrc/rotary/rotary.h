@@ -1,0 +1,32 @@
+#pragma once
+
+#include <tuple>
+
+#include "attention/problem.h"
+
+namespace selfattn {
+
+/// How a head's dimensions pair up: (2i, 2i + 1), as in the RoFormer paper, or (i, i + D / 2), as Hugging Face stores
+/// its checkpoints.
+enum class RotaryPairing { kInterleaved, kHalf };
+
+/// Reads "interleaved" or "half"; throws c10::ValueError otherwise. `name` is the argument's, for the message.
+RotaryPairing parse_pairing(c10::string_view text, const char* name);
+
+/// The sines and cosines that turn a head's pairs at each position.
+struct RotaryTables {
+  at::Tensor sin;  // (1 or B, S, D / 2)
+  at::Tensor cos;  // (1 or B, S, D / 2)
+};
+
+/// Tables of positions (S,) or (B, S): angle = position / theta^(2i / D) (RoFormer, arXiv:2104.09864, eq. 15), float64.
+RotaryTables rotary_tables(const at::Tensor& positions, int64_t head_dim, double theta);
+
+/// The caller's tables, validated against x (B, S, N, D), or those of `positions`, or of positions 0 .. S - 1.
+RotaryTables choose_tables(const at::Tensor& x, const OptionalTensor& sin, const OptionalTensor& cos,
+                           const OptionalTensor& positions, double theta);
+
+/// Turns the pairs of x (B, S, N, D) by the tables; computes and gives back at least float32.
+at::Tensor rotate(const at::Tensor& x, const RotaryTables& tables, RotaryPairing pairing);
+
+}  // namespace selfattn
