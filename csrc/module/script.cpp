@@ -1,0 +1,84 @@
+// A SelfAttention as a TorchScript module, built in C++ alone.
+#include <selfattn/script.h>
+#include <torch/csrc/jit/frontend/resolver.h>
+#include <torch/csrc/jit/frontend/sugared_value.h>
+
+namespace selfattn {
+namespace {
+
+/// Module::define cannot see torch.ops; this resolves the name `selfattn` to the operators of that namespace.
+struct OperatorResolver : torch::jit::NativeResolver {
+  std::shared_ptr<torch::jit::SugaredValue> resolveValue(const std::string& name, torch::jit::GraphFunction& function,
+                                                         const torch::jit::SourceRange& location) override {
+    if (name == "selfattn") return std::make_shared<torch::jit::BuiltinModule>("selfattn");
+    return torch::jit::NativeResolver::resolveValue(name, function, location);
+  }
+};
+
+void add_child(torch::jit::Module& parent, const std::string& name, const char* type,
+               const std::initializer_list<std::pair<const char*, torch::Tensor>>& parameters) {
+  torch::jit::Module child{c10::QualifiedName(type)};
+  for (const auto& [parameter, tensor] : parameters) {
+    if (tensor.defined()) child.register_parameter(parameter, tensor, /*is_buffer=*/false);
+  }
+  parent.register_module(name, child);
+}
+
+/// What stands for an optional parameter in the source: its name, or None.
+std::string name_or_none(bool is_present, const char* name) { return is_present ? name : "None"; }
+
+std::string forward_source(const SelfAttentionOptions& options) {
+  const auto bias = [&](const char* name) { return name_or_none(options.use_bias(), name); };
+  return R"(
+def forward(self, x, freqs: Optional[Tuple[Tensor, Tensor]] = None, segment_ids: Optional[Tensor] = None) -> Tensor:
+    sin: Optional[Tensor] = None
+    cos: Optional[Tensor] = None
+    if freqs is not None:
+        sin, cos = freqs
+    return selfattn.self_attention(
+        x, self.q_proj.weight, self.k_proj.weight, self.v_proj.weight, self.out_proj.weight, )" +
+         bias("self.q_proj.bias") + ", " + bias("self.k_proj.bias") + ", " + bias("self.v_proj.bias") + ", " +
+         bias("self.out_proj.bias") + ", " + name_or_none(options.qk_norm(), "self.q_norm.weight") + ", " +
+         name_or_none(options.qk_norm(), "self.k_norm.weight") + ", " + name_or_none(options.sinks(), "self.sinks") +
+         R"(, sin, cos, segment_ids,
+        head_dim=self.head_dim, norm_eps=self.norm_eps, rope_theta=self.rope_theta, rope_pairing=self.rope_pairing,
+        causal=self.causal, backend=self.attention_backend, window_left=self.window_left,
+        window_right=self.window_right, softcap=self.softcap, dropout_rate=self.dropout_rate, training=self.training)
+)";
+}
+
+}  // namespace
+
+torch::jit::Module to_torchscript(const SelfAttention& module) {
+  const SelfAttentionOptions& options = module->options;
+  torch::jit::Module script{c10::QualifiedName("selfattn.SelfAttention")};
+  add_child(script, "q_proj", "selfattn.QueryProjection",
+            {{"weight", module->q_proj->weight}, {"bias", module->q_proj->bias}});
+  add_child(script, "k_proj", "selfattn.KeyProjection",
+            {{"weight", module->k_proj->weight}, {"bias", module->k_proj->bias}});
+  add_child(script, "v_proj", "selfattn.ValueProjection",
+            {{"weight", module->v_proj->weight}, {"bias", module->v_proj->bias}});
+  add_child(script, "out_proj", "selfattn.OutputProjection",
+            {{"weight", module->out_proj->weight}, {"bias", module->out_proj->bias}});
+  if (options.qk_norm()) {
+    add_child(script, "q_norm", "selfattn.QueryNorm", {{"weight", module->q_norm->weight}});
+    add_child(script, "k_norm", "selfattn.KeyNorm", {{"weight", module->k_norm->weight}});
+  }
+  if (options.sinks()) script.register_parameter("sinks", module->sinks, /*is_buffer=*/false);
+
+  script.register_attribute("training", c10::BoolType::get(), module->is_training());
+  script.register_attribute("head_dim", c10::IntType::get(), options.head_dim());
+  script.register_attribute("norm_eps", c10::FloatType::get(), options.norm_eps());
+  script.register_attribute("rope_theta", c10::FloatType::get(), options.rope_theta());
+  script.register_attribute("rope_pairing", c10::StringType::get(), options.rope_pairing());
+  script.register_attribute("causal", c10::BoolType::get(), options.causal());
+  script.register_attribute("attention_backend", c10::StringType::get(), options.attention_backend());
+  script.register_attribute("window_left", c10::IntType::get(), options.window_left());
+  script.register_attribute("window_right", c10::IntType::get(), options.window_right());
+  script.register_attribute("softcap", c10::FloatType::get(), options.softcap());
+  script.register_attribute("dropout_rate", c10::FloatType::get(), options.dropout_rate());
+  script.define(forward_source(options), std::make_shared<OperatorResolver>());
+  return script;
+}
+
+}  // namespace selfattn

@@ -1,0 +1,77 @@
+// self_attention: the module's forward, once, for C++, Python and TorchScript.
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/dropout.h>
+#include <ATen/ops/linear.h>
+#include <selfattn/ops.h>
+#include <torch/library.h>
+
+#include <cmath>
+
+#include "attention/problem.h"
+#include "rotary/rotary.h"
+
+namespace selfattn {
+namespace {
+
+/// (B, S, E) -> (B, S, N, head_dim): one projection, its output features split into heads.
+at::Tensor project(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, int64_t head_dim,
+                   const char* name) {
+  TORCH_CHECK_VALUE(weight.dim() == 2 && weight.sym_size(1) == x.sym_size(2) && weight.sym_size(0) % head_dim == 0,
+                    "selfattn: ", name, " must have the shape (heads * head_dim, E) with head_dim ", head_dim,
+                    " and E ", x.sym_size(2), "; got ", weight.sym_sizes());
+  return at::linear(x, weight, bias).unflatten_symint(2, {weight.sym_size(0) / head_dim, head_dim});
+}
+
+at::Tensor self_attention(const at::Tensor& x, const at::Tensor& q_weight, const at::Tensor& k_weight,
+                          const at::Tensor& v_weight, const at::Tensor& out_weight, const OptionalTensor& q_bias,
+                          const OptionalTensor& k_bias, const OptionalTensor& v_bias, const OptionalTensor& out_bias,
+                          const OptionalTensor& q_norm_weight, const OptionalTensor& k_norm_weight,
+                          const OptionalTensor& sinks, const OptionalTensor& freqs_sin, const OptionalTensor& freqs_cos,
+                          const OptionalTensor& segment_ids, int64_t head_dim, double norm_eps, double rope_theta,
+                          c10::string_view rope_pairing, bool causal, std::optional<double> qk_scale,
+                          c10::string_view backend, int64_t window_left, int64_t window_right, double softcap,
+                          double dropout_rate, bool training) {
+  TORCH_CHECK_VALUE(x.dim() == 3, "selfattn: x must have three dimensions (B, S, E); got shape ", x.sym_sizes());
+  TORCH_CHECK_VALUE(q_weight.dim() != 2 || q_weight.sym_size(1) == x.sym_size(2),
+                    "selfattn: x must have the input features of q_weight, ", q_weight.sym_size(-1), "; got shape ",
+                    x.sym_sizes());
+  TORCH_CHECK_VALUE(head_dim > 0, "selfattn: head_dim must be positive; got ", head_dim);
+  TORCH_CHECK_VALUE(dropout_rate >= 0.0 && dropout_rate < 1.0,
+                    "selfattn: dropout_rate must be at least 0 and below 1; got ", dropout_rate);
+  TORCH_CHECK_VALUE(q_norm_weight.has_value() == k_norm_weight.has_value(),
+                    "selfattn: q_norm_weight and k_norm_weight must be given together; got one alone");
+  const at::Tensor value = project(x, v_weight, v_bias, head_dim, "v_weight");
+  const auto [query, key] = qk_norm_rope(project(x, q_weight, q_bias, head_dim, "q_weight"),
+                                         project(x, k_weight, k_bias, head_dim, "k_weight"),
+                                         QkNormRopeOptions()
+                                             .q_weight(q_norm_weight)
+                                             .k_weight(k_norm_weight)
+                                             .norm(q_norm_weight.has_value())
+                                             .eps(norm_eps)
+                                             .freqs_sin(freqs_sin)
+                                             .freqs_cos(freqs_cos)
+                                             .theta(rope_theta)
+                                             .pairing(std::string(rope_pairing)));
+  const at::Tensor heads = multihead_attention(query, key, value,
+                                               AttentionOptions()
+                                                   .segment_ids(segment_ids)
+                                                   .causal(causal)
+                                                   .qk_scale(qk_scale)
+                                                   .backend(std::string(backend))
+                                                   .window_left(window_left)
+                                                   .window_right(window_right)
+                                                   .softcap(softcap)
+                                                   .sinks(sinks));
+  TORCH_CHECK_VALUE(out_weight.dim() == 2 && out_weight.sym_size(1) == heads.sym_size(2) * heads.sym_size(3),
+                    "selfattn: out_weight must have the shape (E, heads * head_dim) with ",
+                    heads.sym_size(2) * heads.sym_size(3), " input features; got ", out_weight.sym_sizes());
+  const at::Tensor out = at::linear(heads.flatten(2, 3), out_weight, out_bias);
+  return dropout_rate > 0.0 && training ? at::dropout(out, dropout_rate, /*train=*/true) : out;
+}
+
+}  // namespace
+}  // namespace selfattn
+
+TORCH_LIBRARY_IMPL(selfattn, CompositeImplicitAutograd, m) {
+  m.impl("self_attention", TORCH_FN(selfattn::self_attention));
+}

@@ -1,0 +1,136 @@
+// The C++ module: parameters and options; its forward is the operator self_attention.
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/util/Exception.h>
+#include <selfattn/backend.h>
+#include <selfattn/self_attention.h>
+#include <torch/nn/init.h>
+
+#include <cmath>
+
+namespace selfattn {
+namespace {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+using SelfAttentionSchema = at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                                       const at::Tensor&, const OptionalTensor&, const OptionalTensor&,
+                                       const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+                                       const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+                                       const OptionalTensor&, const OptionalTensor&, int64_t, double, double,
+                                       c10::string_view, bool, std::optional<double>, c10::string_view, int64_t,
+                                       int64_t, double, double, bool);
+
+OptionalTensor optional(const torch::Tensor& tensor) {
+  return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
+}
+
+void check(const SelfAttentionOptions& options) {
+  TORCH_CHECK_VALUE(options.head_dim() > 0 && options.head_dim() % 2 == 0,
+                    "selfattn: head_dim must be positive and even; got ", options.head_dim());
+  TORCH_CHECK_VALUE(options.embedding_dim() > 0 && options.embedding_dim() % options.head_dim() == 0,
+                    "selfattn: embedding_dim must be a positive multiple of head_dim ", options.head_dim(), "; got ",
+                    options.embedding_dim());
+  const int64_t heads = options.embedding_dim() / options.head_dim();
+  TORCH_CHECK_VALUE(!options.num_kv_heads() || (*options.num_kv_heads() > 0 && heads % *options.num_kv_heads() == 0),
+                    "selfattn: num_kv_heads must divide the ", heads, " query heads; got ", *options.num_kv_heads());
+  TORCH_CHECK_VALUE(options.num_layers() > 0, "selfattn: num_layers must be positive; got ", options.num_layers());
+  TORCH_CHECK_VALUE(options.dropout_rate() >= 0.0 && options.dropout_rate() < 1.0,
+                    "selfattn: dropout_rate must be at least 0 and below 1; got ", options.dropout_rate());
+  TORCH_CHECK_VALUE(std::isfinite(options.norm_eps()) && options.norm_eps() >= 0.0,
+                    "selfattn: norm_eps must be finite and at least 0; got ", options.norm_eps());
+  TORCH_CHECK_VALUE(options.window_left() >= -1, "selfattn: window_left must be -1 (unbounded) or at least 0; got ",
+                    options.window_left());
+  TORCH_CHECK_VALUE(options.window_right() >= -1, "selfattn: window_right must be -1 (unbounded) or at least 0; got ",
+                    options.window_right());
+  TORCH_CHECK_VALUE(std::isfinite(options.softcap()) && options.softcap() >= 0.0,
+                    "selfattn: softcap must be finite and at least 0 (0: none); got ", options.softcap());
+  TORCH_CHECK_VALUE(std::isfinite(options.rope_theta()) && options.rope_theta() > 0.0,
+                    "selfattn: rope_theta must be positive and finite; got ", options.rope_theta());
+  TORCH_CHECK_VALUE(options.rope_pairing() == "interleaved" || options.rope_pairing() == "half",
+                    "selfattn: rope_pairing must be 'interleaved' or 'half'; got '", options.rope_pairing(), "'");
+  parse_backend(options.attention_backend());
+}
+
+}  // namespace
+
+HeadNormImpl::HeadNormImpl(int64_t head_dim) : head_dim_(head_dim) { reset(); }
+
+void HeadNormImpl::reset() {
+  parameters_.clear();
+  weight = register_parameter("weight", torch::ones({head_dim_}));
+}
+
+void HeadNormImpl::pretty_print(std::ostream& stream) const {
+  stream << "selfattn::HeadNorm(head_dim=" << head_dim_ << ")";
+}
+
+SelfAttentionImpl::SelfAttentionImpl(SelfAttentionOptions options_) : options(std::move(options_)) {
+  check(options);
+  reset();
+}
+
+void SelfAttentionImpl::reset() {
+  for (const std::string& name : named_children().keys()) unregister_module(name);
+  parameters_.clear();
+  const auto linear = [&](const char* name, int64_t in_features, int64_t out_features) {
+    const auto linear_options = torch::nn::LinearOptions(in_features, out_features).bias(options.use_bias());
+    return register_module(name, torch::nn::Linear(linear_options));
+  };
+  const int64_t kv_features = num_kv_heads() * options.head_dim();
+  q_proj = linear("q_proj", options.embedding_dim(), options.embedding_dim());
+  k_proj = linear("k_proj", options.embedding_dim(), kv_features);
+  v_proj = linear("v_proj", options.embedding_dim(), kv_features);
+  out_proj = linear("out_proj", options.embedding_dim(), options.embedding_dim());
+  if (options.qk_norm()) {
+    q_norm = register_module("q_norm", HeadNorm(options.head_dim()));
+    k_norm = register_module("k_norm", HeadNorm(options.head_dim()));
+  }
+  if (options.sinks()) sinks = register_parameter("sinks", torch::zeros({num_heads()}));
+  reset_parameters();
+}
+
+void SelfAttentionImpl::reset_parameters() {
+  const torch::NoGradGuard no_grad;
+  const double embedding_dim = static_cast<double>(options.embedding_dim());
+  for (auto* projection : {&q_proj, &k_proj, &v_proj}) {
+    torch::nn::init::normal_((*projection)->weight, 0.0, std::sqrt(2.0 / (5.0 * embedding_dim)));
+  }
+  const double out_std = 2.0 / (2.0 * static_cast<double>(options.num_layers())) / std::sqrt(embedding_dim);
+  torch::nn::init::normal_(out_proj->weight, 0.0, out_std);
+  if (options.use_bias()) {
+    for (auto* projection : {&q_proj, &k_proj, &v_proj, &out_proj}) torch::nn::init::zeros_((*projection)->bias);
+  }
+  if (options.qk_norm()) {
+    torch::nn::init::ones_(q_norm->weight);
+    torch::nn::init::ones_(k_norm->weight);
+  }
+  if (options.sinks()) torch::nn::init::zeros_(sinks);
+}
+
+torch::Tensor SelfAttentionImpl::forward(const torch::Tensor& x, const torch::Tensor& freqs_sin,
+                                         const torch::Tensor& freqs_cos, const torch::Tensor& segment_ids) {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("selfattn::self_attention", "").typed<SelfAttentionSchema>();
+  TORCH_CHECK_VALUE(x.dim() == 3 && x.sym_size(2) == options.embedding_dim(),
+                    "selfattn: x must have the shape (B, S, E) with E ", options.embedding_dim(), "; got ",
+                    x.sym_sizes());
+  return op.call(x, q_proj->weight, k_proj->weight, v_proj->weight, out_proj->weight, optional(q_proj->bias),
+                 optional(k_proj->bias), optional(v_proj->bias), optional(out_proj->bias),
+                 q_norm ? OptionalTensor(q_norm->weight) : std::nullopt,
+                 k_norm ? OptionalTensor(k_norm->weight) : std::nullopt, optional(sinks), optional(freqs_sin),
+                 optional(freqs_cos), optional(segment_ids), options.head_dim(), options.norm_eps(),
+                 options.rope_theta(), options.rope_pairing(), options.causal(), /*qk_scale=*/std::nullopt,
+                 options.attention_backend(), options.window_left(), options.window_right(), options.softcap(),
+                 options.dropout_rate(), is_training());
+}
+
+void SelfAttentionImpl::pretty_print(std::ostream& stream) const {
+  stream << std::boolalpha << "selfattn::SelfAttention(embedding_dim=" << options.embedding_dim()
+         << ", num_heads=" << num_heads() << ", num_kv_heads=" << num_kv_heads() << ", head_dim=" << options.head_dim()
+         << ", qk_norm=" << options.qk_norm() << ", use_bias=" << options.use_bias() << ", causal=" << options.causal()
+         << ", window=(" << options.window_left() << ", " << options.window_right()
+         << "), softcap=" << options.softcap() << ", sinks=" << options.sinks()
+         << ", dropout_rate=" << options.dropout_rate() << ", attention_backend=" << options.attention_backend() << ")";
+}
+
+}  // namespace selfattn

@@ -1,0 +1,94 @@
+// The C++ fronts of the operators: each a typed call through the dispatcher.
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <selfattn/ops.h>
+
+namespace selfattn {
+namespace {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+template <typename Schema>
+c10::TypedOperatorHandle<Schema> find_op(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Schema>();
+}
+
+template <typename Result>
+using AttentionSchema = Result(const at::Tensor&, const at::Tensor&, const at::Tensor&, const OptionalTensor&, bool,
+                               std::optional<double>, c10::string_view, const OptionalTensor&, int64_t, int64_t, double,
+                               const OptionalTensor&);
+
+template <typename Result>
+Result call_attention(const c10::TypedOperatorHandle<AttentionSchema<Result>>& op, const at::Tensor& q,
+                      const at::Tensor& k, const at::Tensor& v, const AttentionOptions& options) {
+  return op.call(q, k, v, options.segment_ids(), options.causal(), options.qk_scale(), options.backend(),
+                 options.kv_segment_ids(), options.window_left(), options.window_right(), options.softcap(),
+                 options.sinks());
+}
+
+}  // namespace
+
+at::Tensor multihead_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                               const AttentionOptions& options) {
+  static const auto op = find_op<AttentionSchema<at::Tensor>>("selfattn::multihead_attention");
+  return call_attention(op, q, k, v, options);
+}
+
+std::tuple<at::Tensor, at::Tensor> multihead_attention_lse(const at::Tensor& q, const at::Tensor& k,
+                                                           const at::Tensor& v, const AttentionOptions& options) {
+  static const auto op =
+      find_op<AttentionSchema<std::tuple<at::Tensor, at::Tensor>>>("selfattn::multihead_attention_lse");
+  return call_attention(op, q, k, v, options);
+}
+
+std::string explain_backend(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                            const AttentionOptions& options) {
+  static const auto op = find_op<AttentionSchema<std::string>>("selfattn::explain_backend");
+  return call_attention(op, q, k, v, options);
+}
+
+at::Tensor segment_mask(const at::Tensor& segment_ids, const OptionalTensor& kv_segment_ids) {
+  static const auto op = find_op<at::Tensor(const at::Tensor&, const OptionalTensor&)>("selfattn::segment_mask");
+  return op.call(segment_ids, kv_segment_ids);
+}
+
+at::Tensor segment_ids_from_positions(const at::Tensor& positions) {
+  static const auto op = find_op<at::Tensor(const at::Tensor&)>("selfattn::segment_ids_from_positions");
+  return op.call(positions);
+}
+
+at::Tensor segment_ids_from_cu_seqlens(const at::Tensor& cu_seqlens, int64_t length) {
+  static const auto op = find_op<at::Tensor(const at::Tensor&, int64_t)>("selfattn::segment_ids_from_cu_seqlens");
+  return op.call(cu_seqlens, length);
+}
+
+at::Tensor cu_seqlens_from_segment_ids(const at::Tensor& segment_ids, int64_t max_segments) {
+  static const auto op = find_op<at::Tensor(const at::Tensor&, int64_t)>("selfattn::cu_seqlens_from_segment_ids");
+  return op.call(segment_ids, max_segments);
+}
+
+std::tuple<at::Tensor, at::Tensor> precompute_freqs(int64_t feat_dim, const FreqsOptions& options) {
+  using Schema = std::tuple<at::Tensor, at::Tensor>(int64_t, const OptionalTensor&, std::optional<int64_t>, double,
+                                                    std::optional<at::ScalarType>, std::optional<at::Device>);
+  static const auto op = find_op<Schema>("selfattn::precompute_freqs");
+  return op.call(feat_dim, options.pos_idx(), options.max_length(), options.theta(), options.dtype(), options.device());
+}
+
+std::tuple<at::Tensor, at::Tensor> apply_rotary_emb(const at::Tensor& xq, const at::Tensor& xk,
+                                                    const RotaryOptions& options) {
+  using Schema = std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&, const OptionalTensor&,
+                                                    const OptionalTensor&, double, c10::string_view);
+  static const auto op = find_op<Schema>("selfattn::apply_rotary_emb");
+  return op.call(xq, xk, options.freqs_sin(), options.freqs_cos(), options.theta(), options.pairing());
+}
+
+std::tuple<at::Tensor, at::Tensor> qk_norm_rope(const at::Tensor& q, const at::Tensor& k,
+                                                const QkNormRopeOptions& options) {
+  using Schema = std::tuple<at::Tensor, at::Tensor>(
+      const at::Tensor&, const at::Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+      const OptionalTensor&, bool, double, bool, const OptionalTensor&, double, c10::string_view);
+  static const auto op = find_op<Schema>("selfattn::qk_norm_rope");
+  return op.call(q, k, options.q_weight(), options.k_weight(), options.freqs_sin(), options.freqs_cos(), options.norm(),
+                 options.eps(), options.rope(), options.positions(), options.theta(), options.pairing());
+}
+
+}  // namespace selfattn

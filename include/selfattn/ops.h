@@ -1,0 +1,111 @@
+#pragma once
+
+/// The operators as C++ functions. Each calls torch.ops.selfattn.<name> through the dispatcher, so autograd, autocast
+/// and tracing see the same operator as from Python. docs/semantics.md says what they compute.
+///
+/// Shapes: B batch, S (or Sq, Skv) tokens, NH query heads, NKV key/value heads, DQK and DV head dimensions.
+/// Errors: c10::TypeError for a wrong dtype or device, c10::ValueError for a wrong shape or number,
+/// c10::NotImplementedError for a backend that cannot serve; each names the argument, what was expected and what came.
+
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include <ATen/core/Tensor.h>
+#include <selfattn/backend.h>
+#include <selfattn/export.h>
+#include <torch/arg.h>
+
+namespace selfattn {
+
+/// What a call of multihead_attention may leave out.
+struct AttentionOptions {
+  /// (B, S) int32 or int64: equal ids attend to each other, in any order; a negative id is padding.
+  TORCH_ARG(std::optional<at::Tensor>, segment_ids);
+  /// Whether a query attends only to keys at or before it (bottom-right aligned where Sq != Skv).
+  TORCH_ARG(bool, causal) = true;
+  /// What the scores are multiplied by; 1 / sqrt(DQK) where not given.
+  TORCH_ARG(std::optional<double>, qk_scale);
+  /// "auto", a backend's name or an alias (see parse_backend).
+  TORCH_ARG(std::string, backend) = "auto";
+  /// (B, Skv) ids of the keys, where they differ from segment_ids.
+  TORCH_ARG(std::optional<at::Tensor>, kv_segment_ids);
+  /// How many keys to the left and right of a query it may attend to; -1: all.
+  TORCH_ARG(int64_t, window_left) = -1;
+  TORCH_ARG(int64_t, window_right) = -1;
+  /// c > 0: a score s becomes c * tanh(s / c). 0: none.
+  TORCH_ARG(double, softcap) = 0.0;
+  /// (NH,): one more logit a head in the softmax's denominator.
+  TORCH_ARG(std::optional<at::Tensor>, sinks);
+};
+
+/// Exact attention. q (B, Sq, NH, DQK), k (B, Skv, NKV, DQK), v (B, Skv, NKV, DV) -> (B, Sq, NH, DV).
+SELFATTN_API at::Tensor multihead_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                            const AttentionOptions& options = {});
+
+/// The same, and the logsumexp of each row's logits (B, NH, Sq) float32, differentiable.
+SELFATTN_API std::tuple<at::Tensor, at::Tensor> multihead_attention_lse(const at::Tensor& q, const at::Tensor& k,
+                                                                        const at::Tensor& v,
+                                                                        const AttentionOptions& options = {});
+
+/// One line a backend: chosen, able, or every reason why it cannot serve this call.
+SELFATTN_API std::string explain_backend(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                         const AttentionOptions& options = {});
+
+/// (B, Sq), (B, Skv) -> bool (B, 1, Sq, Skv): True where ids are equal and not negative.
+SELFATTN_API at::Tensor segment_mask(const at::Tensor& segment_ids,
+                                     const std::optional<at::Tensor>& kv_segment_ids = std::nullopt);
+
+/// positions (B, S) -> ids (B, S) int32: a document starts where a position is not its left neighbour's + 1.
+SELFATTN_API at::Tensor segment_ids_from_positions(const at::Tensor& positions);
+
+/// cu_seqlens (N + 1,) -> ids (length,) int32; tokens past the last boundary get -1.
+SELFATTN_API at::Tensor segment_ids_from_cu_seqlens(const at::Tensor& cu_seqlens, int64_t length);
+
+/// ids (B, S) -> the boundaries of each row's runs of equal ids (B, max_segments + 1) int32, the tail repeating S.
+SELFATTN_API at::Tensor cu_seqlens_from_segment_ids(const at::Tensor& segment_ids, int64_t max_segments);
+
+/// What a call of precompute_freqs may leave out. Exactly one of pos_idx and max_length is given.
+struct FreqsOptions {
+  TORCH_ARG(std::optional<at::Tensor>, pos_idx);  ///< (S,) or (B, S)
+  TORCH_ARG(std::optional<int64_t>, max_length);  ///< positions 0 .. max_length - 1
+  TORCH_ARG(double, theta) = 10000.0;
+  TORCH_ARG(std::optional<at::ScalarType>, dtype);  ///< float32 where not given
+  TORCH_ARG(std::optional<at::Device>, device);
+};
+
+/// Rotary tables (sin, cos), each (1 or B, S, feat_dim / 2): angle = position / theta^(2i / feat_dim)
+/// (RoFormer, arXiv:2104.09864, eq. 15).
+SELFATTN_API std::tuple<at::Tensor, at::Tensor> precompute_freqs(int64_t feat_dim, const FreqsOptions& options);
+
+/// What a call of apply_rotary_emb may leave out; without tables, positions are 0 .. S - 1.
+struct RotaryOptions {
+  TORCH_ARG(std::optional<at::Tensor>, freqs_sin);  ///< (1 or B, S, D / 2)
+  TORCH_ARG(std::optional<at::Tensor>, freqs_cos);  ///< (1 or B, S, D / 2)
+  TORCH_ARG(double, theta) = 10000.0;
+  TORCH_ARG(std::string, pairing) = "interleaved";  ///< or "half", as Hugging Face stores its checkpoints
+};
+
+/// Turns the pairs of xq (B, S, NH, D) and xk (B, S, NKV, D) by the angle of their position.
+SELFATTN_API std::tuple<at::Tensor, at::Tensor> apply_rotary_emb(const at::Tensor& xq, const at::Tensor& xk,
+                                                                 const RotaryOptions& options = {});
+
+/// What a call of qk_norm_rope may leave out.
+struct QkNormRopeOptions {
+  TORCH_ARG(std::optional<at::Tensor>, q_weight);  ///< (D,)
+  TORCH_ARG(std::optional<at::Tensor>, k_weight);  ///< (D,)
+  TORCH_ARG(std::optional<at::Tensor>, freqs_sin);
+  TORCH_ARG(std::optional<at::Tensor>, freqs_cos);
+  TORCH_ARG(bool, norm) = true;
+  TORCH_ARG(double, eps) = 1e-6;
+  TORCH_ARG(bool, rope) = true;
+  TORCH_ARG(std::optional<at::Tensor>, positions);  ///< (1 or B, S), where the tables are not given
+  TORCH_ARG(double, theta) = 10000.0;
+  TORCH_ARG(std::string, pairing) = "interleaved";
+};
+
+/// RMSNorm over the head dimension of q (B, S, NH, D) and k (B, S, NKV, D), then the rotary embedding.
+SELFATTN_API std::tuple<at::Tensor, at::Tensor> qk_norm_rope(const at::Tensor& q, const at::Tensor& k,
+                                                             const QkNormRopeOptions& options = {});
+
+}  // namespace selfattn

@@ -1,0 +1,93 @@
+#pragma once
+
+#include <optional>
+#include <string>
+
+#include <selfattn/export.h>
+#include <torch/nn/cloneable.h>
+#include <torch/nn/modules/common.h>
+#include <torch/nn/modules/container/any.h>
+#include <torch/nn/modules/linear.h>
+#include <torch/nn/pimpl.h>
+
+namespace selfattn {
+
+/// What a SelfAttention is built from; the defaults of selfattn.SelfAttentionConfig in Python.
+struct SELFATTN_API SelfAttentionOptions {
+  /* implicit */ SelfAttentionOptions(int64_t embedding_dim) : embedding_dim_(embedding_dim) {}
+
+  /// E, the features of a token; a multiple of head_dim.
+  TORCH_ARG(int64_t, embedding_dim);
+  TORCH_ARG(int64_t, head_dim) = 64;
+  /// Key/value heads; as many as query heads (E / head_dim) where not given.
+  TORCH_ARG(std::optional<int64_t>, num_kv_heads);
+  /// RMSNorm of each head of q and k, before the rotary embedding.
+  TORCH_ARG(bool, qk_norm) = false;
+  TORCH_ARG(double, norm_eps) = 1e-6;
+  TORCH_ARG(bool, use_bias) = false;
+  /// Dropout of the output, in training.
+  TORCH_ARG(double, dropout_rate) = 0.0;
+  /// Layers of the whole model: the initial scale of out_proj follows it.
+  TORCH_ARG(int64_t, num_layers) = 12;
+  TORCH_ARG(std::string, attention_backend) = "auto";
+  TORCH_ARG(bool, causal) = true;
+  TORCH_ARG(int64_t, window_left) = -1;
+  TORCH_ARG(int64_t, window_right) = -1;
+  TORCH_ARG(double, softcap) = 0.0;
+  /// One learned logit a head in the softmax's denominator.
+  TORCH_ARG(bool, sinks) = false;
+  TORCH_ARG(double, rope_theta) = 10000.0;
+  TORCH_ARG(std::string, rope_pairing) = "interleaved";
+};
+
+/// Holds the weight (head_dim,) of a head's RMSNorm; the operator self_attention applies it.
+class SELFATTN_API HeadNormImpl : public torch::nn::Cloneable<HeadNormImpl> {
+ public:
+  explicit HeadNormImpl(int64_t head_dim);
+  void reset() override;
+  void pretty_print(std::ostream& stream) const override;
+
+  torch::Tensor weight;
+
+ private:
+  int64_t head_dim_;
+};
+TORCH_MODULE(HeadNorm);
+
+/// Multi-head self-attention over packed documents: projections, optional query-key norm, rotary embedding, attention
+/// inside each segment, output projection, dropout. Parameter names are those of selfattn.SelfAttention in Python, so a
+/// state dict moves between the two.
+class SELFATTN_API SelfAttentionImpl : public torch::nn::Cloneable<SelfAttentionImpl> {
+ public:
+  /// Throws c10::ValueError that names the option, what was expected and what came.
+  explicit SelfAttentionImpl(SelfAttentionOptions options);
+
+  /// Makes every parameter anew; may be called again.
+  void reset() override;
+
+  /// q, k, v: normal with standard deviation sqrt(2 / (5 E)); out: 2 / (2 num_layers) / sqrt(E), i.e. wang init
+  /// (GPT-NeoX, arXiv:2204.06745, section 2.1); biases and sinks 0, norm weights 1.
+  void reset_parameters();
+
+  /// x (B, S, E) -> (B, S, E). freqs_sin, freqs_cos (1 or B, S, head_dim / 2): rotary tables; positions 0 .. S - 1
+  /// where not given. segment_ids (B, S): one document where not given.
+  torch::Tensor forward(const torch::Tensor& x, const torch::Tensor& freqs_sin = {},
+                        const torch::Tensor& freqs_cos = {}, const torch::Tensor& segment_ids = {});
+
+  void pretty_print(std::ostream& stream) const override;
+
+  int64_t num_heads() const { return options.embedding_dim() / options.head_dim(); }
+  int64_t num_kv_heads() const { return options.num_kv_heads().value_or(num_heads()); }
+
+  SelfAttentionOptions options;
+  torch::nn::Linear q_proj{nullptr}, k_proj{nullptr}, v_proj{nullptr}, out_proj{nullptr};
+  HeadNorm q_norm{nullptr}, k_norm{nullptr};  // null without qk_norm
+  torch::Tensor sinks;                        // (NH,), undefined without sinks
+
+ protected:
+  FORWARD_HAS_DEFAULT_ARGS({1, torch::nn::AnyValue(torch::Tensor())}, {2, torch::nn::AnyValue(torch::Tensor())},
+                           {3, torch::nn::AnyValue(torch::Tensor())})
+};
+TORCH_MODULE(SelfAttention);
+
+}  // namespace selfattn

@@ -1,0 +1,7 @@
+#pragma once
+
+/// Everything a C++ user may see.
+#include <selfattn/backend.h>
+#include <selfattn/ops.h>
+#include <selfattn/script.h>
+#include <selfattn/self_attention.h>
