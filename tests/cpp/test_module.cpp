@@ -1,0 +1,97 @@
+// Promise: SelfAttention behaves as a LibTorch module: registered names, initialisation, reset, clone, save and load.
+#include <gtest/gtest.h>
+#include <selfattn/selfattn.h>
+#include <torch/torch.h>
+
+#include <sstream>
+
+namespace {
+
+using selfattn::SelfAttention;
+using selfattn::SelfAttentionOptions;
+
+SelfAttentionOptions every_option() {
+  return SelfAttentionOptions(64).head_dim(16).num_kv_heads(2).qk_norm(true).use_bias(true).sinks(true);
+}
+
+TEST(Module, RegistersTheNamesOfThePythonModule) {
+  std::vector<std::string> names = SelfAttention(every_option())->named_parameters().keys();
+  std::sort(names.begin(), names.end());
+  const std::vector<std::string> expected = {"k_norm.weight",   "k_proj.bias",   "k_proj.weight", "out_proj.bias",
+                                             "out_proj.weight", "q_norm.weight", "q_proj.bias",   "q_proj.weight",
+                                             "sinks",           "v_proj.bias",   "v_proj.weight"};
+  EXPECT_EQ(names, expected);
+  EXPECT_EQ(SelfAttention(SelfAttentionOptions(64))->parameters().size(), 4u);
+}
+
+TEST(Module, InitialisesByTheStatedDeviations) {
+  const SelfAttention module(SelfAttentionOptions(1024).num_layers(6).use_bias(true));
+  const double in_std = std::sqrt(2.0 / (5.0 * 1024)), out_std = 2.0 / 12 / std::sqrt(1024.0);
+  for (const auto& projection : {module->q_proj, module->k_proj, module->v_proj}) {
+    EXPECT_NEAR(projection->weight.std().item<double>() / in_std, 1.0, 0.01);
+  }
+  EXPECT_NEAR(module->out_proj->weight.std().item<double>() / out_std, 1.0, 0.01);
+  EXPECT_EQ(module->q_proj->bias.abs().max().item<double>(), 0.0);
+}
+
+TEST(Module, CanBeResetAgain) {
+  SelfAttention module(every_option());
+  const auto before = module->q_proj->weight.clone();
+  module->reset();
+  EXPECT_EQ(module->parameters().size(), 11u);
+  EXPECT_FALSE(torch::equal(before, module->q_proj->weight));
+}
+
+TEST(Module, ClonesIntoParametersOfItsOwn) {
+  SelfAttention module(every_option());
+  const auto copy = std::dynamic_pointer_cast<selfattn::SelfAttentionImpl>(module->clone());
+  const auto x = torch::randn({2, 9, 64});
+  EXPECT_TRUE(torch::equal(module->forward(x), copy->forward(x)));
+  copy->q_proj->weight.data().zero_();
+  EXPECT_FALSE(torch::equal(module->q_proj->weight, copy->q_proj->weight));
+}
+
+TEST(Module, SavesAndLoads) {
+  SelfAttention module(every_option()), other(every_option());
+  std::stringstream stream;
+  torch::save(module, stream);
+  torch::load(other, stream);
+  const auto x = torch::randn({1, 7, 64});
+  EXPECT_TRUE(torch::equal(module->forward(x), other->forward(x)));
+}
+
+TEST(Module, DropsOutOnlyInTraining) {
+  SelfAttention module(SelfAttentionOptions(64).dropout_rate(0.5));
+  const auto x = torch::randn({4, 32, 64});
+  module->train();
+  const double zeros = (module->forward(x) == 0).to(torch::kDouble).mean().item<double>();
+  EXPECT_NEAR(zeros, 0.5, 0.05);
+  module->eval();
+  EXPECT_EQ((module->forward(x) == 0).sum().item<int64_t>(), 0);
+}
+
+TEST(Module, KeepsDocumentsApart) {
+  SelfAttention module(every_option());
+  auto x = torch::randn({1, 8, 64});
+  const auto ids = torch::tensor({{0, 0, 0, 1, 1, 1, 1, -1}}, torch::kInt32);
+  const auto before = module->forward(x, {}, {}, ids);
+  x = x.clone();
+  x.narrow(1, 0, 3).normal_();
+  const auto after = module->forward(x, {}, {}, ids);
+  EXPECT_TRUE(torch::equal(before.narrow(1, 3, 5), after.narrow(1, 3, 5)));
+  EXPECT_FALSE(torch::equal(before.narrow(1, 0, 3), after.narrow(1, 0, 3)));
+}
+
+TEST(Module, WorksInASequential) {
+  torch::nn::Sequential layers(SelfAttention(SelfAttentionOptions(64)), torch::nn::Linear(64, 8));
+  EXPECT_EQ(layers->forward(torch::randn({2, 5, 64})).sizes(), (std::vector<int64_t>{2, 5, 8}));
+}
+
+TEST(Module, PrintsItsOptions) {
+  std::ostringstream text;
+  text << SelfAttention(every_option());
+  EXPECT_NE(text.str().find("num_kv_heads=2"), std::string::npos) << text.str();
+  EXPECT_NE(text.str().find("q_proj"), std::string::npos) << text.str();
+}
+
+}  // namespace
