@@ -59,10 +59,11 @@ if(LibTorch_FOUND)
     add_library(LibTorch::LibTorch INTERFACE IMPORTED)
     target_include_directories(LibTorch::LibTorch SYSTEM INTERFACE
       "${LibTorch_INCLUDE_DIR}" "${LibTorch_INCLUDE_DIR}/torch/csrc/api/include")
-    # libtorch.so holds no symbol of its own: it only pulls libtorch_cuda in, which a linker would drop as unneeded.
     target_link_libraries(LibTorch::LibTorch INTERFACE
-      "-Wl,--no-as-needed" "${LibTorch_torch_LIBRARY}" "-Wl,--as-needed"
-      "${LibTorch_torch_cpu_LIBRARY}" "${LibTorch_c10_LIBRARY}")
+      "${LibTorch_torch_LIBRARY}" "${LibTorch_torch_cpu_LIBRARY}" "${LibTorch_c10_LIBRARY}")
+    # libtorch.so holds no symbol of its own, it only pulls libtorch_cuda in; and a program that only loads saved modules
+    # names no symbol of the library that registers their operators. A linker must keep both all the same.
+    target_link_options(LibTorch::LibTorch INTERFACE "LINKER:--no-as-needed")
     target_compile_features(LibTorch::LibTorch INTERFACE cxx_std_20)
   endif()
 endif()

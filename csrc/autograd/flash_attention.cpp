@@ -25,10 +25,11 @@ at::Tensor sinks_gradient(const at::Tensor& sinks, const AttentionGradients& gra
 class FlashAttention : public torch::autograd::Function<FlashAttention> {
  public:
   static variable_list forward(AutogradContext* context, const at::Tensor& query, const at::Tensor& key,
-                               const at::Tensor& value, const at::Tensor& sinks, const AttentionProblem& problem) {
+                               const at::Tensor& value, const OptionalTensor& sinks, const AttentionProblem& problem) {
     at::AutoDispatchBelowADInplaceOrView guard;
     auto [out, lse] = flash_attention(problem);
-    context->save_for_backward({query, key, value, sinks, problem.query_segment_ids.value_or(at::Tensor()),
+    context->save_for_backward({query, key, value, sinks.value_or(at::Tensor()),
+                                problem.query_segment_ids.value_or(at::Tensor()),
                                 problem.key_segment_ids.value_or(at::Tensor()), out, lse});
     context->saved_data["is_causal"] = problem.is_causal;
     context->saved_data["scale"] = problem.scale;
@@ -79,7 +80,7 @@ std::tuple<at::Tensor, at::Tensor> flash_attention_autograd(const at::Tensor& q,
     at::AutoDispatchBelowADInplaceOrView guard;
     return flash_attention(problem);
   }
-  const auto results = FlashAttention::apply(q, k, v, sinks.value_or(at::Tensor()), problem);
+  const auto results = FlashAttention::apply(q, k, v, sinks, problem);
   return {results[0], results[1]};
 }
 

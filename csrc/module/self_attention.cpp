@@ -1,5 +1,5 @@
 // self_attention: the module's forward, once, for C++, Python and TorchScript.
-#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/autocast_mode.h>
 #include <ATen/ops/dropout.h>
 #include <ATen/ops/linear.h>
 #include <selfattn/ops.h>
@@ -32,6 +32,10 @@ at::Tensor self_attention(const at::Tensor& x, const at::Tensor& q_weight, const
                           c10::string_view backend, int64_t window_left, int64_t window_right, double softcap,
                           double dropout_rate, bool training) {
   TORCH_CHECK_VALUE(x.dim() == 3, "selfattn: x must have three dimensions (B, S, E); got shape ", x.sym_sizes());
+  TORCH_CHECK_TYPE(at::isFloatingType(x.scalar_type()), "selfattn: x must be floating point; got ", x.scalar_type());
+  TORCH_CHECK_TYPE(x.scalar_type() == q_weight.scalar_type() || at::autocast::is_autocast_enabled(x.device().type()),
+                   "selfattn: x must have the dtype of the weights, ", q_weight.scalar_type(), "; got ",
+                   x.scalar_type());
   TORCH_CHECK_VALUE(q_weight.dim() != 2 || q_weight.sym_size(1) == x.sym_size(2),
                     "selfattn: x must have the input features of q_weight, ", q_weight.sym_size(-1), "; got shape ",
                     x.sym_sizes());
