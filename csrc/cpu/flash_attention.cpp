@@ -1,0 +1,238 @@
+// flash_attention and its backward on CPU: tensors -> problem -> tasks on threads.
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <c10/core/CPUAllocator.h>
+#include <torch/library.h>
+
+#include <atomic>
+
+#include "attention/problem.h"
+#include "cpu/gemm.h"
+#include "cpu/select_kernels.h"
+
+namespace selfattn {
+namespace {
+
+using namespace cpu;
+
+constexpr int64_t kTasksPerThread = 4;  // enough for an even load
+constexpr int64_t kLeastSplitKeys = 512;
+
+/// run(task, workspace) for each task, on all threads; a thread takes the next task when it is done with one.
+template <typename Run>
+void for_each_task(int64_t tasks, int64_t workspace_bytes, bool uses_matrix_unit, const Run& run) {
+  std::atomic<int64_t> next{0};
+  const int64_t workers = std::min<int64_t>(at::get_num_threads(), tasks);
+  at::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
+    const at::DataPtr workspace = c10::GetCPUAllocator()->allocate(workspace_bytes);
+    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) run(task, workspace.get());
+    if (uses_matrix_unit) release_matrix_unit();
+  });
+}
+
+/// Memory for packed operands, freed at the end of the call.
+class PackedMemory {
+ public:
+  void* allocate(int64_t bytes) { return memory_.emplace_back(c10::GetCPUAllocator()->allocate(bytes)).get(); }
+
+ private:
+  std::vector<at::DataPtr> memory_;
+};
+
+TokenView view_of(const at::Tensor& tensor) {
+  return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+}
+
+at::Tensor with_contiguous_rows(const at::Tensor& tensor) {
+  return tensor.size(3) <= 1 || tensor.stride(3) == 1 ? tensor : tensor.contiguous();
+}
+
+at::Tensor contiguous_floats(const OptionalTensor& tensor) {
+  return tensor ? tensor->to(at::kFloat).contiguous() : at::Tensor();
+}
+
+/// A call's tensors in the form that the kernels read, and the plain problem that points to them.
+struct Call {
+  explicit Call(const AttentionProblem& attention)
+      : query(with_contiguous_rows(attention.query)),
+        key(with_contiguous_rows(attention.key)),
+        value(with_contiguous_rows(attention.value)),
+        choice(select_kernels(query.scalar_type())) {
+    if (attention.has_segments()) {
+      query_ids = attention.query_segment_ids->contiguous();
+      key_ids = attention.key_segment_ids->contiguous();
+    }
+    const int64_t group = query.size(2) / key.size(2);
+    constexpr int64_t kMost = std::numeric_limits<int32_t>::max() - kPanel;
+    TORCH_CHECK_VALUE(key.size(1) <= kMost && query.size(1) * group <= kMost,
+                      "selfattn: at most ", kMost, " keys, and queries times heads of a group, are supported on CPU; got ",
+                      key.size(1), " and ", query.size(1) * group);
+    const int32_t* query_id_data = query_ids.defined() ? query_ids.const_data_ptr<int32_t>() : nullptr;
+    const int32_t* key_id_data = key_ids.defined() ? key_ids.const_data_ptr<int32_t>() : nullptr;
+    plan = make_pair_plan({.batch = query.size(0),
+                           .query_length = query.size(1),
+                           .key_length = key.size(1),
+                           .group = group,
+                           .is_causal = attention.is_causal,
+                           .window_left = attention.window_left,
+                           .window_right = attention.window_right,
+                           .query_ids = query_id_data,
+                           .key_ids = key_id_data});
+    problem = {.batch = query.size(0),
+               .query_length = query.size(1),
+               .key_length = key.size(1),
+               .query_heads = query.size(2),
+               .key_heads = key.size(2),
+               .head_dim = query.size(3),
+               .value_dim = value.size(3),
+               .scale = static_cast<float>(attention.scale),
+               .softcap = static_cast<float>(attention.softcap),
+               .query = view_of(query),
+               .key = view_of(key),
+               .value = view_of(value),
+               .query_ids = query_id_data,
+               .key_ids = key_id_data,
+               .plan = &plan,
+               .gemm = choice.gemm,
+               .key_step = choice.gemm ? kPanel : kColumns,
+               .row_step = choice.gemm ? kColumns : 1};
+  }
+  Call(const Call&) = delete;
+
+  const FlashKernels& kernels() const { return *choice.kernels; }
+  int64_t key_heads() const { return problem.batch * problem.key_heads; }
+  int64_t query_tiles() const { return problem.tiles() * problem.key_heads; }
+
+  template <typename Run>
+  void for_each(int64_t tasks, int64_t workspace_bytes, const Run& run) const {
+    for_each_task(tasks, workspace_bytes, choice.gemm != nullptr, run);
+  }
+
+  void* transposed_memory(int64_t dim) {
+    return memory.allocate(key_heads() * kernels().transposed_elements(problem, dim) * kernels().compute_bytes);
+  }
+  void* rows_memory(int64_t dim) {
+    return memory.allocate(key_heads() * kernels().rows_elements(problem, dim) * kernels().compute_bytes);
+  }
+
+  at::Tensor query, key, value, query_ids, key_ids;
+  KernelChoice choice;
+  PairPlan plan;
+  FlashProblem problem;
+  PackedMemory memory;
+};
+
+/// Parts that the keys of each tile are split into, so that few tiles with many keys keep all threads busy.
+int64_t count_splits(const Call& call) {
+  const int64_t tiles = std::max<int64_t>(call.query_tiles(), 1);
+  const int64_t wanted = (kTasksPerThread * at::get_num_threads() + tiles - 1) / tiles;
+  int64_t most_keys = 0;
+  for (const QueryTile& tile : call.plan.tiles) most_keys = std::max<int64_t>(most_keys, tile.end_key - tile.first_key);
+  return std::clamp<int64_t>(most_keys / kLeastSplitKeys, 1, wanted);
+}
+
+std::tuple<at::Tensor, at::Tensor> flash_attention_cpu(
+    const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const OptionalTensor& segment_ids, bool causal,
+    std::optional<double> qk_scale, const OptionalTensor& kv_segment_ids, int64_t window_left, int64_t window_right,
+    double softcap, const OptionalTensor& sinks) {
+  const AttentionProblem attention = make_attention_problem(
+      q, k, v, {segment_ids, causal, qk_scale, kv_segment_ids, window_left, window_right, softcap, sinks});
+  const at::Tensor out = at::empty({q.size(0), q.size(1), q.size(2), v.size(3)}, q.options());
+  const at::Tensor lse = at::empty({q.size(0), q.size(2), q.size(1)}, q.options().dtype(at::kFloat));
+  if (lse.numel() == 0) return {out, lse};
+
+  Call call(attention);
+  const FlashKernels& kernels = call.kernels();
+  const at::Tensor sink_floats = contiguous_floats(attention.sinks);
+  ForwardProblem problem{call.problem};
+  problem.sinks = sink_floats.defined() ? sink_floats.const_data_ptr<float>() : nullptr;
+  problem.out = view_of(out);
+  problem.lse = lse.mutable_data_ptr<float>();
+  problem.splits = count_splits(call);
+  problem.parts = nullptr;
+  if (problem.splits > 1) {
+    const int64_t floats = call.query_tiles() * problem.splits * kernels.part_floats(problem);
+    problem.parts = static_cast<float*>(call.memory.allocate(floats * static_cast<int64_t>(sizeof(float))));
+  }
+  // Where one tile reads all keys of a head, it packs them as it goes, and they pass through memory only once.
+  const bool packs_ahead = problem.tiles() > problem.batch;
+  problem.key_transposed = packs_ahead ? call.transposed_memory(problem.head_dim) : nullptr;
+  problem.value_rows = packs_ahead ? call.rows_memory(problem.value_dim) : nullptr;
+
+  const int64_t workspace_bytes = kernels.forward_workspace_bytes(problem);
+  if (packs_ahead) {
+    call.for_each(call.key_heads() * problem.blocks(), workspace_bytes,
+                  [&](int64_t task, void* workspace) { kernels.pack_forward(problem, task, workspace); });
+  }
+  // Backwards: under causality the last tiles of a head have most keys, and a long task should not start last.
+  const int64_t tasks = call.query_tiles() * problem.splits;
+  call.for_each(tasks, workspace_bytes,
+                [&](int64_t task, void* workspace) { kernels.attend(problem, tasks - 1 - task, workspace); });
+  if (problem.parts) {
+    call.for_each(call.query_tiles(), workspace_bytes,
+                  [&](int64_t task, void* workspace) { kernels.merge(problem, task, workspace); });
+  }
+  return {out, lse};
+}
+
+/// Whether each task should compute all gradients of a key head: five products a pair, but few tasks. Apart, the
+/// gradients of keys take four and those of queries three, in as many tasks as one likes.
+bool takes_whole_heads(const Call& call) {
+  const int64_t threads = at::get_num_threads(), heads = call.key_heads();
+  const int64_t rounds = (heads + threads - 1) / threads;
+  return rounds * threads * 5 <= heads * 7;
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> flash_attention_backward_cpu(
+    const at::Tensor& grad_out, const OptionalTensor& grad_lse, const at::Tensor& q, const at::Tensor& k,
+    const at::Tensor& v, const at::Tensor& out, const at::Tensor& lse, const OptionalTensor& segment_ids, bool causal,
+    std::optional<double> qk_scale, const OptionalTensor& kv_segment_ids, int64_t window_left, int64_t window_right,
+    double softcap) {
+  const AttentionProblem attention = make_attention_problem(
+      q, k, v, {segment_ids, causal, qk_scale, kv_segment_ids, window_left, window_right, softcap, std::nullopt});
+  const auto empty_like = [](const at::Tensor& tensor) { return at::empty(tensor.sizes(), tensor.options()); };
+  const at::Tensor grad_query = empty_like(q), grad_key = empty_like(k), grad_value = empty_like(v);
+  if (q.size(2) == 0) return {grad_query, grad_key.zero_(), grad_value.zero_()};
+
+  Call call(attention);
+  const FlashKernels& kernels = call.kernels();
+  const at::Tensor grad_rows = with_contiguous_rows(grad_out.to(q.scalar_type()));
+  const at::Tensor out_rows = with_contiguous_rows(out);
+  const at::Tensor lse_floats = contiguous_floats(lse), grad_lse_floats = contiguous_floats(grad_lse);
+  BackwardProblem problem{call.problem};
+  problem.out = view_of(out_rows);
+  problem.grad_out = view_of(grad_rows);
+  problem.lse = lse_floats.const_data_ptr<float>();
+  problem.grad_lse = grad_lse_floats.defined() ? grad_lse_floats.const_data_ptr<float>() : nullptr;
+  problem.grad_query = view_of(grad_query);
+  problem.grad_key = view_of(grad_key);
+  problem.grad_value = view_of(grad_value);
+  problem.key_transposed = call.transposed_memory(problem.head_dim);
+  problem.value_transposed = call.transposed_memory(problem.value_dim);
+  problem.key_rows = call.rows_memory(problem.head_dim);
+  problem.query_tiles = static_cast<char*>(call.memory.allocate(call.query_tiles() * kernels.query_tile_bytes(problem)));
+
+  const bool whole_heads = takes_whole_heads(call);
+  const int64_t workspace_bytes = kernels.backward_workspace_bytes(problem, whole_heads);
+  const auto for_each = [&](int64_t tasks, auto kernel) {
+    call.for_each(tasks, workspace_bytes, [&](int64_t task, void* workspace) { kernel(problem, task, workspace); });
+  };
+  for_each(call.key_heads() * problem.blocks(), kernels.pack_backward_keys);
+  for_each(call.query_tiles(), kernels.pack_backward_queries);
+  if (whole_heads) {
+    for_each(call.key_heads(), kernels.head_gradients);
+  } else {
+    for_each(call.key_heads() * kernels.key_spans(problem), kernels.key_gradients);
+    for_each(call.query_tiles(), kernels.query_gradients);
+  }
+  return {grad_query, grad_key, grad_value};
+}
+
+}  // namespace
+}  // namespace selfattn
+
+TORCH_LIBRARY_IMPL(selfattn, CPU, m) {
+  m.impl("flash_attention", TORCH_FN(selfattn::flash_attention_cpu));
+  m.impl("flash_attention_backward", TORCH_FN(selfattn::flash_attention_backward_cpu));
+}

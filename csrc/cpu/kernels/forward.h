@@ -1,0 +1,245 @@
+#pragma once
+
+// Forward: a tile of queries walks over its keys in spans, with the running maximum and sum of the online softmax
+// (Milakov and Gimelshein, arXiv:1805.02867).
+#include "cpu/kernels/score_tile.h"
+
+namespace selfattn::cpu {
+inline namespace CPU_CAPABILITY {
+
+constexpr int64_t kForwardSpan = 256;  // keys whose scores are held at once
+
+/// dst[0, end - first) = row[first, end) as E.
+inline void store_operand(const Vec& x, float* dst) { x.store(dst); }
+#if defined(__AVX512BF16__)
+inline void store_operand(const Vec& x, c10::BFloat16* dst) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(dst), (__m256i)_mm512_cvtneps_pbh(x));
+}
+#endif
+
+template <typename T, typename E>
+class Forward {
+  static constexpr bool kIsInPlace = std::is_same_v<E, float>;  // weights take the place of the scores
+
+ public:
+  Forward(const ForwardProblem& problem, void* workspace)
+      : p_(problem), layout_(problem), products_{problem}, rule_(problem), space_(workspace) {
+    staging_ = space_.take<E>(kPanel * std::max(layout_.depth, layout_.value_columns));
+    query_ = space_.take<E>(kTileRows * layout_.depth);
+    scores_ = space_.take<float>(kTileRows * kForwardSpan);
+    weights_ = kIsInPlace ? nullptr : space_.take<E>(kTileRows * kForwardSpan);
+    out_ = space_.take<float>(kTileRows * layout_.value_columns);
+    max_ = space_.take<float>(kTileRows);
+    sum_ = space_.take<float>(kTileRows);
+    if (!problem.key_transposed) {
+      local_key_ = space_.take<E>(kForwardSpan * layout_.depth);
+      local_value_ = space_.take<E>(kForwardSpan * layout_.value_columns);
+    }
+  }
+
+  int64_t workspace_bytes() const { return space_.bytes(); }
+
+  static int64_t part_floats(const FlashProblem& problem) {
+    return kTileRows * (Layout<E>(problem).value_columns + 2);
+  }
+
+  /// Packs one key block.
+  void pack(int64_t task) {
+    const int64_t block = task % p_.blocks(), head = task / p_.blocks();
+    E* key = static_cast<E*>(p_.key_transposed) + head * layout_.tokens * layout_.depth;
+    E* value = static_cast<E*>(p_.value_rows) + head * layout_.tokens * layout_.value_columns;
+    pack_block(head / p_.key_heads, head % p_.key_heads, block * kPanel, key + block * kPanel * layout_.depth,
+               block * kPanel, layout_.tokens, value);
+  }
+
+  void attend(int64_t task) {
+    const int64_t split = task % p_.splits, index = task / p_.splits;
+    const QueryTile& tile = p_.plan->tiles[index % p_.tiles()];
+    const int64_t head = index / p_.tiles();
+    // Parts of equal numbers of keys, in whole steps.
+    const int64_t begin = tile.first_key / p_.key_step * p_.key_step;
+    const int64_t end = std::min(round_up(tile.end_key, p_.key_step), layout_.tokens);
+    const int64_t length = round_up((end - begin + p_.splits - 1) / p_.splits, p_.key_step);
+    start(tile, head);
+    walk(tile, head, begin + split * length, std::min(begin + (split + 1) * length, end));
+    if (!p_.parts) return finish(tile, head);
+    float* part = p_.parts + task * part_floats(p_);
+    std::copy_n(out_, tile.rows * layout_.value_columns, part);
+    std::copy_n(max_, tile.rows, part + kTileRows * layout_.value_columns);
+    std::copy_n(sum_, tile.rows, part + kTileRows * (layout_.value_columns + 1));
+  }
+
+  /// Merges the parts of a tile.
+  void merge(int64_t task) {
+    const QueryTile& tile = p_.plan->tiles[task % p_.tiles()];
+    const float* parts = p_.parts + task * p_.splits * part_floats(p_);
+    for (int64_t row = 0; row < tile.rows; ++row) merge_row(parts, row);
+    finish(tile, task / p_.tiles());
+  }
+
+ private:
+  void pack_block(int64_t batch, int64_t head, int64_t first, E* key, int64_t value_first, int64_t value_tokens,
+                  E* value) {
+    const int64_t count = std::min(kPanel, p_.key_length - first);
+    const auto key_rows = as_operand(p_.key.at<const T>(batch, first, head), p_.key.token_stride, count, p_.head_dim,
+                                     layout_.depth, staging_);
+    pack_transposed(key_rows, count, layout_.depth, key);
+    const auto value_rows = as_operand(p_.value.at<const T>(batch, first, head), p_.value.token_stride, count,
+                                       p_.value_dim, p_.value_dim, staging_);
+    pack_rows(value_rows, count, p_.value_dim, value_first, value_tokens, value);
+  }
+
+  /// Reads the queries of a tile.
+  void start(const QueryTile& tile, int64_t head) {
+    const int64_t group = p_.group();
+    for (int64_t row = 0; row < tile.rows; ++row) {
+      const int64_t token = (tile.first_row + row) / group, in_group = (tile.first_row + row) % group;
+      const T* src = p_.query.at<const T>(tile.batch, token, head * group + in_group);
+      E* dst = query_ + row * layout_.depth;
+      const auto rows = as_operand(src, 0, 1, p_.head_dim, layout_.depth, dst);
+      if (rows.data != dst) std::copy_n(rows.data, layout_.depth, dst);
+    }
+    const int64_t computed = round_up(tile.rows, p_.row_step);
+    std::fill(query_ + tile.rows * layout_.depth, query_ + computed * layout_.depth, E(0.0f));
+    std::fill_n(max_, tile.rows, -kInfinity);
+    std::fill_n(sum_, tile.rows, 0.0f);
+    is_first_ = true;
+  }
+
+  /// The keys [begin, end) in spans that leave out the blocks that no pair may meet in.
+  void walk(const QueryTile& tile, int64_t head, int64_t begin, int64_t end) {
+    const TileRows rows(p_, tile);
+    for (int64_t first = begin; first < end;) {
+      const int64_t block = first / kPanel;
+      if (!p_.plan->may_meet(tile, block)) {
+        first = (block + 1) * kPanel;
+        continue;
+      }
+      const int64_t limit = std::min(end, first + kForwardSpan);
+      int64_t last = std::min((block + 1) * kPanel, limit);
+      while (last < limit && p_.plan->may_meet(tile, last / kPanel)) last = std::min(last + kPanel, limit);
+      attend_span(tile, rows, head, first, last);
+      first = last;
+    }
+  }
+
+  void attend_span(const QueryTile& tile, const TileRows& rows, int64_t head, int64_t first, int64_t end) {
+    const int64_t count = end - first;
+    const int64_t key_head = tile.batch * p_.key_heads + head;
+    // Operands of this span: of the whole head, or packed here, where the first token is `origin`.
+    const E *key = local_key_, *value = local_value_;
+    int64_t origin = first, tokens = kForwardSpan;
+    if (p_.key_transposed) {
+      key = static_cast<const E*>(p_.key_transposed) + key_head * layout_.tokens * layout_.depth;
+      value = static_cast<const E*>(p_.value_rows) + key_head * layout_.tokens * layout_.value_columns;
+      origin = 0, tokens = layout_.tokens;
+    } else {
+      for (int64_t token = first; token < end; token += kPanel) {
+        pack_block(tile.batch, head, token, local_key_ + (token - first) * layout_.depth, token - first, tokens,
+                   local_value_);
+      }
+    }
+    products_.with_transposed(tile.rows, layout_.depth, query_, layout_.depth, key, first - origin, end - origin,
+                              scores_, kForwardSpan);
+    const bool is_full = p_.plan->is_full(tile, first, end);
+    const int32_t* key_ids = p_.key_ids ? p_.key_ids + tile.batch * p_.key_length : nullptr;
+    for (int64_t row = 0; row < tile.rows; ++row) {
+      float* score = scores_ + row * kForwardSpan;
+      const Span span = mask_row(rows, row, key_ids, first, count, is_full, rule_, score);
+      add_to_softmax(row, span, count, score);
+    }
+    products_.with_rows(tile.rows, layout_.value_columns, weights(0), kForwardSpan, value, tokens, first - origin,
+                        end - origin, out_, layout_.value_columns, !is_first_);
+    is_first_ = false;
+  }
+
+  E* weights(int64_t row) {
+    if constexpr (kIsInPlace) {
+      return scores_ + row * kForwardSpan;
+    } else {
+      return weights_ + row * kForwardSpan;
+    }
+  }
+
+  /// Scores become weights relative to the row's new maximum; what was summed up before is rescaled to it.
+  void add_to_softmax(int64_t row, Span span, int64_t count, const float* score) {
+    E* weight = weights(row);
+    Vec r_max(-kInfinity);
+    for (int64_t i = span.first; i < span.end; i += kLanes) r_max = larger(r_max, load(score + i));
+    const float new_max = std::max(largest(r_max) * rule_.factor, max_[row]);  // in this order, NaN wins
+    if (new_max == -kInfinity) {
+      std::fill_n(weight, count, E(0.0f));
+      return;
+    }
+    if (new_max != max_[row] && max_[row] != -kInfinity) {
+      const float decay = std::exp2(max_[row] - new_max);
+      sum_[row] *= decay;
+      float* out = out_ + row * layout_.value_columns;
+      for (int64_t i = 0; i < layout_.value_columns; i += kLanes) (load(out + i) * Vec(decay)).store(out + i);
+    }
+    max_[row] = new_max;
+    const Vec factor(rule_.factor), minus_max(-new_max);
+    Vec r_sum(0.0f);
+    std::fill_n(weight, span.first, E(0.0f));
+    for (int64_t i = span.first; i < span.end; i += kLanes) {
+      const Vec r_weight = exp2(at::vec::fmadd(load(score + i), factor, minus_max));
+      r_sum = r_sum + r_weight;
+      store_operand(r_weight, weight + i);
+    }
+    std::fill(weight + span.end, weight + count, E(0.0f));
+    sum_[row] += sum(r_sum);
+  }
+
+  void merge_row(const float* parts, int64_t row) {
+    const int64_t columns = layout_.value_columns, stride = part_floats(p_);
+    const float* maxima = parts + kTileRows * columns + row;
+    const float* sums = maxima + kTileRows;
+    max_[row] = -kInfinity, sum_[row] = 0.0f;
+    for (int64_t split = 0; split < p_.splits; ++split) max_[row] = std::max(max_[row], maxima[split * stride]);
+    float* out = out_ + row * columns;
+    std::fill_n(out, columns, 0.0f);
+    for (int64_t split = 0; split < p_.splits; ++split) {
+      if (maxima[split * stride] == -kInfinity) continue;  // its output was never written
+      const float decay = std::exp2(maxima[split * stride] - max_[row]);
+      sum_[row] += decay * sums[split * stride];
+      const float* part = parts + split * stride + row * columns;
+      for (int64_t i = 0; i < columns; i += kLanes) {
+        at::vec::fmadd(load(part + i), Vec(decay), load(out + i)).store(out + i);
+      }
+    }
+  }
+
+  /// Divides by the sums and writes out and lse. A sink takes part in the sum only.
+  void finish(const QueryTile& tile, int64_t head) {
+    const int64_t group = p_.group();
+    for (int64_t row = 0; row < tile.rows; ++row) {
+      const int64_t token = (tile.first_row + row) / group, query_head = head * group + (tile.first_row + row) % group;
+      T* out = p_.out.at<T>(tile.batch, token, query_head);
+      float& lse = p_.lse[(tile.batch * p_.query_heads + query_head) * p_.query_length + token];
+      const float sink = p_.sinks ? p_.sinks[query_head] * kLog2e : -kInfinity;
+      const float max = std::max(max_[row], sink);
+      if (max_[row] == -kInfinity) {
+        std::fill_n(out, p_.value_dim, T(0.0f));
+        lse = p_.sinks ? p_.sinks[query_head] : -kInfinity;
+        continue;
+      }
+      const float decay = std::exp2(max_[row] - max);
+      const float sum = sum_[row] * decay + std::exp2(sink - max);
+      lse = (max + std::log2(sum)) * kLn2;
+      convert_scaled(out_ + row * layout_.value_columns, decay / sum, out, p_.value_dim);
+    }
+  }
+
+  const ForwardProblem& p_;
+  const Layout<E> layout_;
+  const Products<E> products_;
+  const LogitRule rule_;
+  Workspace space_;
+  E *staging_, *query_, *weights_;
+  E *local_key_ = nullptr, *local_value_ = nullptr;
+  float *scores_, *out_, *max_, *sum_;
+  bool is_first_ = true;
+};
+
+}  // namespace CPU_CAPABILITY
+}  // namespace selfattn::cpu

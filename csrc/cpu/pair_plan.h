@@ -1,0 +1,74 @@
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace selfattn::cpu {
+
+constexpr int64_t kTileRows = 64;  // query rows of a tile, at most
+constexpr int64_t kPanel = 64;     // columns of a packed panel; tokens of a key block
+
+/// The rules that say which pairs are allowed. Ids are null where there are none.
+struct PairRules {
+  int64_t batch, query_length, key_length;
+  int64_t group;  // query heads that share a key head
+  bool is_causal;
+  int64_t window_left, window_right;  // -1: unbounded
+  const int32_t* query_ids;           // (B, Sq)
+  const int32_t* key_ids;             // (B, Skv)
+};
+
+/// Some consecutive query rows of one batch entry, and what they may attend to, summed up. The heads of a group are
+/// rows beside each other: row = token * group + head in the group.
+struct QueryTile {
+  int32_t batch;
+  int32_t first_row, rows;
+  int32_t first_key, end_key;                // the keys that some row may attend to lie in here; equal where there are none
+  int32_t common_first_key, common_end_key;  // the keys in here every row may attend to, its id permitting
+  int32_t min_id, max_id;                    // of the rows
+
+  bool is_empty() const { return first_key >= end_key; }
+};
+
+/// The ids of a key block.
+struct KeyBlock {
+  int32_t min_id, max_id;  // without padding; min_id > max_id where there is nothing else
+  bool has_padding;
+};
+
+/// The allowed pairs, from O(S) facts: a query token may attend to the keys [first_key, end_key), and, where its batch
+/// entry compares ids, only to those of its own id. Documents that are contiguous become intervals and compare nothing.
+struct PairPlan {
+  std::vector<int32_t> first_key, end_key;  // (B, Sq)
+  std::vector<char> compares_ids;           // (B,)
+  std::vector<KeyBlock> key_blocks;         // (B, blocks) where some batch entry compares ids
+  std::vector<QueryTile> tiles;             // of all batch entries, in order
+  std::vector<int64_t> first_tile;          // (B + 1,)
+  int64_t blocks = 0;                       // key blocks of a batch entry
+
+  /// Whether some pair of the tile and the key block may be allowed.
+  bool may_meet(const QueryTile& tile, int64_t block) const;
+  /// Whether every pair of the tile's rows and the keys [first, end) is allowed.
+  bool is_full(const QueryTile& tile, int64_t first, int64_t end) const;
+};
+
+PairPlan make_pair_plan(const PairRules& rules);
+
+inline bool PairPlan::may_meet(const QueryTile& tile, int64_t block) const {
+  if (block * kPanel >= tile.end_key || (block + 1) * kPanel <= tile.first_key) return false;
+  if (!compares_ids[tile.batch]) return true;
+  const KeyBlock& ids = key_blocks[tile.batch * blocks + block];
+  return ids.min_id <= tile.max_id && tile.min_id <= ids.max_id;
+}
+
+inline bool PairPlan::is_full(const QueryTile& tile, int64_t first, int64_t end) const {
+  if (first < tile.common_first_key || end > tile.common_end_key) return false;
+  if (!compares_ids[tile.batch]) return true;
+  for (int64_t block = first / kPanel; block * kPanel < end; ++block) {
+    const KeyBlock& ids = key_blocks[tile.batch * blocks + block];
+    if (ids.has_padding || ids.min_id != tile.max_id || ids.max_id != tile.min_id) return false;
+  }
+  return true;
+}
+
+}  // namespace selfattn::cpu

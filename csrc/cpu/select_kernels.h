@@ -1,0 +1,17 @@
+#pragma once
+
+#include <c10/core/ScalarType.h>
+
+#include "cpu/flash_kernels.h"
+
+namespace selfattn::cpu {
+
+struct KernelChoice {
+  const FlashKernels* kernels;
+  PanelGemm gemm;  // null: the kernels' own products
+};
+
+/// The fastest kernels that this CPU, and ATEN_CPU_CAPABILITY, allow for tensors of float32, bfloat16 or float16.
+KernelChoice select_kernels(c10::ScalarType dtype);
+
+}  // namespace selfattn::cpu
