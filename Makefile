@@ -1,0 +1,87 @@
+# make demo | test | lint | bench-cpu | sanitize | coverage | install | clean     (see CONTRIBUTING.md)
+# Everything lies in this folder: .venv (Python packages), build (CMake), build/install (the C++ package).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# The compilations at a time. A CUDA unit takes up to 2 GB.
+JOBS ?= $(shell nproc)
+CMAKE_ARGS ?=
+CONFIGURE = $(BIN)/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
+  -DPython3_EXECUTABLE=$(abspath $(BIN)/python) -DCMAKE_INSTALL_LIBDIR=lib -S .
+export SELFATTN_LIBRARY := $(abspath build/libselfattn.so)
+export PYTHONPATH := $(CURDIR)
+SOURCES = $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
+
+.PHONY: all build install demo test test-cpp test-python coverage sanitize lint format bench-cpu clean
+
+all: build
+
+# ---------------------------------------------------------------- set-up
+$(VENV)/.debian:
+	@sh .ci/debian_packages
+	@mkdir -p $(VENV) && touch $@
+
+$(VENV)/.python: $(VENV)/.debian
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	touch $@
+
+# The lists of packages stand in pyproject.toml alone.
+$(VENV)/.packages: $(VENV)/.python pyproject.toml
+	$(BIN)/python .ci/requirements.py torch demo test lint dev > $(VENV)/requirements.txt
+	$(BIN)/python -m pip install --quiet --requirement $(VENV)/requirements.txt
+	touch $@
+
+# ---------------------------------------------------------------- build
+build/build.ninja: CMakeLists.txt $(VENV)/.packages
+	$(CONFIGURE) -B build -DSELFATTN_TESTS=ON $(CMAKE_ARGS)
+
+build: build/build.ninja
+	$(BIN)/cmake --build build -j $(JOBS)
+
+install: build
+	$(BIN)/cmake --install build --prefix build/install > /dev/null
+
+# ---------------------------------------------------------------- use
+demo: install
+	$(BIN)/python examples/train_packed/demo.py $(DEMO_ARGS)
+
+bench-cpu: build
+	$(BIN)/python benchmarks/attention_cpu.py $(BENCH_ARGS)
+
+# ---------------------------------------------------------------- check
+test: test-cpp test-python
+
+test-cpp: build
+	$(BIN)/ctest --test-dir build --output-on-failure
+
+test-python: install
+	$(BIN)/python -m pytest --cov --cov-report=term $(PYTEST_ARGS)
+
+# C++ lines that the C++ tests and the quick Python tests reach, on the CPU part.
+coverage: $(VENV)/.packages
+	$(CONFIGURE) -B build-coverage -DSELFATTN_TESTS=ON -DSELFATTN_CUDA=OFF -DSELFATTN_COVERAGE=ON
+	$(BIN)/cmake --build build-coverage -j $(JOBS)
+	find build-coverage -name '*.gcda' -delete
+	$(BIN)/ctest --test-dir build-coverage --output-on-failure
+	SELFATTN_LIBRARY=$(abspath build-coverage/libselfattn.so) $(BIN)/python -m pytest -q -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/gcovr --root . --filter csrc/ --filter include/ --exclude-throw-branches build-coverage
+
+sanitize: $(VENV)/.packages
+	$(CONFIGURE) -B build-sanitize -DSELFATTN_TESTS=ON -DSELFATTN_CUDA=OFF -DSELFATTN_SANITIZE=address,undefined
+	$(BIN)/cmake --build build-sanitize -j $(JOBS)
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	  $(BIN)/ctest --test-dir build-sanitize --output-on-failure
+
+lint: $(VENV)/.packages
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.packages
+	$(BIN)/clang-format -i $(SOURCES)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf build build-coverage build-sanitize
