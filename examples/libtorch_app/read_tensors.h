@@ -11,7 +11,8 @@
 inline std::vector<torch::Tensor> read_tensors(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
   const std::vector<char> bytes{std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
+  const torch::IValue tuple = torch::pickle_load(bytes);
   std::vector<torch::Tensor> tensors;
-  for (const auto& element : torch::pickle_load(bytes).toTupleRef().elements()) tensors.push_back(element.toTensor());
+  for (const auto& element : tuple.toTupleRef().elements()) tensors.push_back(element.toTensor());
   return tensors;
 }
