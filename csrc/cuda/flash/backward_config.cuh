@@ -1,0 +1,138 @@
+// Everything static about the backward kernels: tiles, stages, shared memory, barriers, flags.
+#pragma once
+#include <cstdint>
+
+#include "backward.h"
+#include "pipeline.cuh"
+#include "tensor_map.h"
+
+namespace selfattn::cuda {
+
+// dQ is summed in float32 patches of 64 queries x 64 columns, each in the order in which a warpgroup's accumulators
+// hold its transpose: a quarter for each warp, in it the four accumulators 4i .. 4i + 3 of all lanes for one i after
+// another.
+constexpr int kPatchRows = 64;
+constexpr int kPatchFloats = kPatchRows * kPanelColumns;
+constexpr int kPatchWarps = 4;
+
+// A query tile of the stream, as the loading warp announces it beside the barrier of its stage.
+struct alignas(16) BlockInfo {
+  int query_tile;
+  int patch_row;  // its first row of patches, counted over all batches and heads; < 0: adds nothing to dQ
+  int flags;
+};
+enum BlockFlag : int {
+  kMaskWarpgroup0 = 1,  // some pairs of warpgroup 0 (1) are hidden
+  kMaskWarpgroup1 = 2,
+  kHiddenByRuns = 4,  // the row's segments are contiguous runs
+  kHiddenByIds = 8,   // they are not, and the ids of this block differ
+  kAllHidden = 16,    // stands in for the queries of a key tile that none sees
+  kLastOfTile = 32,
+  kEndOfStream = 64,  // no block; told to the warps that keep turns
+};
+
+// What the otherwise idle warps of the loading warpgroup are at.
+struct SideJob {
+  int head, patch_row, part, section;  // head, counted over all batches, < 0: no more
+  bool prepares;
+};
+
+// The keys at work, announced with K.
+struct TileInfo {
+  int key_tile, head, batch, section;  // key_tile < 0: no more
+};
+
+enum NamedBarrier : int { kConsumers = 1, kWarpgroup0 = 2, kWarpgroup1 = 3 };
+
+// kHeadDim 64, 128: narrow; P and dS reach dV and dK from registers, a warpgroup owns 64 of 128 keys.
+// kHeadDim 256: wide; P and dS go through shared memory, a warpgroup owns 128 of 256 columns of dK, dV and dQ.
+template <class Element_, int kHeadDim_>
+struct BackwardConfig {
+  using Element = Element_;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr bool kIsWide = kHeadDim > 128;
+  static constexpr int kTileQ = kHeadDim == 64 ? 128 : 64;
+  static constexpr int kTileKv = kIsWide ? 64 : 128;
+  static constexpr int kStages = 2;
+  static constexpr int kPanels = kHeadDim / kPanelColumns;
+  static constexpr int kPatchRowsOfTile = kTileQ / kPatchRows;
+  static constexpr int kConsumers = 256, kThreads = 128 + kConsumers;
+  static constexpr int kConsumerWarps = kConsumers / 32;
+  static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+  static constexpr int kStatFloats = 2 * kTileQ;  // of a tile: lse * log2(e), then delta
+  static constexpr int kStoreRows =
+      kIsWide ? 64 : 16;  // box of the stores of dK and dV: a warpgroup's or a warp's rows
+  // Who frees K and V: every warp when it has read them, or (wide) the thread that stores dK and dV from their memory.
+  static constexpr int kFreeKeyArrivals = kIsWide ? 2 : kConsumerWarps;
+
+  // Side jobs (backward_side_jobs.cuh): a job is a patch of the dQ sum, or kSideRows rows of out and of dO. The wide
+  // kernel has no memory for them.
+  static constexpr bool kHasSideJobs = !kIsWide;
+  static constexpr int kSideBuffers = 2, kSideWorkers = 2;
+  static constexpr int kSideBytes = kPatchFloats * 4, kSideRows = kPatchRows / kPanels;
+
+  static constexpr int kQueryBytes = kTileQ * kHeadDim * 2, kKeyBytes = kTileKv * kHeadDim * 2;
+  static constexpr int kScoreBytes = kTileQ * kTileKv * 2;
+
+  struct SharedStorage {
+    alignas(1024) unsigned char k[kKeyBytes];
+    unsigned char v[kKeyBytes];
+    unsigned char q[kStages][kQueryBytes];
+    unsigned char grad_out[kStages][kQueryBytes];
+    unsigned char grad_s[2][kScoreBytes];                              // narrow: dK on its way out, too
+    unsigned char p_or_grad_v[kIsWide ? 2 * kScoreBytes : kKeyBytes];  // wide: two P; narrow: dV on its way out
+    unsigned char side[kSideBuffers][kHasSideJobs ? kSideBytes : 16];
+    alignas(16) float row_stats[kStages][kStatFloats];
+    alignas(16) int query_ids[kStages][kTileQ];
+    BlockInfo block[kStages];
+    TileInfo tile;
+    SideJob side_job[kSideBuffers];
+    float side_sums[kSideRows];
+    uint64_t q_full[kStages], q_free[kStages], grad_out_full[kStages], grad_out_free[kStages];
+    uint64_t k_full, k_free, v_full, v_free;
+    uint64_t side_full[kSideBuffers], side_free[kSideBuffers];
+    uint64_t has_turn[kStages], added[kStages];  // deterministic mode: a block may add to dQ; it has
+  };
+  static_assert(sizeof(SharedStorage) <= 227 * 1024);
+};
+
+// What the launcher derives from the shape. A pair is a key head of one batch, with its group of query heads. Pairs are
+// worked on in sections, so that what their query rows read and add to stays in L2.
+struct BackwardPlan {
+  int query_tiles, key_tiles;
+  int patch_rows;  // of one query head
+  int group;       // query heads of a key head
+  int pairs, pairs_of_section, sections;
+  bool has_side_jobs;
+  // Whether a key tile meets its query tiles from the first to the last: for single heads, so that thread blocks that
+  // start together add to different rows. Where a tile goes through a group of heads, downwards keeps those thread
+  // blocks at the same queries, which then stay in L2. The deterministic mode adds up dQ from the last key tile to the
+  // first if upwards, else from the first to the last: the tile that is ahead then has the turn.
+  bool walks_upward;
+  float* row_stats;   // (batch, num_heads, query_tiles, kStatFloats)
+  float* grad_q_sum;  // (batch, num_heads, patch_rows, kPanels, kPatchFloats)
+  int* turns;         // (batch, num_heads, query_tiles): key tiles added to dQ so far; deterministic mode only
+  int* counters;      // next tile, next side job, and for every section: query rows prepared, key tiles done
+
+  __host__ __device__ int work_tiles() const { return pairs * key_tiles; }
+  __host__ __device__ int count_of_counters() const { return 2 + 2 * sections; }
+  __host__ __device__ int pairs_in(int section) const {
+    const int rest = pairs - section * pairs_of_section;
+    return rest < pairs_of_section ? rest : pairs_of_section;
+  }
+  __host__ __device__ int first_head_of(int section) const {
+    return section * pairs_of_section * group;
+  }  // over all batches
+  __host__ __device__ int heads_in(int section) const { return pairs_in(section) * group; }
+  // The heads that the prepare and the finish kernel care for.
+  int heads_prepared_ahead() const { return has_side_jobs ? heads_in(0) : pairs * group; }
+  __host__ __device__ int first_head_finished_behind() const { return has_side_jobs ? first_head_of(sections - 1) : 0; }
+  __device__ int* next_tile() const { return counters; }
+  __device__ int* next_side_job() const { return counters + 1; }
+  __device__ int* rows_prepared(int section) const { return counters + 2 + section; }
+  __device__ int* tiles_done(int section) const {
+    return counters + 2 + sections + section;
+  }  // by every multiplying warp
+};
+
+}  // namespace selfattn::cuda

@@ -1,0 +1,225 @@
+// The multiplying warpgroups of the backward kernel for head dimensions up to 128.
+//
+// A warpgroup owns 64 of the tile's 128 keys. It computes S^T = K Q^T and dP^T = V dO^T; P^T and dS^T stay in registers
+// as left operands of dV += P^T dO and dK += dS^T Q. dS also goes to shared memory, where both warpgroups read it for
+// dQ^T = K^T dS^T: at head dimension 128 each for 64 of the columns, at 64 each for 64 of the queries.
+#pragma once
+#include "../ptx/arithmetic.cuh"
+#include "../ptx/barrier.cuh"
+#include "../ptx/fence.cuh"
+#include "../ptx/matrix.cuh"
+#include "../ptx/mbarrier.cuh"
+#include "../ptx/tma.cuh"
+#include "../ptx/wgmma.cuh"
+#include "backward_config.cuh"
+#include "backward_mask.cuh"
+#include "backward_patch.cuh"
+#include "backward_stream.cuh"
+
+namespace selfattn::cuda {
+
+template <class Config>
+__device__ __forceinline__ void multiply_narrow(const BackwardMaps& maps, const BackwardParams& p,
+                                                const BackwardPlan& plan, typename Config::SharedStorage& s) {
+  using namespace ptx;
+  using Element = typename Config::Element;
+  constexpr int kD = Config::kHeadDim, kTileQ = Config::kTileQ, kTileKv = Config::kTileKv;
+  constexpr int kQPanel = kTileQ * 128, kKvPanel = kTileKv * 128;  // bytes
+  constexpr int kStep = 16;                                        // of the summed dimension in one product
+  const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0) - 1, warp = threadIdx.x / 32 % 4,
+            lane = threadIdx.x % 32;
+  const float scale_log2 = p.scale * 1.4426950408889634f;
+
+  float dk[kD / 2], dv[kD / 2], scores[kTileQ / 2], dp[kTileQ / 2], dq[kPatchRows / 2];
+  uint32_t p_packed[kTileQ / 4], ds_packed[kTileQ / 4];
+  Ring<Config::kStages> ring;
+  uint32_t tile_parity = 0;
+  int ds_buffer = 0;
+
+  const uint32_t s_k = shared_address(s.k), s_v = shared_address(s.v), s_q = shared_address(s.q),
+                 s_do = shared_address(s.grad_out);
+  const uint32_t s_ds = shared_address(s.grad_s);
+  // Left operands: this warpgroup's rows of K and V; K transposed, the 64 columns of its share of dQ.
+  const uint64_t k_rows = matrix_descriptor(s_k + warpgroup * 64 * 128),
+                 v_rows = matrix_descriptor(s_v + warpgroup * 64 * 128);
+  const uint64_t k_columns = matrix_descriptor(s_k + (kD == 128 ? warpgroup * kKvPanel : 0));
+  // Right operands: Q and dO with queries as rows, and with queries as the summed dimension; dS.
+  const uint64_t q_rows = matrix_descriptor(s_q), do_rows = matrix_descriptor(s_do);
+  const uint64_t q_summed = matrix_descriptor(s_q, kQPanel), do_summed = matrix_descriptor(s_do, kQPanel);
+  const uint64_t ds_rows = matrix_descriptor(s_ds + (kD == 64 ? warpgroup * kPatchRows * 128 : 0));
+  // Where this lane's row of an 8x8 matrix of dS^T goes, transposed: query (lane / 16 * 8 + lane % 8), 8 keys.
+  const uint32_t s_ds_out =
+      s_ds + warpgroup * kQPanel + (lane / 16 * 8 + lane % 8) * 128 + ((warp * 2 + lane / 8 % 2) ^ (lane % 8)) * 16;
+
+  const auto multiply_rows = [&](auto& d, uint64_t left, uint64_t right) {  // d = left right^T over the head dimension
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < kD / kStep; i++) {
+      const uint64_t a = left + (i / 4 * kKvPanel + i % 4 * 32) / 16, b = right + (i / 4 * kQPanel + i % 4 * 32) / 16;
+      if (i == 0)
+        Wgmma<Element, kTileQ>::template ss_overwrite<>(d, a, b);
+      else
+        Wgmma<Element, kTileQ>::template ss<>(d, a, b);
+    }
+    wgmma_commit();
+  };
+  const auto issue_scores = [&](int stage) {
+    multiply_rows(scores, k_rows, q_rows + stage * (Config::kQueryBytes / 16));
+  };
+  const auto issue_dp = [&](int stage) { multiply_rows(dp, v_rows, do_rows + stage * (Config::kQueryBytes / 16)); };
+  const auto accumulate = [&](float(&d)[kD / 2], const uint32_t* left,
+                              uint64_t right) {  // d += left right over the queries
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < kTileQ / kStep; i++)
+      Wgmma<Element, kD>::template rs<true>(d, left + 4 * i, right + i * (kStep * 128 / 16));
+    wgmma_commit();
+  };
+  const auto issue_dv = [&](int stage) { accumulate(dv, p_packed, do_summed + stage * (Config::kQueryBytes / 16)); };
+  const auto issue_dk = [&](int stage) { accumulate(dk, ds_packed, q_summed + stage * (Config::kQueryBytes / 16)); };
+  const auto issue_dq = [&] {
+    const uint64_t right = ds_rows + ds_buffer * (Config::kScoreBytes / 16);
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < kTileKv / kStep; i++) {
+      const uint64_t a = k_columns + i * (kStep * 128 / 16), b = right + (i / 4 * kQPanel + i % 4 * 32) / 16;
+      if (i == 0)
+        Wgmma<Element, kPatchRows>::template ss_overwrite<true, false>(dq, a, b);
+      else
+        Wgmma<Element, kPatchRows>::template ss<true, false>(dq, a, b);
+    }
+    wgmma_commit();
+  };
+  const auto arrive = [&](uint64_t& barrier) {
+    if (lane == 0) mbarrier_arrive(shared_address(&barrier));
+  };
+  const auto add_dq = [&](const BlockInfo& block) {
+    if (p.is_deterministic) mbarrier_wait(shared_address(&s.has_turn[ring.stage]), ring.parity);
+    if (block.patch_row >= 0)
+      add_patch(plan, kD == 128 ? block.patch_row * 2 + warpgroup : block.patch_row + warpgroup, warp, lane, dq);
+    if (p.is_deterministic) __syncwarp(), arrive(s.added[ring.stage]);
+  };
+  const auto hide_masked = [&](const BlockInfo& block) {
+    const int first_key = s.tile.key_tile * kTileKv + warpgroup * 64 + warp * 16 + lane / 4, column = 2 * (lane % 4);
+    hide_pairs<kTileQ>(scores, p, block.flags, s.tile.batch, first_key, block.query_tile * kTileQ + column,
+                       &s.query_ids[ring.stage][column]);
+  };
+  // Writes this warp's 16 keys of dK or dV to its slice of shared memory and on to global memory.
+  const auto store = [&](const CUtensorMap* map, float(&d)[kD / 2], float factor, unsigned char* slices,
+                         const TileInfo& tile) {
+    const uint32_t s_slice = shared_address(slices) + (warpgroup * 4 + warp) * (16 * kD * 2),
+                   s_row = s_slice + lane % 16 * 128;
+#pragma unroll
+    for (int i = 0; i < kD / 16; i++) {
+      store_matrix_x4(s_row + i / 4 * (16 * 128) + ((i % 4 * 2 + lane / 16) ^ (lane % 8)) * 16,
+                      pack<Element>(d[8 * i] * factor, d[8 * i + 1] * factor),
+                      pack<Element>(d[8 * i + 2] * factor, d[8 * i + 3] * factor),
+                      pack<Element>(d[8 * i + 4] * factor, d[8 * i + 5] * factor),
+                      pack<Element>(d[8 * i + 6] * factor, d[8 * i + 7] * factor));
+    }
+    fence_proxy_async_shared();
+    __syncwarp();
+    if (lane == 0) {
+#pragma unroll
+      for (int panel = 0; panel < Config::kPanels; panel++) {
+        tma_store_4d(map, s_slice + panel * (16 * 128), panel * kPanelColumns,
+                     tile.key_tile * kTileKv + warpgroup * 64 + warp * 16, tile.head, tile.batch);
+      }
+      bulk_commit();
+    }
+  };
+
+  for (;; tile_parity ^= 1) {
+#pragma unroll
+    for (int i = 0; i < kD / 2; i++) dk[i] = dv[i] = 0.f;
+    pin(dk), pin(dv);
+    mbarrier_wait(shared_address(&s.k_full), tile_parity);
+    if (s.tile.key_tile < 0) break;
+    mbarrier_wait(shared_address(&s.q_full[ring.stage]), ring.parity);
+    issue_scores(ring.stage);
+    mbarrier_wait(shared_address(&s.v_full), tile_parity);
+    mbarrier_wait(shared_address(&s.grad_out_full[ring.stage]), ring.parity);
+    issue_dp(ring.stage);
+    if (lane == 0) bulk_wait_read<0>();  // dK of the tile before has left the memory of dS
+    __syncwarp();
+    barrier_sync(kConsumers, Config::kConsumers);
+
+#pragma unroll 1
+    for (;;) {  // on entry S and dP are in flight; no branch may stand between the issue of dQ and the wait for it
+                // (C7514)
+      const BlockInfo& block = s.block[ring.stage];
+      const float* stats = &s.row_stats[ring.stage][2 * (lane % 4)];
+      const int flags = block.flags;
+      wgmma_wait<1>();
+      pin(scores);
+#pragma unroll
+      for (int i = 0; i < kTileQ / 8; i++) {
+        const float2 lse = *reinterpret_cast<const float2*>(stats + 8 * i);
+        scores[4 * i] = fmaf(scores[4 * i], scale_log2, -lse.x),
+                   scores[4 * i + 1] = fmaf(scores[4 * i + 1], scale_log2, -lse.y);
+        scores[4 * i + 2] = fmaf(scores[4 * i + 2], scale_log2, -lse.x),
+                       scores[4 * i + 3] = fmaf(scores[4 * i + 3], scale_log2, -lse.y);
+      }
+      if (flags & (kMaskWarpgroup0 << warpgroup)) hide_masked(block);
+#pragma unroll
+      for (int i = 0; i < kTileQ / 2; i += 2) {
+        scores[i] = exp2_approx(scores[i]), scores[i + 1] = exp2_approx(scores[i + 1]);
+        p_packed[i / 2] = pack<Element>(scores[i], scores[i + 1]);
+      }
+      issue_dv(ring.stage);
+      wgmma_wait<1>();
+      pin(dp);
+      if (flags & kLastOfTile) arrive(s.v_free);
+#pragma unroll
+      for (int i = 0; i < kTileQ / 8; i++) {
+        const float2 delta = *reinterpret_cast<const float2*>(stats + kTileQ + 8 * i);
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+          const int at = 4 * i + 2 * r;
+          ds_packed[2 * i + r] =
+              pack<Element>(scores[at] * (dp[at] - delta.x), scores[at + 1] * (dp[at + 1] - delta.y));
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kTileQ / 16; i++) {
+        store_matrix_x4_transposed(s_ds_out + ds_buffer * Config::kScoreBytes + i * (16 * 128), ds_packed[4 * i],
+                                   ds_packed[4 * i + 1], ds_packed[4 * i + 2], ds_packed[4 * i + 3]);
+      }
+      fence_proxy_async_shared();
+      barrier_sync(kConsumers, Config::kConsumers);
+      issue_dq();
+      issue_dk(ring.stage);
+      wgmma_wait<1>();
+      pin(dq);
+      arrive(s.grad_out_free[ring.stage]);
+      add_dq(block);
+      if (flags & kLastOfTile) break;
+      ds_buffer ^= 1;
+      const Ring before = ring;
+      ring.advance();
+      mbarrier_wait(shared_address(&s.q_full[ring.stage]), ring.parity);
+      issue_scores(ring.stage);
+      wgmma_wait<1>();
+      arrive(s.q_free[before.stage]);
+      mbarrier_wait(shared_address(&s.grad_out_full[ring.stage]), ring.parity);
+      issue_dp(ring.stage);
+    }
+    ds_buffer ^= 1;
+    const TileInfo tile = s.tile;
+    pin(dv);
+    arrive(s.k_free);
+    barrier_sync(kConsumers, Config::kConsumers);  // both warpgroups are done with dS
+    if (lane == 0) bulk_wait_read<0>();            // dV of the tile before
+    __syncwarp();
+    store(&maps.grad_v, dv, 1.f, s.p_or_grad_v, tile);
+    wgmma_wait<0>();
+    pin(dk);
+    arrive(s.q_free[ring.stage]);
+    ring.advance();
+    store(&maps.grad_k, dk, p.scale, &s.grad_s[0][0], tile);
+    report_tile(plan, tile.section, lane);
+  }
+  if (lane == 0) bulk_wait<0>();
+}
+
+}  // namespace selfattn::cuda

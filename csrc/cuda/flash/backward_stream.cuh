@@ -1,0 +1,193 @@
+// The loading warp of the backward kernel: decides which query tiles a tile of keys meets, in which order, with which
+// mask, and brings them in. Consumers follow what it announces and know no schedule.
+#pragma once
+#include "../ptx/fence.cuh"
+#include "../ptx/grid.cuh"
+#include "../ptx/mbarrier.cuh"
+#include "../ptx/tma.cuh"
+#include "backward_config.cuh"
+#include "backward_visible.cuh"
+
+namespace selfattn::cuda {
+
+struct BackwardMaps {
+  CUtensorMap q, k, v, grad_out, grad_k, grad_v;
+  CUtensorMap side_out, side_grad_out;  // boxes of kSideRows
+};
+
+template <class Config>
+struct QueryStream {
+  using Storage = typename Config::SharedStorage;
+  static constexpr int kTileQ = Config::kTileQ, kTileKv = Config::kTileKv;
+  static constexpr unsigned kAllLanes = ~0u;
+
+  const BackwardMaps& maps;
+  const BackwardParams& p;
+  const BackwardPlan& plan;
+  Storage& s;
+  int lane = threadIdx.x % 32;
+  Ring<Config::kStages> ring = {};
+  uint32_t tile_parity = 0;
+  int next_work = 0;
+
+  // The keys at work.
+  int batch = 0, kv_head = 0, key_tile = 0;
+  int section = -1;
+  bool is_contiguous = false, is_general = false;
+  bool keys_are_loaded = false;
+  // The query tile found last. It is announced when the next one is found, or as the last of the key tile.
+  int pending_tile = -1, pending_flags = 0;
+
+  __device__ __forceinline__ void run() {
+    int work = blockIdx.x;
+    while (work < plan.work_tiles()) {
+      take_tile(work);
+      stream_tile();
+      work = __shfl_sync(kAllLanes, next_work, 0);
+      tile_parity ^= 1;
+    }
+    ptx::mbarrier_wait(ptx::shared_address(&s.k_free), tile_parity ^ 1);
+    if (lane == 0) {
+      s.tile.key_tile = -1;
+      ptx::mbarrier_arrive(ptx::shared_address(&s.k_full));
+      if (p.is_deterministic) {
+        ptx::mbarrier_wait(ptx::shared_address(&s.q_free[ring.stage]), ring.parity ^ 1);
+        s.block[ring.stage].flags = kEndOfStream;
+        ptx::mbarrier_arrive(ptx::shared_address(&s.q_full[ring.stage]));
+      }
+    }
+  }
+
+  // Sections one after another; in a section the longest key tiles of all its pairs first. In the deterministic mode in
+  // the order in which dQ is added up, so that no tile waits for one that starts later.
+  __device__ __forceinline__ void take_tile(int work) {
+    const int tiles_of_section = plan.pairs_of_section * plan.key_tiles, section_before = section;
+    section = work / tiles_of_section;
+    const int pairs = plan.pairs_in(section), rest = work % tiles_of_section, rank = rest / pairs;
+    const int pair = section * plan.pairs_of_section + rest % pairs;
+    batch = pair / p.shape.num_kv_heads, kv_head = pair % p.shape.num_kv_heads;
+    const bool has_segments = p.segments.mode != nullptr;
+    is_general = has_segments && p.segments.mode[batch] == kGeneral;
+    is_contiguous = has_segments && !is_general;
+    if (p.is_deterministic)
+      key_tile = plan.walks_upward ? plan.key_tiles - 1 - rank : rank;
+    else
+      key_tile = has_segments ? p.segments.order[int64_t(batch) * plan.key_tiles + rank] : rank;
+    keys_are_loaded = false;
+    if (plan.has_side_jobs && section != section_before && section > 0) {
+      ptx::wait_for_count(plan.rows_prepared(section), plan.heads_in(section) * plan.patch_rows * Config::kPanels);
+      ptx::fence_proxy_async_global();
+    }
+  }
+
+  __device__ __forceinline__ void stream_tile() {
+    const int2 tiles = query_tiles_of<Config>(p, batch, is_contiguous, key_tile);
+    // Queries [x, y) that see every key of a warpgroup.
+    int2 by_all[2];
+#pragma unroll
+    for (int w = 0; w < 2; w++) {
+      const int keys = Config::kIsWide ? kTileKv : kTileKv / 2,
+                first = key_tile * kTileKv + (Config::kIsWide ? 0 : w * keys);
+      const int last = first + keys - 1;
+      by_all[w] = last < p.shape.key_length ? int2{visible_queries(p, batch, is_contiguous, last).x,
+                                                   visible_queries(p, batch, is_contiguous, first).y}
+                                            : int2{0, 0};
+    }
+    SegmentBlock keys = {};
+    if (is_general) keys = p.segments.key_blocks[int64_t(batch) * plan.key_tiles + key_tile];
+
+    const bool is_upward = plan.walks_upward;
+    for (int base = 0; base < tiles.y - tiles.x; base += 32) {
+      const int tile = is_upward ? tiles.x + base + lane : tiles.y - 1 - base - lane;
+      bool is_visible = tiles.x <= tile && tile < tiles.y;
+      int flags = is_contiguous ? kHiddenByRuns : 0;
+      if (is_visible) {
+        const int begin = tile * kTileQ, end = min(begin + kTileQ, p.shape.query_length);
+        if (begin < by_all[0].x || end > by_all[0].y) flags |= kMaskWarpgroup0;
+        if (begin < by_all[1].x || end > by_all[1].y) flags |= kMaskWarpgroup1;
+        if (is_general) {
+          const SegmentBlock queries = p.segments.query_blocks[int64_t(batch) * plan.query_tiles + tile];
+          is_visible = may_share_segment(queries, keys);
+          const bool is_one_segment = queries.min_id == queries.max_id && keys.min_id == keys.max_id;
+          if (!is_one_segment) flags |= kMaskWarpgroup0 | kMaskWarpgroup1 | kHiddenByIds;
+        }
+      }
+      for (unsigned found = __ballot_sync(kAllLanes, is_visible); found; found &= found - 1) {
+        const int source = __ffs(found) - 1, flags_of_found = __shfl_sync(kAllLanes, flags, source);
+        if (pending_tile >= 0) announce_heads(false);
+        pending_tile = __shfl_sync(kAllLanes, tile, source), pending_flags = flags_of_found;
+      }
+    }
+    if (pending_tile < 0) {
+      pending_tile = 0, pending_flags = kMaskWarpgroup0 | kMaskWarpgroup1 | kAllHidden;
+    }
+    // Not earlier: a tile that is claimed but waits behind a long one holds up those that take their turns after it.
+    if (lane == 0) next_work = gridDim.x + atomicAdd(plan.next_tile(), 1);
+    announce_heads(true);
+    pending_tile = -1;
+  }
+
+  __device__ __forceinline__ void announce_heads(bool is_last_tile) {
+    for (int i = 0; i < plan.group; i++) announce(kv_head * plan.group + i, is_last_tile && i == plan.group - 1);
+  }
+
+  __device__ __forceinline__ void announce(int head, bool is_last) {
+    using namespace ptx;
+    const int flags = pending_flags | (is_last ? kLastOfTile : 0);
+    const int64_t row = int64_t(batch) * p.shape.num_heads + head;
+    const uint32_t q_full = shared_address(&s.q_full[ring.stage]),
+                   grad_out_full = shared_address(&s.grad_out_full[ring.stage]);
+    mbarrier_wait(shared_address(&s.q_free[ring.stage]), ring.parity ^ 1);
+    if (lane == 0) {
+      const int patch_row = int(row * plan.patch_rows) + pending_tile * Config::kPatchRowsOfTile;
+      s.block[ring.stage] = {pending_tile, flags & kAllHidden ? -1 : patch_row, flags};
+      const bool wants_ids = flags & kHiddenByIds;
+      constexpr int kStatBytes = Config::kStatFloats * 4, kIdBytes = kTileQ * 4;
+      mbarrier_arrive_expect(q_full, Config::kQueryBytes + kStatBytes + (wants_ids ? kIdBytes : 0));
+      load_panels(&maps.q, q_full, shared_address(s.q[ring.stage]), kTileQ, pending_tile * kTileQ, head);
+      bulk_load(q_full, shared_address(s.row_stats[ring.stage]),
+                plan.row_stats + (row * plan.query_tiles + pending_tile) * Config::kStatFloats, kStatBytes);
+      if (wants_ids) {
+        bulk_load(q_full, shared_address(s.query_ids[ring.stage]),
+                  p.segments.query_ids + int64_t(batch) * p.segments.pitch_query + pending_tile * kTileQ, kIdBytes);
+      }
+    }
+    mbarrier_wait(shared_address(&s.grad_out_free[ring.stage]), ring.parity ^ 1);
+    if (lane == 0) {
+      mbarrier_arrive_expect(grad_out_full, Config::kQueryBytes);
+      load_panels(&maps.grad_out, grad_out_full, shared_address(s.grad_out[ring.stage]), kTileQ, pending_tile * kTileQ,
+                  head);
+    }
+    ring.advance();
+    if (!keys_are_loaded) load_keys();
+    __syncwarp();
+  }
+
+  // K and V; behind the first queries, which need not wait for the tile before.
+  __device__ __forceinline__ void load_keys() {
+    using namespace ptx;
+    const uint32_t k_full = shared_address(&s.k_full), v_full = shared_address(&s.v_full);
+    mbarrier_wait(shared_address(&s.v_free), tile_parity ^ 1);
+    if (lane == 0) {
+      mbarrier_arrive_expect(v_full, Config::kKeyBytes);
+      load_panels(&maps.v, v_full, shared_address(s.v), kTileKv, key_tile * kTileKv, kv_head);
+    }
+    mbarrier_wait(shared_address(&s.k_free), tile_parity ^ 1);
+    if (lane == 0) {
+      s.tile = {key_tile, kv_head, batch, section};
+      mbarrier_arrive_expect(k_full, Config::kKeyBytes);
+      load_panels(&maps.k, k_full, shared_address(s.k), kTileKv, key_tile * kTileKv, kv_head);
+    }
+    keys_are_loaded = true;
+  }
+
+  __device__ __forceinline__ void load_panels(const CUtensorMap* map, uint32_t full, uint32_t s_panels, int rows,
+                                              int token, int head) const {
+#pragma unroll
+    for (int panel = 0; panel < Config::kPanels; panel++) {
+      ptx::tma_load_4d(map, full, s_panels + panel * rows * 128, panel * kPanelColumns, token, head, batch);
+    }
+  }
+};
+
+}  // namespace selfattn::cuda

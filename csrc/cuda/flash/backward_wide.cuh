@@ -1,0 +1,248 @@
+// The multiplying warpgroups of the backward kernel for head dimensions up to 256.
+//
+// dK and dV of 64 keys fill half of the registers, so P and dS go through shared memory. Each warpgroup computes S^T =
+// K Q^T and dP^T = V dO^T for all 64 keys and its 32 of the 64 queries, writes P^T and dS^T as rows of keys, and takes
+// its 128 columns of dV^T += dO^T P, dK^T += Q^T dS and dQ^T = K^T dS^T. The tensor cores work on the next S, dP and
+// the second half of dQ while the exponentials run.
+#pragma once
+#include "../ptx/arithmetic.cuh"
+#include "../ptx/barrier.cuh"
+#include "../ptx/fence.cuh"
+#include "../ptx/matrix.cuh"
+#include "../ptx/mbarrier.cuh"
+#include "../ptx/tma.cuh"
+#include "../ptx/wgmma.cuh"
+#include "backward_config.cuh"
+#include "backward_mask.cuh"
+#include "backward_patch.cuh"
+#include "backward_stream.cuh"
+
+namespace selfattn::cuda {
+
+template <class Config>
+__device__ __forceinline__ void multiply_wide(const BackwardMaps& maps, const BackwardParams& p,
+                                              const BackwardPlan& plan, typename Config::SharedStorage& s) {
+  using namespace ptx;
+  using Element = typename Config::Element;
+  constexpr int kD = Config::kHeadDim, kTileQ = Config::kTileQ, kTileKv = Config::kTileKv;
+  constexpr int kPanelBytes = 64 * 128;  // 64 rows, of every operand
+  constexpr int kStep = 16;              // of the summed dimension in one product
+  constexpr int kOwnQueries = 32, kOwnPanels = 2;
+  static_assert(kTileQ == 64 && kTileKv == 64 && kD == 2 * kOwnPanels * kPanelColumns);
+  const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0) - 1, warp = threadIdx.x / 32 % 4,
+            lane = threadIdx.x % 32;
+  const float scale_log2 = p.scale * 1.4426950408889634f;
+
+  float dk[kOwnPanels][32], dv[kOwnPanels][32], scores[kOwnQueries / 2], dp[kOwnQueries / 2], dq[kPatchRows / 2];
+  Ring<Config::kStages> ring;
+  uint32_t tile_parity = 0;
+  int buffer = 0;  // of P and dS
+
+  const uint32_t s_k = shared_address(s.k), s_v = shared_address(s.v), s_q = shared_address(s.q),
+                 s_do = shared_address(s.grad_out);
+  const uint32_t s_p = shared_address(s.p_or_grad_v), s_ds = shared_address(s.grad_s);
+  const uint32_t own_panels = warpgroup * kOwnPanels * kPanelBytes, own_rows = warpgroup * kOwnQueries * 128;
+  // Rows of K and V, all; of Q and dO, this warpgroup's queries.
+  const uint64_t k_rows = matrix_descriptor(s_k), v_rows = matrix_descriptor(s_v);
+  const uint64_t q_rows = matrix_descriptor(s_q + own_rows), do_rows = matrix_descriptor(s_do + own_rows);
+  // Left operands, transposed: this warpgroup's first 64 columns of K, Q and dO.
+  const uint64_t k_columns = matrix_descriptor(s_k + own_panels), q_columns = matrix_descriptor(s_q + own_panels);
+  const uint64_t do_columns = matrix_descriptor(s_do + own_panels);
+  const uint64_t p_keys = matrix_descriptor(s_p), ds_keys = matrix_descriptor(s_ds);
+  // Where this lane's row of an 8x8 matrix of P^T or dS^T goes: a key, 8 queries.
+  const uint32_t score_out = (warp * 16 + lane / 8 % 2 * 8 + lane % 8) * 128;
+  const auto score_chunk = [&](int i) { return ((warpgroup * 4 + 2 * i + lane / 16) ^ (lane % 8)) * 16; };
+
+  const auto multiply_rows = [&](float(&d)[kOwnQueries / 2], uint64_t left,
+                                 uint64_t right) {  // over the head dimension
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < kD / kStep; i++) {
+      const int at = (i / 4 * kPanelBytes + i % 4 * 32) / 16;
+      if (i == 0)
+        Wgmma<Element, kOwnQueries>::template ss_overwrite<>(d, left + at, right + at);
+      else
+        Wgmma<Element, kOwnQueries>::template ss<>(d, left + at, right + at);
+    }
+    wgmma_commit();
+  };
+  const auto issue_scores = [&](int stage) {
+    multiply_rows(scores, k_rows, q_rows + stage * (Config::kQueryBytes / 16));
+  };
+  const auto issue_dp = [&](int stage) { multiply_rows(dp, v_rows, do_rows + stage * (Config::kQueryBytes / 16)); };
+  const auto accumulate = [&](float(&d)[kOwnPanels][32], uint64_t left,
+                              uint64_t right) {  // d^T += left^T right, over queries
+    wgmma_fence();
+#pragma unroll
+    for (int panel = 0; panel < kOwnPanels; panel++) {
+#pragma unroll
+      for (int i = 0; i < kTileQ / kStep; i++) {
+        Wgmma<Element, kTileKv>::template ss<true, false>(d[panel], left + (panel * kPanelBytes + i * kStep * 128) / 16,
+                                                          right + i * (32 / 16));
+      }
+    }
+    wgmma_commit();
+  };
+  const auto issue_dv = [&](int stage) {
+    accumulate(dv, do_columns + stage * (Config::kQueryBytes / 16), p_keys + buffer * (Config::kScoreBytes / 16));
+  };
+  const auto issue_dk = [&](int stage) {
+    accumulate(dk, q_columns + stage * (Config::kQueryBytes / 16), ds_keys + buffer * (Config::kScoreBytes / 16));
+  };
+  const auto issue_dq = [&](int panel) {
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < kTileKv / kStep; i++) {
+      const uint64_t a = k_columns + (panel * kPanelBytes + i * kStep * 128) / 16;
+      const uint64_t b = ds_keys + (buffer * Config::kScoreBytes + i * kStep * 128) / 16;
+      if (i == 0)
+        Wgmma<Element, kPatchRows>::template ss_overwrite<true, true>(dq, a, b);
+      else
+        Wgmma<Element, kPatchRows>::template ss<true, true>(dq, a, b);
+    }
+    wgmma_commit();
+  };
+  const auto arrive = [&](uint64_t& barrier) {
+    if (lane == 0) mbarrier_arrive(shared_address(&barrier));
+  };
+  const auto add_dq = [&](int patch_row, int panel) {
+    if (patch_row >= 0) add_patch(plan, patch_row * Config::kPanels + warpgroup * kOwnPanels + panel, warp, lane, dq);
+  };
+  const auto report_added = [&](int stage) {  // both halves of dQ
+    if (p.is_deterministic && stage >= 0) __syncwarp(), arrive(s.added[stage]);
+  };
+  const auto hide_masked = [&](const BlockInfo& block) {
+    const int first_key = s.tile.key_tile * kTileKv + warp * 16 + lane / 4,
+              column = warpgroup * kOwnQueries + 2 * (lane % 4);
+    hide_pairs<kOwnQueries>(scores, p, block.flags, s.tile.batch, first_key, block.query_tile * kTileQ + column,
+                            &s.query_ids[ring.stage][column]);
+  };
+  // This warpgroup's columns of dK or dV: transposed into panels of shared memory, on to global memory, memory freed.
+  const auto store = [&](const CUtensorMap* map, float(&d)[kOwnPanels][32], float factor, uint32_t s_panels,
+                         const TileInfo& tile, uint64_t& freed) {
+    const uint32_t s_row =
+        s_panels + own_panels + (lane / 16 * 8 + lane % 8) * 128 + ((warp * 2 + lane / 8 % 2) ^ (lane % 8)) * 16;
+#pragma unroll
+    for (int panel = 0; panel < kOwnPanels; panel++) {
+#pragma unroll
+      for (int i = 0; i < kTileKv / 16; i++) {
+        const float* r = &d[panel][8 * i];
+        store_matrix_x4_transposed(
+            s_row + panel * kPanelBytes + i * (16 * 128), pack<Element>(r[0] * factor, r[1] * factor),
+            pack<Element>(r[2] * factor, r[3] * factor), pack<Element>(r[4] * factor, r[5] * factor),
+            pack<Element>(r[6] * factor, r[7] * factor));
+      }
+    }
+    fence_proxy_async_shared();
+    barrier_sync(kWarpgroup0 + warpgroup, 128);
+    if (warp == 0 && lane == 0) {
+      for (int panel = 0; panel < kOwnPanels; panel++) {
+        const int column_panel = warpgroup * kOwnPanels + panel;
+        tma_store_4d(map, s_panels + column_panel * kPanelBytes, column_panel * kPanelColumns, tile.key_tile * kTileKv,
+                     tile.head, tile.batch);
+      }
+      bulk_commit();
+      bulk_wait_read<0>();
+      mbarrier_arrive(shared_address(&freed));
+    }
+  };
+
+  for (;; tile_parity ^= 1) {
+#pragma unroll
+    for (int i = 0; i < 32; i++) dk[0][i] = dk[1][i] = dv[0][i] = dv[1][i] = 0.f;
+    pin(dk[0]), pin(dk[1]), pin(dv[0]), pin(dv[1]);
+    mbarrier_wait(shared_address(&s.k_full), tile_parity);
+    const TileInfo tile = s.tile;
+    if (tile.key_tile < 0) break;
+    mbarrier_wait(shared_address(&s.q_full[ring.stage]), ring.parity);
+    issue_scores(ring.stage);
+    mbarrier_wait(shared_address(&s.v_full), tile_parity);
+    mbarrier_wait(shared_address(&s.grad_out_full[ring.stage]), ring.parity);
+    issue_dp(ring.stage);
+
+    wgmma_commit();  // in the place of dQ
+    int read_stage = -1, patch_row_before = -1;
+
+#pragma unroll 1
+    for (;;) {  // on entry S, dP and the second half of dQ of the block before are in flight
+      const BlockInfo& block = s.block[ring.stage];
+      const float* stats = &s.row_stats[ring.stage][warpgroup * kOwnQueries + 2 * (lane % 4)];
+      const int flags = block.flags;
+      wgmma_wait<2>();
+      pin(scores);
+      if (read_stage >= 0) arrive(s.q_free[read_stage]), arrive(s.grad_out_free[read_stage]);
+#pragma unroll
+      for (int i = 0; i < kOwnQueries / 8; i++) {
+        const float2 lse = *reinterpret_cast<const float2*>(stats + 8 * i);
+        scores[4 * i] = fmaf(scores[4 * i], scale_log2, -lse.x),
+                   scores[4 * i + 1] = fmaf(scores[4 * i + 1], scale_log2, -lse.y);
+        scores[4 * i + 2] = fmaf(scores[4 * i + 2], scale_log2, -lse.x),
+                       scores[4 * i + 3] = fmaf(scores[4 * i + 3], scale_log2, -lse.y);
+      }
+      if (flags & (kMaskWarpgroup0 << warpgroup)) hide_masked(block);
+      const uint32_t out = score_out + buffer * Config::kScoreBytes;
+#pragma unroll
+      for (int i = 0; i < kOwnQueries / 16; i++) {
+        float* r = &scores[8 * i];
+#pragma unroll
+        for (int j = 0; j < 8; j++) r[j] = exp2_approx(r[j]);
+        store_matrix_x4(s_p + out + score_chunk(i), pack<Element>(r[0], r[1]), pack<Element>(r[2], r[3]),
+                        pack<Element>(r[4], r[5]), pack<Element>(r[6], r[7]));
+      }
+      wgmma_wait<1>();
+      pin(dp);
+#pragma unroll
+      for (int i = 0; i < kOwnQueries / 16; i++) {
+        uint32_t packed[4];
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+          const float2 delta = *reinterpret_cast<const float2*>(stats + kTileQ + 16 * i + 8 * j);
+#pragma unroll
+          for (int r = 0; r < 2; r++) {
+            const int at = 8 * i + 4 * j + 2 * r;
+            packed[2 * j + r] = pack<Element>(scores[at] * (dp[at] - delta.x), scores[at + 1] * (dp[at + 1] - delta.y));
+          }
+        }
+        store_matrix_x4(s_ds + out + score_chunk(i), packed[0], packed[1], packed[2], packed[3]);
+      }
+      fence_proxy_async_shared();
+      wgmma_wait<0>();
+      pin(dq);
+      add_dq(patch_row_before, 1);
+      report_added(read_stage);
+      barrier_sync(kConsumers, Config::kConsumers);
+      issue_dq(0);
+      issue_dv(ring.stage);
+      issue_dk(ring.stage);
+      wgmma_wait<2>();
+      pin(dq);
+      patch_row_before = block.patch_row;
+      if (p.is_deterministic) mbarrier_wait(shared_address(&s.has_turn[ring.stage]), ring.parity);
+      add_dq(patch_row_before, 0);
+      read_stage = ring.stage;
+      ring.advance();
+      if (flags & kLastOfTile) break;
+      mbarrier_wait(shared_address(&s.q_full[ring.stage]), ring.parity);
+      issue_scores(ring.stage);
+      mbarrier_wait(shared_address(&s.grad_out_full[ring.stage]), ring.parity);
+      issue_dp(ring.stage);
+      issue_dq(1);
+      buffer ^= 1;
+    }
+    issue_dq(1);
+    buffer ^= 1;
+    wgmma_wait<0>();
+    pin(dq);
+    arrive(s.q_free[read_stage]), arrive(s.grad_out_free[read_stage]);
+    add_dq(patch_row_before, 1);
+    report_added(read_stage);
+    pin(dk[0]), pin(dk[1]), pin(dv[0]), pin(dv[1]);
+    store(&maps.grad_v, dv, 1.f, s_v, tile, s.v_free);  // every dP is done, since the last barrier
+    barrier_sync(kConsumers, Config::kConsumers);       // and now every dQ, the last to read K
+    store(&maps.grad_k, dk, p.scale, s_k, tile, s.k_free);
+    report_tile(plan, tile.section, lane);
+  }
+  if (lane == 0) bulk_wait<0>();
+}
+
+}  // namespace selfattn::cuda

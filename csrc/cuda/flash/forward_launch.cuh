@@ -1,0 +1,88 @@
+// Host side of one kernel instantiation: params -> tensor maps, schedule, launch.
+#pragma once
+#include "forward.cuh"
+
+namespace selfattn::cuda {
+
+inline int multiprocessor_count() {
+  int device = 0, count = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
+}
+
+// Keys and values of the heads worked on together, in bytes: few, so that they stay in L2 and memory is read evenly.
+// With a mask the tiles differ, and at the end those of several heads are wanted to even out the thread blocks.
+constexpr int64_t kSectionBytes = 8 << 20, kMaskedLastSectionBytes = 32 << 20;
+
+inline TileSchedule make_schedule(const AttentionShape& shape, int tile_query, MaskKind mask) {
+  const int group = shape.num_heads / shape.num_kv_heads;
+  const int64_t bytes_a_group = int64_t(shape.key_length) * (shape.dim_qk + shape.dim_v) * kElementBytes;
+  const auto heads_in = [&](int64_t bytes) { return int(bytes > bytes_a_group ? bytes / bytes_a_group : 1) * group; };
+  TileSchedule schedule;
+  schedule.heads = shape.batch * shape.num_heads;
+  schedule.tiles_a_head = (shape.query_length + tile_query - 1) / tile_query;
+  schedule.tiles = schedule.heads * schedule.tiles_a_head;
+  const auto capped = [&](int heads) { return heads < schedule.heads ? heads : schedule.heads; };
+  schedule.section = capped(heads_in(kSectionBytes));
+  const int wanted = mask == MaskKind::kFull ? schedule.section : capped(heads_in(kMaskedLastSectionBytes));
+  schedule.last_section = schedule.heads - (schedule.heads - wanted) / schedule.section * schedule.section;
+  return schedule;
+}
+
+template <class Config>
+cudaError_t launch_forward_kernel(const ForwardParams& params, cudaStream_t stream) {
+  const AttentionShape& shape = params.shape;
+  ForwardKernelParams p;
+  p.query = make_tensor_map(params.q, params.element, shape.batch, shape.query_length, shape.num_heads, shape.dim_qk,
+                            kWarpgroupRows);
+  p.key = make_tensor_map(params.k, params.element, shape.batch, shape.key_length, shape.num_kv_heads, shape.dim_qk,
+                          Config::kTileKey);
+  p.value = make_tensor_map(params.v, params.element, shape.batch, shape.key_length, shape.num_kv_heads, shape.dim_v,
+                            Config::kTileKey);
+  p.out = make_tensor_map(params.out, params.element, shape.batch, shape.query_length, shape.num_heads, shape.dim_v,
+                          kWarpgroupRows);
+  p.shape = shape;
+  p.window = params.window;
+  p.scale = params.scale;
+  p.lse = params.lse;
+  p.sinks = params.sinks;
+  p.segments = params.segments;
+  p.counters = params.counters;
+  p.schedule = make_schedule(shape, Config::kTileQuery, Config::kMask);
+
+  const auto kernel = flash_attention_forward_kernel<Config>;
+  const cudaError_t status =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Config::kSharedBytes);
+  if (status != cudaSuccess) return status;
+  const bool has_segments = params.segments.mode != nullptr;
+  if (!has_segments) {
+    const cudaError_t cleared = cudaMemsetAsync(params.counters, 0, kTileCounters * sizeof(int), stream);
+    if (cleared != cudaSuccess) return cleared;
+  }
+  cudaLaunchAttribute early_start;
+  early_start.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early_start.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  const int processors = multiprocessor_count();
+  config.gridDim = dim3(p.schedule.tiles < processors ? p.schedule.tiles : processors);
+  config.blockDim = dim3(Config::kThreads);
+  config.dynamicSmemBytes = Config::kSharedBytes;
+  config.stream = stream;
+  config.attrs = &early_start;
+  config.numAttrs = has_segments ? 1 : 0;  // the kernel ahead is then the one that prepares the segments
+  return cudaLaunchKernelEx(&config, kernel, p);
+}
+
+template <class Element, int kDimQk, int kDimV>
+cudaError_t launch_forward_by_mask(const ForwardParams& params, cudaStream_t stream) {
+  if (params.segments.mode || params.window.left < AttentionWindow::kUnbounded) {
+    return launch_forward_kernel<ForwardConfig<Element, kDimQk, kDimV, MaskKind::kMasked>>(params, stream);
+  }
+  if (params.window.right < AttentionWindow::kUnbounded) {
+    return launch_forward_kernel<ForwardConfig<Element, kDimQk, kDimV, MaskKind::kCausal>>(params, stream);
+  }
+  return launch_forward_kernel<ForwardConfig<Element, kDimQk, kDimV, MaskKind::kFull>>(params, stream);
+}
+
+}  // namespace selfattn::cuda

@@ -1,0 +1,57 @@
+// Plain values that travel from the bindings (which know tensors) to the launchers (which know no torch header).
+#pragma once
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "segments.h"
+
+namespace selfattn::cuda {
+
+enum class ElementType { kBFloat16, kHalf };
+
+// A (batch, tokens, heads, dim) tensor of 16-bit elements: any strides (in elements, multiples of 8), dim contiguous,
+// data 16-byte aligned. The stride of a dimension of size 1 is never used.
+struct TensorView {
+  void* data;
+  int64_t stride_batch, stride_token, stride_head;
+};
+
+struct AttentionShape {
+  int batch, query_length, key_length;
+  int num_heads, num_kv_heads;  // query head h reads kv head h / (num_heads / num_kv_heads)
+  int dim_qk, dim_v;            // multiples of 8
+};
+
+// Query i stands at key position i' = i + key_length - query_length and may see the keys i' - left .. i' + right.
+// A causal mask is right = 0. kUnbounded on a side means no limit there.
+struct AttentionWindow {
+  static constexpr int kUnbounded = 1 << 30;
+  int left = kUnbounded, right = kUnbounded;
+};
+
+struct ForwardParams {
+  AttentionShape shape;
+  AttentionWindow window;
+  ElementType element;
+  float scale;             // of the logits
+  TensorView q, k, v;      // (batch, query_length | key_length, num_heads | num_kv_heads, dim_qk | dim_v)
+  TensorView out;          // (batch, query_length, num_heads, dim_v)
+  float* lse;              // (batch, num_heads, query_length), natural logarithm
+  const float* sinks;      // (num_heads,) one more logit a head in the denominator, or null
+  SegmentTables segments;  // filled by launch_prepare_segments in the same stream, or all null
+  int* counters;           // kTileCounters ints of scratch; segments.counters where there are segments
+};
+
+constexpr int kTileCounters = 4;
+
+// Tile sizes of the kernel that will run, for the preparation of the segments.
+struct TileSizes {
+  int query, key;
+};
+TileSizes flash_attention_forward_tiles(const AttentionShape& shape);
+
+// out and lse from q, k, v. Throws std::runtime_error if a tensor map cannot be made; otherwise the launch status.
+cudaError_t launch_flash_attention_forward(const ForwardParams& params, cudaStream_t stream);
+
+}  // namespace selfattn::cuda
