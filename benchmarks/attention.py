@@ -1,0 +1,205 @@
+"""Times attention beside its peers: one process, one card, interleaved rounds, medians.
+
+    python benchmarks/attention.py --pass forward --case "docs" --case "dense causal D128"
+
+A case is run where its name contains one of the --case strings (all without). Every implementation is timed once a
+round, the order turning from round to round, because the card's clock depends on what ran before. Writes one JSON line
+a case and implementation to --out and prints a table: TFLOP/s of allowed pairs, and the ratio to the best peer.
+"""
+
+import argparse
+import datetime
+import json
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from cases import CASES, Case
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from triton.testing import do_bench
+
+import selfattn  # noqa: F401
+
+ROOT = Path(__file__).resolve().parent
+OURS = "selfattn"
+Forward = Callable[[Tensor, Tensor, Tensor], Tensor]  # (B, S, N, D) in and out, or (B, N, S, D) for SDPA: see prepare
+
+
+def sdpa(backend: SDPBackend, case: Case) -> Forward:
+    def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=case.causal)
+
+    return forward
+
+
+def fa2_varlen(case: Case) -> Forward:
+    """FlashAttention 2 in PyTorch, given the document boundaries on the device and the longest on the host."""
+    lengths = [length for row in case.document_lengths() for length in row]
+    boundaries = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).cuda()
+    longest = max(lengths)
+
+    def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        from torch.nn.attention.varlen import varlen_attn
+
+        return varlen_attn(q, k, v, boundaries, boundaries, longest, longest, window_size=(-1, 0))
+
+    return forward
+
+
+def flex(case: Case) -> Forward:
+    """FlexAttention, compiled, with its block mask made beforehand."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    ids = case.segment_ids()
+
+    def is_allowed(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return (i >= j) & (ids[b, i] == ids[b, j])
+
+    mask = create_block_mask(is_allowed, case.batch, None, case.length, case.length, device="cuda", _compile=True)
+    compiled = torch.compile(flex_attention, dynamic=False)
+    return lambda q, k, v: compiled(q, k, v, block_mask=mask)
+
+
+def fa3(case: Case) -> Forward:
+    from flash_attn_interface import flash_attn_func
+
+    def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = flash_attn_func(q, k, v, causal=case.causal)
+        return out[0] if isinstance(out, tuple) else out
+
+    return forward
+
+
+def fa4(case: Case) -> Forward:
+    from flash_attn.cute import flash_attn_func
+
+    def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = flash_attn_func(q, k, v, causal=case.causal)
+        return out[0] if isinstance(out, tuple) else out
+
+    return forward
+
+
+def ours(case: Case) -> Forward:
+    ids = case.segment_ids()
+    return lambda q, k, v: torch.ops.selfattn.flash_attention(q, k, v, ids, case.causal)[0]
+
+
+# name: (how to make it, layout of its tensors, whether it serves documents; None: both)
+IMPLEMENTATIONS: dict[str, tuple[Callable[[Case], Forward], str, bool | None]] = {
+    OURS: (ours, "BSND", None),
+    "sdpa_cudnn": (lambda case: sdpa(SDPBackend.CUDNN_ATTENTION, case), "BNSD", False),
+    "sdpa_flash": (lambda case: sdpa(SDPBackend.FLASH_ATTENTION, case), "BNSD", False),
+    "fa2_varlen": (fa2_varlen, "TND", True),
+    "flex": (flex, "BNSD", True),
+    "fa3": (fa3, "BSND", False),
+    "fa4": (fa4, "BSND", False),
+}
+DEFAULT_IMPLEMENTATIONS = (OURS, "sdpa_cudnn", "fa2_varlen")
+
+
+def arrange(tensor: Tensor, layout: str) -> Tensor:
+    """A (B, S, N, D) tensor as an implementation takes it; no copy."""
+    if layout == "BNSD":
+        return tensor.transpose(1, 2)
+    return tensor.flatten(0, 1) if layout == "TND" else tensor
+
+
+def prepare(name: str, case: Case, tensors: tuple[Tensor, ...], backward: bool) -> Callable[[], object] | None:
+    """The call to time, run once; None, with the reason printed, where the implementation cannot run here."""
+    make, layout, for_documents = IMPLEMENTATIONS[name]
+    if for_documents is not None and for_documents != bool(case.mean):
+        return None
+    q, k, v, grad = (arrange(tensor, layout) for tensor in tensors)
+    try:
+        forward = make(case)
+        if not backward:
+            call = torch.no_grad()(lambda: forward(q, k, v))
+        else:
+            leaves = [tensor.detach().requires_grad_() for tensor in (q, k, v)]
+            out = forward(*leaves)
+            call = lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True)  # noqa: E731
+        call()
+        torch.cuda.synchronize()
+    except Exception as error:
+        print(f"{case.name}: {name} left out: {str(error).splitlines()[0][:120]}", flush=True)
+        return None
+    return call
+
+
+def median_times(
+    calls: dict[str, Callable[[], object]], rounds: int, pause: float, milliseconds: int
+) -> dict[str, float]:
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    names = list(calls)
+    for turn in range(rounds):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            torch.cuda.synchronize()
+            time.sleep(pause)
+            times[name].append(do_bench(calls[name], warmup=milliseconds // 4, rep=milliseconds, return_mode="median"))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def commit() -> str:
+    result = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    return result.stdout.strip()
+
+
+def sm_clock() -> str:
+    query = ["nvidia-smi", "--query-gpu=clocks.sm,power.draw", "--format=csv,noheader"]
+    return subprocess.run(query, capture_output=True, text=True).stdout.strip()
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pass", dest="passes", action="append", choices=["forward", "backward"])
+    parser.add_argument("--case", action="append", default=[], help="part of a case's name; may be repeated")
+    parser.add_argument("--impl", action="append", choices=list(IMPLEMENTATIONS), help="may be repeated")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--ms", type=int, default=60, help="time spent on one implementation in one round")
+    parser.add_argument("--pause", type=float, default=0.1, help="seconds of rest before each measurement")
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / "attention.jsonl")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    names = arguments.impl or DEFAULT_IMPLEMENTATIONS
+    cases = [case for case in CASES if not arguments.case or any(part in case.name for part in arguments.case)]
+    record = {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "cudnn": torch.backends.cudnn.version(),
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    with arguments.out.open("a") as out:
+        for case in cases:
+            tensors = (*case.tensors(), case.tensors()[0])
+            for which in arguments.passes or ["forward"]:
+                backward = which == "backward"
+                prepared = {name: prepare(name, case, tensors, backward) for name in names}
+                calls = {name: call for name, call in prepared.items() if call is not None}
+                times = median_times(calls, arguments.rounds, arguments.pause, arguments.ms)
+                clocks = sm_clock()
+                speeds = {name: case.flops(backward) / ms / 1e9 for name, ms in times.items()}
+                for name, ms in times.items():
+                    row = {"case": case.name, "impl": name, "pass": which, "ms": round(ms, 4)}
+                    row |= {"tflops": round(speeds[name], 1), **record, "clocks": clocks}
+                    out.write(json.dumps(row) + "\n")
+                peers = [speed for name, speed in speeds.items() if name != OURS]
+                ratio = f"  ratio {speeds[OURS] / max(peers):.3f}" if peers and OURS in speeds else ""
+                columns = "  ".join(f"{name} {speed:6.1f}" for name, speed in speeds.items())
+                print(f"{case.name:32} {which:8} {columns}{ratio}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

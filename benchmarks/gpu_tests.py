@@ -1,0 +1,68 @@
+"""Runs the tests that need a GPU and appends a record of them to results/gpu_tests.jsonl.
+
+    SELFATTN_LIBRARY=build/libselfattn.so python benchmarks/gpu_tests.py --workers 8
+
+A record: counts, names of what failed, device, driver software, commit, date.
+"""
+
+import argparse
+import datetime
+import json
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run_tests(report: Path, workers: int, extra: list[str]) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", f"--junitxml={report}", "--tb=short", *extra]
+    if workers > 1:
+        command += ["-n", str(workers)]
+    subprocess.run(command, cwd=ROOT, check=False)
+
+
+def summarise(report: Path) -> dict[str, object]:
+    suite = ElementTree.parse(report).getroot().find("testsuite")
+    counts = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
+    failed = [
+        f"{case.get('classname')}::{case.get('name')}"
+        for case in suite.iter("testcase")
+        if case.find("failure") is not None or case.find("error") is not None
+    ]
+    passed = counts["tests"] - counts["failures"] - counts["errors"] - counts["skipped"]
+    return {"passed": passed, **counts, "failed": failed, "seconds": float(suite.get("time", 0))}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--workers", type=int, default=1, help="processes, with pytest-xdist")
+    parser.add_argument("--commit", help="the commit that was built, where this folder is no git checkout")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "gpu_tests.jsonl")
+    arguments, extra = parser.parse_known_args()
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        run_tests(report, arguments.workers, extra)
+        result = summarise(report)
+    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    record = {
+        **result,
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "cudnn": torch.backends.cudnn.version(),
+        "commit": arguments.commit or head.stdout.strip(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    with arguments.out.open("a") as out:
+        out.write(json.dumps(record) + "\n")
+    print(json.dumps(record, indent=1))
+    return 1 if result["failed"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
