@@ -61,7 +61,6 @@ std::tuple<at::Tensor, at::Tensor> flash_attention(const at::Tensor& q, const at
                                                    const OptionalTensor& sinks) {
   const AttentionProblem problem = make_flash_problem(
       q, k, v, {segment_ids, causal, qk_scale, kv_segment_ids, window_left, window_right, softcap, sinks});
-  TORCH_CHECK_NOT_IMPLEMENTED(problem.scale > 0.0, "selfattn: qk_scale must be positive on CUDA; got ", problem.scale);
   const c10::cuda::CUDAGuard guard(q.device());
   const cudaStream_t stream = at::cuda::getCurrentCUDAStream();
   const at::Tensor query = with_kernel_layout(q), key = with_kernel_layout(k), value = with_kernel_layout(v);

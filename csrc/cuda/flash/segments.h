@@ -54,7 +54,7 @@ struct SegmentTables {
 };
 
 constexpr int kSegmentPitch = 256;  // a tile of up to 256 tokens that starts inside the row stays inside the pitch
-constexpr int kMaxSegmentLength = 1 << 20;  // tokens a row
+constexpr int kMaxSegmentLength = 1 << 19;  // tokens a row
 
 // The ids and how the kernel that follows will cut the problem.
 struct SegmentProblem {
