@@ -1,0 +1,41 @@
+"""Exact self-attention for PyTorch over packed documents.
+
+One operator with native segment ids, written in C++ and CUDA, reached from Python through ``torch.ops.selfattn``.
+This package is a thin shell around it: functions with the operators' names, a module, its configuration.
+"""
+
+from selfattn._library import load as _load
+
+_load()
+
+from selfattn.config import AttentionBackend, ParallelConfig, SelfAttentionConfig  # noqa: E402
+from selfattn.functional import (  # noqa: E402
+    apply_rotary_emb,
+    cu_seqlens_from_segment_ids,
+    explain_backend,
+    multihead_attention,
+    multihead_attention_lse,
+    precompute_freqs,
+    qk_norm_rope,
+    segment_ids_from_cu_seqlens,
+    segment_ids_from_positions,
+    segment_mask,
+)
+from selfattn.module import SelfAttention  # noqa: E402
+
+__all__ = [
+    "AttentionBackend",
+    "ParallelConfig",
+    "SelfAttention",
+    "SelfAttentionConfig",
+    "apply_rotary_emb",
+    "cu_seqlens_from_segment_ids",
+    "explain_backend",
+    "multihead_attention",
+    "multihead_attention_lse",
+    "precompute_freqs",
+    "qk_norm_rope",
+    "segment_ids_from_cu_seqlens",
+    "segment_ids_from_positions",
+    "segment_mask",
+]

@@ -1,0 +1,61 @@
+"""Finds libselfattn.so, checks that it fits the installed torch, and loads it once."""
+
+import os
+from pathlib import Path
+
+import torch
+
+ENVIRONMENT_VARIABLE = "SELFATTN_LIBRARY"
+PACKAGED_LIBRARY = Path(__file__).parent / "lib" / "libselfattn.so"
+
+
+def load() -> None:
+    """Registers the operators of ``torch.ops.selfattn``.
+
+    The environment variable ``SELFATTN_LIBRARY`` names the library if it is set, else the one inside this package is
+    taken. A library that the process has loaded already (``torch.ops.load_library``) is left as it is.
+
+    Raises:
+        ImportError: there is no library, or it was built for another torch. The message says what to do.
+    """
+    if hasattr(torch.ops.selfattn, "multihead_attention"):
+        return
+    chosen_by_user = os.environ.get(ENVIRONMENT_VARIABLE)
+    path = Path(chosen_by_user) if chosen_by_user else PACKAGED_LIBRARY
+    if not path.is_file():
+        where = f"the environment variable {ENVIRONMENT_VARIABLE} names" if chosen_by_user else "the package expects"
+        raise ImportError(
+            f"selfattn: {where} {path}, but there is no such file. Build and install it with `pip install .` in the "
+            f"project's folder, or set {ENVIRONMENT_VARIABLE} to a libselfattn.so."
+        )
+    # _build_info.py describes the packaged library only; one that the user names is his own affair.
+    built_for = None if chosen_by_user else _torch_version_of_build()
+    if built_for is not None and _major_minor(built_for) != _major_minor(torch.__version__):
+        raise ImportError(_mismatch(built_for))
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        raise ImportError(f"{_mismatch(built_for)} The loader said: {error}") from error
+
+
+def _torch_version_of_build() -> str | None:
+    try:
+        from selfattn._build_info import TORCH_VERSION
+    except ModuleNotFoundError:
+        return None
+    return TORCH_VERSION
+
+
+def _major_minor(version: str) -> tuple[str, ...]:
+    return tuple(version.split(".")[:2])
+
+
+def _mismatch(built_for: str | None) -> str:
+    built = f"torch {built_for}" if built_for else "another torch"
+    cure = "build it again with `pip install --no-build-isolation --force-reinstall --no-deps .`"
+    if built_for:
+        cure += f", or install torch {built_for.split('+')[0]}"
+    return (
+        f"selfattn: the library was built for {built}, and the installed torch is {torch.__version__}; a compiled "
+        f"extension serves one version of torch only. To cure it, {cure}."
+    )

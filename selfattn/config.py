@@ -1,0 +1,237 @@
+"""What a self-attention layer is, as data: validated when made, and written to and read from plain dictionaries."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, TypeVar
+
+import torch
+
+_Config = TypeVar("_Config", bound="_ValidatedConfig")
+
+_DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
+
+
+class AttentionBackend(str, Enum):
+    """The backends of ``multihead_attention``; each member is also the string that the operator takes.
+
+    ``PALLAS_TRITON``, ``TRITON`` and ``XLA`` are the names that JAX code bases use: aliases of the same members, so
+    ``AttentionBackend("xla") is AttentionBackend.ATEN``.
+    """
+
+    AUTO = "auto"
+    FLASH = "flash"
+    CUDNN = "cudnn"
+    ATEN = "aten"
+    REFERENCE = "reference"
+
+    PALLAS_TRITON = "flash"
+    TRITON = "flash"
+    XLA = "aten"
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """Every accepted spelling, aliases included."""
+        return [name.lower() for name in cls.__members__]
+
+    @classmethod
+    def _missing_(cls, value: object) -> "AttentionBackend | None":
+        return cls.__members__.get(value.upper()) if isinstance(value, str) and value.islower() else None
+
+    def __str__(self) -> str:
+        return self.value
+
+
+class _ValidatedConfig:
+    """Dictionaries in and out, and the words of the errors, for the dataclasses below."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON has them: numbers, strings, lists and nested dictionaries."""
+        plain = {}
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, _ValidatedConfig):
+                value = value.to_dict()
+            plain[f.name] = list(value) if isinstance(value, tuple) else value
+        return plain
+
+    @classmethod
+    def from_dict(cls: type[_Config], values: Mapping[str, Any]) -> _Config:
+        """The inverse of ``to_dict``; absent fields take their defaults.
+
+        Raises:
+            TypeError: ``values`` is no mapping, or a field has a wrong type.
+            ValueError: an unknown field, or a field with a bad value; the message names it.
+        """
+        if not isinstance(values, Mapping):
+            raise TypeError(f"{cls.__name__}.from_dict: expected a mapping, got {type(values).__name__}")
+        known = [f.name for f in dataclasses.fields(cls)]
+        unknown = [name for name in values if name not in known]
+        if unknown:
+            raise ValueError(
+                f"{cls.__name__}: unknown field{'s' * (len(unknown) > 1)} {', '.join(map(repr, unknown))}; "
+                f"expected fields out of {', '.join(known)}"
+            )
+        return cls(**values)
+
+    def _fail(self, error: type[Exception], name: str, expected: str) -> None:
+        raise error(f"{type(self).__name__}.{name}: expected {expected}, got {getattr(self, name)!r}")
+
+    def _check_int(self, name: str, minimum: int, expected: str) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int):
+            self._fail(TypeError, name, expected)
+        if value < minimum:
+            self._fail(ValueError, name, expected)
+
+    def _check_bool(self, name: str) -> None:
+        if not isinstance(getattr(self, name), bool):
+            self._fail(TypeError, name, "a bool")
+
+    def _check_real(self, name: str, is_allowed, expected: str) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            self._fail(TypeError, name, expected)
+        if not (math.isfinite(value) and is_allowed(value)):
+            self._fail(ValueError, name, expected)
+
+    def _check_choice(self, name: str, choices: Sequence[str]) -> None:
+        value = getattr(self, name)
+        expected = f"one of {', '.join(map(repr, choices))}"
+        if not isinstance(value, str):
+            self._fail(TypeError, name, expected)
+        if value not in choices:
+            self._fail(ValueError, name, expected)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig(_ValidatedConfig):
+    """How a model is spread over devices.
+
+    The fields are held, validated and serialised. A layer that is built on one device refuses any axis that needs
+    more (see ``require_single_device``): nothing here is ignored in silence.
+    """
+
+    data_axis_name: str = "dp"
+    fsdp_axis_name: str = "fsdp"
+    pipeline_axis_name: str = "pp"
+    model_axis_name: str = "tp"
+    data_axis_size: int = -1
+    """-1 takes every device that the other axes leave: on one device, one."""
+    fsdp_axis_size: int = 1
+    pipeline_axis_size: int = 1
+    model_axis_size: int = 1
+    remat: Sequence[str] = ()
+    """Names of the modules whose activations are computed again in the backward pass."""
+    fsdp_modules: Sequence[str] = ()
+    """Names of the modules whose weights the fsdp axis shards."""
+    fsdp_min_weight_size: int = 2**18
+    fsdp_gather_dtype: str | None = None
+    fsdp_grad_scatter_dtype: str | None = None
+    tp_async_dense: bool = False
+
+    def __post_init__(self) -> None:
+        axes = ("data", "fsdp", "pipeline", "model")
+        for axis in axes:
+            name = f"{axis}_axis_name"
+            if not isinstance(getattr(self, name), str):
+                self._fail(TypeError, name, "a string")
+            if not getattr(self, name):
+                self._fail(ValueError, name, "a name that is not empty")
+            self._check_int(f"{axis}_axis_size", -1, "-1 (all remaining devices) or a positive integer")
+            if getattr(self, f"{axis}_axis_size") == 0:
+                self._fail(ValueError, f"{axis}_axis_size", "-1 (all remaining devices) or a positive integer")
+        names = [getattr(self, f"{axis}_axis_name") for axis in axes]
+        for axis, axis_name in zip(axes, names, strict=True):
+            if names.count(axis_name) > 1:
+                self._fail(ValueError, f"{axis}_axis_name", "a name that no other axis has")
+        unsized = [axis for axis in axes if getattr(self, f"{axis}_axis_size") == -1]
+        if len(unsized) > 1:
+            self._fail(ValueError, f"{unsized[1]}_axis_size", f"at most one axis of size -1 ({unsized[0]} has it)")
+        for name in ("remat", "fsdp_modules"):
+            value = getattr(self, name)
+            if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
+                self._fail(TypeError, name, "a list of module names")
+            object.__setattr__(self, name, tuple(value))
+        self._check_int("fsdp_min_weight_size", 0, "an integer of at least 0")
+        for name in ("fsdp_gather_dtype", "fsdp_grad_scatter_dtype"):
+            if getattr(self, name) is not None:
+                self._check_choice(name, list(_DTYPES))
+        self._check_bool("tp_async_dense")
+
+    def require_single_device(self, module_name: str) -> None:
+        """Raises NotImplementedError where this configuration asks ``module_name`` for what one device cannot do."""
+        for axis in ("data", "fsdp", "pipeline", "model"):
+            size = getattr(self, f"{axis}_axis_size")
+            if size not in ((-1, 1) if axis == "data" else (1,)):
+                self._fail(NotImplementedError, f"{axis}_axis_size", f"1, the only size that {module_name} has yet")
+        if module_name in self.remat:
+            self._fail(NotImplementedError, "remat", f"no {module_name}, which does not recompute activations yet")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelfAttentionConfig(_ValidatedConfig):
+    """One self-attention layer.
+
+    Raises (when made): TypeError or ValueError with the field's name, what was expected and what came.
+    """
+
+    head_dim: int = 64
+    """Width of a head; the module has embedding_dim / head_dim query heads."""
+    qk_norm: bool = False
+    """RMSNorm of q and k, per head over head_dim, before the rotary step."""
+    use_bias: bool = False
+    """Biases in the four projections."""
+    dropout_rate: float = 0.0
+    """Dropout of the output, in training only."""
+    num_layers: int = 12
+    """Layers of the whole model: scales the initialisation of the output projection."""
+    dtype: str = "float32"
+    """Of the parameters: float32, bfloat16, float16 or float64."""
+    attention_backend: str = "auto"
+    """See ``AttentionBackend``."""
+    causal: bool = True
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    num_kv_heads: int | None = None
+    """Key and value heads for grouped queries; None has as many as query heads."""
+    window_left: int = -1
+    """Tokens to the left that a query sees besides itself; -1 is unbounded."""
+    window_right: int = -1
+    softcap: float = 0.0
+    """c > 0 turns the logits into c * tanh(logits / c)."""
+    sinks: bool = False
+    """A learned logit a head in the softmax's denominator."""
+    rope_theta: float = 10000.0
+    rope_pairing: str = "interleaved"
+    """"interleaved" rotates the pairs (2i, 2i + 1); "half" the pairs (i, i + head_dim / 2), as Hugging Face does."""
+    norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        self._check_int("head_dim", 2, "a positive even integer")
+        if self.head_dim % 2:
+            self._fail(ValueError, "head_dim", "a positive even integer")
+        for name in ("qk_norm", "use_bias", "causal", "sinks"):
+            self._check_bool(name)
+        self._check_real("dropout_rate", lambda rate: 0 <= rate < 1, "a number in [0, 1)")
+        self._check_int("num_layers", 1, "a positive integer")
+        self._check_choice("dtype", list(_DTYPES))
+        self._check_choice("attention_backend", AttentionBackend.names())
+        object.__setattr__(self, "attention_backend", str(self.attention_backend))
+        if isinstance(self.parallel, Mapping):
+            object.__setattr__(self, "parallel", ParallelConfig.from_dict(self.parallel))
+        if not isinstance(self.parallel, ParallelConfig):
+            self._fail(TypeError, "parallel", "a ParallelConfig or its dictionary")
+        if self.num_kv_heads is not None:
+            self._check_int("num_kv_heads", 1, "None or a positive integer")
+        for name in ("window_left", "window_right"):
+            self._check_int(name, -1, "-1 (unbounded) or a number of tokens")
+        self._check_real("softcap", lambda cap: cap >= 0, "0 (none) or a positive finite number")
+        self._check_real("rope_theta", lambda theta: theta > 0, "a positive finite number")
+        self._check_choice("rope_pairing", ["interleaved", "half"])
+        self._check_real("norm_eps", lambda eps: eps >= 0, "a finite number of at least 0")
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return _DTYPES[self.dtype]

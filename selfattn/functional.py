@@ -1,0 +1,325 @@
+"""The operators of ``torch.ops.selfattn`` as Python functions, with their names, defaults and meanings.
+
+Each function is one call of the operator, so it can be scripted, compiled and exported. (TorchScript knows no
+keyword-only arguments with defaults, so the operators' keyword-only arguments are ordinary ones here.)
+
+Shapes use B batch, S (Sq, Skv) tokens, NH query heads, NKV key/value heads (NH a multiple of NKV), DQK and DV head
+dimensions. Errors are raised by the operator, before any work: TypeError, ValueError or NotImplementedError, with the
+argument's name, what was expected and what came.
+"""
+
+import torch
+from torch import Tensor
+
+
+def multihead_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segment_ids: Tensor | None = None,
+    causal: bool = True,
+    qk_scale: float | None = None,
+    backend: str = "auto",
+    kv_segment_ids: Tensor | None = None,
+    window_left: int = -1,
+    window_right: int = -1,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Exact attention inside documents: softmax(qk_scale * q k^T, over the allowed pairs) v.
+
+    A pair (i, j) is allowed iff ``segment_ids[b, i] == kv_segment_ids[b, j]`` and neither is negative; if ``causal``,
+    j <= i'; and i' - window_left <= j <= i' + window_right, where i' = i + Skv - Sq aligns the last query with the
+    last key. A query with no allowed key gets 0 and gives no gradients.
+
+    Args:
+        q: (B, Sq, NH, DQK), float32, bfloat16 or float16 (float64 in the backends reference and aten).
+        k: (B, Skv, NKV, DQK), of q's dtype and device. Any strides with a contiguous last dimension cost no copy.
+        v: (B, Skv, NKV, DV).
+        segment_ids: (B, Sq) int32 or int64, in any order; ids may be used again; negative is padding.
+        causal: no query sees a later key.
+        qk_scale: factor of the logits; None is 1 / sqrt(DQK).
+        backend: a name or alias of ``AttentionBackend``. "auto" takes the first that can serve the call, see
+            ``explain_backend``.
+        kv_segment_ids: (B, Skv); None is ``segment_ids``, and then Sq == Skv.
+        window_left: keys to the left of i' that are allowed; -1 is unbounded.
+        window_right: keys to the right of i' that are allowed; -1 is unbounded.
+        softcap: c > 0 turns the scaled logits into c * tanh(logits / c) (Gemma 2, arXiv:2408.00118).
+        sinks: (NH,) one extra logit a head in the softmax's denominator (gpt-oss, arXiv:2508.10925).
+
+    Returns:
+        (B, Sq, NH, DV), of q's dtype.
+
+    Raises:
+        TypeError, ValueError: a bad argument.
+        NotImplementedError: an explicit ``backend`` that cannot serve the call; the message gives every reason.
+    """
+    return torch.ops.selfattn.multihead_attention(
+        q,
+        k,
+        v,
+        segment_ids,
+        causal,
+        qk_scale,
+        backend,
+        kv_segment_ids=kv_segment_ids,
+        window_left=window_left,
+        window_right=window_right,
+        softcap=softcap,
+        sinks=sinks,
+    )
+
+
+def multihead_attention_lse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segment_ids: Tensor | None = None,
+    causal: bool = True,
+    qk_scale: float | None = None,
+    backend: str = "auto",
+    kv_segment_ids: Tensor | None = None,
+    window_left: int = -1,
+    window_right: int = -1,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``multihead_attention`` that also returns the logarithm of the softmax's denominator, with its gradient.
+
+    Two results over disjoint keys merge exactly: lse = logaddexp(lse1, lse2), out = the sum of exp(lse_i - lse) out_i.
+
+    Args:
+        As ``multihead_attention``.
+
+    Returns:
+        out (B, Sq, NH, DV), of q's dtype, and lse (B, NH, Sq) float32, the natural logarithm, with the sink counted;
+        -inf for a query with no allowed key.
+
+    Raises:
+        As ``multihead_attention``.
+    """
+    return torch.ops.selfattn.multihead_attention_lse(
+        q,
+        k,
+        v,
+        segment_ids,
+        causal,
+        qk_scale,
+        backend,
+        kv_segment_ids=kv_segment_ids,
+        window_left=window_left,
+        window_right=window_right,
+        softcap=softcap,
+        sinks=sinks,
+    )
+
+
+def explain_backend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segment_ids: Tensor | None = None,
+    causal: bool = True,
+    qk_scale: float | None = None,
+    backend: str = "auto",
+    kv_segment_ids: Tensor | None = None,
+    window_left: int = -1,
+    window_right: int = -1,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> str:
+    """Which backend this call would take, and why no other: one line a backend.
+
+    Args:
+        As ``multihead_attention``; nothing is computed.
+
+    Returns:
+        Text to read, with every reason for which a backend cannot serve.
+
+    Raises:
+        As ``multihead_attention`` for a bad argument.
+    """
+    return torch.ops.selfattn.explain_backend(
+        q,
+        k,
+        v,
+        segment_ids,
+        causal,
+        qk_scale,
+        backend,
+        kv_segment_ids=kv_segment_ids,
+        window_left=window_left,
+        window_right=window_right,
+        softcap=softcap,
+        sinks=sinks,
+    )
+
+
+def segment_mask(segment_ids: Tensor, kv_segment_ids: Tensor | None = None) -> Tensor:
+    """The dense mask that the ids stand for, for code that needs one; the attention operators never build it.
+
+    Args:
+        segment_ids: (B, Sq) int32 or int64.
+        kv_segment_ids: (B, Skv); None is ``segment_ids``.
+
+    Returns:
+        bool (B, 1, Sq, Skv), True where the ids are equal and not negative.
+
+    Raises:
+        TypeError, ValueError: ids of another dtype or shape.
+    """
+    return torch.ops.selfattn.segment_mask(segment_ids, kv_segment_ids)
+
+
+def segment_ids_from_positions(positions: Tensor) -> Tensor:
+    """Segment ids of rows that come with each token's position in its document.
+
+    Args:
+        positions: (B, S) int32 or int64. A document starts where the position is not its left neighbour's + 1.
+
+    Returns:
+        (B, S) int32: 0, 1, 2, ... along each row.
+
+    Raises:
+        TypeError, ValueError: positions of another dtype or shape.
+    """
+    return torch.ops.selfattn.segment_ids_from_positions(positions)
+
+
+def segment_ids_from_cu_seqlens(cu_seqlens: Tensor, length: int) -> Tensor:
+    """Segment ids of a row whose document boundaries are given as cumulative lengths.
+
+    Args:
+        cu_seqlens: (N + 1,) int32 or int64: 0, then the end of each document.
+        length: tokens of the row.
+
+    Returns:
+        (length,) int32: the document's number, -1 past the last boundary.
+
+    Raises:
+        TypeError, ValueError: boundaries of another dtype or shape, a negative length.
+    """
+    return torch.ops.selfattn.segment_ids_from_cu_seqlens(cu_seqlens, length)
+
+
+def cu_seqlens_from_segment_ids(segment_ids: Tensor, max_segments: int) -> Tensor:
+    """Cumulative lengths of each row's runs of equal ids, without a host synchronisation.
+
+    Args:
+        segment_ids: (B, S) int32 or int64.
+        max_segments: columns of the result, less one: at least the number of runs in any row.
+
+    Returns:
+        (B, max_segments + 1) int32: 0, then the end of each run; the tail repeats S.
+
+    Raises:
+        TypeError, ValueError: ids of another dtype or shape, max_segments below 1.
+    """
+    return torch.ops.selfattn.cu_seqlens_from_segment_ids(segment_ids, max_segments)
+
+
+def precompute_freqs(
+    feat_dim: int,
+    pos_idx: Tensor | None = None,
+    max_length: int | None = None,
+    theta: float = 10000.0,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Sines and cosines of the rotary embedding (RoFormer, arXiv:2104.09864): angle = position * theta^(-2i / D).
+
+    Args:
+        feat_dim: D, the head dimension; even.
+        pos_idx: (B, S) or (S,) positions of the tokens. For packed rows: each token's position in its document.
+        max_length: S, for the positions 0..S-1; exactly one of ``pos_idx`` and ``max_length`` is given.
+        theta: base of the frequencies.
+        dtype: of the results; None is float32.
+        device: of the results; None is that of ``pos_idx``, or the CPU.
+
+    Returns:
+        sin and cos, each (B, S, D / 2), with B = 1 for positions without a batch.
+
+    Raises:
+        TypeError, ValueError: a bad argument.
+    """
+    return torch.ops.selfattn.precompute_freqs(feat_dim, pos_idx, max_length, theta, dtype=dtype, device=device)
+
+
+def apply_rotary_emb(
+    xq: Tensor,
+    xk: Tensor,
+    freqs_sin: Tensor | None = None,
+    freqs_cos: Tensor | None = None,
+    theta: float = 10000.0,
+    pairing: str = "interleaved",
+) -> tuple[Tensor, Tensor]:
+    """Rotates q and k by the angles of their positions (RoFormer, arXiv:2104.09864).
+
+    Args:
+        xq: (B, S, NH, D).
+        xk: (B, S, NKV, D).
+        freqs_sin: (1 or B, S, D / 2) of ``precompute_freqs``; None computes positions 0..S-1.
+        freqs_cos: as ``freqs_sin``; both or neither.
+        theta: base of the frequencies where none are given.
+        pairing: "interleaved" rotates the pairs (2i, 2i + 1); "half" the pairs (i, i + D / 2), as the checkpoints of
+            Hugging Face expect.
+
+    Returns:
+        The rotated xq and xk, of their dtypes.
+
+    Raises:
+        TypeError, ValueError: a bad argument.
+    """
+    return torch.ops.selfattn.apply_rotary_emb(xq, xk, freqs_sin, freqs_cos, theta, pairing=pairing)
+
+
+def qk_norm_rope(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    freqs_sin: Tensor | None = None,
+    freqs_cos: Tensor | None = None,
+    norm: bool = True,
+    eps: float = 1e-6,
+    rope: bool = True,
+    positions: Tensor | None = None,
+    theta: float = 10000.0,
+    pairing: str = "interleaved",
+) -> tuple[Tensor, Tensor]:
+    """RMSNorm of each head of q and k (arXiv:1910.07467), then the rotary step, as one operator.
+
+    Args:
+        q: (B, S, NH, D).
+        k: (B, S, NKV, D).
+        q_weight: (D,) scale of the norm of q; None is ones.
+        k_weight: (D,) scale of the norm of k; None is ones.
+        freqs_sin: (1 or B, S, D / 2) of ``precompute_freqs``.
+        freqs_cos: as ``freqs_sin``; both or neither.
+        norm: whether to normalise.
+        eps: added to the mean square.
+        rope: whether to rotate.
+        positions: (B, S) of the tokens, instead of the frequencies; None with no frequencies is 0..S-1.
+        theta: base of the frequencies where none are given.
+        pairing: as ``apply_rotary_emb``.
+
+    Returns:
+        The new q and k, of their dtypes.
+
+    Raises:
+        TypeError, ValueError: a bad argument.
+    """
+    return torch.ops.selfattn.qk_norm_rope(
+        q,
+        k,
+        q_weight,
+        k_weight,
+        freqs_sin,
+        freqs_cos,
+        norm=norm,
+        eps=eps,
+        rope=rope,
+        positions=positions,
+        theta=theta,
+        pairing=pairing,
+    )
