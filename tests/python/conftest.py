@@ -1,0 +1,52 @@
+"""Finds the package and the library under test, and names what a machine without a GPU leaves out."""
+
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+BUILT_LIBRARY = ROOT / "build" / "libselfattn.so"
+
+# A library that was built in this folder is what is tested, unless the environment names another.
+if BUILT_LIBRARY.is_file():
+    os.environ.setdefault("SELFATTN_LIBRARY", str(BUILT_LIBRARY))
+if "SELFATTN_LIBRARY" in os.environ:
+    sys.path.insert(0, str(ROOT))
+sys.path.append(str(ROOT / "examples" / "train_packed"))  # its parts are tested one by one
+
+# Threads that wait for others sleep: on a machine with other work, spinning makes the tests several times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
+
+settings.register_profile(
+    "selfattn", deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow], print_blob=True
+)
+settings.load_profile("selfattn")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a CUDA GPU")
+    config.addinivalue_line("markers", "slow: builds or compiles programs, a minute or so")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU, and there is none"))
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(
+    params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)],
+)
+def device(request: pytest.FixtureRequest) -> str:
+    return request.param

@@ -1,0 +1,25 @@
+"""The CPU kernels of every instruction set that this machine can run give the results."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+ORDER = ["DEFAULT", "AVX2", "AVX512"]  # ATen's names, each able to run those before it
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+def test_kernels_of_a_capability(capability: str) -> None:
+    own = torch.backends.cpu.get_cpu_capability()
+    if own not in ORDER or ORDER.index(own) < ORDER.index(capability.upper()):
+        pytest.skip(f"this CPU's capability is {own}")
+    if own == capability.upper():
+        pytest.skip("what test_flash_cpu.py runs")
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_flash_cpu.py", "-k", "formula"]
+    run = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout

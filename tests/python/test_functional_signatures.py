@@ -1,0 +1,49 @@
+"""Every Python function has its operator's arguments, in order, with its defaults, and can be scripted."""
+
+import inspect
+
+import pytest
+import torch
+
+import selfattn
+
+FUNCTIONS = [
+    "apply_rotary_emb",
+    "cu_seqlens_from_segment_ids",
+    "explain_backend",
+    "multihead_attention",
+    "multihead_attention_lse",
+    "precompute_freqs",
+    "qk_norm_rope",
+    "segment_ids_from_cu_seqlens",
+    "segment_ids_from_positions",
+    "segment_mask",
+]
+
+
+def schema_of(name: str) -> torch.FunctionSchema:
+    return getattr(torch.ops.selfattn, name).default._schema
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_arguments_and_defaults_are_the_operators(name: str) -> None:
+    parameters = inspect.signature(getattr(selfattn, name)).parameters.values()
+    required = inspect.Parameter.empty
+    actual = [(p.name, p.default) for p in parameters]
+    expected = [(a.name, a.default_value if a.has_default_value() else required) for a in schema_of(name).arguments]
+    assert actual == expected
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_function_is_documented_and_public(name: str) -> None:
+    text = getattr(selfattn, name).__doc__
+    for section in ("Args:", "Returns:", "Raises:"):
+        assert section in text
+    for argument in schema_of(name).arguments:
+        assert f"{argument.name}: " in text or "As ``multihead_attention``" in text, argument.name
+    assert name in selfattn.__all__
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_function_can_be_scripted(name: str) -> None:
+    assert f"selfattn::{name}" in str(torch.jit.script(getattr(selfattn, name)).graph)

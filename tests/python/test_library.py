@@ -1,0 +1,84 @@
+"""Where the library is found, and what a user reads where it is not or does not fit the installed torch."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import selfattn
+
+PACKAGE = Path(selfattn.__file__).parent
+
+
+def run(program: str, tmp_path: Path, **environment: str) -> subprocess.CompletedProcess:
+    """A fresh process with a copy of the package that has no library of its own."""
+    copy = tmp_path / "selfattn"
+    if not copy.exists():
+        copy.mkdir()
+        for source in PACKAGE.glob("*.py"):
+            if source.name != "_build_info.py":
+                (copy / source.name).write_text(source.read_text())
+    clean = {k: v for k, v in os.environ.items() if k not in ("SELFATTN_LIBRARY", "PYTHONPATH")}
+    return subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env={**clean, **environment}, capture_output=True, text=True
+    )
+
+
+def used_library() -> str:
+    return os.environ.get("SELFATTN_LIBRARY") or str(PACKAGE / "lib" / "libselfattn.so")
+
+
+def test_missing_library_says_how_to_get_one(tmp_path: Path) -> None:
+    done = run("import selfattn", tmp_path)
+    assert done.returncode != 0
+    assert "ImportError: selfattn: the package expects" in done.stderr and "pip install ." in done.stderr
+
+
+def test_environment_that_names_no_file_is_named(tmp_path: Path) -> None:
+    done = run("import selfattn", tmp_path, SELFATTN_LIBRARY="/nowhere/libselfattn.so")
+    assert "ImportError: selfattn: the environment variable SELFATTN_LIBRARY names /nowhere" in done.stderr
+
+
+def test_environment_names_the_library(tmp_path: Path) -> None:
+    done = run("import selfattn; print(selfattn.__file__)", tmp_path, SELFATTN_LIBRARY=used_library())
+    assert done.returncode == 0, done.stderr
+    assert str(tmp_path) in done.stdout
+
+
+def test_library_that_was_loaded_before_is_kept(tmp_path: Path) -> None:
+    done = run(f"import torch; torch.ops.load_library({used_library()!r}); import selfattn", tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_library_of_another_torch_is_refused_with_both_versions(tmp_path: Path) -> None:
+    run("", tmp_path)
+    (tmp_path / "selfattn" / "_build_info.py").write_text('TORCH_VERSION = "1.13.1+cu117"\n')
+    (tmp_path / "selfattn" / "lib").mkdir()
+    (tmp_path / "selfattn" / "lib" / "libselfattn.so").write_bytes(b"")
+    done = run("import selfattn", tmp_path)
+    for part in (
+        "ImportError",
+        "torch 1.13.1+cu117",
+        f"installed torch is {torch.__version__}",
+        "install torch 1.13.1",
+    ):
+        assert part in done.stderr
+
+
+def test_file_that_is_no_library_gives_the_reason_of_the_loader(tmp_path: Path) -> None:
+    path = tmp_path / "libselfattn.so"
+    path.write_bytes(b"not a library")
+    done = run("import selfattn", tmp_path, SELFATTN_LIBRARY=str(path))
+    assert "ImportError: selfattn: " in done.stderr and "The loader said: " in done.stderr
+
+
+@pytest.mark.parametrize("name", ["multihead_attention", "self_attention"])
+def test_operators_work_without_the_package(name: str, tmp_path: Path) -> None:
+    done = run(
+        f"import torch; torch.ops.load_library({used_library()!r}); print(torch.ops.selfattn.{name}.default._schema)",
+        tmp_path,
+    )
+    assert done.returncode == 0 and name in done.stdout, done.stderr

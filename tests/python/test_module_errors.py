@@ -1,0 +1,65 @@
+"""A module that cannot be is refused when it is made, and a bad input by the argument's name."""
+
+import pytest
+import torch
+
+from selfattn import ParallelConfig, SelfAttention, SelfAttentionConfig
+
+X = torch.zeros(2, 6, 128)
+SIN = COS = torch.zeros(1, 6, 32)
+
+
+def test_width_that_heads_do_not_divide_is_refused() -> None:
+    with pytest.raises(ValueError, match="embedding_dim: expected a positive multiple of head_dim 64, got 100"):
+        SelfAttention(100)
+
+
+def test_kv_heads_that_do_not_divide_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"num_kv_heads: expected a divisor of the 2 query heads .*, got 3"):
+        SelfAttention(128, SelfAttentionConfig(num_kv_heads=3))
+
+
+def test_config_of_another_type_is_refused() -> None:
+    with pytest.raises(TypeError, match="config: expected a SelfAttentionConfig, got dict"):
+        SelfAttention(128, {"head_dim": 64})
+
+
+@pytest.mark.parametrize("axis", ["data", "fsdp", "pipeline", "model"])
+def test_axis_over_several_devices_is_not_built_yet(axis: str) -> None:
+    config = SelfAttentionConfig(parallel=ParallelConfig(**{f"{axis}_axis_size": 2}))
+    with pytest.raises(NotImplementedError, match=f"{axis}_axis_size: expected 1, .*SelfAttention.*, got 2"):
+        SelfAttention(128, config)
+
+
+def test_remat_of_the_module_is_not_built_yet() -> None:
+    with pytest.raises(NotImplementedError, match=r"remat: .*SelfAttention"):
+        SelfAttention(128, SelfAttentionConfig(parallel=ParallelConfig(remat=["SelfAttention"])))
+    SelfAttention(128, SelfAttentionConfig(parallel=ParallelConfig(remat=["Block"])))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "name"),
+    [
+        ((X[0],), ValueError, "x"),
+        ((torch.zeros(2, 6, 64),), ValueError, "x"),
+        ((X.long(),), TypeError, "x"),
+        ((X, (SIN[:, :5], COS)), ValueError, "freqs_sin"),
+        ((X, (SIN, COS[..., :5])), ValueError, "freqs_cos"),
+        ((X, (SIN.expand(3, 6, 32), COS)), ValueError, "freqs_sin"),
+        ((X, (SIN.long(), COS)), TypeError, "freqs_sin"),
+        ((X, (SIN[0], COS)), ValueError, "freqs_sin"),
+        ((X, None, torch.zeros(2, 5, dtype=torch.int32)), ValueError, "segment_ids"),
+        ((X, None, torch.zeros(6, dtype=torch.int32)), ValueError, "segment_ids"),
+        ((X, None, torch.zeros(2, 6)), TypeError, "segment_ids"),
+    ],
+)
+def test_bad_input_is_named(arguments: tuple, error: type[Exception], name: str) -> None:
+    with pytest.raises(error, match=rf"^selfattn: {name}\b"):
+        SelfAttention(128)(*arguments)
+
+
+def test_unknown_backend_is_named() -> None:
+    module = SelfAttention(128)
+    module.attention_backend = "fastest"
+    with pytest.raises(ValueError, match=r"^selfattn: .*backend.*fastest"):
+        module(X)
