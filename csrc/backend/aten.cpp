@@ -1,6 +1,5 @@
 // at::scaled_dot_product_attention, with a mask only where one is needed: dense causal and full attention reach ATen's
 // own fast kernels.
-#include <ATen/ops/_scaled_dot_product_attention_math.h>
 #include <ATen/ops/_scaled_dot_product_efficient_attention.h>
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/repeat_interleave.h>
@@ -35,17 +34,13 @@ bool suits_efficient_attention(const AttentionProblem& problem) {
   return problem.query.scalar_type() != at::kDouble && problem.head_dim() % 8 == 0 && problem.value_head_dim() % 8 == 0;
 }
 
-/// Attention under a mask with at least one allowed pair a row. On CUDA the kernel is named, since the choice inside
-/// scaled_dot_product_attention may fall on cuDNN, whose gradients under a dense mask can be NaN.
+/// Attention under a mask with at least one allowed pair a row. On CUDA the kernel is named where cuDNN could serve, since
+/// the choice inside scaled_dot_product_attention may fall on it, and its gradients under a dense mask can be NaN.
 at::Tensor masked_attention(const AttentionProblem& problem, const at::Tensor& query, at::Tensor key, at::Tensor value,
                             const at::Tensor& allowed) {
-  if (!problem.query.is_cuda()) {
+  if (!problem.query.is_cuda() || !suits_efficient_attention(problem)) {
     return at::scaled_dot_product_attention(query, key, value, allowed, 0.0, /*is_causal=*/false, problem.scale,
                                             /*enable_gqa=*/true);
-  }
-  if (!suits_efficient_attention(problem)) {
-    return std::get<0>(at::_scaled_dot_product_attention_math(query, key, value, allowed, 0.0, /*is_causal=*/false,
-                                                              std::nullopt, problem.scale, /*enable_gqa=*/true));
   }
   if (problem.query_heads() != problem.key_heads()) {
     const c10::SymInt group = problem.query_heads() / problem.key_heads();
