@@ -1,5 +1,7 @@
 # make demo | test | lint | bench-cpu | sanitize | coverage | install | clean     (see CONTRIBUTING.md)
 # Everything lies in this folder: .venv (Python packages), build (CMake), build/install (the C++ package).
+SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -c
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -37,7 +39,10 @@ build/build.ninja: CMakeLists.txt $(VENV)/.packages
 	$(CONFIGURE) -B build -DSELFATTN_TESTS=ON $(CMAKE_ARGS)
 
 build: build/build.ninja
-	$(BIN)/cmake --build build -j $(JOBS)
+	$(BIN)/cmake --build build -j $(JOBS) 2>&1 | tee build/build.log | \
+	  { grep -v -E '^ptxas info|bytes stack frame|^ *Function properties' || true; }
+	@! grep -q 'Building CUDA object' build/build.log || \
+	  $(BIN)/python cmake/check_ptxas.py build/build.log --allow backward=400
 
 install: build
 	$(BIN)/cmake --install build --prefix build/install > /dev/null

@@ -40,9 +40,8 @@ class CMakeBuild(build_ext):
         subprocess.run(configure, check=True)
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
         subprocess.run(["cmake", "--build", str(build), "--target", "selfattn", "-j", jobs], check=True)
-        (package / "_build_info.py").write_text(
-            f'"""Written by the build: what libselfattn.so was compiled for."""\n\nTORCH_VERSION = "{torch.__version__}"\n'
-        )
+        docstring = '"""Written by the build: what libselfattn.so was compiled for."""'
+        (package / "_build_info.py").write_text(f'{docstring}\n\nTORCH_VERSION = "{torch.__version__}"\n')
 
     def get_ext_filename(self, fullname: str) -> str:
         return os.path.join(*fullname.split("."))  # a plain shared library: no Python ABI in its name

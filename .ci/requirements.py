@@ -1,4 +1,4 @@
-"""Prints the packages of pyproject.toml's groups, one a line: ``requirements.py torch demo`` (torch: the dependencies)."""
+"""Prints the packages of pyproject.toml's groups, one a line; ``torch`` names the dependencies themselves."""
 
 import sys
 from pathlib import Path

@@ -48,7 +48,9 @@ def main() -> int:
         report = Path(folder) / "report.xml"
         run_tests(report, arguments.workers, extra)
         result = summarise(report)
-    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    head = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     record = {
         **result,
         "device": torch.cuda.get_device_name(),

@@ -34,17 +34,20 @@ def draw(speeds: dict[str, dict[str, float]], title: str, path: Path) -> None:
         bars = axes.bar([at + (index - (len(implementations) - 1) / 2) * width for at in places], heights, width)
         bars.set_label(implementation)
         axes.bar_label(bars, fmt="%.0f", fontsize=7, rotation=90, padding=2)
-    axes.set_xticks(range(len(speeds)), speeds, rotation=40, ha="right", fontsize=8)
+    axes.set_xticks(range(len(speeds)), speeds, rotation=40, ha="right", rotation_mode="anchor", fontsize=8)
+    axes.margins(x=0.02, y=0.18)
     axes.set_ylabel("TFLOP/s of allowed pairs")
     axes.set_title(title)
-    axes.legend()
+    axes.legend(loc="upper left", ncols=3, fontsize=8)
     figure.savefig(path, dpi=150)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", type=Path, default=RESULTS / "attention.jsonl")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the pictures")
+    parser.add_argument("--rows", type=Path, default=RESULTS / "attention_h100.jsonl")
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS.parents[1] / "docs" / "figures", help="folder of the pictures"
+    )
     arguments = parser.parse_args()
     for which in ("forward", "backward"):
         speeds = read_rows(arguments.rows, which)

@@ -1,4 +1,4 @@
-"""Promise: C++ programs that know only the install tree train, load what Python saved, and exchange state with Python."""
+"""Promise: C++ programs that know only the install tree train, load what Python saved, and exchange state with it."""
 
 from pathlib import Path
 

@@ -67,7 +67,7 @@ __device__ __forceinline__ void multiply_narrow(const BackwardMaps& maps, const 
     multiply_rows(scores, k_rows, q_rows + stage * (Config::kQueryBytes / 16));
   };
   const auto issue_dp = [&](int stage) { multiply_rows(dp, v_rows, do_rows + stage * (Config::kQueryBytes / 16)); };
-  const auto accumulate = [&](float(&d)[kD / 2], const uint32_t* left,
+  const auto accumulate = [&](float (&d)[kD / 2], const uint32_t* left,
                               uint64_t right) {  // d += left right over the queries
     wgmma_fence();
 #pragma unroll
@@ -105,7 +105,7 @@ __device__ __forceinline__ void multiply_narrow(const BackwardMaps& maps, const 
                        &s.query_ids[ring.stage][column]);
   };
   // Writes this warp's 16 keys of dK or dV to its slice of shared memory and on to global memory.
-  const auto store = [&](const CUtensorMap* map, float(&d)[kD / 2], float factor, unsigned char* slices,
+  const auto store = [&](const CUtensorMap* map, float (&d)[kD / 2], float factor, unsigned char* slices,
                          const TileInfo& tile) {
     const uint32_t s_slice = shared_address(slices) + (warpgroup * 4 + warp) * (16 * kD * 2),
                    s_row = s_slice + lane % 16 * 128;

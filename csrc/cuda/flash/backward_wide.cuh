@@ -53,7 +53,7 @@ __device__ __forceinline__ void multiply_wide(const BackwardMaps& maps, const Ba
   const uint32_t score_out = (warp * 16 + lane / 8 % 2 * 8 + lane % 8) * 128;
   const auto score_chunk = [&](int i) { return ((warpgroup * 4 + 2 * i + lane / 16) ^ (lane % 8)) * 16; };
 
-  const auto multiply_rows = [&](float(&d)[kOwnQueries / 2], uint64_t left,
+  const auto multiply_rows = [&](float (&d)[kOwnQueries / 2], uint64_t left,
                                  uint64_t right) {  // over the head dimension
     wgmma_fence();
 #pragma unroll
@@ -70,7 +70,7 @@ __device__ __forceinline__ void multiply_wide(const BackwardMaps& maps, const Ba
     multiply_rows(scores, k_rows, q_rows + stage * (Config::kQueryBytes / 16));
   };
   const auto issue_dp = [&](int stage) { multiply_rows(dp, v_rows, do_rows + stage * (Config::kQueryBytes / 16)); };
-  const auto accumulate = [&](float(&d)[kOwnPanels][32], uint64_t left,
+  const auto accumulate = [&](float (&d)[kOwnPanels][32], uint64_t left,
                               uint64_t right) {  // d^T += left^T right, over queries
     wgmma_fence();
 #pragma unroll
@@ -118,7 +118,7 @@ __device__ __forceinline__ void multiply_wide(const BackwardMaps& maps, const Ba
                             &s.query_ids[ring.stage][column]);
   };
   // This warpgroup's columns of dK or dV: transposed into panels of shared memory, on to global memory, memory freed.
-  const auto store = [&](const CUtensorMap* map, float(&d)[kOwnPanels][32], float factor, uint32_t s_panels,
+  const auto store = [&](const CUtensorMap* map, float (&d)[kOwnPanels][32], float factor, uint32_t s_panels,
                          const TileInfo& tile, uint64_t& freed) {
     const uint32_t s_row =
         s_panels + own_panels + (lane / 16 * 8 + lane % 8) * 128 + ((warp * 2 + lane / 8 % 2) ^ (lane % 8)) * 16;
