@@ -10,8 +10,7 @@ namespace {
   const at::Tensor &q, const at::Tensor &k, const at::Tensor &v, const OptionalTensor &segment_ids, bool causal, \
       std::optional<double> qk_scale, c10::string_view backend, const OptionalTensor &kv_segment_ids,            \
       int64_t window_left, int64_t window_right, double softcap, const OptionalTensor &sinks
-#define SELFATTN_ARGUMENTS \
-  { segment_ids, causal, qk_scale, kv_segment_ids, window_left, window_right, softcap, sinks }
+#define SELFATTN_ARGUMENTS {segment_ids, causal, qk_scale, kv_segment_ids, window_left, window_right, softcap, sinks}
 
 at::Tensor multihead_attention(SELFATTN_PARAMETERS) {
   const Backend name = parse_backend(backend);

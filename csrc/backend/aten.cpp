@@ -34,8 +34,9 @@ bool suits_efficient_attention(const AttentionProblem& problem) {
   return problem.query.scalar_type() != at::kDouble && problem.head_dim() % 8 == 0 && problem.value_head_dim() % 8 == 0;
 }
 
-/// Attention under a mask with at least one allowed pair a row. On CUDA the kernel is named where cuDNN could serve, since
-/// the choice inside scaled_dot_product_attention may fall on it, and its gradients under a dense mask can be NaN.
+/// Attention under a mask with at least one allowed pair a row. On CUDA the kernel is named where cuDNN could serve,
+/// since the choice inside scaled_dot_product_attention may fall on it, and its gradients under a dense mask can be
+/// NaN.
 at::Tensor masked_attention(const AttentionProblem& problem, const at::Tensor& query, at::Tensor key, at::Tensor value,
                             const at::Tensor& allowed) {
   if (!problem.query.is_cuda() || !suits_efficient_attention(problem)) {

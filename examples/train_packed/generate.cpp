@@ -17,7 +17,7 @@
 
 namespace {
 
-constexpr int64_t kBoundary = 256;     // opens and ends a document
+constexpr int64_t kBoundary = 256;    // opens and ends a document
 constexpr double kTemperature = 0.7;  // below 1: likely bytes are drawn more often than the model says
 constexpr uint64_t kSeed = 0;
 
