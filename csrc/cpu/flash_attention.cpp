@@ -16,7 +16,11 @@ namespace {
 
 using namespace cpu;
 
-constexpr int64_t kTasksPerThread = 4;  // enough for an even load
+constexpr int64_t kTasksPerThread = 4;  // enough for an even load, once
+constexpr int64_t kTasksOfWave = 64;    // and for many waves, each of which ends in a barrier
+// Unevenness at which steps with more tasks become faster than whole heads. Backward, whole heads take five products a
+// pair where steps take seven.
+constexpr double kMostUnevenForward = 1.1, kMostUnevenBackward = 7.0 / 5.0;
 constexpr int64_t kLeastSplitKeys = 512;
 
 /// run(task, workspace) for each task, on all threads; a thread takes the next task when it is done with one.
@@ -65,9 +69,9 @@ struct Call {
     }
     const int64_t group = query.size(2) / key.size(2);
     constexpr int64_t kMost = std::numeric_limits<int32_t>::max() - kPanel;
-    TORCH_CHECK_VALUE(key.size(1) <= kMost && query.size(1) * group <= kMost,
-                      "selfattn: at most ", kMost, " keys, and queries times heads of a group, are supported on CPU; got ",
-                      key.size(1), " and ", query.size(1) * group);
+    TORCH_CHECK_VALUE(key.size(1) <= kMost && query.size(1) * group <= kMost, "selfattn: at most ", kMost,
+                      " keys, and queries times heads of a group, are supported on CPU; got ", key.size(1), " and ",
+                      query.size(1) * group);
     const int32_t* query_id_data = query_ids.defined() ? query_ids.const_data_ptr<int32_t>() : nullptr;
     const int32_t* key_id_data = key_ids.defined() ? key_ids.const_data_ptr<int32_t>() : nullptr;
     plan = make_pair_plan({.batch = query.size(0),
@@ -94,26 +98,34 @@ struct Call {
                .query_ids = query_id_data,
                .key_ids = key_id_data,
                .plan = &plan,
-               .gemm = choice.gemm,
-               .key_step = choice.gemm ? kPanel : kColumns,
-               .row_step = choice.gemm ? kColumns : 1};
+               .matrix_unit = choice.matrix_unit};
   }
   Call(const Call&) = delete;
 
   const FlashKernels& kernels() const { return *choice.kernels; }
-  int64_t key_heads() const { return problem.batch * problem.key_heads; }
-  int64_t query_tiles() const { return problem.tiles() * problem.key_heads; }
+  int64_t query_tiles() const { return problem.heads() * problem.tiles(); }
 
-  template <typename Run>
-  void for_each(int64_t tasks, int64_t workspace_bytes, const Run& run) const {
-    for_each_task(tasks, workspace_bytes, choice.gemm != nullptr, run);
+  /// kernel(problem, task, workspace) for the tasks of the heads [first, end), the last task first: under causality the
+  /// last tiles of a head have most keys, and a long task should not start last.
+  template <typename Problem, typename Kernel>
+  void run(const Problem& of_call, Kernel kernel, int64_t tasks_per_head, int64_t first, int64_t end,
+           int64_t workspace_bytes) const {
+    const int64_t last = end * tasks_per_head - 1;
+    for_each_task((end - first) * tasks_per_head, workspace_bytes, choice.matrix_unit != nullptr,
+                  [&](int64_t task, void* workspace) { kernel(of_call, last - task, workspace); });
   }
 
-  void* transposed_memory(int64_t dim) {
-    return memory.allocate(key_heads() * kernels().transposed_elements(problem, dim) * kernels().compute_bytes);
+  /// Heads whose tasks, so many each, keep all threads busy.
+  int64_t heads_of_wave(int64_t tasks_per_head) const {
+    const int64_t wanted = kTasksOfWave * at::get_num_threads();
+    return std::clamp<int64_t>(wanted / std::max<int64_t>(tasks_per_head, 1), 1, problem.heads());
   }
-  void* rows_memory(int64_t dim) {
-    return memory.allocate(key_heads() * kernels().rows_elements(problem, dim) * kernels().compute_bytes);
+
+  void* transposed_memory(int64_t heads, int64_t dim) {
+    return memory.allocate(heads * kernels().transposed_elements(problem, dim) * kernels().compute_bytes);
+  }
+  void* rows_memory(int64_t heads, int64_t dim) {
+    return memory.allocate(heads * kernels().rows_elements(problem, dim) * kernels().compute_bytes);
   }
 
   at::Tensor query, key, value, query_ids, key_ids;
@@ -128,14 +140,52 @@ int64_t count_splits(const Call& call) {
   const int64_t tiles = std::max<int64_t>(call.query_tiles(), 1);
   const int64_t wanted = (kTasksPerThread * at::get_num_threads() + tiles - 1) / tiles;
   int64_t most_keys = 0;
-  for (const QueryTile& tile : call.plan.tiles) most_keys = std::max<int64_t>(most_keys, tile.end_key - tile.first_key);
+  for (const QueryTile& tile : call.plan.query_tiles)
+    most_keys = std::max<int64_t>(most_keys, tile.end_key - tile.first_key);
   return std::clamp<int64_t>(most_keys / kLeastSplitKeys, 1, wanted);
 }
 
-std::tuple<at::Tensor, at::Tensor> flash_attention_cpu(
-    const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const OptionalTensor& segment_ids, bool causal,
-    std::optional<double> qk_scale, const OptionalTensor& kv_segment_ids, int64_t window_left, int64_t window_right,
-    double softcap, const OptionalTensor& sinks) {
+/// Whether whole heads, one a task, load the threads so evenly that it takes at most `limit` times the least time.
+bool heads_load_evenly(const Call& call, double limit) {
+  const int64_t threads = at::get_num_threads(), heads = call.problem.heads();
+  const int64_t rounds = (heads + threads - 1) / threads;
+  return static_cast<double>(rounds * threads) <= limit * static_cast<double>(heads);
+}
+
+void run_forward(Call& call, ForwardProblem& problem) {
+  const FlashKernels& kernels = call.kernels();
+  const int64_t heads = problem.heads(), tiles = problem.tiles();
+  problem.splits = count_splits(call);
+  if (problem.splits == 1 && tiles > 1 && heads_load_evenly(call, kMostUnevenForward)) {
+    return call.run(problem, kernels.attend_head, 1, 0, heads, kernels.head_forward_workspace_bytes(problem));
+  }
+  if (problem.splits > 1) {
+    const int64_t floats = heads * tiles * problem.splits * kernels.part_floats(problem);
+    problem.parts = static_cast<float*>(call.memory.allocate(floats * static_cast<int64_t>(sizeof(float))));
+  }
+  // Where one tile reads all keys of a head, it packs them as it goes, and they pass through memory only once.
+  const bool packs_ahead = tiles > 1;
+  const int64_t wave = packs_ahead ? call.heads_of_wave(tiles) : heads;
+  if (packs_ahead) {
+    problem.key_transposed = call.transposed_memory(wave, problem.head_dim);
+    problem.value_rows = call.rows_memory(wave, problem.value_dim);
+  }
+  const int64_t workspace_bytes = kernels.forward_workspace_bytes(problem);
+  for (int64_t first = 0; first < heads; first += wave) {
+    const int64_t end = std::min(first + wave, heads);
+    problem.first_head = first;
+    if (packs_ahead) call.run(problem, kernels.pack_forward, problem.blocks(), first, end, workspace_bytes);
+    call.run(problem, kernels.attend, tiles * problem.splits, first, end, workspace_bytes);
+  }
+  if (problem.parts) call.run(problem, kernels.merge, tiles, 0, heads, workspace_bytes);
+}
+
+std::tuple<at::Tensor, at::Tensor> flash_attention_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                                       const OptionalTensor& segment_ids, bool causal,
+                                                       std::optional<double> qk_scale,
+                                                       const OptionalTensor& kv_segment_ids, int64_t window_left,
+                                                       int64_t window_right, double softcap,
+                                                       const OptionalTensor& sinks) {
   const AttentionProblem attention = make_attention_problem(
       q, k, v, {segment_ids, causal, qk_scale, kv_segment_ids, window_left, window_right, softcap, sinks});
   const at::Tensor out = at::empty({q.size(0), q.size(1), q.size(2), v.size(3)}, q.options());
@@ -143,45 +193,36 @@ std::tuple<at::Tensor, at::Tensor> flash_attention_cpu(
   if (lse.numel() == 0) return {out, lse};
 
   Call call(attention);
-  const FlashKernels& kernels = call.kernels();
   const at::Tensor sink_floats = contiguous_floats(attention.sinks);
   ForwardProblem problem{call.problem};
   problem.sinks = sink_floats.defined() ? sink_floats.const_data_ptr<float>() : nullptr;
   problem.out = view_of(out);
   problem.lse = lse.mutable_data_ptr<float>();
-  problem.splits = count_splits(call);
-  problem.parts = nullptr;
-  if (problem.splits > 1) {
-    const int64_t floats = call.query_tiles() * problem.splits * kernels.part_floats(problem);
-    problem.parts = static_cast<float*>(call.memory.allocate(floats * static_cast<int64_t>(sizeof(float))));
-  }
-  // Where one tile reads all keys of a head, it packs them as it goes, and they pass through memory only once.
-  const bool packs_ahead = problem.tiles() > problem.batch;
-  problem.key_transposed = packs_ahead ? call.transposed_memory(problem.head_dim) : nullptr;
-  problem.value_rows = packs_ahead ? call.rows_memory(problem.value_dim) : nullptr;
-
-  const int64_t workspace_bytes = kernels.forward_workspace_bytes(problem);
-  if (packs_ahead) {
-    call.for_each(call.key_heads() * problem.blocks(), workspace_bytes,
-                  [&](int64_t task, void* workspace) { kernels.pack_forward(problem, task, workspace); });
-  }
-  // Backwards: under causality the last tiles of a head have most keys, and a long task should not start last.
-  const int64_t tasks = call.query_tiles() * problem.splits;
-  call.for_each(tasks, workspace_bytes,
-                [&](int64_t task, void* workspace) { kernels.attend(problem, tasks - 1 - task, workspace); });
-  if (problem.parts) {
-    call.for_each(call.query_tiles(), workspace_bytes,
-                  [&](int64_t task, void* workspace) { kernels.merge(problem, task, workspace); });
-  }
+  run_forward(call, problem);
   return {out, lse};
 }
 
-/// Whether each task should compute all gradients of a key head: five products a pair, but few tasks. Apart, the
-/// gradients of keys take four and those of queries three, in as many tasks as one likes.
-bool takes_whole_heads(const Call& call) {
-  const int64_t threads = at::get_num_threads(), heads = call.key_heads();
-  const int64_t rounds = (heads + threads - 1) / threads;
-  return rounds * threads * 5 <= heads * 7;
+void run_backward(Call& call, BackwardProblem& problem) {
+  const FlashKernels& kernels = call.kernels();
+  if (heads_load_evenly(call, kMostUnevenBackward)) {
+    call.run(problem, kernels.head_gradients, 1, 0, problem.heads(), kernels.head_workspace_bytes(problem));
+    return;
+  }
+  const int64_t spans = kernels.key_spans(problem), tiles = problem.tiles();
+  const int64_t wave = call.heads_of_wave(std::min(spans, tiles));
+  problem.key_transposed = call.transposed_memory(wave, problem.head_dim);
+  problem.value_transposed = call.transposed_memory(wave, problem.value_dim);
+  problem.key_rows = call.rows_memory(wave, problem.head_dim);
+  problem.query_tiles = static_cast<char*>(call.memory.allocate(wave * tiles * kernels.query_tile_bytes(problem)));
+  const int64_t workspace_bytes = kernels.backward_workspace_bytes(problem);
+  for (int64_t first = 0; first < problem.heads(); first += wave) {
+    const int64_t end = std::min(first + wave, problem.heads());
+    problem.first_head = first;
+    call.run(problem, kernels.pack_keys, problem.blocks(), first, end, workspace_bytes);
+    call.run(problem, kernels.pack_queries, tiles, first, end, workspace_bytes);
+    call.run(problem, kernels.key_gradients, spans, first, end, workspace_bytes);
+    call.run(problem, kernels.query_gradients, tiles, first, end, workspace_bytes);
+  }
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> flash_attention_backward_cpu(
@@ -196,7 +237,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> flash_attention_backward_cpu(
   if (q.size(2) == 0) return {grad_query, grad_key.zero_(), grad_value.zero_()};
 
   Call call(attention);
-  const FlashKernels& kernels = call.kernels();
   const at::Tensor grad_rows = with_contiguous_rows(grad_out.to(q.scalar_type()));
   const at::Tensor out_rows = with_contiguous_rows(out);
   const at::Tensor lse_floats = contiguous_floats(lse), grad_lse_floats = contiguous_floats(grad_lse);
@@ -208,24 +248,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> flash_attention_backward_cpu(
   problem.grad_query = view_of(grad_query);
   problem.grad_key = view_of(grad_key);
   problem.grad_value = view_of(grad_value);
-  problem.key_transposed = call.transposed_memory(problem.head_dim);
-  problem.value_transposed = call.transposed_memory(problem.value_dim);
-  problem.key_rows = call.rows_memory(problem.head_dim);
-  problem.query_tiles = static_cast<char*>(call.memory.allocate(call.query_tiles() * kernels.query_tile_bytes(problem)));
-
-  const bool whole_heads = takes_whole_heads(call);
-  const int64_t workspace_bytes = kernels.backward_workspace_bytes(problem, whole_heads);
-  const auto for_each = [&](int64_t tasks, auto kernel) {
-    call.for_each(tasks, workspace_bytes, [&](int64_t task, void* workspace) { kernel(problem, task, workspace); });
-  };
-  for_each(call.key_heads() * problem.blocks(), kernels.pack_backward_keys);
-  for_each(call.query_tiles(), kernels.pack_backward_queries);
-  if (whole_heads) {
-    for_each(call.key_heads(), kernels.head_gradients);
-  } else {
-    for_each(call.key_heads() * kernels.key_spans(problem), kernels.key_gradients);
-    for_each(call.query_tiles(), kernels.query_gradients);
-  }
+  run_backward(call, problem);
   return {grad_query, grad_key, grad_value};
 }
 

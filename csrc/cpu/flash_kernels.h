@@ -21,9 +21,8 @@ struct TokenView {
   }
 };
 
-/// C (m x n, float) = or += A (m x k) * B (k x n), n a multiple of 16 up to kPanel. Leading dimensions count elements
-/// of A, columns of B and elements of C. Where A and B have 16 bits, k is even and rows 2i and 2i + 1 of B are
-/// interleaved ("VNNI").
+/// C (m x n, float) = or += A (m x k) * B (k x n). Leading dimensions count elements of A, columns of B and elements of
+/// C. Where A and B have 16 bits, k is even and rows 2i and 2i + 1 of B are interleaved ("VNNI").
 using PanelGemm = void (*)(int64_t m, int64_t n, int64_t k, const void* a, int64_t lda, const void* b, int64_t ldb,
                            float* c, int64_t ldc, bool accumulate);
 
@@ -36,34 +35,40 @@ struct FlashProblem {
   TokenView query, key, value;
   const int32_t *query_ids, *key_ids;  // (B, Sq), (B, Skv) or null
   const PairPlan* plan;
-  PanelGemm gemm;    // null: the kernels' own
-  int64_t key_step;  // products take keys in multiples of this: kColumns, or kPanel to keep their shapes few
-  int64_t row_step;  // and rows in multiples of this
+  PanelGemm matrix_unit;  // for large products; null: the kernels compute all of them
 
   int64_t group() const { return query_heads / key_heads; }
-  int64_t tiles() const { return static_cast<int64_t>(plan->tiles.size()); }
+  int64_t tiles() const { return plan->tiles; }
   int64_t blocks() const { return plan->blocks; }
+  int64_t heads() const { return batch * key_heads; }
   int64_t key_tokens() const { return plan->blocks * kPanel; }
 };
 
-/// Operands are packed for all tokens of a key head at once, keys rounded up to whole blocks and filled with zeros:
+/// A head is an index into (B, NKV). Work goes through the heads in waves, each in packed memory of the same place, so
+/// that it stays in the caches. Operands are packed for all tokens of a head, keys rounded up to whole blocks and
+/// filled with zeros:
 ///   transposed: [block][dim][kPanel]           B of (rows x dim) * (dim x keys)
 ///   rows:       [panel of dim][key][width]     B of (rows x keys) * (keys x dim); width kPanel, the last one narrower
 struct ForwardProblem : FlashProblem {
-  const float* sinks;  // (NH,) or null
+  const float* sinks = nullptr;  // (NH,) or null
   TokenView out;
-  float* lse;                         // (B, NH, Sq)
-  void *key_transposed, *value_rows;  // packed, (B, NKV, ...); null: each task packs what it reads
-  int64_t splits;                     // parts that the keys of a tile are split into
-  float* parts;                       // (NKV, tiles, splits, part_floats): each part's state, to be merged; null for one
+  float* lse = nullptr;  // (B, NH, Sq)
+  // Packed, of the heads from first_head on; null: each task packs what it reads.
+  int64_t first_head = 0;
+  void *key_transposed = nullptr, *value_rows = nullptr;
+  // The keys of a tile are split into parts, each of which leaves its state, to be merged.
+  int64_t splits = 1;
+  float* parts = nullptr;  // (heads, tiles, splits, part_floats); null where splits == 1
 };
 
 struct BackwardProblem : FlashProblem {
   TokenView out, grad_out;
-  const float *lse, *grad_lse;                          // (B, NH, Sq); grad_lse or null
+  const float *lse = nullptr, *grad_lse = nullptr;  // (B, NH, Sq); grad_lse or null
   TokenView grad_query, grad_key, grad_value;
-  void *key_transposed, *value_transposed, *key_rows;   // packed, (B, NKV, ...)
-  char* query_tiles;                                    // (NKV, tiles, query_tile_bytes)
+  // Packed, of the heads from first_head on.
+  int64_t first_head = 0;
+  void *key_transposed = nullptr, *value_transposed = nullptr, *key_rows = nullptr;
+  char* query_tiles = nullptr;  // (heads, tiles, query_tile_bytes)
 };
 
 /// The kernels of one instruction set, for one storage type (of the tensors) and compute type (of the products).
@@ -75,21 +80,25 @@ struct FlashKernels {
   int64_t (*query_tile_bytes)(const FlashProblem&);
   int64_t (*part_floats)(const FlashProblem&);
 
-  int64_t (*forward_workspace_bytes)(const ForwardProblem&);
-  void (*pack_forward)(const ForwardProblem&, int64_t task, void* workspace);  // (B, NKV, blocks)
-  void (*attend)(const ForwardProblem&, int64_t task, void* workspace);        // (NKV, tiles, splits)
-  void (*merge)(const ForwardProblem&, int64_t task, void* workspace);         // (NKV, tiles)
+  // Either a head at once, packing included, or in steps, for which packed memory is needed ahead.
+  int64_t (*head_forward_workspace_bytes)(const ForwardProblem&);
+  void (*attend_head)(const ForwardProblem&, int64_t task, void* workspace);  // (heads,)
 
-  // With `whole_heads` as head_gradients needs it, else as the others do.
-  int64_t (*backward_workspace_bytes)(const BackwardProblem&, bool whole_heads);
-  void (*pack_backward_keys)(const BackwardProblem&, int64_t task, void* workspace);  // (B, NKV, blocks)
-  void (*pack_backward_queries)(const BackwardProblem&, int64_t task, void* workspace);  // (NKV, tiles)
+  int64_t (*forward_workspace_bytes)(const ForwardProblem&);
+  void (*pack_forward)(const ForwardProblem&, int64_t task, void* workspace);  // (heads, blocks)
+  void (*attend)(const ForwardProblem&, int64_t task, void* workspace);        // (heads, tiles, splits)
+  void (*merge)(const ForwardProblem&, int64_t task, void* workspace);         // (heads, tiles)
+
+  // Either all gradients of a head, packing included, or those of keys and of queries apart: more work, more tasks.
+  int64_t (*head_workspace_bytes)(const BackwardProblem&);
+  void (*head_gradients)(const BackwardProblem&, int64_t task, void* workspace);  // (heads,)
+
+  int64_t (*backward_workspace_bytes)(const BackwardProblem&);
   int64_t (*key_spans)(const FlashProblem&);
-  // Either all gradients of a key head and its group at once, or those of keys and of queries on their own: more work,
-  // and more tasks.
-  void (*head_gradients)(const BackwardProblem&, int64_t task, void* workspace);   // (B, NKV)
-  void (*key_gradients)(const BackwardProblem&, int64_t task, void* workspace);    // (B, NKV, key spans)
-  void (*query_gradients)(const BackwardProblem&, int64_t task, void* workspace);  // (NKV, tiles)
+  void (*pack_keys)(const BackwardProblem&, int64_t task, void* workspace);        // (heads, blocks)
+  void (*pack_queries)(const BackwardProblem&, int64_t task, void* workspace);     // (heads, tiles)
+  void (*key_gradients)(const BackwardProblem&, int64_t task, void* workspace);    // (heads, key spans)
+  void (*query_gradients)(const BackwardProblem&, int64_t task, void* workspace);  // (heads, tiles)
 };
 
 }  // namespace selfattn::cpu

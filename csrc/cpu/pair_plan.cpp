@@ -102,12 +102,30 @@ QueryTile make_tile(const PairRules& rules, const PairPlan& plan, int64_t batch,
 
 }  // namespace
 
+bool PairPlan::may_meet(const QueryTile& tile, int64_t block) const {
+  if (block * kPanel >= tile.end_key || (block + 1) * kPanel <= tile.first_key) return false;
+  if (!compares_ids[tile.batch]) return true;
+  const KeyBlock& ids = key_blocks[tile.batch * blocks + block];
+  return ids.min_id <= tile.max_id && tile.min_id <= ids.max_id;
+}
+
+bool PairPlan::is_full(const QueryTile& tile, int64_t first, int64_t end) const {
+  if (first < tile.common_first_key || end > tile.common_end_key) return false;
+  if (!compares_ids[tile.batch]) return true;
+  for (int64_t block = first / kPanel; block * kPanel < end; ++block) {
+    const KeyBlock& ids = key_blocks[tile.batch * blocks + block];
+    if (ids.has_padding || ids.min_id != tile.max_id || ids.max_id != tile.min_id) return false;
+  }
+  return true;
+}
+
 PairPlan make_pair_plan(const PairRules& rules) {
   PairPlan plan;
   plan.first_key.assign(rules.batch * rules.query_length, 0);
   plan.end_key.assign(rules.batch * rules.query_length, static_cast<int32_t>(rules.key_length));
   plan.compares_ids.assign(rules.batch, false);
-  plan.first_tile.push_back(0);
+  const int64_t rows = rules.query_length * rules.group;
+  plan.tiles = (rows + kTileRows - 1) / kTileRows;
   plan.blocks = (rules.key_length + kPanel - 1) / kPanel;
   for (int64_t batch = 0; batch < rules.batch; ++batch) {
     int32_t* first_key = plan.first_key.data() + batch * rules.query_length;
@@ -127,11 +145,9 @@ PairPlan make_pair_plan(const PairRules& rules) {
       append_key_blocks(key_ids, rules.key_length, plan.key_blocks);
     }
     limit_by_position(rules, first_key, end_key);
-    const int64_t rows = rules.query_length * rules.group;
     for (int64_t first = 0; first < rows; first += kTileRows) {
-      plan.tiles.push_back(make_tile(rules, plan, batch, first, std::min(kTileRows, rows - first)));
+      plan.query_tiles.push_back(make_tile(rules, plan, batch, first, std::min(kTileRows, rows - first)));
     }
-    plan.first_tile.push_back(static_cast<int64_t>(plan.tiles.size()));
   }
   return plan;
 }

@@ -23,7 +23,7 @@ struct PairRules {
 struct QueryTile {
   int32_t batch;
   int32_t first_row, rows;
-  int32_t first_key, end_key;                // the keys that some row may attend to lie in here; equal where there are none
+  int32_t first_key, end_key;  // the keys that some row may attend to lie in here; equal where there are none
   int32_t common_first_key, common_end_key;  // the keys in here every row may attend to, its id permitting
   int32_t min_id, max_id;                    // of the rows
 
@@ -38,13 +38,15 @@ struct KeyBlock {
 
 /// The allowed pairs, from O(S) facts: a query token may attend to the keys [first_key, end_key), and, where its batch
 /// entry compares ids, only to those of its own id. Documents that are contiguous become intervals and compare nothing.
+///
+/// No member is inline: one that was compiled for a larger instruction set could become the one copy that all callers
+/// use.
 struct PairPlan {
   std::vector<int32_t> first_key, end_key;  // (B, Sq)
   std::vector<char> compares_ids;           // (B,)
   std::vector<KeyBlock> key_blocks;         // (B, blocks) where some batch entry compares ids
-  std::vector<QueryTile> tiles;             // of all batch entries, in order
-  std::vector<int64_t> first_tile;          // (B + 1,)
-  int64_t blocks = 0;                       // key blocks of a batch entry
+  std::vector<QueryTile> query_tiles;       // (B, tiles)
+  int64_t tiles = 0, blocks = 0;            // query tiles and key blocks of a batch entry
 
   /// Whether some pair of the tile and the key block may be allowed.
   bool may_meet(const QueryTile& tile, int64_t block) const;
@@ -53,22 +55,5 @@ struct PairPlan {
 };
 
 PairPlan make_pair_plan(const PairRules& rules);
-
-inline bool PairPlan::may_meet(const QueryTile& tile, int64_t block) const {
-  if (block * kPanel >= tile.end_key || (block + 1) * kPanel <= tile.first_key) return false;
-  if (!compares_ids[tile.batch]) return true;
-  const KeyBlock& ids = key_blocks[tile.batch * blocks + block];
-  return ids.min_id <= tile.max_id && tile.min_id <= ids.max_id;
-}
-
-inline bool PairPlan::is_full(const QueryTile& tile, int64_t first, int64_t end) const {
-  if (first < tile.common_first_key || end > tile.common_end_key) return false;
-  if (!compares_ids[tile.batch]) return true;
-  for (int64_t block = first / kPanel; block * kPanel < end; ++block) {
-    const KeyBlock& ids = key_blocks[tile.batch * blocks + block];
-    if (ids.has_padding || ids.min_id != tile.max_id || ids.max_id != tile.min_id) return false;
-  }
-  return true;
-}
 
 }  // namespace selfattn::cpu

@@ -10,9 +10,9 @@
 namespace selfattn::cpu {
 
 // One namespace an instruction set, as cmake/cpu_kernels.cmake compiles them.
-#define SELFATTN_DECLARE_KERNELS(CAPABILITY)                                      \
-  namespace CAPABILITY {                                                          \
-  extern const FlashKernels kFloatKernels, kBFloat16Kernels, kHalfKernels;        \
+#define SELFATTN_DECLARE_KERNELS(CAPABILITY)                               \
+  namespace CAPABILITY {                                                   \
+  extern const FlashKernels kFloatKernels, kBFloat16Kernels, kHalfKernels; \
   }
 SELFATTN_DECLARE_KERNELS(DEFAULT)
 SELFATTN_DECLARE_KERNELS(AVX2)

@@ -8,7 +8,7 @@ namespace selfattn::cpu {
 
 struct KernelChoice {
   const FlashKernels* kernels;
-  PanelGemm gemm;  // null: the kernels' own products
+  PanelGemm matrix_unit;  // or null
 };
 
 /// The fastest kernels that this CPU, and ATEN_CPU_CAPABILITY, allow for tensors of float32, bfloat16 or float16.

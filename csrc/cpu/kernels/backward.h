@@ -19,8 +19,7 @@ class Backward {
 
  public:
   Backward(const BackwardProblem& problem, void* workspace)
-      : p_(problem), layout_(problem), products_{problem}, rule_(problem), space_(workspace),
-        workspace_(static_cast<char*>(workspace)) {
+      : p_(problem), layout_(problem), products_{problem}, rule_(problem), space_(workspace) {
     const int64_t widest = std::max(layout_.columns, layout_.value_columns);
     staging_ = space_.take<float>(kBackwardSpan * widest);
     scores_ = space_.take<float>(kTileRows * kBackwardSpan);
@@ -34,14 +33,9 @@ class Backward {
     grad_key_ = space_.take<float>(layout_.depth * kBackwardSpan);
     grad_value_ = space_.take<float>(layout_.value_depth * kBackwardSpan);
     grad_query_ = space_.take<float>(kTileRows * layout_.columns);
-    // Last, since only head_gradients needs it: the gradients of all queries of a batch entry's group.
-    head_offset_ = space_.bytes();
   }
 
-  int64_t workspace_bytes(bool whole_heads) const {
-    if (!whole_heads) return head_offset_;
-    return head_offset_ + most_tiles() * kTileRows * layout_.columns * static_cast<int64_t>(sizeof(float));
-  }
+  int64_t workspace_bytes() const { return space_.bytes(); }
 
   static int64_t key_spans(const FlashProblem& problem) {
     return round_up(problem.key_length, kBackwardSpan) / kBackwardSpan;
@@ -54,7 +48,7 @@ class Backward {
   }
 
   void pack_keys(int64_t task) {
-    const int64_t block = task % p_.blocks(), head = task / p_.blocks(), first = block * kPanel;
+    const int64_t head = task / p_.blocks(), first = task % p_.blocks() * kPanel;
     const int64_t batch = head / p_.key_heads, key_head = head % p_.key_heads;
     const int64_t count = std::min(kPanel, p_.key_length - first);
     E* staging = reinterpret_cast<E*>(staging_);
@@ -68,11 +62,9 @@ class Backward {
   }
 
   void pack_queries(int64_t task) {
-    const QueryTile& tile = p_.plan->tiles[task % p_.tiles()];
-    const int64_t head = task / p_.tiles(), group = p_.group();
+    const QueryTile& tile = tile_of(task);
+    const int64_t key_head = task / p_.tiles() % p_.key_heads, group = p_.group();
     const TileOperands operands = operands_of(task);
-    float* out = staging_;
-    float* grad_out = staging_ + p_.value_dim;
     for (int64_t row = 0; row < kTileRows; ++row) {
       E* query = operands.query + row * layout_.depth;
       E* grad = operands.grad_out + row * layout_.value_depth;
@@ -81,14 +73,14 @@ class Backward {
         std::fill_n(grad, layout_.value_depth, E(0.0f));
         continue;
       }
-      const int64_t token = (tile.first_row + row) / group, query_head = head * group + (tile.first_row + row) % group;
+      const int64_t token = (tile.first_row + row) / group;
+      const int64_t query_head = key_head * group + (tile.first_row + row) % group;
       copy_row(p_.query.at<const T>(tile.batch, token, query_head), p_.head_dim, layout_.depth, query);
       const T* grad_row = p_.grad_out.at<const T>(tile.batch, token, query_head);
       copy_row(grad_row, p_.value_dim, layout_.value_depth, grad);
-      convert(p_.out.at<const T>(tile.batch, token, query_head), out, p_.value_dim);
-      convert(grad_row, grad_out, p_.value_dim);
       const int64_t index = (tile.batch * p_.query_heads + query_head) * p_.query_length + token;
-      operands.delta[row] = dot(out, grad_out, p_.value_dim) - (p_.grad_lse ? p_.grad_lse[index] : 0.0f);
+      operands.delta[row] = dot(p_.out.at<const T>(tile.batch, token, query_head), grad_row, p_.value_dim) -
+                            (p_.grad_lse ? p_.grad_lse[index] : 0.0f);
       // A row that attends to nothing: every weight is exp2(-inf) = 0.
       operands.lse[row] = p_.lse[index] == -kInfinity ? kInfinity : p_.lse[index] * kLog2e;
     }
@@ -96,48 +88,75 @@ class Backward {
     transpose_tile(operands.grad_out, layout_.value_depth, operands.grad_out_transposed);
   }
 
-  void head_gradients(int64_t task) {
-    const int64_t batch = task / p_.key_heads, head = task % p_.key_heads;
-    const int64_t first_tile = p_.plan->first_tile[batch], tiles = p_.plan->first_tile[batch + 1] - first_tile;
-    const int64_t tile_floats = kTileRows * layout_.columns;
-    float* grad_queries = reinterpret_cast<float*>(workspace_ + head_offset_);
-    std::vector<char> is_touched(tiles, false);
-    for (int64_t first = 0; first < p_.key_length; first += kBackwardSpan) {
-      is_first_ = true;
-      for (int64_t tile = 0; tile < tiles; ++tile) {
-        add_tile(head, first_tile + tile, first, true, grad_queries + tile * tile_floats, is_touched[tile]);
-      }
-      store_key_gradients(batch, head, first);
-    }
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-      store_query_gradients(p_.plan->tiles[first_tile + tile], head, grad_queries + tile * tile_floats,
-                            is_touched[tile]);
-    }
+  /// Bytes of the workspace of head_gradients.
+  static int64_t head_workspace_bytes(const BackwardProblem& problem) {
+    Workspace space(nullptr);
+    HeadOperands(space, problem);
+    return space.bytes() + Backward(problem, nullptr).workspace_bytes();
+  }
+
+  /// All gradients of a head: what its tiles and spans of keys contribute to both sides is computed once.
+  static void head_gradients(const BackwardProblem& problem, int64_t head, void* workspace) {
+    Workspace space(workspace);
+    const HeadOperands operands(space, problem);
+    BackwardProblem of_head = problem;
+    of_head.first_head = head;
+    of_head.key_transposed = operands.key_transposed;
+    of_head.value_transposed = operands.value_transposed;
+    of_head.key_rows = operands.key_rows;
+    of_head.query_tiles = operands.query_tiles;
+    Backward(of_head, static_cast<char*>(workspace) + space.bytes()).all_gradients(head, operands.grad_queries);
   }
 
   void key_gradients(int64_t task) {
-    const int64_t spans = key_spans(p_);
-    const int64_t span = task % spans, batch = task / spans / p_.key_heads, head = task / spans % p_.key_heads;
-    char unused = false;
+    const int64_t head = task / key_spans(p_), first = task % key_spans(p_) * kBackwardSpan;
     is_first_ = true;
-    for (int64_t tile = p_.plan->first_tile[batch]; tile < p_.plan->first_tile[batch + 1]; ++tile) {
-      add_tile(head, tile, span * kBackwardSpan, true, nullptr, unused);
-    }
-    store_key_gradients(batch, head, span * kBackwardSpan);
+    for (int64_t tile = 0; tile < p_.tiles(); ++tile) add_tile(head * p_.tiles() + tile, first, true, nullptr, false);
+    store_key_gradients(head, first);
   }
 
   void query_gradients(int64_t task) {
-    const int64_t tile = task % p_.tiles(), head = task / p_.tiles();
-    const QueryTile& queries = p_.plan->tiles[tile];
-    char is_touched = false;
-    for (int64_t first = queries.first_key / kBackwardSpan * kBackwardSpan; first < queries.end_key;
-         first += kBackwardSpan) {
-      add_tile(head, tile, first, false, grad_query_, is_touched);
+    const QueryTile& tile = tile_of(task);
+    bool is_touched = false;
+    for (int64_t first = tile.first_key / kBackwardSpan * kBackwardSpan; first < tile.end_key; first += kBackwardSpan) {
+      is_touched |= add_tile(task, first, false, grad_query_, is_touched);
     }
-    store_query_gradients(queries, head, grad_query_, is_touched);
+    store_query_gradients(task, grad_query_, is_touched);
   }
 
  private:
+  /// Where head_gradients packs the operands of one head and sums up the gradients of its queries.
+  struct HeadOperands {
+    HeadOperands(Workspace& space, const FlashProblem& problem)
+        : key_transposed(space.take<E>(Layout<E>::transposed_elements(problem, problem.head_dim))),
+          value_transposed(space.take<E>(Layout<E>::transposed_elements(problem, problem.value_dim))),
+          key_rows(space.take<E>(Layout<E>::rows_elements(problem, problem.head_dim))),
+          query_tiles(space.take<char>(problem.tiles() * query_tile_bytes(problem))),
+          grad_queries(space.take<float>(problem.tiles() * kTileRows * Layout<E>(problem).columns)) {}
+
+    E *key_transposed, *value_transposed, *key_rows;
+    char* query_tiles;
+    float* grad_queries;  // (tiles, kTileRows, columns)
+  };
+
+  void all_gradients(int64_t head, float* grad_queries) {
+    for (int64_t block = 0; block < p_.blocks(); ++block) pack_keys(head * p_.blocks() + block);
+    for (int64_t tile = 0; tile < p_.tiles(); ++tile) pack_queries(head * p_.tiles() + tile);
+    const int64_t tile_floats = kTileRows * layout_.columns;
+    std::vector<char> is_touched(p_.tiles(), false);
+    for (int64_t first = 0; first < p_.key_length; first += kBackwardSpan) {
+      is_first_ = true;
+      for (int64_t tile = 0; tile < p_.tiles(); ++tile) {
+        is_touched[tile] |=
+            add_tile(head * p_.tiles() + tile, first, true, grad_queries + tile * tile_floats, is_touched[tile]);
+      }
+      store_key_gradients(head, first);
+    }
+    for (int64_t tile = 0; tile < p_.tiles(); ++tile) {
+      store_query_gradients(head * p_.tiles() + tile, grad_queries + tile * tile_floats, is_touched[tile]);
+    }
+  }
+
   /// A query tile's operands.
   struct TileOperands {
     TileOperands(Workspace& space, const Layout<E>& layout)
@@ -153,25 +172,21 @@ class Backward {
     float *lse, *delta;                 // lse in units of log2
   };
 
+  const QueryTile& tile_of(int64_t index) const {
+    return p_.plan->query_tiles[index / p_.tiles() / p_.key_heads * p_.tiles() + index % p_.tiles()];
+  }
   TileOperands operands_of(int64_t index) const {
-    Workspace space(p_.query_tiles + index * query_tile_bytes(p_));
+    Workspace space(p_.query_tiles + (index - p_.first_head * p_.tiles()) * query_tile_bytes(p_));
     return TileOperands(space, layout_);
   }
-
   E* key_transposed(int64_t head) const {
-    return static_cast<E*>(p_.key_transposed) + head * layout_.tokens * layout_.depth;
+    return static_cast<E*>(p_.key_transposed) + (head - p_.first_head) * layout_.tokens * layout_.depth;
   }
   E* value_transposed(int64_t head) const {
-    return static_cast<E*>(p_.value_transposed) + head * layout_.tokens * layout_.value_depth;
+    return static_cast<E*>(p_.value_transposed) + (head - p_.first_head) * layout_.tokens * layout_.value_depth;
   }
-  E* key_rows(int64_t head) const { return static_cast<E*>(p_.key_rows) + head * layout_.tokens * layout_.columns; }
-
-  int64_t most_tiles() const {
-    int64_t most = 0;
-    for (int64_t batch = 0; batch < p_.batch; ++batch) {
-      most = std::max(most, p_.plan->first_tile[batch + 1] - p_.plan->first_tile[batch]);
-    }
-    return most;
+  E* key_rows(int64_t head) const {
+    return static_cast<E*>(p_.key_rows) + (head - p_.first_head) * layout_.tokens * layout_.columns;
   }
 
   static void copy_row(const T* src, int64_t dim, int64_t depth, E* dst) {
@@ -179,56 +194,121 @@ class Backward {
     if (rows.data != dst) std::copy_n(rows.data, depth, dst);
   }
 
-  static float dot(const float* a, const float* b, int64_t count) {
+  static float dot(const T* a, const T* b, int64_t count) {
     Vec r_sum(0.0f);
     int64_t i = 0;
-    for (; i + kLanes <= count; i += kLanes) r_sum = at::vec::fmadd(load(a + i), load(b + i), r_sum);
+    if constexpr (std::is_same_v<T, float>) {
+      for (; i + kLanes <= count; i += kLanes) r_sum = at::vec::fmadd(load(a + i), load(b + i), r_sum);
+    } else {
+      for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
+        const auto [a_low, a_high] = at::vec::convert_to_float<T>(at::vec::Vectorized<T>::loadu(a + i));
+        const auto [b_low, b_high] = at::vec::convert_to_float<T>(at::vec::Vectorized<T>::loadu(b + i));
+        r_sum = at::vec::fmadd(a_low, b_low, at::vec::fmadd(a_high, b_high, r_sum));
+      }
+    }
     float total = sum(r_sum);
-    for (; i < count; ++i) total += a[i] * b[i];
+    for (; i < count; ++i) total += static_cast<float>(a[i]) * static_cast<float>(b[i]);
     return total;
   }
 
-  /// Adds what the pairs of a tile and the keys [first, first + kBackwardSpan) contribute to the gradients.
-  void add_tile(int64_t head, int64_t tile_index, int64_t first, bool with_keys, float* grad_query, char& is_touched) {
-    const QueryTile& tile = p_.plan->tiles[tile_index];
+  /// Adds what the pairs of a tile and the keys [first, first + kBackwardSpan) contribute to the gradients of keys and
+  /// values, if asked to, and to grad_query, if given. False where there are no such pairs.
+  bool add_tile(int64_t index, int64_t first, bool with_keys, float* grad_query, bool is_touched) {
+    const QueryTile& tile = tile_of(index);
     int64_t begin = first, end = std::min(first + kBackwardSpan, layout_.tokens);
     while (begin < end && !p_.plan->may_meet(tile, begin / kPanel)) begin += kPanel;
     while (begin < end && !p_.plan->may_meet(tile, (end - 1) / kPanel)) end = (end - 1) / kPanel * kPanel;
-    begin = std::max(begin, tile.first_key / p_.key_step * p_.key_step);
-    end = std::min(end, round_up(tile.end_key, p_.key_step));
-    if (begin >= end) return;
+    begin = std::max(begin, tile.first_key / kColumns * kColumns);
+    end = std::min(end, round_up(tile.end_key, kColumns));
+    if (begin >= end) return false;
 
-    const int64_t key_head = tile.batch * p_.key_heads + head, count = end - begin;
-    const TileOperands operands = operands_of(head * p_.tiles() + tile_index);
-    products_.with_transposed(tile.rows, layout_.depth, operands.query, layout_.depth, key_transposed(key_head), begin,
-                              end, scores_, kBackwardSpan);
-    products_.with_transposed(tile.rows, layout_.value_depth, operands.grad_out, layout_.value_depth,
-                              value_transposed(key_head), begin, end, grad_weights_, kBackwardSpan);
-    differentiate(tile, operands, begin, count);
-
+    const Span keys{begin, end};
+    const int64_t head = index / p_.tiles();
+    const TileOperands operands = operands_of(index);
+    const TileRows rows(p_, tile);
+    const bool is_full = p_.plan->is_full(tile, begin, end);
+    differentiate(tile, rows, operands, head, keys, is_full);
     if (with_keys) {
-      const int64_t offset = begin - first, rows = round_up(tile.rows, std::max(kPair, p_.row_step));
       if (is_first_) {
         std::fill_n(grad_key_, layout_.depth * kBackwardSpan, 0.0f);
         std::fill_n(grad_value_, layout_.value_depth * kBackwardSpan, 0.0f);
         is_first_ = false;
       }
-      for (int64_t column = 0; column < count; column += kPanel) {
-        const int64_t width = std::min(kPanel, count - column);
-        const auto [weights, grad_scores, stride] = right_operands(column, rows);
-        products_.panel(layout_.value_depth, width, rows, operands.grad_out_transposed, kTileRows, weights, stride,
-                        grad_value_ + offset + column, kBackwardSpan, true);
-        products_.panel(layout_.depth, width, rows, operands.query_transposed, kTileRows, grad_scores, stride,
-                        grad_key_ + offset + column, kBackwardSpan, true);
+      add_to_keys(tile, rows, operands, keys, begin - first, is_full);
+    }
+    if (grad_query) add_to_queries(tile, rows, head, keys, is_full, grad_query, is_touched);
+    return true;
+  }
+
+  /// Calls apply(rows, keys) with groups of rows, and the keys that some row of the group may attend to.
+  template <typename Do>
+  void for_each_group(const QueryTile& tile, const TileRows& rows, Span keys, bool is_full, const Do& apply) const {
+    const int64_t group = is_full ? tile.rows : kRowGroup;
+    for (int64_t row = 0; row < tile.rows; row += group) {
+      const Span group_rows{row, std::min<int64_t>(row + group, tile.rows)};
+      apply(group_rows, is_full ? keys : rows.keys_of(group_rows, keys));
+    }
+  }
+
+  /// Scores become P, the gradients of P become dS, and both become operands.
+  void differentiate(const QueryTile& tile, const TileRows& rows, const TileOperands& operands, int64_t head, Span keys,
+                     bool is_full) {
+    for_each_group(tile, rows, keys, is_full, [&](Span group, Span group_keys) {
+      const int64_t at = group.first * kBackwardSpan + group_keys.first - keys.first;
+      products_.with_transposed(group.count(), layout_.depth, operands.query + group.first * layout_.depth,
+                                key_transposed(head), group_keys, scores_ + at, kBackwardSpan);
+      products_.with_transposed(group.count(), layout_.value_depth,
+                                operands.grad_out + group.first * layout_.value_depth, value_transposed(head),
+                                group_keys, grad_weights_ + at, kBackwardSpan);
+    });
+    const int32_t* key_ids = p_.key_ids ? p_.key_ids + tile.batch * p_.key_length : nullptr;
+    for (int64_t row = 0; row < tile.rows; ++row) {
+      float* score = scores_ + row * kBackwardSpan;
+      float* grad = grad_weights_ + row * kBackwardSpan;
+      if (rule_.is_capped) keep_slopes(keys.count(), score);
+      const Span span = mask_row(rows, row, key_ids, keys, is_full, rule_, score);
+      differentiate_row(span, operands.lse[row], operands.delta[row], score, grad);
+      for (float* values : {score, grad}) {
+        std::fill(values, values + span.first, 0.0f);
+        std::fill(values + span.end, values + keys.count(), 0.0f);
       }
     }
-    if (grad_query) {
-      const E* grad_scores = grad_scores_rows_;
-      if constexpr (kIsInPlace) grad_scores = grad_weights_;
-      products_.with_rows(tile.rows, layout_.columns, grad_scores, kBackwardSpan, key_rows(key_head), layout_.tokens,
-                          begin, end, grad_query, layout_.columns, is_touched);
-      is_touched = true;
+    if constexpr (!kIsInPlace) make_operands(tile.rows, keys.count());
+  }
+
+  void add_to_keys(const QueryTile& tile, const TileRows& rows, const TileOperands& operands, Span keys, int64_t offset,
+                   bool is_full) {
+    const int64_t all_rows = round_up(tile.rows, kPair);
+    for (int64_t column = 0; column < keys.count(); column += kPanel) {
+      const int64_t width = std::min(kPanel, keys.count() - column);
+      Span used{0, all_rows};  // the rows whose P is not all zero
+      if (!is_full) {
+        used = rows.rows_of({keys.first + column, keys.first + column + width}, tile.rows);
+        if (used.is_empty()) continue;
+        used = {used.first / kPair * kPair, round_up(used.end, kPair)};
+      }
+      const auto [weights, grad_scores, stride] = right_operands(column, used.first, all_rows);
+      products_.panel(layout_.value_depth, width, used.count(), operands.grad_out_transposed + used.first, kTileRows,
+                      weights, stride, grad_value_ + offset + column, kBackwardSpan, true);
+      products_.panel(layout_.depth, width, used.count(), operands.query_transposed + used.first, kTileRows,
+                      grad_scores, stride, grad_key_ + offset + column, kBackwardSpan, true);
     }
+  }
+
+  void add_to_queries(const QueryTile& tile, const TileRows& rows, int64_t head, Span keys, bool is_full,
+                      float* grad_query, bool is_touched) {
+    const E* grad_scores = grad_scores_rows_;
+    if constexpr (kIsInPlace) grad_scores = grad_weights_;
+    for_each_group(tile, rows, keys, is_full, [&](Span group, Span group_keys) {
+      float* dst = grad_query + group.first * layout_.columns;
+      if (group_keys.is_empty()) {
+        if (!is_touched) std::fill_n(dst, group.count() * layout_.columns, 0.0f);
+        return;
+      }
+      products_.with_rows(group.count(), layout_.columns,
+                          grad_scores + group.first * kBackwardSpan + group_keys.first - keys.first, kBackwardSpan,
+                          key_rows(head), layout_.tokens, group_keys, dst, is_touched);
+    });
   }
 
   struct RightOperands {
@@ -236,43 +316,23 @@ class Backward {
     int64_t stride;
   };
 
-  /// P and dS of the panel that begins at a column, as right operands.
-  RightOperands right_operands(int64_t column, int64_t rows) const {
+  /// P and dS of the panel that begins at a column, from a row on, as right operands.
+  RightOperands right_operands(int64_t column, int64_t row, int64_t rows) const {
     if constexpr (kIsInPlace) {
-      return {scores_ + column, grad_weights_ + column, kBackwardSpan};
+      const int64_t at = row * kBackwardSpan + column;
+      return {scores_ + at, grad_weights_ + at, kBackwardSpan};
     } else {
-      return {weights_operand_ + column * rows, grad_scores_operand_ + column * rows, kPanel};
+      const int64_t at = column * rows + row * kPanel;
+      return {weights_operand_ + at, grad_scores_operand_ + at, kPanel};
     }
   }
 
-  /// Scores become P and the gradients of P become dS, and both become operands.
-  void differentiate(const QueryTile& tile, const TileOperands& operands, int64_t begin, int64_t count) {
-    const TileRows rows(p_, tile);
-    const bool is_full = p_.plan->is_full(tile, begin, begin + count);
-    const int32_t* key_ids = p_.key_ids ? p_.key_ids + tile.batch * p_.key_length : nullptr;
-    for (int64_t row = 0; row < tile.rows; ++row) {
-      float* score = scores_ + row * kBackwardSpan;
-      float* grad = grad_weights_ + row * kBackwardSpan;
-      const Span span = slope_and_mask_row(rows, row, key_ids, begin, count, is_full, score);
-      differentiate_row(span, operands.lse[row], operands.delta[row], score, grad);
-      for (float* values : {score, grad}) {
-        std::fill(values, values + span.first, 0.0f);
-        std::fill(values + span.end, values + count, 0.0f);
-      }
+  /// The derivative of the cap, 1 - tanh^2.
+  void keep_slopes(int64_t count, const float* score) {
+    for (int64_t i = 0; i < count; i += kLanes) {
+      const Vec tanh = (load(score + i) * Vec(rule_.inner)).tanh();
+      (Vec(1.0f) - tanh * tanh).store(slopes_ + i);
     }
-    if constexpr (!kIsInPlace) make_operands(tile.rows, count);
-  }
-
-  /// mask_row that also keeps the derivative of the cap, 1 - tanh^2.
-  Span slope_and_mask_row(const TileRows& rows, int64_t row, const int32_t* key_ids, int64_t begin, int64_t count,
-                          bool is_full, float* score) {
-    if (rule_.is_capped) {
-      for (int64_t i = 0; i < count; i += kLanes) {
-        const Vec tanh = (load(score + i) * Vec(rule_.inner)).tanh();
-        (Vec(1.0f) - tanh * tanh).store(slopes_ + i);
-      }
-    }
-    return mask_row(rows, row, key_ids, begin, count, is_full, rule_, score);
   }
 
   void differentiate_row(Span span, float lse, float delta, float* score, float* grad) {
@@ -287,9 +347,9 @@ class Backward {
   }
 
   /// P and dS in 16 bits: pairs of rows interleaved in panels, and dS in rows as well.
-  void make_operands(int64_t rows, int64_t count) {
+  void make_operands([[maybe_unused]] int64_t rows, [[maybe_unused]] int64_t count) {
 #if defined(__AVX512BF16__)
-    const int64_t padded = round_up(rows, std::max(kPair, p_.row_step));
+    const int64_t padded = round_up(rows, kPair);
     const __m512i interleaved = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7,
                                                  22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     for (int64_t row = rows; row < padded; ++row) {
@@ -313,11 +373,12 @@ class Backward {
 #endif
   }
 
-  void store_key_gradients(int64_t batch, int64_t head, int64_t first) {
+  void store_key_gradients(int64_t head, int64_t first) {
+    const int64_t batch = head / p_.key_heads, key_head = head % p_.key_heads;
     const int64_t count = std::min(kBackwardSpan, p_.key_length - first);
-    store_transposed(p_.grad_key.at<T>(batch, first, head), p_.grad_key.token_stride, count, p_.head_dim, p_.scale,
+    store_transposed(p_.grad_key.at<T>(batch, first, key_head), p_.grad_key.token_stride, count, p_.head_dim, p_.scale,
                      grad_key_);
-    store_transposed(p_.grad_value.at<T>(batch, first, head), p_.grad_value.token_stride, count, p_.value_dim, 1.0f,
+    store_transposed(p_.grad_value.at<T>(batch, first, key_head), p_.grad_value.token_stride, count, p_.value_dim, 1.0f,
                      grad_value_);
   }
 
@@ -333,11 +394,12 @@ class Backward {
     }
   }
 
-  void store_query_gradients(const QueryTile& tile, int64_t head, const float* grad_query, bool is_touched) {
-    const int64_t group = p_.group();
+  void store_query_gradients(int64_t index, const float* grad_query, bool is_touched) {
+    const QueryTile& tile = tile_of(index);
+    const int64_t group = p_.group(), key_head = index / p_.tiles() % p_.key_heads;
     for (int64_t row = 0; row < tile.rows; ++row) {
       T* dst = p_.grad_query.at<T>(tile.batch, (tile.first_row + row) / group,
-                                   head * group + (tile.first_row + row) % group);
+                                   key_head * group + (tile.first_row + row) % group);
       if (is_touched) {
         convert_scaled(grad_query + row * layout_.columns, p_.scale, dst, p_.head_dim);
       } else {
@@ -351,8 +413,6 @@ class Backward {
   const Products<E> products_;
   const LogitRule rule_;
   Workspace space_;
-  char* workspace_;
-  int64_t head_offset_;
   float *staging_, *scores_, *grad_weights_, *slopes_;
   E *weights_operand_ = nullptr, *grad_scores_operand_ = nullptr, *grad_scores_rows_ = nullptr;
   float *grad_key_, *grad_value_, *grad_query_;

@@ -17,19 +17,18 @@ constexpr FlashKernels make_kernels() {
   kernels.rows_elements = Layout<E>::rows_elements;
   kernels.query_tile_bytes = B::query_tile_bytes;
   kernels.part_floats = F::part_floats;
+  kernels.head_forward_workspace_bytes = F::head_workspace_bytes;
+  kernels.attend_head = F::attend_head;
   kernels.forward_workspace_bytes = [](const ForwardProblem& p) { return F(p, nullptr).workspace_bytes(); };
   kernels.pack_forward = [](const ForwardProblem& p, int64_t task, void* space) { F(p, space).pack(task); };
   kernels.attend = [](const ForwardProblem& p, int64_t task, void* space) { F(p, space).attend(task); };
   kernels.merge = [](const ForwardProblem& p, int64_t task, void* space) { F(p, space).merge(task); };
-  kernels.backward_workspace_bytes = [](const BackwardProblem& p, bool whole_heads) {
-    return B(p, nullptr).workspace_bytes(whole_heads);
-  };
+  kernels.head_workspace_bytes = B::head_workspace_bytes;
+  kernels.head_gradients = B::head_gradients;
+  kernels.backward_workspace_bytes = [](const BackwardProblem& p) { return B(p, nullptr).workspace_bytes(); };
   kernels.key_spans = B::key_spans;
-  kernels.pack_backward_keys = [](const BackwardProblem& p, int64_t task, void* space) { B(p, space).pack_keys(task); };
-  kernels.pack_backward_queries = [](const BackwardProblem& p, int64_t task, void* space) {
-    B(p, space).pack_queries(task);
-  };
-  kernels.head_gradients = [](const BackwardProblem& p, int64_t task, void* space) { B(p, space).head_gradients(task); };
+  kernels.pack_keys = [](const BackwardProblem& p, int64_t task, void* space) { B(p, space).pack_keys(task); };
+  kernels.pack_queries = [](const BackwardProblem& p, int64_t task, void* space) { B(p, space).pack_queries(task); };
   kernels.key_gradients = [](const BackwardProblem& p, int64_t task, void* space) { B(p, space).key_gradients(task); };
   kernels.query_gradients = [](const BackwardProblem& p, int64_t task, void* space) {
     B(p, space).query_gradients(task);

@@ -9,7 +9,6 @@ inline namespace CPU_CAPABILITY {
 
 constexpr int64_t kForwardSpan = 256;  // keys whose scores are held at once
 
-/// dst[0, end - first) = row[first, end) as E.
 inline void store_operand(const Vec& x, float* dst) { x.store(dst); }
 #if defined(__AVX512BF16__)
 inline void store_operand(const Vec& x, c10::BFloat16* dst) {
@@ -39,27 +38,41 @@ class Forward {
 
   int64_t workspace_bytes() const { return space_.bytes(); }
 
-  static int64_t part_floats(const FlashProblem& problem) {
-    return kTileRows * (Layout<E>(problem).value_columns + 2);
+  /// Bytes of the workspace of attend_head.
+  static int64_t head_workspace_bytes(const ForwardProblem& problem) {
+    Workspace space(nullptr);
+    HeadOperands(space, problem);
+    return space.bytes() + Forward(problem, nullptr).workspace_bytes();
   }
+
+  /// All tiles of a head, packing included.
+  static void attend_head(const ForwardProblem& problem, int64_t head, void* workspace) {
+    Workspace space(workspace);
+    const HeadOperands operands(space, problem);
+    ForwardProblem of_head = problem;
+    of_head.first_head = head;
+    of_head.key_transposed = operands.key_transposed;
+    of_head.value_rows = operands.value_rows;
+    Forward forward(of_head, static_cast<char*>(workspace) + space.bytes());
+    for (int64_t block = 0; block < problem.blocks(); ++block) forward.pack(head * problem.blocks() + block);
+    for (int64_t tile = 0; tile < problem.tiles(); ++tile) forward.attend(head * problem.tiles() + tile);
+  }
+
+  static int64_t part_floats(const FlashProblem& problem) { return kTileRows * (Layout<E>(problem).value_columns + 2); }
 
   /// Packs one key block.
   void pack(int64_t task) {
-    const int64_t block = task % p_.blocks(), head = task / p_.blocks();
-    E* key = static_cast<E*>(p_.key_transposed) + head * layout_.tokens * layout_.depth;
-    E* value = static_cast<E*>(p_.value_rows) + head * layout_.tokens * layout_.value_columns;
-    pack_block(head / p_.key_heads, head % p_.key_heads, block * kPanel, key + block * kPanel * layout_.depth,
-               block * kPanel, layout_.tokens, value);
+    const int64_t first = task % p_.blocks() * kPanel, head = task / p_.blocks();
+    pack_block(head, first, key_of(head) + first * layout_.depth, first, layout_.tokens, value_of(head));
   }
 
   void attend(int64_t task) {
-    const int64_t split = task % p_.splits, index = task / p_.splits;
-    const QueryTile& tile = p_.plan->tiles[index % p_.tiles()];
-    const int64_t head = index / p_.tiles();
+    const int64_t split = task % p_.splits, head = task / p_.splits / p_.tiles();
+    const QueryTile& tile = tile_of(task / p_.splits);
     // Parts of equal numbers of keys, in whole steps.
-    const int64_t begin = tile.first_key / p_.key_step * p_.key_step;
-    const int64_t end = std::min(round_up(tile.end_key, p_.key_step), layout_.tokens);
-    const int64_t length = round_up((end - begin + p_.splits - 1) / p_.splits, p_.key_step);
+    const int64_t begin = tile.first_key / kColumns * kColumns;
+    const int64_t end = std::min(round_up(tile.end_key, kColumns), layout_.tokens);
+    const int64_t length = round_up((end - begin + p_.splits - 1) / p_.splits, kColumns);
     start(tile, head);
     walk(tile, head, begin + split * length, std::min(begin + (split + 1) * length, end));
     if (!p_.parts) return finish(tile, head);
@@ -71,20 +84,45 @@ class Forward {
 
   /// Merges the parts of a tile.
   void merge(int64_t task) {
-    const QueryTile& tile = p_.plan->tiles[task % p_.tiles()];
+    const QueryTile& tile = tile_of(task);
     const float* parts = p_.parts + task * p_.splits * part_floats(p_);
     for (int64_t row = 0; row < tile.rows; ++row) merge_row(parts, row);
     finish(tile, task / p_.tiles());
   }
 
  private:
-  void pack_block(int64_t batch, int64_t head, int64_t first, E* key, int64_t value_first, int64_t value_tokens,
-                  E* value) {
+  /// Where attend_head packs the operands of one head.
+  struct HeadOperands {
+    HeadOperands(Workspace& space, const FlashProblem& problem)
+        : key_transposed(space.take<E>(Layout<E>::transposed_elements(problem, problem.head_dim))),
+          value_rows(space.take<E>(Layout<E>::rows_elements(problem, problem.value_dim))) {}
+
+    E *key_transposed, *value_rows;
+  };
+
+  /// Packed keys and values, of a whole head or of one span only, whose first token is `origin`.
+  struct KeyOperands {
+    const E *key, *value;
+    int64_t tokens, origin;
+  };
+
+  const QueryTile& tile_of(int64_t index) const {
+    return p_.plan->query_tiles[index / p_.tiles() / p_.key_heads * p_.tiles() + index % p_.tiles()];
+  }
+  E* key_of(int64_t head) const {
+    return static_cast<E*>(p_.key_transposed) + (head - p_.first_head) * layout_.tokens * layout_.depth;
+  }
+  E* value_of(int64_t head) const {
+    return static_cast<E*>(p_.value_rows) + (head - p_.first_head) * layout_.tokens * layout_.value_columns;
+  }
+
+  void pack_block(int64_t head, int64_t first, E* key, int64_t value_first, int64_t value_tokens, E* value) {
+    const int64_t batch = head / p_.key_heads, key_head = head % p_.key_heads;
     const int64_t count = std::min(kPanel, p_.key_length - first);
-    const auto key_rows = as_operand(p_.key.at<const T>(batch, first, head), p_.key.token_stride, count, p_.head_dim,
-                                     layout_.depth, staging_);
+    const auto key_rows = as_operand(p_.key.at<const T>(batch, first, key_head), p_.key.token_stride, count,
+                                     p_.head_dim, layout_.depth, staging_);
     pack_transposed(key_rows, count, layout_.depth, key);
-    const auto value_rows = as_operand(p_.value.at<const T>(batch, first, head), p_.value.token_stride, count,
+    const auto value_rows = as_operand(p_.value.at<const T>(batch, first, key_head), p_.value.token_stride, count,
                                        p_.value_dim, p_.value_dim, staging_);
     pack_rows(value_rows, count, p_.value_dim, value_first, value_tokens, value);
   }
@@ -94,13 +132,11 @@ class Forward {
     const int64_t group = p_.group();
     for (int64_t row = 0; row < tile.rows; ++row) {
       const int64_t token = (tile.first_row + row) / group, in_group = (tile.first_row + row) % group;
-      const T* src = p_.query.at<const T>(tile.batch, token, head * group + in_group);
+      const T* src = p_.query.at<const T>(tile.batch, token, head % p_.key_heads * group + in_group);
       E* dst = query_ + row * layout_.depth;
       const auto rows = as_operand(src, 0, 1, p_.head_dim, layout_.depth, dst);
       if (rows.data != dst) std::copy_n(rows.data, layout_.depth, dst);
     }
-    const int64_t computed = round_up(tile.rows, p_.row_step);
-    std::fill(query_ + tile.rows * layout_.depth, query_ + computed * layout_.depth, E(0.0f));
     std::fill_n(max_, tile.rows, -kInfinity);
     std::fill_n(sum_, tile.rows, 0.0f);
     is_first_ = true;
@@ -118,39 +154,50 @@ class Forward {
       const int64_t limit = std::min(end, first + kForwardSpan);
       int64_t last = std::min((block + 1) * kPanel, limit);
       while (last < limit && p_.plan->may_meet(tile, last / kPanel)) last = std::min(last + kPanel, limit);
-      attend_span(tile, rows, head, first, last);
+      attend_span(tile, rows, head, {first, last});
       first = last;
     }
   }
 
-  void attend_span(const QueryTile& tile, const TileRows& rows, int64_t head, int64_t first, int64_t end) {
-    const int64_t count = end - first;
-    const int64_t key_head = tile.batch * p_.key_heads + head;
-    // Operands of this span: of the whole head, or packed here, where the first token is `origin`.
-    const E *key = local_key_, *value = local_value_;
-    int64_t origin = first, tokens = kForwardSpan;
+  void attend_span(const QueryTile& tile, const TileRows& rows, int64_t head, Span keys) {
+    KeyOperands operands{local_key_, local_value_, kForwardSpan, keys.first};
     if (p_.key_transposed) {
-      key = static_cast<const E*>(p_.key_transposed) + key_head * layout_.tokens * layout_.depth;
-      value = static_cast<const E*>(p_.value_rows) + key_head * layout_.tokens * layout_.value_columns;
-      origin = 0, tokens = layout_.tokens;
+      operands = {key_of(head), value_of(head), layout_.tokens, 0};
     } else {
-      for (int64_t token = first; token < end; token += kPanel) {
-        pack_block(tile.batch, head, token, local_key_ + (token - first) * layout_.depth, token - first, tokens,
+      for (int64_t token = keys.first; token < keys.end; token += kPanel) {
+        pack_block(head, token, local_key_ + (token - keys.first) * layout_.depth, token - keys.first, kForwardSpan,
                    local_value_);
       }
     }
-    products_.with_transposed(tile.rows, layout_.depth, query_, layout_.depth, key, first - origin, end - origin,
-                              scores_, kForwardSpan);
-    const bool is_full = p_.plan->is_full(tile, first, end);
-    const int32_t* key_ids = p_.key_ids ? p_.key_ids + tile.batch * p_.key_length : nullptr;
-    for (int64_t row = 0; row < tile.rows; ++row) {
-      float* score = scores_ + row * kForwardSpan;
-      const Span span = mask_row(rows, row, key_ids, first, count, is_full, rule_, score);
-      add_to_softmax(row, span, count, score);
+    const bool is_full = p_.plan->is_full(tile, keys.first, keys.end);
+    const int64_t group = is_full ? tile.rows : kRowGroup;
+    for (int64_t row = 0; row < tile.rows; row += group) {
+      const Span group_rows{row, std::min<int64_t>(row + group, tile.rows)};
+      const Span group_keys = is_full ? keys : rows.keys_of(group_rows, keys);
+      attend_rows(tile, rows, operands, group_rows, group_keys, is_full);
     }
-    products_.with_rows(tile.rows, layout_.value_columns, weights(0), kForwardSpan, value, tokens, first - origin,
-                        end - origin, out_, layout_.value_columns, !is_first_);
     is_first_ = false;
+  }
+
+  /// Scores, their softmax and its product with the values, of some rows and keys.
+  void attend_rows(const QueryTile& tile, const TileRows& rows, const KeyOperands& operands, Span group, Span keys,
+                   bool is_full) {
+    float* out = out_ + group.first * layout_.value_columns;
+    if (keys.is_empty()) {
+      if (is_first_) std::fill_n(out, group.count() * layout_.value_columns, 0.0f);
+      return;
+    }
+    const Span local{keys.first - operands.origin, keys.end - operands.origin};
+    products_.with_transposed(group.count(), layout_.depth, query_ + group.first * layout_.depth, operands.key, local,
+                              scores_, kForwardSpan);
+    const int32_t* key_ids = p_.key_ids ? p_.key_ids + tile.batch * p_.key_length : nullptr;
+    for (int64_t row = group.first; row < group.end; ++row) {
+      float* score = scores_ + (row - group.first) * kForwardSpan;
+      const Span span = mask_row(rows, row, key_ids, keys, is_full, rule_, score);
+      add_to_softmax(row, span, keys.count(), score, weights(row - group.first));
+    }
+    products_.with_rows(group.count(), layout_.value_columns, weights(0), kForwardSpan, operands.value, operands.tokens,
+                        local, out, !is_first_);
   }
 
   E* weights(int64_t row) {
@@ -162,14 +209,16 @@ class Forward {
   }
 
   /// Scores become weights relative to the row's new maximum; what was summed up before is rescaled to it.
-  void add_to_softmax(int64_t row, Span span, int64_t count, const float* score) {
-    E* weight = weights(row);
+  void add_to_softmax(int64_t row, Span span, int64_t count, const float* score, E* weight) {
     Vec r_max(-kInfinity);
     for (int64_t i = span.first; i < span.end; i += kLanes) r_max = larger(r_max, load(score + i));
-    const float new_max = std::max(largest(r_max) * rule_.factor, max_[row]);  // in this order, NaN wins
+    float new_max = std::max(largest(r_max) * rule_.factor, max_[row]);  // in this order, NaN wins
     if (new_max == -kInfinity) {
-      std::fill_n(weight, count, E(0.0f));
-      return;
+      if (std::none_of(score + span.first, score + span.end, [](float x) { return x != x; })) {
+        std::fill_n(weight, count, E(0.0f));
+        return;
+      }
+      new_max = std::numeric_limits<float>::quiet_NaN();  // lost by `larger`, which beside a number only costs a weight
     }
     if (new_max != max_[row] && max_[row] != -kInfinity) {
       const float decay = std::exp2(max_[row] - new_max);
@@ -213,7 +262,8 @@ class Forward {
   void finish(const QueryTile& tile, int64_t head) {
     const int64_t group = p_.group();
     for (int64_t row = 0; row < tile.rows; ++row) {
-      const int64_t token = (tile.first_row + row) / group, query_head = head * group + (tile.first_row + row) % group;
+      const int64_t token = (tile.first_row + row) / group, in_group = (tile.first_row + row) % group;
+      const int64_t query_head = head % p_.key_heads * group + in_group;
       T* out = p_.out.at<T>(tile.batch, token, query_head);
       float& lse = p_.lse[(tile.batch * p_.query_heads + query_head) * p_.query_length + token];
       const float sink = p_.sinks ? p_.sinks[query_head] * kLog2e : -kInfinity;

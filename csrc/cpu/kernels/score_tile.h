@@ -50,37 +50,46 @@ struct Layout {
   }
 };
 
-/// Calls the products, the kernels' own or the problem's.
+/// Columns or rows of a tile.
+struct Span {
+  int64_t first = 0, end = 0;
+  bool is_empty() const { return first >= end; }
+  int64_t count() const { return end - first; }
+};
+
+/// Products of packed operands.
 template <typename E>
 struct Products {
   const FlashProblem& problem;
 
   void panel(int64_t m, int64_t n, int64_t k, const E* a, int64_t lda, const E* b, int64_t ldb, float* c, int64_t ldc,
              bool accumulate) const {
-    if (problem.gemm) {
-      problem.gemm(round_up(m, problem.row_step), n, k, a, lda, b, ldb, c, ldc, accumulate);
+    // A matrix unit wants whole tiles of its own, and few shapes, since it keeps a kernel for each.
+    if (problem.matrix_unit && m % 16 == 0 && m >= 32 && n == kPanel && k % 16 == 0 && k >= 32) {
+      problem.matrix_unit(m, n, k, a, lda, b, ldb, c, ldc, accumulate);
     } else {
       panel_gemm(m, n, k, a, lda, b, ldb, c, ldc, accumulate);
     }
   }
 
-  /// C (m x (end - first)) = A (m x depth) * the keys [first, end) of a transposed operand.
-  void with_transposed(int64_t m, int64_t depth, const E* a, int64_t lda, const E* transposed, int64_t first,
-                       int64_t end, float* c, int64_t ldc) const {
-    for (int64_t key = first; key < end;) {
-      const int64_t block = key / kPanel, next = std::min((block + 1) * kPanel, end);
+  /// C (m x keys) = A (m x depth) * the keys of a transposed operand.
+  void with_transposed(int64_t m, int64_t depth, const E* a, const E* transposed, Span keys, float* c,
+                       int64_t ldc) const {
+    for (int64_t key = keys.first; key < keys.end;) {
+      const int64_t block = key / kPanel, next = std::min((block + 1) * kPanel, keys.end);
       const E* b = transposed + block * kPanel * depth + (key - block * kPanel) * Operand<E>::kPair;
-      panel(m, next - key, depth, a, lda, b, kPanel, c + (key - first), ldc, false);
+      panel(m, next - key, depth, a, depth, b, kPanel, c + (key - keys.first), ldc, false);
       key = next;
     }
   }
 
-  /// C (m x columns) = or += A (m x (end - first)) * the keys [first, end) of a rows operand.
-  void with_rows(int64_t m, int64_t columns, const E* a, int64_t lda, const E* rows, int64_t tokens, int64_t first,
-                 int64_t end, float* c, int64_t ldc, bool accumulate) const {
+  /// C (m x columns) = or += A (m x keys) * the keys of a rows operand.
+  void with_rows(int64_t m, int64_t columns, const E* a, int64_t lda, const E* rows, int64_t tokens, Span keys,
+                 float* c, bool accumulate) const {
     for (int64_t column = 0; column < columns; column += kPanel) {
       const int64_t width = std::min(kPanel, columns - column);
-      panel(m, width, end - first, a, lda, rows + column * tokens + first * width, width, c + column, ldc, accumulate);
+      const E* b = rows + column * tokens + keys.first * width;
+      panel(m, width, keys.count(), a, lda, b, width, c + column, columns, accumulate);
     }
   }
 };
@@ -98,6 +107,31 @@ struct TileRows {
       end_key[row] = problem.plan->end_key[token];
       id[row] = compares_ids ? problem.query_ids[token] : 0;
     }
+  }
+
+  /// The keys among `keys` that some of the rows may attend to, in whole steps from the first of `keys` on.
+  Span keys_of(Span rows, Span keys) const {
+    Span found{keys.end, keys.first};
+    for (int64_t row = rows.first; row < rows.end; ++row) {
+      if (first_key[row] >= end_key[row]) continue;
+      found.first = std::min<int64_t>(found.first, first_key[row]);
+      found.end = std::max<int64_t>(found.end, end_key[row]);
+    }
+    found.first = std::max(found.first, keys.first), found.end = std::min(found.end, keys.end);
+    if (found.is_empty()) return {};
+    return {keys.first + (found.first - keys.first) / kColumns * kColumns,
+            std::min(keys.first + round_up(found.end - keys.first, kColumns), keys.end)};
+  }
+
+  /// From the first to the last row that may attend to some of the keys.
+  Span rows_of(Span keys, int64_t rows) const {
+    Span found{rows, 0};
+    for (int64_t row = 0; row < rows; ++row) {
+      if (first_key[row] >= keys.end || end_key[row] <= keys.first) continue;
+      found.first = std::min(found.first, row);
+      found.end = row + 1;
+    }
+    return found;
   }
 };
 
@@ -123,29 +157,24 @@ struct LogitRule {
   }
 };
 
-/// Columns of a tile, in whole vectors.
-struct Span {
-  int64_t first, end;
-};
-
-/// Turns a row's scores of the keys [first_key, first_key + count) into what LogitRule::factor makes logits: -inf where
-/// the pair is not allowed. Only the span that it returns is defined; outside it no pair is allowed.
-inline Span mask_row(const TileRows& rows, int64_t row, const int32_t* key_ids, int64_t first_key, int64_t count,
-                     bool is_full, const LogitRule& rule, float* score) {
+/// Turns a row's scores of the keys into what LogitRule::factor makes logits: -inf where the pair is not allowed. Only
+/// the columns that it returns, whole vectors, are defined; elsewhere no pair is allowed.
+inline Span mask_row(const TileRows& rows, int64_t row, const int32_t* key_ids, Span keys, bool is_full,
+                     const LogitRule& rule, float* score) {
   if (is_full) {
-    if (rule.is_prepared) rule.prepare(score, 0, count);
-    return {0, count};
+    if (rule.is_prepared) rule.prepare(score, 0, keys.count());
+    return {0, keys.count()};
   }
-  const int64_t first = std::clamp<int64_t>(rows.first_key[row] - first_key, 0, count);
-  const int64_t end = std::clamp<int64_t>(rows.end_key[row] - first_key, 0, count);
-  if (first >= end) return {0, 0};
+  const int64_t first = std::clamp<int64_t>(rows.first_key[row] - keys.first, 0, keys.count());
+  const int64_t end = std::clamp<int64_t>(rows.end_key[row] - keys.first, 0, keys.count());
+  if (first >= end) return {};
   const Span span{first / kLanes * kLanes, round_up(end, kLanes)};
   if (rule.is_prepared) rule.prepare(score, span.first, span.end);
   std::fill(score + span.first, score + first, -kInfinity);
   std::fill(score + end, score + span.end, -kInfinity);
   if (rows.compares_ids) {
     const int32_t id = rows.id[row];
-    const int32_t* ids = key_ids + first_key;
+    const int32_t* ids = key_ids + keys.first;
     for (int64_t i = first; i < end; ++i) score[i] = ids[i] == id ? score[i] : -kInfinity;
   }
   return span;
