@@ -15,7 +15,7 @@ void bfloat16_brgemm(int64_t m, int64_t n, int64_t k, const void* a, int64_t lda
 }  // namespace
 
 PanelGemm bfloat16_matrix_unit() {
-  // could_pack is true where brgemm runs on AMX. Elsewhere it is not faster than the kernels' own products.
+  // could_pack is true where brgemm runs on AMX. Elsewhere it is no faster than the kernels' own products.
   return at::native::cpublas::could_pack(at::kBFloat16) ? bfloat16_brgemm : nullptr;
 }
 
