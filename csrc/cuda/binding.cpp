@@ -1,0 +1,74 @@
+#include "binding.h"
+
+#include <ATen/cuda/EmptyTensor.h>
+
+namespace selfattn::cuda {
+namespace {
+
+constexpr int64_t kChunkElements = 8;  // 16 bytes, the copy engine's unit
+constexpr uintptr_t kChunkBytes = 16;
+
+bool has_kernel_layout(const at::Tensor& tensor) {
+  if (tensor.stride(3) != 1 || reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % kChunkBytes != 0) return false;
+  for (int64_t dim = 0; dim < 3; dim++) {
+    if (tensor.size(dim) > 1 && (tensor.stride(dim) <= 0 || tensor.stride(dim) % kChunkElements != 0)) return false;
+  }
+  return true;
+}
+
+int window_side(int64_t size) {
+  return size < 0 || size > AttentionWindow::kUnbounded ? AttentionWindow::kUnbounded : static_cast<int>(size);
+}
+
+}  // namespace
+
+at::Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype, at::Device device) {
+  return at::Tensor(at::detail::empty_cuda(sizes, dtype, device, std::nullopt));
+}
+
+at::Tensor with_kernel_layout(const at::Tensor& tensor) {
+  return has_kernel_layout(tensor) ? tensor : tensor.clone(at::MemoryFormat::Contiguous);
+}
+
+TensorView view_of(const at::Tensor& tensor) {
+  return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+}
+
+AttentionShape shape_of(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value) {
+  return {.batch = static_cast<int>(query.size(0)),
+          .query_length = static_cast<int>(query.size(1)),
+          .key_length = static_cast<int>(key.size(1)),
+          .num_heads = static_cast<int>(query.size(2)),
+          .num_kv_heads = static_cast<int>(key.size(2)),
+          .dim_qk = static_cast<int>(query.size(3)),
+          .dim_v = static_cast<int>(value.size(3))};
+}
+
+ElementType element_of(const at::Tensor& tensor) {
+  return tensor.scalar_type() == at::kBFloat16 ? ElementType::kBFloat16 : ElementType::kHalf;
+}
+
+AttentionWindow window_of(bool is_causal, int64_t window_left, int64_t window_right) {
+  return {.left = window_side(window_left), .right = is_causal ? 0 : window_side(window_right)};
+}
+
+SegmentProblem segment_problem(const at::Tensor& query_ids, const at::Tensor& key_ids, const AttentionShape& shape,
+                               const AttentionWindow& window, const TileSizes& tiles, SegmentSide order_of) {
+  return {.query_ids = query_ids.const_data_ptr(),
+          .key_ids = key_ids.const_data_ptr(),
+          .ids_are_int64 = query_ids.scalar_type() == at::kLong,
+          .query_stride_batch = query_ids.stride(0),
+          .query_stride_token = query_ids.stride(1),
+          .key_stride_batch = key_ids.stride(0),
+          .key_stride_token = key_ids.stride(1),
+          .batch = shape.batch,
+          .query_length = shape.query_length,
+          .key_length = shape.key_length,
+          .query_tile = tiles.query,
+          .key_tile = tiles.key,
+          .window_left = window.left,
+          .window_right = window.right,
+          .order_of = order_of};
+}
+
+}  // namespace selfattn::cuda

@@ -1,0 +1,33 @@
+#pragma once
+
+// What the bindings of the forward and the backward share: tensors -> the plain structs of flash/params.h.
+
+#include <ATen/core/Tensor.h>
+
+#include "flash/params.h"
+
+namespace selfattn::cuda {
+
+/// A contiguous tensor, not filled even in PyTorch's deterministic mode, which fills what at::empty makes: the kernels
+/// write every element.
+at::Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype, at::Device device);
+
+/// The tensor (B, S, N, D) itself where the copy engine can read it: a contiguous last dimension, every other stride
+/// positive and in steps of 16 bytes; a contiguous copy otherwise (expanded gradients, odd views).
+at::Tensor with_kernel_layout(const at::Tensor& tensor);
+
+TensorView view_of(const at::Tensor& tensor);
+
+AttentionShape shape_of(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value);
+
+ElementType element_of(const at::Tensor& tensor);
+
+/// -1 is unbounded; a causal mask is a window without a right side.
+AttentionWindow window_of(bool is_causal, int64_t window_left, int64_t window_right);
+
+/// The ids (B, Sq) and (B, Skv), and the tiles that a kernel cuts the problem into. `order_of`: the side whose tiles it
+/// takes one after another.
+SegmentProblem segment_problem(const at::Tensor& query_ids, const at::Tensor& key_ids, const AttentionShape& shape,
+                               const AttentionWindow& window, const TileSizes& tiles, SegmentSide order_of);
+
+}  // namespace selfattn::cuda
