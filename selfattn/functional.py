@@ -93,7 +93,7 @@ def multihead_attention_lse(
 
     Returns:
         out (B, Sq, NH, DV), of q's dtype, and lse (B, NH, Sq) float32, the natural logarithm, with the sink counted;
-        -inf for a query with no allowed key.
+        -inf for a query with no allowed key (its sink, where there are sinks).
 
     Raises:
         As ``multihead_attention``.
