@@ -53,12 +53,14 @@ std::string_view to_string(Backend backend) {
 }
 
 Backend parse_backend(std::string_view name) {
-  std::ostringstream known;
-  for (const BackendName& candidate : kBackendNames) {
-    if (candidate.text == name) return candidate.backend;
-    known << (known.tellp() > 0 ? ", " : "") << candidate.text;
+  const auto found = std::find_if(std::begin(kBackendNames), std::end(kBackendNames),
+                                  [&](const BackendName& candidate) { return candidate.text == name; });
+  if (found == std::end(kBackendNames)) {
+    std::ostringstream known;
+    for (const BackendName& candidate : kBackendNames) known << (known.tellp() > 0 ? ", " : "") << candidate.text;
+    TORCH_CHECK_VALUE(false, "selfattn: backend must be one of ", known.str(), "; got '", name, "'");
   }
-  TORCH_CHECK_VALUE(false, "selfattn: backend must be one of ", known.str(), "; got '", name, "'");
+  return found->backend;
 }
 
 const AttentionBackend& select_backend(Backend name, const AttentionProblem& problem) {
