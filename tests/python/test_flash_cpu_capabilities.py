@@ -12,6 +12,7 @@ HERE = Path(__file__).parent
 ORDER = ["DEFAULT", "AVX2", "AVX512"]  # ATen's names, each able to run those before it
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
 def test_kernels_of_a_capability(capability: str) -> None:
     own = torch.backends.cpu.get_cpu_capability()
