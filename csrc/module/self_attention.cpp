@@ -5,10 +5,7 @@
 #include <selfattn/ops.h>
 #include <torch/library.h>
 
-#include <cmath>
-
 #include "attention/problem.h"
-#include "rotary/rotary.h"
 
 namespace selfattn {
 namespace {

@@ -23,11 +23,8 @@ std::tuple<at::Tensor, at::Tensor> apply_rotary_emb(const at::Tensor& xq, const 
   check_heads(xq, "xq");
   check_heads(xk, "xk");
   const RotaryPairing pairs = parse_pairing(pairing, "pairing");
-  const auto turn = [&](const at::Tensor& x) {
-    const RotaryTables tables = choose_tables(x, freqs_sin, freqs_cos, std::nullopt, theta);
-    return rotate(x, tables, pairs).to(x.scalar_type());
-  };
-  return {turn(xq), turn(xk)};
+  const auto [of_q, of_k] = choose_tables_of_both(xq, xk, freqs_sin, freqs_cos, std::nullopt, theta);
+  return {rotate(xq, of_q, pairs).to(xq.scalar_type()), rotate(xk, of_k, pairs).to(xk.scalar_type())};
 }
 
 /// x / sqrt(mean(x^2) + eps) * weight over the last dimension (Root Mean Square Layer Normalization, arXiv:1910.07467,
@@ -57,12 +54,15 @@ std::tuple<at::Tensor, at::Tensor> qk_norm_rope(const at::Tensor& q, const at::T
                     "selfattn: q_weight and k_weight must not be given where norm is False");
   TORCH_CHECK_VALUE(rope || (!freqs_sin && !freqs_cos && !positions),
                     "selfattn: freqs_sin, freqs_cos and positions must not be given where rope is False");
-  const auto prepare = [&](const at::Tensor& x, const OptionalTensor& weight, const char* weight_name) {
+  RotaryTables of_q, of_k;
+  if (rope) std::tie(of_q, of_k) = choose_tables_of_both(q, k, freqs_sin, freqs_cos, positions, theta);
+  const auto prepare = [&](const at::Tensor& x, const OptionalTensor& weight, const char* weight_name,
+                           const RotaryTables& tables) {
     at::Tensor heads = norm ? rms_norm(x, weight, eps, weight_name) : x;
-    if (rope) heads = rotate(heads, choose_tables(heads, freqs_sin, freqs_cos, positions, theta), pairs);
+    if (rope) heads = rotate(heads, tables, pairs);
     return heads.to(x.scalar_type());
   };
-  return {prepare(q, q_weight, "q_weight"), prepare(k, k_weight, "k_weight")};
+  return {prepare(q, q_weight, "q_weight", of_q), prepare(k, k_weight, "k_weight", of_k)};
 }
 
 }  // namespace

@@ -71,6 +71,15 @@ RotaryTables choose_tables(const at::Tensor& x, const OptionalTensor& sin, const
   return rotary_tables(*positions, head_dim, theta);
 }
 
+std::pair<RotaryTables, RotaryTables> choose_tables_of_both(const at::Tensor& q, const at::Tensor& k,
+                                                            const OptionalTensor& sin, const OptionalTensor& cos,
+                                                            const OptionalTensor& positions, double theta) {
+  const RotaryTables of_q = choose_tables(q, sin, cos, positions, theta);
+  const bool are_alike = q.device() == k.device() && q.sym_size(0) == k.sym_size(0) && q.sym_size(1) == k.sym_size(1) &&
+                         q.sym_size(3) == k.sym_size(3);
+  return {of_q, are_alike ? of_q : choose_tables(k, sin, cos, positions, theta)};
+}
+
 at::Tensor rotate(const at::Tensor& x, const RotaryTables& tables, RotaryPairing pairing) {
   const at::Tensor heads = x.to(compute_dtype(x));
   const at::Tensor sin = tables.sin.to(heads.scalar_type()).unsqueeze(2);  // (1 or B, S, 1, D / 2)

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <tuple>
+#include <utility>
 
 #include "attention/problem.h"
 
@@ -25,6 +26,11 @@ RotaryTables rotary_tables(const at::Tensor& positions, int64_t head_dim, double
 /// The caller's tables, validated against x (B, S, N, D), or those of `positions`, or of positions 0 .. S - 1.
 RotaryTables choose_tables(const at::Tensor& x, const OptionalTensor& sin, const OptionalTensor& cos,
                            const OptionalTensor& positions, double theta);
+
+/// choose_tables of q and of k; computed once where both have the same batch, length, head dimension and device.
+std::pair<RotaryTables, RotaryTables> choose_tables_of_both(const at::Tensor& q, const at::Tensor& k,
+                                                            const OptionalTensor& sin, const OptionalTensor& cos,
+                                                            const OptionalTensor& positions, double theta);
 
 /// Turns the pairs of x (B, S, N, D) by the tables; computes and gives back at least float32.
 at::Tensor rotate(const at::Tensor& x, const RotaryTables& tables, RotaryPairing pairing);
