@@ -18,9 +18,10 @@ Tensor empty_like_contiguous(const Tensor& t) { return empty(t.sizes(), t.scalar
 
 // The tables of the segments, with the order of key tiles that this pass wants, and their memory.
 Tensor prepare_segments(const AttentionProblem& problem, BackwardParams& params, cudaStream_t stream) {
-  const SegmentProblem segments =
+  SegmentProblem segments =
       segment_problem(*problem.query_segment_ids, *problem.key_segment_ids, params.shape, params.window,
                       flash_attention_backward_tiles(params.shape), SegmentSide::kKeys);
+  segments.ordered_queries = flash_attention_backward_ordered_queries(params.shape);
   const Tensor storage = empty({segment_tables_bytes(segments)}, at::kByte, problem.query.device());
   params.segments = make_segment_tables(segments, storage.mutable_data_ptr());
   C10_CUDA_CHECK(launch_prepare_segments(segments, params.segments, stream));

@@ -54,6 +54,9 @@ def make_ids(kind: str, batch: int, num_queries: int, num_keys: int) -> tuple[Te
     match kind:
         case "packed":
             ids = torch.stack([documents(num_queries, 90) for _ in range(batch)])
+        case "long_documents":
+            ids = torch.stack([documents(num_queries, 2000) for _ in range(batch)])
+            ids[:, -40:] = -1
         case "packed_padded":
             ids = torch.stack([documents(num_queries, 60) for _ in range(batch)])
             ids[:, num_queries - num_queries // 3 :] = -1
@@ -219,7 +222,7 @@ def check(problem: Problem) -> None:
         assert_as_good(f"{name} of {problem}", mine, exact, reference)
 
 
-# The last two groups are long enough to be worked on in sections, and the very last for side jobs.
+# Queries that see few keys are worked on by another form of the kernels than those that see many: these see few.
 HAND_MADE = [
     Problem(num_kv_heads=4),
     Problem(causal=False, num_kv_heads=4),
@@ -291,6 +294,40 @@ HAND_MADE = [
 ]
 
 
+def long(queries: int = 2700, keys: int = 0, **fields) -> Problem:
+    return replace(Problem(batch=1, num_queries=queries, num_keys=keys or queries), **fields)
+
+
+# The last group is long enough for side jobs, too.
+LONG = [
+    *(long(n, dim=dim, causal=causal) for n in (2600, 2689) for dim in (64, 128) for causal in (True, False)),
+    *(
+        long(ids=kind, dim=dim, causal=causal)
+        for kind in ("long_documents", "packed", "random", "blocks", "distinct", "one_row_general")
+        for dim in (64, 128)
+        for causal in (True, False)
+    ),
+    *(long(ids="long_documents", batch=3, dim=dim, num_kv_heads=heads) for dim in (64, 128) for heads in (1, 4)),
+    *(long(nq, nk, dim=dim) for nq, nk in ((1500, 2900), (2900, 1500)) for dim in (64, 128)),
+    *(long(nq, nk, ids="separate") for nq, nk in ((1500, 2900), (2900, 1500))),
+    *(
+        long(window_left=left, window_right=right, causal=False)
+        for left, right in ((1900, 20), (-1, 300), (1400, 1400))
+    ),
+    long(window_left=1700, ids="long_documents"),
+    *(long(num_heads=8, num_kv_heads=heads, dim=dim) for heads in (1, 2, 8) for dim in (64, 128)),
+    *(long(has_grad_lse=True, ids=ids) for ids in (None, "long_documents", "random")),
+    *(long(layout=layout, dtype=torch.float16) for layout in ("bnsd", "padded")),
+    *(long(dim=dim) for dim in (40, 72, 96)),
+    *(
+        long(1500, batch=6, num_heads=heads, num_kv_heads=4, dim=dim, causal=False, ids=ids)
+        for heads in (4, 8)
+        for dim in (64, 128)
+        for ids in (None, "long_documents", "random")
+    ),
+]
+
+
 def random_problem(seed: int) -> Problem:
     r = random.Random(seed)
     kv_heads = r.choice((1, 2, 3))
@@ -316,7 +353,7 @@ def random_problem(seed: int) -> Problem:
     )
 
 
-@pytest.mark.parametrize("problem", HAND_MADE, ids=str)
+@pytest.mark.parametrize("problem", [*HAND_MADE, *LONG], ids=str)
 def test_backward_matches_float64(problem: Problem) -> None:
     check(problem)
 

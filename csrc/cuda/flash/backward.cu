@@ -42,8 +42,13 @@ bool flash_attention_backward_supports(const AttentionShape& shape) {
 TileSizes flash_attention_backward_tiles(const AttentionShape& shape) {
   return visit_head_dim(shape, [](auto dim) {
     using Config = BackwardConfig<void, decltype(dim)::kHeadDim>;
-    return TileSizes{Config::kTileQ, Config::kTileKv};
+    return TileSizes{kQueryBlock, Config::kTileKv};
   });
+}
+
+int flash_attention_backward_ordered_queries(const AttentionShape& shape) {
+  return visit_head_dim(
+      shape, [](auto dim) { return BackwardConfig<void, decltype(dim)::kHeadDim>::kIsWide ? 0 : kStatTile; });
 }
 
 int64_t flash_attention_backward_workspace_bytes(const BackwardParams& params) {

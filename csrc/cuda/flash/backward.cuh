@@ -9,9 +9,12 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "../ptx/launch.cuh"
 #include "../ptx/register.cuh"
+#include "backward_keys.cuh"
 #include "backward_launcher.h"
 #include "backward_narrow.cuh"
+#include "backward_queries.cuh"
 #include "backward_rows.cuh"
 #include "backward_side_jobs.cuh"
 #include "backward_turns.cuh"
@@ -26,6 +29,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   using namespace ptx;
   extern __shared__ __align__(1024) unsigned char s_raw[];
   auto& s = *reinterpret_cast<typename Config::SharedStorage*>(s_raw);
+  launch_dependents();
   if (threadIdx.x == 0) {
     const int readers_of_info = p.is_deterministic ? TurnKeeper<Config>::kWarps : 0;
     for (int i = 0; i < Config::kStages; i++) {
@@ -36,9 +40,11 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       mbarrier_init(shared_address(&s.grad_out_full[i]), 1),
           mbarrier_init(shared_address(&s.grad_out_free[i]), Config::kConsumerWarps);
     }
-    mbarrier_init(shared_address(&s.k_full), 1), mbarrier_init(shared_address(&s.v_full), 1);
-    mbarrier_init(shared_address(&s.k_free), Config::kFreeKeyArrivals),
-        mbarrier_init(shared_address(&s.v_free), Config::kFreeKeyArrivals);
+    for (int i = 0; i < Config::kKeyBuffers; i++) {
+      mbarrier_init(shared_address(&s.k_full[i]), 1), mbarrier_init(shared_address(&s.v_full[i]), 1);
+      mbarrier_init(shared_address(&s.k_free[i]), Config::kFreeKeyArrivals);
+      mbarrier_init(shared_address(&s.v_free[i]), Config::kFreeKeyArrivals);
+    }
     for (int i = 0; i < Config::kSideBuffers; i++) {
       mbarrier_init(shared_address(&s.side_full[i]), 1),
           mbarrier_init(shared_address(&s.side_free[i]), Config::kSideWorkers);
@@ -47,14 +53,16 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     fence_mbarrier_init();
   }
   __syncthreads();
+  wait_for_previous_kernel();
+  if (!has_work(p, plan, BackwardForm::kFused)) return;
   if (threadIdx.x < 128) {
     lower_registers<Config::kProducerRegisters>();
     const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
     if (warp == 0) {
       QueryStream<Config>{maps, p, plan, s}.run();
-    } else if (p.is_deterministic) {
-      if (warp <= TurnKeeper<Config>::kWarps) TurnKeeper<Config>{p, plan, s}.run(warp == 1);
-    } else if constexpr (Config::kHasSideJobs) {
+    } else if constexpr (Config::kIsWide) {
+      if (p.is_deterministic && warp <= TurnKeeper<Config>::kWarps) TurnKeeper<Config>{p, plan, s}.run(warp == 1);
+    } else {
       if (plan.has_side_jobs) {
         SideJobs<Config> jobs{maps, p, plan, s};
         if (warp == 1)
@@ -81,6 +89,7 @@ struct ElementOf<ElementType::kHalf> {
   using Type = __half;
 };
 
+constexpr int kRowBlocks = 8;  // thread blocks a processor of the two small kernels
 constexpr int kTilesInSight = 256;
 constexpr int kKeysForSideJobs = 768;  // that a query sees: else multiplying is too short to hide the side jobs
 
@@ -89,6 +98,20 @@ inline int64_t keys_seen(const BackwardParams& p) {
   const int64_t length = p.shape.key_length, window = int64_t(p.window.left) + p.window.right + 1;
   const bool is_halved = window >= length && std::min(p.window.left, p.window.right) < length;
   return is_halved ? length / 2 : std::min(window, length);
+}
+
+// Up to how many keys a query may see for the split form to be the faster one: measured (docs/kernels/backward.md).
+template <class Config>
+constexpr int keys_of_split() {
+  return Config::kHeadDim == 128 ? 1280 : 832;
+}
+
+template <class Config>
+BackwardForm choose_form(const BackwardParams& p) {
+  if (Config::kIsWide) return BackwardForm::kFused;
+  if (p.is_deterministic) return BackwardForm::kSplit;
+  if (p.segments.mode) return BackwardForm::kEither;
+  return keys_seen(p) < keys_of_split<Config>() ? BackwardForm::kSplit : BackwardForm::kFused;
 }
 
 // The arrays of the workspace are laid out one behind the other; `end` is the first byte past them.
@@ -111,8 +134,13 @@ BackwardPlan make_backward_plan(const BackwardParams& p, char** end) {
   plan.pairs_of_section = int(std::clamp<int64_t>(std::max(by_bytes, by_tiles), 1, plan.pairs));
   plan.sections = (plan.pairs + plan.pairs_of_section - 1) / plan.pairs_of_section;
   plan.walks_upward = plan.group == 1;
-  plan.has_side_jobs = Config::kHasSideJobs && !p.is_deterministic && plan.sections > 1 &&
-                       plan.work_tiles() >= kTilesInSight && keys_seen(p) >= kKeysForSideJobs;
+  plan.has_side_jobs = Config::kHasSideJobs && plan.sections > 1 && plan.work_tiles() >= kTilesInSight &&
+                       keys_seen(p) >= kKeysForSideJobs;
+  plan.form = choose_form<Config>(p);
+  plan.visits_of_split =
+      int64_t(shape.batch) * shape.query_length * keys_of_split<Config>() / (kQueryBlock * Config::kTileKv);
+  plan.query_blocks = (shape.query_length + kQueryBlock - 1) / kQueryBlock;
+  plan.stat_groups = (shape.query_length + kStatTile - 1) / kStatTile * (kStatTile / kStatRows);
 
   const int64_t heads = int64_t(shape.batch) * shape.num_heads, patches = heads * plan.patch_rows * Config::kPanels;
   char* at = static_cast<char*>(p.workspace);
@@ -120,8 +148,8 @@ BackwardPlan make_backward_plan(const BackwardParams& p, char** end) {
     array = reinterpret_cast<std::decay_t<decltype(array)>>(at);
     at += count * sizeof(*array);
   };
-  take(plan.grad_q_sum, patches * kPatchFloats);
-  take(plan.row_stats, heads * plan.query_tiles * Config::kStatFloats);
+  take(plan.grad_q_sum, plan.form == BackwardForm::kSplit ? 0 : patches * kPatchFloats);
+  take(plan.row_stats, heads * plan.stat_groups * kStatFloats);
   take(plan.turns, p.is_deterministic ? heads * plan.query_tiles : 0);
   take(plan.counters, plan.count_of_counters());
   *end = at;
@@ -133,6 +161,58 @@ int64_t BackwardLauncher<kElement, kHeadDim>::workspace_bytes(const BackwardPara
   char* end;
   make_backward_plan<BackwardConfig<typename ElementOf<kElement>::Type, kHeadDim>>(p, &end);
   return end - static_cast<char*>(p.workspace);
+}
+
+// dQ, then dK and dV; `config` is set for launches in this stream.
+template <class Config>
+cudaError_t launch_split(const BackwardParams& p, BackwardPlan plan, const BackwardMaps& maps,
+                         cudaLaunchConfig_t config, int processors) {
+  using Queries = QueryGradientConfig<typename Config::Element, Config::kHeadDim>;
+  using Keys = KeyGradientConfig<typename Config::Element, Config::kHeadDim>;
+  constexpr int kWarpgroupRows = 64;
+  const auto queries_kernel = flash_attention_backward_queries_kernel<Queries>;
+  const auto keys_kernel = flash_attention_backward_keys_kernel<Keys>;
+  constexpr int kQueriesBytes = sizeof(typename Queries::SharedStorage),
+                kKeysBytes = sizeof(typename Keys::SharedStorage);
+  if (const cudaError_t status =
+          cudaFuncSetAttribute(queries_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kQueriesBytes))
+    return status;
+  if (const cudaError_t status =
+          cudaFuncSetAttribute(keys_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kKeysBytes))
+    return status;
+  const AttentionShape& shape = p.shape;
+  const QueryGradientMaps query_maps = {
+      .q = make_tensor_map(p.q, p.element, shape.batch, shape.query_length, shape.num_heads, shape.dim_qk,
+                           kWarpgroupRows),
+      .out = make_tensor_map(p.out, p.element, shape.batch, shape.query_length, shape.num_heads, shape.dim_v,
+                             kWarpgroupRows),
+      .grad_out = make_tensor_map(p.grad_out, p.element, shape.batch, shape.query_length, shape.num_heads, shape.dim_v,
+                                  kWarpgroupRows),
+      .k = make_tensor_map(p.k, p.element, shape.batch, shape.key_length, shape.num_kv_heads, shape.dim_qk,
+                           Queries::kTileKv),
+      .v = make_tensor_map(p.v, p.element, shape.batch, shape.key_length, shape.num_kv_heads, shape.dim_v,
+                           Queries::kTileKv),
+      .grad_q = make_tensor_map(p.grad_q, p.element, shape.batch, shape.query_length, shape.num_heads, shape.dim_qk,
+                                Queries::kStoreRows),
+  };
+  plan.has_side_jobs = false;
+  if (p.segments.mode) {
+    plan.counters = p.segments.counters;  // cleared with the tables; the fused form clears its own
+  } else {
+    if (const cudaError_t status =
+            cudaMemsetAsync(plan.counters, 0, plan.count_of_counters() * sizeof(int), config.stream))
+      return status;
+  }
+  BackwardMaps key_maps = maps;
+  key_maps.q = query_maps.q, key_maps.grad_out = query_maps.grad_out;
+  const int query_tiles = (shape.query_length + Queries::kTileQ - 1) / Queries::kTileQ;
+  config.blockDim = dim3(Queries::kThreads);
+  config.gridDim = dim3(std::min(plan.pairs * plan.group * query_tiles, processors));
+  config.dynamicSmemBytes = kQueriesBytes;
+  if (const cudaError_t status = cudaLaunchKernelEx(&config, queries_kernel, query_maps, p, plan)) return status;
+  config.numAttrs = 1;
+  config.gridDim = dim3(std::min(plan.work_tiles(), processors)), config.dynamicSmemBytes = kKeysBytes;
+  return cudaLaunchKernelEx(&config, keys_kernel, key_maps, p, plan);
 }
 
 template <ElementType kElement, int kHeadDim>
@@ -167,15 +247,31 @@ cudaError_t BackwardLauncher<kElement, kHeadDim>::launch(const BackwardParams& p
       .side_out = query_map(p.out, shape.dim_v, Config::kSideRows),
       .side_grad_out = query_map(p.grad_out, shape.dim_v, Config::kSideRows),
   };
-  const unsigned filled_patch_rows = (shape.query_length + kPatchRows - 1) / kPatchRows;
   const int blocks = std::min(plan.work_tiles(), processors);
-  flash_attention_backward_prepare_kernel<Config>
-      <<<dim3(plan.heads_prepared_ahead(), plan.patch_rows), kRowWarps * 32, 0, stream>>>(p, plan);
-  flash_attention_backward_kernel<Config><<<blocks, Config::kThreads, kSharedBytes, stream>>>(maps, p, plan);
-  flash_attention_backward_finish_kernel<Config>
-      <<<dim3(plan.pairs * plan.group - plan.first_head_finished_behind(), filled_patch_rows), Config::kPanels * 128, 0,
-         stream>>>(p, plan);
-  return cudaGetLastError();
+  // Each kernel is brought up while the one ahead ends. That of the segments is ahead of the first.
+  cudaLaunchAttribute early_start;
+  early_start.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early_start.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.stream = stream, config.attrs = &early_start;
+  config.gridDim = dim3(std::min(plan.heads_prepared_ahead() * plan.stat_groups, kRowBlocks * processors)),
+  config.blockDim = dim3(kRowWarps * 32);
+  config.numAttrs = p.segments.mode ? 1 : 0;
+  if constexpr (!Config::kIsWide) {
+    if (plan.form != BackwardForm::kFused) {
+      const cudaError_t status = launch_split<Config>(p, plan, maps, config, processors);
+      if (status != cudaSuccess || plan.form == BackwardForm::kSplit) return status;
+    }
+  }
+  if (const cudaError_t status = cudaLaunchKernelEx(&config, flash_attention_backward_prepare_kernel<Config>, p, plan))
+    return status;
+  config.numAttrs = 1;
+  config.gridDim = dim3(blocks), config.blockDim = dim3(Config::kThreads), config.dynamicSmemBytes = kSharedBytes;
+  if (const cudaError_t status = cudaLaunchKernelEx(&config, kernel, maps, p, plan)) return status;
+  const int heads_finished = plan.pairs * plan.group - plan.first_head_finished_behind();
+  config.gridDim = dim3(std::min(heads_finished * plan.query_blocks, kRowBlocks * processors));
+  config.blockDim = dim3(Config::kPanels * 128), config.dynamicSmemBytes = 0;
+  return cudaLaunchKernelEx(&config, flash_attention_backward_finish_kernel<Config>, p, plan);
 }
 
 }  // namespace selfattn::cuda

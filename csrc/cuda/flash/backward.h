@@ -21,9 +21,10 @@ struct BackwardParams {
 // Whether a kernel exists for the shape: dim_qk and dim_v multiples of 8, up to 256.
 bool flash_attention_backward_supports(const AttentionShape& shape);
 
-// Tile sizes of the kernel that will run, for the preparation of the segments (of whose tables it wants the order of
-// keys).
+// For the preparation of the segments, of whose tables it wants the order of keys: tile sizes of the kernel that will
+// run, and the rows of the query tiles whose order it wants too (0: none).
 TileSizes flash_attention_backward_tiles(const AttentionShape& shape);
+int flash_attention_backward_ordered_queries(const AttentionShape& shape);
 
 // Scratch memory: the float32 sum of grad_q and a few numbers a row. Its contents before the call do not matter.
 int64_t flash_attention_backward_workspace_bytes(const BackwardParams& params);

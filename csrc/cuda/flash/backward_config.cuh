@@ -15,6 +15,12 @@ constexpr int kPatchRows = 64;
 constexpr int kPatchFloats = kPatchRows * kPanelColumns;
 constexpr int kPatchWarps = 4;
 
+// What the kernels want to know of query rows: for every 64 of them lse * log2(e), then delta = rowsum(dO * O) - dlse.
+// A head's rows are filled up to whole tiles of any kernel.
+constexpr int kStatRows = 64, kStatFloats = 2 * kStatRows, kStatTile = 128;
+// Rows of a block of queries in the tables of segments.
+constexpr int kQueryBlock = 64;
+
 // A query tile of the stream, as the loading warp announces it beside the barrier of its stage.
 struct alignas(16) BlockInfo {
   int query_tile;
@@ -28,7 +34,9 @@ enum BlockFlag : int {
   kHiddenByIds = 8,   // they are not, and the ids of this block differ
   kAllHidden = 16,    // stands in for the queries of a key tile that none sees
   kLastOfTile = 32,
-  kEndOfStream = 64,  // no block; told to the warps that keep turns
+  kEndOfStream = 64,      // no block; told to the warps that keep turns
+  kSkipWarpgroup0 = 128,  // no pair of warpgroup 0 (1) is visible
+  kSkipWarpgroup1 = 256,
 };
 
 // What the otherwise idle warps of the loading warpgroup are at.
@@ -51,15 +59,16 @@ struct BackwardConfig {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr bool kIsWide = kHeadDim > 128;
+  static constexpr bool kSumsQueries = true;  // dQ too
   static constexpr int kTileQ = kHeadDim == 64 ? 128 : 64;
   static constexpr int kTileKv = kIsWide ? 64 : 128;
   static constexpr int kStages = 2;
+  static constexpr int kKeyBuffers = 1;
   static constexpr int kPanels = kHeadDim / kPanelColumns;
   static constexpr int kPatchRowsOfTile = kTileQ / kPatchRows;
   static constexpr int kConsumers = 256, kThreads = 128 + kConsumers;
   static constexpr int kConsumerWarps = kConsumers / 32;
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
-  static constexpr int kStatFloats = 2 * kTileQ;  // of a tile: lse * log2(e), then delta
   static constexpr int kStoreRows =
       kIsWide ? 64 : 16;  // box of the stores of dK and dV: a warpgroup's or a warp's rows
   // Who frees K and V: every warp when it has read them, or (wide) the thread that stores dK and dV from their memory.
@@ -75,25 +84,100 @@ struct BackwardConfig {
   static constexpr int kScoreBytes = kTileQ * kTileKv * 2;
 
   struct SharedStorage {
-    alignas(1024) unsigned char k[kKeyBytes];
-    unsigned char v[kKeyBytes];
+    alignas(1024) unsigned char k[kKeyBuffers][kKeyBytes];
+    unsigned char v[kKeyBuffers][kKeyBytes];
     unsigned char q[kStages][kQueryBytes];
     unsigned char grad_out[kStages][kQueryBytes];
     unsigned char grad_s[2][kScoreBytes];                              // narrow: dK on its way out, too
     unsigned char p_or_grad_v[kIsWide ? 2 * kScoreBytes : kKeyBytes];  // wide: two P; narrow: dV on its way out
     unsigned char side[kSideBuffers][kHasSideJobs ? kSideBytes : 16];
-    alignas(16) float row_stats[kStages][kStatFloats];
+    alignas(16) float row_stats[kStages][2 * kTileQ];
     alignas(16) int query_ids[kStages][kTileQ];
     BlockInfo block[kStages];
-    TileInfo tile;
+    TileInfo tile[kKeyBuffers];
     SideJob side_job[kSideBuffers];
     float side_sums[kSideRows];
     uint64_t q_full[kStages], q_free[kStages], grad_out_full[kStages], grad_out_free[kStages];
-    uint64_t k_full, k_free, v_full, v_free;
+    uint64_t k_full[kKeyBuffers], k_free[kKeyBuffers], v_full[kKeyBuffers], v_free[kKeyBuffers];
     uint64_t side_full[kSideBuffers], side_free[kSideBuffers];
     uint64_t has_turn[kStages], added[kStages];  // deterministic mode: a block may add to dQ; it has
   };
   static_assert(sizeof(SharedStorage) <= 227 * 1024);
+};
+
+// The split form, for head dimensions up to 128: one kernel for dK and dV, one for dQ, each with sums in registers.
+// Seven products instead of five, but nothing is added up in global memory.
+
+// dK and dV: as the narrow kernel, without dS in shared memory; the warpgroups do not wait for each other.
+template <class Element_, int kHeadDim_>
+struct KeyGradientConfig {
+  using Element = Element_;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr bool kIsWide = false, kSumsQueries = false, kHasSideJobs = false;
+  static constexpr int kTileQ = 64, kTileKv = 128;
+  static constexpr int kStages = 3, kKeyBuffers = 2;
+  static constexpr int kPanels = kHeadDim / kPanelColumns;
+  static constexpr int kPatchRowsOfTile = kTileQ / kPatchRows;
+  static constexpr int kConsumers = 256, kThreads = 128 + kConsumers, kConsumerWarps = kConsumers / 32;
+  static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+  static constexpr int kStoreRows = 16;  // box of the stores of dK and dV: a warp's rows
+  static constexpr int kQueryBytes = kTileQ * kHeadDim * 2, kKeyBytes = kTileKv * kHeadDim * 2;
+
+  struct SharedStorage {
+    alignas(1024) unsigned char k[kKeyBuffers][kKeyBytes];  // dK and dV on their way out, too
+    unsigned char v[kKeyBuffers][kKeyBytes];
+    unsigned char q[kStages][kQueryBytes];
+    unsigned char grad_out[kStages][kQueryBytes];
+    float row_stats[kStages][2 * kTileQ];
+    int query_ids[kStages][kTileQ];
+    BlockInfo block[kStages];
+    TileInfo tile[kKeyBuffers];
+    uint64_t q_full[kStages], q_free[kStages], grad_out_full[kStages], grad_out_free[kStages];
+    uint64_t k_full[kKeyBuffers], k_free[kKeyBuffers], v_full[kKeyBuffers], v_free[kKeyBuffers];
+  };
+  static_assert(sizeof(SharedStorage) <= 227 * 1024);
+};
+
+// dQ: a tile of queries meets the key tiles that it sees. Q is held in registers, so that its memory is free at once;
+// dO has two buffers, and dQ leaves through the one in use.
+template <class Element_, int kHeadDim_>
+struct QueryGradientConfig {
+  using Element = Element_;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kTileQ = kStatTile, kTileKv = 64;
+  static constexpr int kStages = 4;
+  static constexpr int kPanels = kHeadDim / kPanelColumns;
+  static constexpr int kConsumers = 256, kThreads = 128 + kConsumers, kConsumerWarps = kConsumers / 32;
+  static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+  static constexpr int kStoreRows = 16;
+  static constexpr int kQueryBytes = kTileQ * kHeadDim * 2, kKeyBytes = kTileKv * kHeadDim * 2;
+  // What is told of a block of keys (BlockFlag), and of a tile of queries.
+  struct KeyBlock {
+    int key_tile, flags;
+  };
+  struct Tile {
+    int query_tile, head, batch;  // query_tile < 0: no more
+    int mode;                     // SegmentMode, or -1 without segments
+  };
+
+  struct SharedStorage {
+    alignas(1024) unsigned char q[kQueryBytes];  // [warpgroup][panel][64 rows]
+    unsigned char grad_out[2][kQueryBytes];
+    unsigned char k[kStages][kKeyBytes];
+    unsigned char v[kStages][kKeyBytes];
+    int rows[2][kTileQ];  // runs: first key and end of each query's run; ids: [0] the ids of the queries
+    KeyBlock block[kStages];
+    Tile tile;
+    uint64_t q_full, q_free, grad_out_free[2];
+    uint64_t k_full[kStages], k_free[kStages], v_full[kStages], v_free[kStages];
+  };
+  static_assert(sizeof(SharedStorage) <= 227 * 1024);
+};
+
+enum class BackwardForm {
+  kFused,
+  kSplit,
+  kEither,  // both are launched, and the segments say on the device which one works
 };
 
 // What the launcher derives from the shape. A pair is a key head of one batch, with its group of query heads. Pairs are
@@ -103,19 +187,24 @@ struct BackwardPlan {
   int patch_rows;  // of one query head
   int group;       // query heads of a key head
   int pairs, pairs_of_section, sections;
+  BackwardForm form;
+  int64_t visits_of_split;  // form kEither: the split form serves rows of up to so many visits (SegmentTables)
   bool has_side_jobs;
   // Whether a key tile meets its query tiles from the first to the last: for single heads, so that thread blocks that
   // start together add to different rows. Where a tile goes through a group of heads, downwards keeps those thread
   // blocks at the same queries, which then stay in L2. The deterministic mode adds up dQ from the last key tile to the
   // first if upwards, else from the first to the last: the tile that is ahead then has the turn.
   bool walks_upward;
-  float* row_stats;   // (batch, num_heads, query_tiles, kStatFloats)
+  int query_blocks;   // of a row, in the tables of segments
+  int stat_groups;    // of a head
+  float* row_stats;   // (batch, num_heads, stat_groups, kStatFloats)
   float* grad_q_sum;  // (batch, num_heads, patch_rows, kPanels, kPatchFloats)
   int* turns;         // (batch, num_heads, query_tiles): key tiles added to dQ so far; deterministic mode only
-  int* counters;      // next tile, next side job, and for every section: query rows prepared, key tiles done
+  int* counters;      // next tile, next side job, next query tile (split form), and for every section: query rows
+                      // prepared, key tiles done
 
   __host__ __device__ int work_tiles() const { return pairs * key_tiles; }
-  __host__ __device__ int count_of_counters() const { return 2 + 2 * sections; }
+  __host__ __device__ int count_of_counters() const { return 3 + 2 * sections; }
   __host__ __device__ int pairs_in(int section) const {
     const int rest = pairs - section * pairs_of_section;
     return rest < pairs_of_section ? rest : pairs_of_section;
@@ -125,13 +214,14 @@ struct BackwardPlan {
   }  // over all batches
   __host__ __device__ int heads_in(int section) const { return pairs_in(section) * group; }
   // The heads that the prepare and the finish kernel care for.
-  int heads_prepared_ahead() const { return has_side_jobs ? heads_in(0) : pairs * group; }
+  __host__ __device__ int heads_prepared_ahead() const { return has_side_jobs ? heads_in(0) : pairs * group; }
   __host__ __device__ int first_head_finished_behind() const { return has_side_jobs ? first_head_of(sections - 1) : 0; }
   __device__ int* next_tile() const { return counters; }
   __device__ int* next_side_job() const { return counters + 1; }
-  __device__ int* rows_prepared(int section) const { return counters + 2 + section; }
+  __device__ int* next_query_tile() const { return counters + 2; }
+  __device__ int* rows_prepared(int section) const { return counters + 3 + section; }
   __device__ int* tiles_done(int section) const {
-    return counters + 2 + sections + section;
+    return counters + 3 + sections + section;
   }  // by every multiplying warp
 };
 

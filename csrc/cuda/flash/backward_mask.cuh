@@ -1,41 +1,70 @@
-// Hides pairs of a block of S^T from the exponential. Rows are keys, columns queries, as accumulators hold them
-// (wgmma.cuh).
+// Hides pairs of a block of scores from the exponential. A lane holds two rows of the block (8 apart) as accumulators
+// do (wgmma.cuh); rows are keys and columns queries, or the other way round.
 #pragma once
 #include "backward_config.cuh"
 #include "backward_visible.cuh"
 
 namespace selfattn::cuda {
 
-// first_key: that of this lane's first row, the other is first_key + 8; first_query: that of its first column, whose id
-// is the first of s_query_ids.
-template <int kColumns>
-__device__ __forceinline__ void hide_pairs(float (&scores)[kColumns / 2], const BackwardParams& p, int flags, int batch,
-                                           int first_key, int first_query, const int* s_query_ids) {
+// The columns that the lane's two rows may meet, by the intervals alone: count[r] of them from first[r] on.
+struct RowsInSight {
   int first[2];
   unsigned count[2];
+
+  __device__ __forceinline__ void set(int r, int2 interval) {
+    first[r] = interval.x, count[r] = max(interval.y - interval.x, 0);
+  }
+};
+
+// first_column: number of this lane's first column.
+template <int kColumns>
+__device__ __forceinline__ void hide_by_intervals(float (&scores)[kColumns / 2], const RowsInSight& rows,
+                                                  int first_column) {
+  const int first[2] = {rows.first[0] - first_column, rows.first[1] - first_column};
+#pragma unroll
+  for (int i = 0; i < kColumns / 2; i++) {
+    if (unsigned(i / 4 * 8 + i % 2 - first[i / 2 % 2]) >= rows.count[i / 2 % 2]) scores[i] = -INFINITY;
+  }
+}
+
+// row_id: of the lane's rows; column_ids: from this lane's first column on.
+template <int kColumns>
+__device__ __forceinline__ void hide_by_ids(float (&scores)[kColumns / 2], const int (&row_id)[2],
+                                            const int* column_ids) {
+#pragma unroll
+  for (int i = 0; i < kColumns / 8; i++) {
+    const int2 column_id = *reinterpret_cast<const int2*>(column_ids + i * 8);
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      if (column_id.x != row_id[r]) scores[4 * i + 2 * r] = -INFINITY;
+      if (column_id.y != row_id[r]) scores[4 * i + 2 * r + 1] = -INFINITY;
+    }
+  }
+}
+
+// The queries that see the lane's keys first_key and first_key + 8. `flags` of any block of the tile.
+__device__ __forceinline__ RowsInSight queries_in_sight(const BackwardParams& p, int flags, int batch, int first_key) {
+  RowsInSight rows;
 #pragma unroll
   for (int r = 0; r < 2; r++) {
     const int key = first_key + 8 * r;
     const bool is_hidden = key >= p.shape.key_length || flags & kAllHidden;
-    const int2 visible = is_hidden ? int2{0, 0} : visible_queries(p, batch, flags & kHiddenByRuns, key);
-    first[r] = visible.x - first_query, count[r] = max(visible.y - visible.x, 0);
+    rows.set(r, is_hidden ? int2{0, 0} : visible_queries(p, batch, flags & kHiddenByRuns, key));
   }
-#pragma unroll
-  for (int i = 0; i < kColumns / 2; i++) {
-    if (unsigned(i / 4 * 8 + i % 2 - first[i / 2 % 2]) >= count[i / 2 % 2]) scores[i] = -INFINITY;
-  }
+  return rows;
+}
+
+// Of a block whose rows are keys. first_key: that of this lane's first row; first_query: that of its first column,
+// whose id is the first of s_query_ids.
+template <int kColumns>
+__device__ __forceinline__ void hide_pairs(float (&scores)[kColumns / 2], const BackwardParams& p,
+                                           const RowsInSight& rows, int flags, int batch, int first_key,
+                                           int first_query, const int* s_query_ids) {
+  hide_by_intervals<kColumns>(scores, rows, first_query);
   if (flags & kHiddenByIds) {
     const int* g_key_ids = p.segments.key_ids + int64_t(batch) * p.segments.pitch_key + first_key;
     const int key_id[2] = {g_key_ids[0], g_key_ids[8]};
-#pragma unroll
-    for (int i = 0; i < kColumns / 8; i++) {
-      const int2 query_id = *reinterpret_cast<const int2*>(s_query_ids + i * 8);
-#pragma unroll
-      for (int r = 0; r < 2; r++) {
-        if (query_id.x != key_id[r]) scores[4 * i + 2 * r] = -INFINITY;
-        if (query_id.y != key_id[r]) scores[4 * i + 2 * r + 1] = -INFINITY;
-      }
-    }
+    hide_by_ids<kColumns>(scores, key_id, s_query_ids);
   }
 }
 

@@ -90,18 +90,18 @@ __device__ __forceinline__ void multiply_narrow(const BackwardMaps& maps, const 
     }
     wgmma_commit();
   };
+  const auto stat_offset = [](int i) { return 8 * i + i / 8 * kStatRows; };  // of column 8i
   const auto arrive = [&](uint64_t& barrier) {
     if (lane == 0) mbarrier_arrive(shared_address(&barrier));
   };
   const auto add_dq = [&](const BlockInfo& block) {
-    if (p.is_deterministic) mbarrier_wait(shared_address(&s.has_turn[ring.stage]), ring.parity);
     if (block.patch_row >= 0)
       add_patch(plan, kD == 128 ? block.patch_row * 2 + warpgroup : block.patch_row + warpgroup, warp, lane, dq);
-    if (p.is_deterministic) __syncwarp(), arrive(s.added[ring.stage]);
   };
   const auto hide_masked = [&](const BlockInfo& block) {
-    const int first_key = s.tile.key_tile * kTileKv + warpgroup * 64 + warp * 16 + lane / 4, column = 2 * (lane % 4);
-    hide_pairs<kTileQ>(scores, p, block.flags, s.tile.batch, first_key, block.query_tile * kTileQ + column,
+    const int first_key = s.tile[0].key_tile * kTileKv + warpgroup * 64 + warp * 16 + lane / 4, column = 2 * (lane % 4);
+    const RowsInSight rows = queries_in_sight(p, block.flags, s.tile[0].batch, first_key);
+    hide_pairs<kTileQ>(scores, p, rows, block.flags, s.tile[0].batch, first_key, block.query_tile * kTileQ + column,
                        &s.query_ids[ring.stage][column]);
   };
   // Writes this warp's 16 keys of dK or dV to its slice of shared memory and on to global memory.
@@ -134,7 +134,7 @@ __device__ __forceinline__ void multiply_narrow(const BackwardMaps& maps, const 
     for (int i = 0; i < kD / 2; i++) dk[i] = dv[i] = 0.f;
     pin(dk), pin(dv);
     mbarrier_wait(shared_address(&s.k_full), tile_parity);
-    if (s.tile.key_tile < 0) break;
+    if (s.tile[0].key_tile < 0) break;
     mbarrier_wait(shared_address(&s.q_full[ring.stage]), ring.parity);
     issue_scores(ring.stage);
     mbarrier_wait(shared_address(&s.v_full), tile_parity);
@@ -154,7 +154,7 @@ __device__ __forceinline__ void multiply_narrow(const BackwardMaps& maps, const 
       pin(scores);
 #pragma unroll
       for (int i = 0; i < kTileQ / 8; i++) {
-        const float2 lse = *reinterpret_cast<const float2*>(stats + 8 * i);
+        const float2 lse = *reinterpret_cast<const float2*>(stats + stat_offset(i));
         scores[4 * i] = fmaf(scores[4 * i], scale_log2, -lse.x),
                    scores[4 * i + 1] = fmaf(scores[4 * i + 1], scale_log2, -lse.y);
         scores[4 * i + 2] = fmaf(scores[4 * i + 2], scale_log2, -lse.x),
@@ -169,10 +169,10 @@ __device__ __forceinline__ void multiply_narrow(const BackwardMaps& maps, const 
       issue_dv(ring.stage);
       wgmma_wait<1>();
       pin(dp);
-      if (flags & kLastOfTile) arrive(s.v_free);
+      if (flags & kLastOfTile) arrive(s.v_free[0]);
 #pragma unroll
       for (int i = 0; i < kTileQ / 8; i++) {
-        const float2 delta = *reinterpret_cast<const float2*>(stats + kTileQ + 8 * i);
+        const float2 delta = *reinterpret_cast<const float2*>(stats + kStatRows + stat_offset(i));
 #pragma unroll
         for (int r = 0; r < 2; r++) {
           const int at = 4 * i + 2 * r;
@@ -205,9 +205,9 @@ __device__ __forceinline__ void multiply_narrow(const BackwardMaps& maps, const 
       issue_dp(ring.stage);
     }
     ds_buffer ^= 1;
-    const TileInfo tile = s.tile;
+    const TileInfo tile = s.tile[0];
     pin(dv);
-    arrive(s.k_free);
+    arrive(s.k_free[0]);
     barrier_sync(kConsumers, Config::kConsumers);  // both warpgroups are done with dS
     if (lane == 0) bulk_wait_read<0>();            // dV of the tile before
     __syncwarp();

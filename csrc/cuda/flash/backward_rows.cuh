@@ -5,8 +5,10 @@
 // (backward_side_jobs.cuh).
 #pragma once
 #include "../ptx/arithmetic.cuh"
+#include "../ptx/launch.cuh"
 #include "../ptx/transpose.cuh"
 #include "backward_config.cuh"
+#include "backward_visible.cuh"
 
 namespace selfattn::cuda {
 
@@ -39,22 +41,19 @@ __device__ __forceinline__ char* row_address(const TensorView& view, int batch, 
          kRowElementBytes * (batch * view.stride_batch + token * view.stride_token + head * view.stride_head);
 }
 
-// The numbers that the main kernel wants of a row, from its lse (-inf past the end) and its sum of dO * O; `head`
-// counts over all batches. Rows that see no key get lse = +inf, which makes every P of theirs zero.
-template <class Config>
-__device__ __forceinline__ void write_row_stats(const BackwardParams& p, const BackwardPlan& plan, int head, int row,
-                                                float lse, float sum) {
+// lse * log2(e) and delta of a row, from its lse (-inf past the end) and its sum of dO * O; `head` counts over all
+// batches. Rows that see no key get lse = +inf, which makes every P of theirs zero.
+__device__ __forceinline__ float2 row_stats(const BackwardParams& p, int head, int row, float lse, float sum) {
   constexpr float kLog2E = 1.4426950408889634f, kLargest = 3.4028234e38f;
-  float delta = 0.f;
-  if (lse == -INFINITY) {
-    lse = INFINITY;
-  } else {
-    lse = fmaxf(lse * kLog2E, -kLargest);  // -inf would make NaN of a hidden logit
-    delta = p.grad_lse ? sum - p.grad_lse[int64_t(head) * p.shape.query_length + row] : sum;
-  }
-  float* g_stats = plan.row_stats + (int64_t(head) * plan.query_tiles + row / Config::kTileQ) * Config::kStatFloats +
-                   row % Config::kTileQ;
-  g_stats[0] = lse, g_stats[Config::kTileQ] = delta;
+  if (lse == -INFINITY) return {INFINITY, 0.f};
+  const float delta = p.grad_lse ? sum - p.grad_lse[int64_t(head) * p.shape.query_length + row] : sum;
+  return {fmaxf(lse * kLog2E, -kLargest), delta};  // -inf would make NaN of a hidden logit
+}
+
+__device__ __forceinline__ void store_row_stats(const BackwardPlan& plan, int head, int row, float2 stats) {
+  float* g_stats =
+      plan.row_stats + (int64_t(head) * plan.stat_groups + row / kStatRows) * kStatFloats + row % kStatRows;
+  g_stats[0] = stats.x, g_stats[kStatRows] = stats.y;
 }
 
 // 16 columns of dQ, 8 rows after 8 rows, from the four accumulators of each that this lane had: a warp writes 32 bytes
@@ -89,14 +88,14 @@ struct FinishedRows {
 
 constexpr int kRowWarps = 8;
 
+// 64 rows of a head, by a thread block.
 template <class Config>
-__global__ void __launch_bounds__(kRowWarps * 32)
-    flash_attention_backward_prepare_kernel(const __grid_constant__ BackwardParams p,
-                                            const __grid_constant__ BackwardPlan plan) {
+__device__ __forceinline__ void prepare_rows(const BackwardParams& p, const BackwardPlan& plan, int head,
+                                             int patch_row) {
   constexpr int kThreads = kRowWarps * 32, kLanes = Config::kHeadDim / 8,
                 kRowsAtOnce = kThreads / kLanes;  // 8 columns a lane
   constexpr int kRounds = kPatchRows / kRowsAtOnce;
-  const int patch_row = blockIdx.y, head = blockIdx.x, column = threadIdx.x % kLanes * 8;
+  const int column = threadIdx.x % kLanes * 8;
   const int first_row = patch_row * kPatchRows + threadIdx.x / kLanes;
   uint4 out[kRounds], grad_out[kRounds];
 #pragma unroll
@@ -111,10 +110,12 @@ __global__ void __launch_bounds__(kRowWarps * 32)
         exists ? __ldg(reinterpret_cast<const uint4*>(row_address(p.grad_out, batch, row, head_of_batch) + offset))
                : uint4{};
   }
-  const int64_t patches = (int64_t(head) * plan.patch_rows + patch_row) * Config::kPanels;
-  float4* g_sum = reinterpret_cast<float4*>(plan.grad_q_sum + patches * kPatchFloats);
+  if (patch_row < plan.patch_rows) {
+    const int64_t patches = (int64_t(head) * plan.patch_rows + patch_row) * Config::kPanels;
+    float4* g_sum = reinterpret_cast<float4*>(plan.grad_q_sum + patches * kPatchFloats);
 #pragma unroll
-  for (int i = threadIdx.x; i < Config::kPanels * kPatchFloats / 4; i += kThreads) g_sum[i] = float4{};
+    for (int i = threadIdx.x; i < Config::kPanels * kPatchFloats / 4; i += kThreads) g_sum[i] = float4{};
+  }
 #pragma unroll
   for (int i = 0; i < kRounds; i++) {
     float sum = dot<typename Config::Element>(out[i], grad_out[i]);
@@ -122,16 +123,28 @@ __global__ void __launch_bounds__(kRowWarps * 32)
     for (int distance = kLanes / 2; distance; distance /= 2) sum += __shfl_xor_sync(~0u, sum, distance);
     if (column == 0) {
       const int row = first_row + i * kRowsAtOnce;
-      write_row_stats<Config>(
-          p, plan, head, row,
-          row < p.shape.query_length ? p.lse[int64_t(head) * p.shape.query_length + row] : -INFINITY, sum);
+      const float lse = row < p.shape.query_length ? p.lse[int64_t(head) * p.shape.query_length + row] : -INFINITY;
+      store_row_stats(plan, head, row, row_stats(p, head, row, lse, sum));
     }
   }
-  if (p.is_deterministic && threadIdx.x == 0 && patch_row % Config::kPatchRowsOfTile == 0) {
+  if (p.is_deterministic && threadIdx.x == 0 && patch_row < plan.patch_rows &&
+      patch_row % Config::kPatchRowsOfTile == 0) {
     plan.turns[int64_t(head) * plan.query_tiles + patch_row / Config::kPatchRowsOfTile] = 0;
   }
-  if (patch_row == 0 && head == 0) {
-    for (int i = threadIdx.x; i < plan.count_of_counters(); i += kThreads) plan.counters[i] = 0;
+}
+
+template <class Config>
+__global__ void __launch_bounds__(kRowWarps * 32)
+    flash_attention_backward_prepare_kernel(const __grid_constant__ BackwardParams p,
+                                            const __grid_constant__ BackwardPlan plan) {
+  ptx::launch_dependents();
+  ptx::wait_for_previous_kernel();
+  if (!has_work(p, plan, BackwardForm::kFused)) return;
+  const int heads = plan.heads_prepared_ahead();
+  for (int job = blockIdx.x; job < heads * plan.stat_groups; job += gridDim.x)
+    prepare_rows<Config>(p, plan, job % heads, job / heads);
+  if (blockIdx.x == 0) {
+    for (int i = threadIdx.x; i < plan.count_of_counters(); i += kRowWarps * 32) plan.counters[i] = 0;
   }
 }
 
@@ -141,16 +154,22 @@ __global__ void __launch_bounds__(Config::kPanels * 128)
     flash_attention_backward_finish_kernel(const __grid_constant__ BackwardParams p,
                                            const __grid_constant__ BackwardPlan plan) {
   constexpr int kGroups = kPatchRows / 8;
-  const int patch_row = blockIdx.y, head = plan.first_head_finished_behind() + blockIdx.x, quarter = threadIdx.x / 32;
-  const int64_t patches = (int64_t(head) * plan.patch_rows + patch_row) * Config::kPanels;
-  const float4* g_sum = reinterpret_cast<const float4*>(plan.grad_q_sum + patches * kPatchFloats) +
-                        quarter * (kGroups * 32) + threadIdx.x % 32;
-  float4 sum[kGroups];
+  ptx::wait_for_previous_kernel();
+  if (!has_work(p, plan, BackwardForm::kFused)) return;
+  const int quarter = threadIdx.x / 32, first_head = plan.first_head_finished_behind(),
+            heads = plan.pairs * plan.group - first_head, filled_rows = plan.query_blocks;
+  for (int job = blockIdx.x; job < heads * filled_rows; job += gridDim.x) {
+    const int head = first_head + job % heads, patch_row = job / heads;
+    const int64_t patches = (int64_t(head) * plan.patch_rows + patch_row) * Config::kPanels;
+    const float4* g_sum = reinterpret_cast<const float4*>(plan.grad_q_sum + patches * kPatchFloats) +
+                          quarter * (kGroups * 32) + threadIdx.x % 32;
+    float4 sum[kGroups];
 #pragma unroll
-  for (int i = 0; i < kGroups; i++) sum[i] = __ldcg(g_sum + i * 32);
-  FinishedRows<Config> rows(p, head, patch_row * kPatchRows, quarter * 16);
+    for (int i = 0; i < kGroups; i++) sum[i] = __ldcg(g_sum + i * 32);
+    FinishedRows<Config> rows(p, head, patch_row * kPatchRows, quarter * 16);
 #pragma unroll
-  for (int i = 0; i < kGroups; i++) rows.write_group(sum[i]);
+    for (int i = 0; i < kGroups; i++) rows.write_group(sum[i]);
+  }
 }
 
 }  // namespace selfattn::cuda

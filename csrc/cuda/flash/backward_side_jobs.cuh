@@ -150,7 +150,10 @@ struct SideJobs {
       if (lane % kLanes == 0) s.side_sums[row] = sum;
     }
     __syncwarp();
-    if (lane < kWorkerRows) write_row_stats<Config>(p, plan, job.head, row_of_lane, lse, s.side_sums[first + lane]);
+    if (lane < kWorkerRows) {
+      const float2 stats = row_stats(p, job.head, row_of_lane, lse, s.side_sums[first + lane]);
+      store_row_stats(plan, job.head, row_of_lane, stats);
+    }
     __syncwarp();
   }
 

@@ -27,8 +27,8 @@ struct QueryStream {
   Storage& s;
   int lane = threadIdx.x % 32;
   Ring<Config::kStages> ring = {};
-  uint32_t tile_parity = 0;
-  int next_work = 0;
+  Ring<Config::kKeyBuffers> key_ring = {};
+  int next_work = -1;
 
   // The keys at work.
   int batch = 0, kv_head = 0, key_tile = 0;
@@ -44,13 +44,14 @@ struct QueryStream {
       take_tile(work);
       stream_tile();
       work = __shfl_sync(kAllLanes, next_work, 0);
-      tile_parity ^= 1;
+      next_work = -1;
+      key_ring.advance();
     }
-    ptx::mbarrier_wait(ptx::shared_address(&s.k_free), tile_parity ^ 1);
+    ptx::mbarrier_wait(ptx::shared_address(&s.k_free[key_ring.stage]), key_ring.parity ^ 1);
     if (lane == 0) {
-      s.tile.key_tile = -1;
-      ptx::mbarrier_arrive(ptx::shared_address(&s.k_full));
-      if (p.is_deterministic) {
+      s.tile[key_ring.stage].key_tile = -1;
+      ptx::mbarrier_arrive(ptx::shared_address(&s.k_full[key_ring.stage]));
+      if (Config::kSumsQueries && p.is_deterministic) {
         ptx::mbarrier_wait(ptx::shared_address(&s.q_free[ring.stage]), ring.parity ^ 1);
         s.block[ring.stage].flags = kEndOfStream;
         ptx::mbarrier_arrive(ptx::shared_address(&s.q_full[ring.stage]));
@@ -69,7 +70,7 @@ struct QueryStream {
     const bool has_segments = p.segments.mode != nullptr;
     is_general = has_segments && p.segments.mode[batch] == kGeneral;
     is_contiguous = has_segments && !is_general;
-    if (p.is_deterministic)
+    if (Config::kSumsQueries && p.is_deterministic)
       key_tile = plan.walks_upward ? plan.key_tiles - 1 - rank : rank;
     else
       key_tile = has_segments ? p.segments.order[int64_t(batch) * plan.key_tiles + rank] : rank;
@@ -81,17 +82,20 @@ struct QueryStream {
   }
 
   __device__ __forceinline__ void stream_tile() {
+    if (Config::kKeyBuffers > 1) load_keys();  // the other buffer's tile is still at work
     const int2 tiles = query_tiles_of<Config>(p, batch, is_contiguous, key_tile);
-    // Queries [x, y) that see every key of a warpgroup.
-    int2 by_all[2];
+    // Queries [x, y) that see every (some) key of a warpgroup.
+    int2 by_all[2], by_some[2];
 #pragma unroll
     for (int w = 0; w < 2; w++) {
       const int keys = Config::kIsWide ? kTileKv : kTileKv / 2,
                 first = key_tile * kTileKv + (Config::kIsWide ? 0 : w * keys);
       const int last = first + keys - 1;
-      by_all[w] = last < p.shape.key_length ? int2{visible_queries(p, batch, is_contiguous, last).x,
-                                                   visible_queries(p, batch, is_contiguous, first).y}
-                                            : int2{0, 0};
+      const int2 of_first = visible_queries(p, batch, is_contiguous, first);
+      const int2 of_last = visible_queries(p, batch, is_contiguous, last);
+      const bool exists = last < p.shape.key_length;
+      by_all[w] = exists ? int2{of_last.x, of_first.y} : int2{0, 0};
+      if (!Config::kSumsQueries) by_some[w] = {of_first.x, exists ? of_last.y : p.shape.query_length};
     }
     SegmentBlock keys = {};
     if (is_general) keys = p.segments.key_blocks[int64_t(batch) * plan.key_tiles + key_tile];
@@ -105,8 +109,12 @@ struct QueryStream {
         const int begin = tile * kTileQ, end = min(begin + kTileQ, p.shape.query_length);
         if (begin < by_all[0].x || end > by_all[0].y) flags |= kMaskWarpgroup0;
         if (begin < by_all[1].x || end > by_all[1].y) flags |= kMaskWarpgroup1;
+        if (!Config::kSumsQueries) {
+          if (end <= by_some[0].x || begin >= by_some[0].y) flags |= kSkipWarpgroup0;
+          if (end <= by_some[1].x || begin >= by_some[1].y) flags |= kSkipWarpgroup1;
+        }
         if (is_general) {
-          const SegmentBlock queries = p.segments.query_blocks[int64_t(batch) * plan.query_tiles + tile];
+          const SegmentBlock queries = query_block<kTileQ>(p, plan, batch, tile);
           is_visible = may_share_segment(queries, keys);
           const bool is_one_segment = queries.min_id == queries.max_id && keys.min_id == keys.max_id;
           if (!is_one_segment) flags |= kMaskWarpgroup0 | kMaskWarpgroup1 | kHiddenByIds;
@@ -115,16 +123,24 @@ struct QueryStream {
       for (unsigned found = __ballot_sync(kAllLanes, is_visible); found; found &= found - 1) {
         const int source = __ffs(found) - 1, flags_of_found = __shfl_sync(kAllLanes, flags, source);
         if (pending_tile >= 0) announce_heads(false);
+        if (!Config::kSumsQueries && tiles.y - tiles.x - base - source <= kTilesAhead) claim_next();
         pending_tile = __shfl_sync(kAllLanes, tile, source), pending_flags = flags_of_found;
       }
     }
     if (pending_tile < 0) {
-      pending_tile = 0, pending_flags = kMaskWarpgroup0 | kMaskWarpgroup1 | kAllHidden;
+      constexpr int kNothing = kMaskWarpgroup0 | kMaskWarpgroup1 | kSkipWarpgroup0 | kSkipWarpgroup1 | kAllHidden;
+      pending_tile = 0, pending_flags = kNothing;
     }
-    // Not earlier: a tile that is claimed but waits behind a long one holds up those that take their turns after it.
-    if (lane == 0) next_work = gridDim.x + atomicAdd(plan.next_tile(), 1);
+    claim_next();
     announce_heads(true);
     pending_tile = -1;
+  }
+
+  // Not earlier than a few tiles before the end: a tile that is claimed but waits behind a long one holds up those that
+  // take their turns after it.
+  static constexpr int kTilesAhead = 4;
+  __device__ __forceinline__ void claim_next() {
+    if (lane == 0 && next_work < 0) next_work = gridDim.x + atomicAdd(plan.next_tile(), 1);
   }
 
   __device__ __forceinline__ void announce_heads(bool is_last_tile) {
@@ -142,11 +158,12 @@ struct QueryStream {
       const int patch_row = int(row * plan.patch_rows) + pending_tile * Config::kPatchRowsOfTile;
       s.block[ring.stage] = {pending_tile, flags & kAllHidden ? -1 : patch_row, flags};
       const bool wants_ids = flags & kHiddenByIds;
-      constexpr int kStatBytes = Config::kStatFloats * 4, kIdBytes = kTileQ * 4;
+      constexpr int kStatBytes = 2 * kTileQ * 4, kIdBytes = kTileQ * 4;
       mbarrier_arrive_expect(q_full, Config::kQueryBytes + kStatBytes + (wants_ids ? kIdBytes : 0));
       load_panels(&maps.q, q_full, shared_address(s.q[ring.stage]), kTileQ, pending_tile * kTileQ, head);
       bulk_load(q_full, shared_address(s.row_stats[ring.stage]),
-                plan.row_stats + (row * plan.query_tiles + pending_tile) * Config::kStatFloats, kStatBytes);
+                plan.row_stats + row * plan.stat_groups * kStatFloats + int64_t(pending_tile) * (2 * kTileQ),
+                kStatBytes);
       if (wants_ids) {
         bulk_load(q_full, shared_address(s.query_ids[ring.stage]),
                   p.segments.query_ids + int64_t(batch) * p.segments.pitch_query + pending_tile * kTileQ, kIdBytes);
@@ -166,17 +183,18 @@ struct QueryStream {
   // K and V; behind the first queries, which need not wait for the tile before.
   __device__ __forceinline__ void load_keys() {
     using namespace ptx;
-    const uint32_t k_full = shared_address(&s.k_full), v_full = shared_address(&s.v_full);
-    mbarrier_wait(shared_address(&s.v_free), tile_parity ^ 1);
+    const int buffer = key_ring.stage;
+    const uint32_t k_full = shared_address(&s.k_full[buffer]), v_full = shared_address(&s.v_full[buffer]);
+    mbarrier_wait(shared_address(&s.v_free[buffer]), key_ring.parity ^ 1);
     if (lane == 0) {
       mbarrier_arrive_expect(v_full, Config::kKeyBytes);
-      load_panels(&maps.v, v_full, shared_address(s.v), kTileKv, key_tile * kTileKv, kv_head);
+      load_panels(&maps.v, v_full, shared_address(s.v[buffer]), kTileKv, key_tile * kTileKv, kv_head);
     }
-    mbarrier_wait(shared_address(&s.k_free), tile_parity ^ 1);
+    mbarrier_wait(shared_address(&s.k_free[buffer]), key_ring.parity ^ 1);
     if (lane == 0) {
-      s.tile = {key_tile, kv_head, batch, section};
+      s.tile[buffer] = {key_tile, kv_head, batch, section};
       mbarrier_arrive_expect(k_full, Config::kKeyBytes);
-      load_panels(&maps.k, k_full, shared_address(s.k), kTileKv, key_tile * kTileKv, kv_head);
+      load_panels(&maps.k, k_full, shared_address(s.k[buffer]), kTileKv, key_tile * kTileKv, kv_head);
     }
     keys_are_loaded = true;
   }

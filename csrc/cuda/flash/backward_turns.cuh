@@ -42,7 +42,7 @@ struct TurnKeeper {
 
   __device__ __forceinline__ int turn_by_segments(int tile, int step) const {
     int turn = 0;
-    const SegmentBlock queries = p.segments.query_blocks[int64_t(batch) * plan.query_tiles + tile];
+    const SegmentBlock queries = query_block<Config::kTileQ>(p, plan, batch, tile);
     const int tiles_ahead = plan.walks_upward ? plan.key_tiles - 1 - key_tile : key_tile;
     for (int base = 0; base < tiles_ahead; base += 32) {
       bool meets = base + lane < tiles_ahead;
@@ -70,7 +70,7 @@ struct TurnKeeper {
         if (is_new_tile) {
           ptx::mbarrier_wait(ptx::shared_address(&s.k_full), tile_parity);
           tile_parity ^= 1;
-          key_tile = s.tile.key_tile, batch = s.tile.batch;
+          key_tile = s.tile[0].key_tile, batch = s.tile[0].batch;
           const bool has_segments = p.segments.mode != nullptr;
           is_general = has_segments && p.segments.mode[batch] == kGeneral;
           is_contiguous = has_segments && !is_general;

@@ -112,10 +112,11 @@ __device__ __forceinline__ void multiply_wide(const BackwardMaps& maps, const Ba
     if (p.is_deterministic && stage >= 0) __syncwarp(), arrive(s.added[stage]);
   };
   const auto hide_masked = [&](const BlockInfo& block) {
-    const int first_key = s.tile.key_tile * kTileKv + warp * 16 + lane / 4,
+    const int first_key = s.tile[0].key_tile * kTileKv + warp * 16 + lane / 4,
               column = warpgroup * kOwnQueries + 2 * (lane % 4);
-    hide_pairs<kOwnQueries>(scores, p, block.flags, s.tile.batch, first_key, block.query_tile * kTileQ + column,
-                            &s.query_ids[ring.stage][column]);
+    const RowsInSight rows = queries_in_sight(p, block.flags, s.tile[0].batch, first_key);
+    hide_pairs<kOwnQueries>(scores, p, rows, block.flags, s.tile[0].batch, first_key,
+                            block.query_tile * kTileQ + column, &s.query_ids[ring.stage][column]);
   };
   // This warpgroup's columns of dK or dV: transposed into panels of shared memory, on to global memory, memory freed.
   const auto store = [&](const CUtensorMap* map, float (&d)[kOwnPanels][32], float factor, uint32_t s_panels,
@@ -152,7 +153,7 @@ __device__ __forceinline__ void multiply_wide(const BackwardMaps& maps, const Ba
     for (int i = 0; i < 32; i++) dk[0][i] = dk[1][i] = dv[0][i] = dv[1][i] = 0.f;
     pin(dk[0]), pin(dk[1]), pin(dv[0]), pin(dv[1]);
     mbarrier_wait(shared_address(&s.k_full), tile_parity);
-    const TileInfo tile = s.tile;
+    const TileInfo tile = s.tile[0];
     if (tile.key_tile < 0) break;
     mbarrier_wait(shared_address(&s.q_full[ring.stage]), ring.parity);
     issue_scores(ring.stage);
@@ -237,9 +238,9 @@ __device__ __forceinline__ void multiply_wide(const BackwardMaps& maps, const Ba
     add_dq(patch_row_before, 1);
     report_added(read_stage);
     pin(dk[0]), pin(dk[1]), pin(dv[0]), pin(dv[1]);
-    store(&maps.grad_v, dv, 1.f, s_v, tile, s.v_free);  // every dP is done, since the last barrier
-    barrier_sync(kConsumers, Config::kConsumers);       // and now every dQ, the last to read K
-    store(&maps.grad_k, dk, p.scale, s_k, tile, s.k_free);
+    store(&maps.grad_v, dv, 1.f, s_v, tile, s.v_free[0]);  // every dP is done, since the last barrier
+    barrier_sync(kConsumers, Config::kConsumers);          // and now every dQ, the last to read K
+    store(&maps.grad_k, dk, p.scale, s_k, tile, s.k_free[0]);
     report_tile(plan, tile.section, lane);
   }
   if (lane == 0) bulk_wait<0>();

@@ -21,6 +21,8 @@ constexpr int kBlocks = 8, kClusterThreads = kBlocks * kThreads, kClusterWarps =
 constexpr unsigned kAllLanes = ~0u;
 constexpr int kMaxTiles = 1 << 14;  // a row; a tile's cost and its number share the 32 bits of a sorting key
 
+__host__ __device__ int count_tiles(int length, int tile) { return (length + tile - 1) / tile; }
+
 __device__ int64_t batch_row() { return blockIdx.x / kBlocks; }
 __device__ int block_in_row() { return blockIdx.x % kBlocks; }
 __device__ int cluster_thread() { return block_in_row() * kThreads + threadIdx.x; }
@@ -215,10 +217,10 @@ __device__ void write_blocks(const IdRow<Id>& ids, int tile, int tiles, SegmentB
 }
 
 // How many tiles of the other side tile `tile` has to visit, by its runs (null: any) and the window.
-__device__ int tile_cost(const SegmentProblem& p, int tile, const int* g_begin, const int* g_end) {
-  const bool of_queries = p.order_of == SegmentSide::kQueries;
+__device__ int tile_cost(const SegmentProblem& p, bool of_queries, int size, int tile, const int* g_begin,
+                         const int* g_end) {
   const int offset = p.key_length - p.query_length;
-  const int size = of_queries ? p.query_tile : p.key_tile, other_size = of_queries ? p.key_tile : p.query_tile;
+  const int other_size = of_queries ? p.key_tile : p.query_tile;
   const int length = of_queries ? p.query_length : p.key_length,
             other_length = of_queries ? p.key_length : p.query_length;
   const int first = tile * size, last = min(first + size, length) - 1;
@@ -271,13 +273,29 @@ __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads)
   ptx::cluster_sync();  // the runs are written, and the bits in shared memory are done with
 
   int* s_keys = reinterpret_cast<int*>(s_storage);
-  const int tiles = p.order_of == SegmentSide::kQueries ? t.query_tiles : t.key_tiles;
+  __shared__ int s_visits;
+  if (threadIdx.x == 0) s_visits = 0;
 #pragma unroll 1
-  for (int tile = threadIdx.x; tile < tiles; tile += kThreads) {
-    s_keys[tile] = tile_cost(p, tile, is_contiguous ? g_begin : nullptr, g_end) * kMaxTiles + kMaxTiles - 1 - tile;
+  for (int which = 0; which < (p.ordered_queries ? 2 : 1); which++) {
+    const bool of_queries = which == 1 || p.order_of == SegmentSide::kQueries;
+    const int size = which == 1 ? p.ordered_queries : of_queries ? p.query_tile : p.key_tile;
+    const int tiles = count_tiles(of_queries ? p.query_length : p.key_length, size);
+    __syncthreads();
+    int visits = 0;
+#pragma unroll 1
+    for (int tile = threadIdx.x; tile < tiles; tile += kThreads) {
+      const int cost = tile_cost(p, of_queries, size, tile, is_contiguous ? g_begin : nullptr, g_end);
+      s_keys[tile] = cost * kMaxTiles + kMaxTiles - 1 - tile;
+      visits += cost;
+    }
+    if (which == 0 && cluster_thread() < kThreads) {
+      visits = __reduce_add_sync(kAllLanes, visits);
+      if (threadIdx.x % 32 == 0 && visits) atomicAdd(&s_visits, visits);
+    }
+    __syncthreads();
+    if (which == 0 && cluster_thread() == 0) t.visits[b] = s_visits;
+    write_order(tiles, s_keys, (which == 1 ? t.query_order : t.order) + b * tiles);
   }
-  __syncthreads();
-  write_order(tiles, s_keys, t.order + b * tiles);
 }
 
 // Key ids that are the query ids under another name ask for nothing of their own.
@@ -290,7 +308,6 @@ SegmentProblem without_repeated_ids(SegmentProblem p) {
 }
 
 int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
-int count_tiles(int length, int tile) { return (length + tile - 1) / tile; }
 
 // Hands out 256-byte-aligned arrays one after the other.
 struct Carver {
@@ -314,6 +331,7 @@ SegmentTables carve_tables(const SegmentProblem& p, Carver& carver) {
   t.key_tiles = count_tiles(p.key_length, p.key_tile);
   t.counters = carver.take<int>(kTileCounters);
   t.mode = carver.take<int>(batch);
+  t.visits = carver.take<int>(batch);
   t.query_ids = carver.take<int>(batch * t.pitch_query);
   t.key_ids = carver.take<int>(batch * t.pitch_key);
   t.run_begin = carver.take<int>(batch * t.pitch_query);
@@ -321,6 +339,8 @@ SegmentTables carve_tables(const SegmentProblem& p, Carver& carver) {
   t.query_blocks = carver.take<SegmentBlock>(batch * t.query_tiles);
   t.key_blocks = carver.take<SegmentBlock>(batch * t.key_tiles);
   t.order = carver.take<int>(batch * (p.order_of == SegmentSide::kQueries ? t.query_tiles : t.key_tiles));
+  t.query_order =
+      p.ordered_queries ? carver.take<int>(batch * count_tiles(p.query_length, p.ordered_queries)) : nullptr;
   return t;
 }
 
@@ -339,7 +359,9 @@ SegmentTables make_segment_tables(const SegmentProblem& problem, void* storage) 
 
 cudaError_t launch_prepare_segments(const SegmentProblem& asked, const SegmentTables& tables, cudaStream_t stream) {
   const SegmentProblem problem = without_repeated_ids(asked);
-  const int tiles = problem.order_of == SegmentSide::kQueries ? tables.query_tiles : tables.key_tiles;
+  const int ordered = problem.order_of == SegmentSide::kQueries ? tables.query_tiles : tables.key_tiles;
+  const int ordered_queries = problem.ordered_queries ? count_tiles(problem.query_length, problem.ordered_queries) : 0;
+  const int tiles = ordered > ordered_queries ? ordered : ordered_queries;
   if (problem.query_length > kMaxSegmentLength || problem.key_length > kMaxSegmentLength || tiles > kMaxTiles) {
     return cudaErrorInvalidValue;
   }

@@ -48,6 +48,8 @@ struct SegmentTables {
   SegmentBlock* query_blocks;  // (batch, query_tiles)
   SegmentBlock* key_blocks;    // (batch, key_tiles)
   int* order;                  // (batch, query_tiles or key_tiles)
+  int* query_order;            // (batch, tiles of ordered_queries rows), null without them
+  int* visits;                 // (batch) blocks of query_tile x key_tile that the row visits, by runs and window
   int* counters;
   int pitch_query, pitch_key;  // tokens a row, multiples of kSegmentPitch: rows are 16-byte aligned
   int query_tiles, key_tiles;
@@ -66,6 +68,7 @@ struct SegmentProblem {
   int query_tile, key_tile;
   int window_left, window_right;  // AttentionWindow, for the costs
   SegmentSide order_of;
+  int ordered_queries = 0;  // rows a tile of a second order, of query tiles (query_order); 0: none
 };
 
 // Bytes of one allocation (256-byte aligned) that holds the tables, and the tables laid out in it.

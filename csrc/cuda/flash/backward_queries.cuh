@@ -1,0 +1,448 @@
+// dQ of the split form: a thread block owns tiles of 128 queries, a warpgroup 64 of them, with Q in registers, and
+// streams the 64-key tiles that they see. S = Q K^T, dP = dO V^T; dS is the register operand of dQ += dS K. The next
+// S and dP are multiplied before this dQ, so that the tensor cores have them while exponentials run.
+//
+// It also computes what both kernels want to know of the rows (kStatFloats): O comes in as a block of its own, ahead of
+// the keys.
+#pragma once
+#include "../ptx/arithmetic.cuh"
+#include "../ptx/barrier.cuh"
+#include "../ptx/fence.cuh"
+#include "../ptx/launch.cuh"
+#include "../ptx/matrix.cuh"
+#include "../ptx/mbarrier.cuh"
+#include "../ptx/register.cuh"
+#include "../ptx/tma.cuh"
+#include "../ptx/wgmma.cuh"
+#include "backward_config.cuh"
+#include "backward_mask.cuh"
+#include "backward_rows.cuh"
+#include "backward_visible.cuh"
+
+namespace selfattn::cuda {
+
+struct QueryGradientMaps {
+  CUtensorMap q, out, grad_out, k, v;  // boxes of 64 rows
+  CUtensorMap grad_q;                  // of a warp's 16
+};
+
+// The loading warp: which key tiles a tile of queries meets, with which mask.
+template <class Config>
+struct KeyStream {
+  static constexpr int kTileQ = Config::kTileQ, kTileKv = Config::kTileKv;
+  static constexpr unsigned kAllLanes = ~0u;
+
+  const QueryGradientMaps& maps;
+  const BackwardParams& p;
+  const BackwardPlan& plan;
+  typename Config::SharedStorage& s;
+  int lane = threadIdx.x % 32;
+  Ring<Config::kStages> ring = {};
+  uint32_t tile_parity = 0;
+  Ring<2> grad_out_ring = {};
+  int next_work = -1;
+
+  int batch = 0, head = 0, query_tile = 0;
+  bool is_contiguous = false, is_general = false;
+  int pending_tile = -1, pending_flags = 0;
+
+  __device__ __forceinline__ int tiles_of_head() const { return (p.shape.query_length + kTileQ - 1) / kTileQ; }
+
+  __device__ __forceinline__ void run() {
+    const int work_tiles = plan.pairs * plan.group * tiles_of_head();
+    int work = blockIdx.x;
+    while (work < work_tiles) {
+      take_tile(work);
+      load_queries();
+      stream_tile();
+      work = __shfl_sync(kAllLanes, next_work, 0);
+      next_work = -1;
+      tile_parity ^= 1, grad_out_ring.advance();
+    }
+    ptx::mbarrier_wait(ptx::shared_address(&s.q_free), tile_parity ^ 1);
+    if (lane == 0) {
+      s.tile.query_tile = -1;
+      ptx::mbarrier_arrive(ptx::shared_address(&s.q_full));
+    }
+  }
+
+  // Sections of heads one after another, in each the longest tiles of all heads first.
+  __device__ __forceinline__ void take_tile(int work) {
+    const int tiles = tiles_of_head(), tiles_of_section = plan.pairs_of_section * plan.group * tiles;
+    const int section = work / tiles_of_section, rest = work % tiles_of_section, heads = plan.heads_in(section);
+    const int rank = rest / heads, row = plan.first_head_of(section) + rest % heads;
+    batch = row / p.shape.num_heads, head = row % p.shape.num_heads;
+    const bool has_segments = p.segments.mode != nullptr;
+    is_general = has_segments && p.segments.mode[batch] == kGeneral;
+    is_contiguous = has_segments && !is_general;
+    query_tile = has_segments ? p.segments.query_order[int64_t(batch) * tiles + rank] : tiles - 1 - rank;
+  }
+
+  __device__ __forceinline__ void load_queries() {
+    using namespace ptx;
+    const uint32_t full = shared_address(&s.q_full);
+    mbarrier_wait(shared_address(&s.q_free), tile_parity ^ 1);
+    mbarrier_wait(shared_address(&s.grad_out_free[grad_out_ring.stage]), grad_out_ring.parity ^ 1);
+    if (lane == 0) {
+      const int first = query_tile * kTileQ;
+      constexpr int kRowBytes = kTileQ * 4;
+      s.tile = {query_tile, head, batch, is_contiguous ? kContiguous : is_general ? kGeneral : -1};
+      mbarrier_arrive_expect(full, 2 * Config::kQueryBytes + (is_contiguous ? 2 * kRowBytes
+                                                              : is_general  ? kRowBytes
+                                                                            : 0));
+#pragma unroll
+      for (int w = 0; w < 2; w++) {
+        const int half = w * (Config::kQueryBytes / 2);
+        load_panels(maps.q, full, s.q + half, first + w * 64, head);
+        load_panels(maps.grad_out, full, s.grad_out[grad_out_ring.stage] + half, first + w * 64, head);
+      }
+      const int64_t at = int64_t(batch) * p.segments.pitch_query + first;
+      if (is_contiguous) {
+        bulk_load(full, shared_address(s.rows[0]), p.segments.run_begin + at, kRowBytes);
+        bulk_load(full, shared_address(s.rows[1]), p.segments.run_end + at, kRowBytes);
+      } else if (is_general) {
+        bulk_load(full, shared_address(s.rows[0]), p.segments.query_ids + at, kRowBytes);
+      }
+    }
+    load_out();
+  }
+
+  // O of the first warpgroup in the memory of K, of the second in that of V.
+  __device__ __forceinline__ void load_out() {
+    using namespace ptx;
+    static_assert(kTileKv == kTileQ / 2);
+    const int stage = ring.stage;
+    const uint32_t k_full = shared_address(&s.k_full[stage]), v_full = shared_address(&s.v_full[stage]);
+    mbarrier_wait(shared_address(&s.k_free[stage]), ring.parity ^ 1);
+    mbarrier_wait(shared_address(&s.v_free[stage]), ring.parity ^ 1);
+    if (lane == 0) {
+      mbarrier_arrive_expect(k_full, Config::kKeyBytes), mbarrier_arrive_expect(v_full, Config::kKeyBytes);
+      load_panels(maps.out, k_full, s.k[stage], query_tile * kTileQ, head);
+      load_panels(maps.out, v_full, s.v[stage], query_tile * kTileQ + kTileQ / 2, head);
+    }
+    __syncwarp();
+    ring.advance();
+  }
+
+  // 64 rows.
+  __device__ __forceinline__ void load_panels(const CUtensorMap& map, uint32_t full, unsigned char* s_panels, int row,
+                                              int of_head) const {
+#pragma unroll
+    for (int panel = 0; panel < Config::kPanels; panel++)
+      ptx::tma_load_4d(&map, full, ptx::shared_address(s_panels) + panel * (64 * 128), panel * kPanelColumns, row,
+                       of_head, batch);
+  }
+
+  __device__ __forceinline__ void stream_tile() {
+    // Keys [x, y) that all (some) queries of a warpgroup see.
+    int2 by_all[2], by_some[2];
+#pragma unroll
+    for (int w = 0; w < 2; w++) {
+      const int first = query_tile * kTileQ + w * (kTileQ / 2), last = first + kTileQ / 2 - 1;
+      const int end = p.shape.query_length - 1;
+      const int2 of_first = visible_keys(p, batch, is_contiguous, min(first, end)),
+                 of_last = visible_keys(p, batch, is_contiguous, min(last, end));
+      by_all[w] = {of_last.x, min(of_first.y, p.shape.key_length)};
+      by_some[w] = first <= end ? int2{of_first.x, of_last.y} : int2{0, 0};
+    }
+    // The second warpgroup's keys end where the tile's do, unless it has no queries.
+    const int begin = by_some[0].x, end = max(by_some[0].y, by_some[1].y);
+    const int first_tile = begin / kTileKv, end_tile = begin < end ? (end + kTileKv - 1) / kTileKv : first_tile;
+    SegmentBlock queries = {};
+    if (is_general) queries = query_block<kTileQ>(p, plan, batch, query_tile);
+    for (int base = first_tile; base < end_tile; base += 32) {
+      const int tile = base + lane;
+      bool is_visible = tile < end_tile;
+      int flags = 0;
+      if (is_visible) {
+        const int first = tile * kTileKv, behind = first + kTileKv;
+#pragma unroll
+        for (int w = 0; w < 2; w++) {
+          if (first < by_all[w].x || behind > by_all[w].y) flags |= kMaskWarpgroup0 << w;
+          if (behind <= by_some[w].x || first >= by_some[w].y) flags |= kSkipWarpgroup0 << w;
+        }
+        if (is_general) {
+          const SegmentBlock keys =
+              p.segments.key_blocks[int64_t(batch) * plan.key_tiles + tile * kTileKv / kKeysOfBlock];
+          is_visible = may_share_segment(queries, keys);
+          const bool is_one_segment = queries.min_id == queries.max_id && keys.min_id == keys.max_id;
+          if (!is_one_segment) flags |= kMaskWarpgroup0 | kMaskWarpgroup1 | kHiddenByIds;
+        }
+      }
+      for (unsigned found = __ballot_sync(kAllLanes, is_visible); found; found &= found - 1) {
+        const int source = __ffs(found) - 1, flags_of_found = __shfl_sync(kAllLanes, flags, source);
+        if (pending_tile >= 0) announce(0);
+        if (end_tile - base - source <= kTilesAhead) claim_next();
+        pending_tile = base + source, pending_flags = flags_of_found;
+      }
+    }
+    if (pending_tile < 0) pending_tile = 0, pending_flags = kSkipWarpgroup0 | kSkipWarpgroup1;
+    claim_next();
+    announce(kLastOfTile);
+    pending_tile = -1;
+  }
+
+  // Not earlier than a few tiles before the end: a tile that is claimed but waits behind a long one ends late.
+  static constexpr int kTilesAhead = 4;
+  __device__ __forceinline__ void claim_next() {
+    if (lane == 0 && next_work < 0) next_work = gridDim.x + atomicAdd(plan.next_query_tile(), 1);
+  }
+
+  static constexpr int kKeysOfBlock = 128;  // of the segment tables, which the kernel for dK and dV shares
+
+  __device__ __forceinline__ void announce(int flag) {
+    using namespace ptx;
+    const int stage = ring.stage, kv_head = head / plan.group, first = pending_tile * kTileKv;
+    const uint32_t k_full = shared_address(&s.k_full[stage]), v_full = shared_address(&s.v_full[stage]);
+    mbarrier_wait(shared_address(&s.k_free[stage]), ring.parity ^ 1);
+    if (lane == 0) {
+      s.block[stage] = {pending_tile, pending_flags | flag};
+      mbarrier_arrive_expect(k_full, Config::kKeyBytes);
+      load_panels(maps.k, k_full, s.k[stage], first, kv_head);
+    }
+    mbarrier_wait(shared_address(&s.v_free[stage]), ring.parity ^ 1);
+    if (lane == 0) {
+      mbarrier_arrive_expect(v_full, Config::kKeyBytes);
+      load_panels(maps.v, v_full, s.v[stage], first, kv_head);
+    }
+    __syncwarp();
+    ring.advance();
+  }
+};
+
+template <class Config>
+__device__ __forceinline__ void multiply_queries(const QueryGradientMaps& maps, const BackwardParams& p,
+                                                 const BackwardPlan& plan, typename Config::SharedStorage& s) {
+  using namespace ptx;
+  using Element = typename Config::Element;
+  constexpr int kD = Config::kHeadDim, kTileQ = Config::kTileQ, kTileKv = Config::kTileKv;
+  constexpr int kPanel = 64 * 128;  // bytes, of every operand
+  constexpr int kStep = 16;         // of the summed dimension in one product
+  const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0) - 1, warp = threadIdx.x / 32 % 4,
+            lane = threadIdx.x % 32;
+  const float scale_log2 = p.scale * 1.4426950408889634f;
+  const int row_in_tile = warpgroup * 64 + warp * 16 + lane / 4;  // this lane's rows: this one and the eighth after it
+
+  float dq[kD / 2], scores[kTileKv / 2], dp[kTileKv / 2];
+  uint32_t q[kD / 4], ds_packed[kTileKv / 4];
+  Ring<Config::kStages> ring;
+  uint32_t tile_parity = 0;
+  int grad_out_buffer = 0;
+
+  const uint64_t do_rows = matrix_descriptor(shared_address(s.grad_out) + warpgroup * (Config::kPanels * kPanel));
+  // Keys as rows, and (for dQ) as the summed dimension.
+  const uint64_t k_rows = matrix_descriptor(shared_address(s.k)), v_rows = matrix_descriptor(shared_address(s.v));
+  const uint64_t k_summed = matrix_descriptor(shared_address(s.k), kPanel);
+  // The row of 16 columns that matrix instructions take from this lane, in this warpgroup's panels.
+  const uint32_t lane_row_of_warpgroup = (warp * 16 + lane % 16) * 128;
+  const uint32_t lane_row = warpgroup * (Config::kPanels * kPanel) + lane_row_of_warpgroup;
+  const auto chunk = [&](int i) { return i / 4 * kPanel + (((i % 4) * 2 + lane / 16) ^ (lane % 8)) * 16; };
+
+  const auto issue_scores = [&] {
+    const uint64_t right = k_rows + ring.stage * (Config::kKeyBytes / 16);
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < kD / kStep; i++) {
+      const uint64_t b = right + (i / 4 * kPanel + i % 4 * 32) / 16;
+      if (i == 0)
+        Wgmma<Element, kTileKv>::template rs_overwrite<>(scores, q, b);
+      else
+        Wgmma<Element, kTileKv>::template rs<>(scores, q + 4 * i, b);
+    }
+    wgmma_commit();
+  };
+  const auto issue_dp = [&] {
+    const uint64_t left = do_rows + grad_out_buffer * (Config::kQueryBytes / 16),
+                   right = v_rows + ring.stage * (Config::kKeyBytes / 16);
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < kD / kStep; i++) {
+      const int at = (i / 4 * kPanel + i % 4 * 32) / 16;
+      if (i == 0)
+        Wgmma<Element, kTileKv>::template ss_overwrite<>(dp, left + at, right + at);
+      else
+        Wgmma<Element, kTileKv>::template ss<>(dp, left + at, right + at);
+    }
+    wgmma_commit();
+  };
+  const auto issue_dq = [&](int stage) {
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < kTileKv / kStep; i++)
+      Wgmma<Element, kD>::template rs<true>(dq, ds_packed + 4 * i,
+                                            k_summed + (stage * Config::kKeyBytes + i * kStep * 128) / 16);
+    wgmma_commit();
+  };
+  const auto arrive = [&](uint64_t& barrier) {
+    if (lane == 0) mbarrier_arrive(shared_address(&barrier));
+  };
+  const auto arrive_both = [&] {
+    __syncwarp();
+    arrive(s.k_free[ring.stage]), arrive(s.v_free[ring.stage]);
+    ring.advance();
+  };
+  const int skip_flag = kSkipWarpgroup0 << warpgroup, mask_flag = kMaskWarpgroup0 << warpgroup;
+
+  for (bool is_first = true;; is_first = false, tile_parity ^= 1, grad_out_buffer ^= 1) {
+    mbarrier_wait(shared_address(&s.q_full), tile_parity);
+    const typename Config::Tile tile = s.tile;
+    if (tile.query_tile < 0) break;
+#pragma unroll
+    for (int i = 0; i < kD / 16; i++) load_matrix_x4(shared_address(s.q) + lane_row + chunk(i), q + 4 * i);
+    const int head = tile.batch * p.shape.num_heads + tile.head;
+    float lse[2], delta[2] = {};
+    RowsInSight rows;
+    int row_id[2];
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      const int row = row_in_tile + 8 * r, query = tile.query_tile * kTileQ + row;
+      lse[r] = query < p.shape.query_length ? p.lse[int64_t(head) * p.shape.query_length + query] : -INFINITY;
+      int2 keys = visible_keys_by_window(p, query);
+      if (tile.mode == kContiguous) keys = {max(keys.x, s.rows[0][row]), min(keys.y, s.rows[1][row])};
+      rows.set(r, keys);
+      row_id[r] = s.rows[0][row];
+    }
+    if (!is_first && lane == 0) bulk_wait_read<0>();  // dQ of the tile before has left its buffer
+    __syncwarp();
+    arrive(s.q_free);
+    if (!is_first) arrive(s.grad_out_free[grad_out_buffer ^ 1]);
+
+    mbarrier_wait(shared_address(&(warpgroup ? s.v_full : s.k_full)[ring.stage]), ring.parity);
+    const uint32_t s_out = shared_address((warpgroup ? s.v : s.k)[ring.stage]) + lane_row_of_warpgroup,
+                   s_grad_out = shared_address(s.grad_out[grad_out_buffer]) + lane_row;
+#pragma unroll
+    for (int i = 0; i < kD / 16; i++) {
+      uint32_t out[4], grad_out[4];
+      load_matrix_x4(s_out + chunk(i), out);
+      load_matrix_x4(s_grad_out + chunk(i), grad_out);
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        const float2 x = unpack<Element>(out[j]), y = unpack<Element>(grad_out[j]);
+        delta[j % 2] = fmaf(x.x, y.x, fmaf(x.y, y.y, delta[j % 2]));
+      }
+    }
+    arrive_both();
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      delta[r] += __shfl_xor_sync(~0u, delta[r], 1);
+      delta[r] += __shfl_xor_sync(~0u, delta[r], 2);
+      const int query = tile.query_tile * kTileQ + row_in_tile + 8 * r;
+      const float2 stats = row_stats(p, head, query, lse[r], delta[r]);
+      lse[r] = stats.x, delta[r] = stats.y;
+      if (lane % 4 == 0) store_row_stats(plan, head, query, stats);
+    }
+#pragma unroll
+    for (int i = 0; i < kD / 2; i++) dq[i] = 0.f;
+    pin(dq);
+
+    for (bool is_last = false; !is_last;) {  // runs of blocks that this warpgroup's queries meet, and what lies between
+      mbarrier_wait(shared_address(&s.k_full[ring.stage]), ring.parity);
+      typename Config::KeyBlock block = s.block[ring.stage];
+      if (block.flags & skip_flag) {
+        is_last = block.flags & kLastOfTile;
+        mbarrier_wait(shared_address(&s.v_full[ring.stage]), ring.parity);
+        arrive_both();
+        continue;
+      }
+      issue_scores();
+      mbarrier_wait(shared_address(&s.v_full[ring.stage]), ring.parity);
+      issue_dp();
+      wgmma_commit();  // in the place of dQ
+      int read_stage = -1, stage;
+#pragma unroll 1
+      for (;;) {  // on entry S, dP and dQ of the block before are in flight
+        wgmma_wait<2>();
+        pin(scores);
+#pragma unroll
+        for (int i = 0; i < kTileKv / 2; i++) scores[i] = fmaf(scores[i], scale_log2, -lse[i / 2 % 2]);
+        if (block.flags & mask_flag) {
+          const int column = 2 * (lane % 4);
+          const int first_key = block.key_tile * kTileKv + column;
+          hide_by_intervals<kTileKv>(scores, rows, first_key);
+          if (block.flags & kHiddenByIds)
+            hide_by_ids<kTileKv>(scores, row_id,
+                                 p.segments.key_ids + int64_t(tile.batch) * p.segments.pitch_key + first_key);
+        }
+#pragma unroll
+        for (int i = 0; i < kTileKv / 2; i++) scores[i] = exp2_approx(scores[i]);
+        wgmma_wait<1>();
+        pin(dp);
+        arrive(s.v_free[ring.stage]);
+#pragma unroll
+        for (int i = 0; i < kTileKv / 2; i++) scores[i] *= dp[i] - delta[i / 2 % 2];
+        wgmma_wait<0>();
+        pin(dq);
+        if (read_stage >= 0) arrive(s.k_free[read_stage]);
+#pragma unroll
+        for (int i = 0; i < kTileKv / 4; i++) ds_packed[i] = pack<Element>(scores[2 * i], scores[2 * i + 1]);
+        stage = ring.stage;
+        is_last = block.flags & kLastOfTile;
+        ring.advance();
+        if (is_last) break;
+        mbarrier_wait(shared_address(&s.k_full[ring.stage]), ring.parity);
+        block = s.block[ring.stage];
+        if (block.flags & skip_flag) break;
+        issue_scores();
+        mbarrier_wait(shared_address(&s.v_full[ring.stage]), ring.parity);
+        issue_dp();
+        issue_dq(stage);
+        read_stage = stage;
+      }
+      issue_dq(stage);
+      wgmma_wait<0>();
+      pin(dq);
+      arrive(s.k_free[stage]);
+    }
+
+    barrier_sync(kWarpgroup0 + warpgroup, 128);  // this warpgroup has read its rows of dO
+    const auto packed = [&](int i) { return pack<Element>(dq[i] * p.scale, dq[i + 1] * p.scale); };
+#pragma unroll
+    for (int i = 0; i < kD / 16; i++)
+      store_matrix_x4(s_grad_out + chunk(i), packed(8 * i), packed(8 * i + 2), packed(8 * i + 4), packed(8 * i + 6));
+    fence_proxy_async_shared();
+    __syncwarp();
+    if (lane == 0) {
+#pragma unroll
+      for (int panel = 0; panel < Config::kPanels; panel++)
+        tma_store_4d(
+            &maps.grad_q,
+            shared_address(s.grad_out[grad_out_buffer]) + (warpgroup * Config::kPanels + panel) * kPanel + warp * 2048,
+            panel * kPanelColumns, tile.query_tile * kTileQ + warpgroup * 64 + warp * 16, tile.head, tile.batch);
+      bulk_commit();
+    }
+  }
+  if (lane == 0) bulk_wait<0>();
+}
+
+template <class Config>
+__global__ void __launch_bounds__(Config::kThreads, 1)
+    flash_attention_backward_queries_kernel(const __grid_constant__ QueryGradientMaps maps,
+                                            const __grid_constant__ BackwardParams p,
+                                            const __grid_constant__ BackwardPlan plan) {
+  using namespace ptx;
+  extern __shared__ __align__(1024) unsigned char s_raw[];
+  auto& s = *reinterpret_cast<typename Config::SharedStorage*>(s_raw);
+  if (threadIdx.x == 0) {
+    mbarrier_init(shared_address(&s.q_full), 1), mbarrier_init(shared_address(&s.q_free), Config::kConsumerWarps);
+    for (int i = 0; i < 2; i++) mbarrier_init(shared_address(&s.grad_out_free[i]), Config::kConsumerWarps);
+    for (int i = 0; i < Config::kStages; i++) {
+      mbarrier_init(shared_address(&s.k_full[i]), 1), mbarrier_init(shared_address(&s.v_full[i]), 1);
+      mbarrier_init(shared_address(&s.k_free[i]), Config::kConsumerWarps);
+      mbarrier_init(shared_address(&s.v_free[i]), Config::kConsumerWarps);
+    }
+    fence_mbarrier_init();
+  }
+  __syncthreads();
+  launch_dependents();
+  wait_for_previous_kernel();
+  if (!has_work(p, plan, BackwardForm::kSplit)) return;
+  if (threadIdx.x < 128) {
+    lower_registers<Config::kProducerRegisters>();
+    if (threadIdx.x < 32) KeyStream<Config>{maps, p, plan, s}.run();
+  } else {
+    raise_registers<Config::kConsumerRegisters>();
+    multiply_queries<Config>(maps, p, plan, s);
+  }
+}
+
+}  // namespace selfattn::cuda
