@@ -7,9 +7,9 @@ tables are made before, in the dtype of the input: ``selfattn_tables`` is given 
 ``selfattn_compiled`` take none and find the angles themselves. Masks are made before too; the time of that stands
 in ``mask_ms``. A training step, "forward+backward", ends with the gradients of the input and of every parameter.
 ``peak_bytes`` of a row is the most memory that one call had above what was allocated before it: above parameters,
-input, tables and mask. Also timed: the four projections alone (no peer: the floor), and the host time of a forward pass on a
-tiny input. Writes one JSON line a case, pass and implementation to --out and prints tables: milliseconds, and the time
-of the best peer over ours.
+input, tables and mask. Also timed: the four projections alone (no peer: the floor), and the host time of a forward pass
+on a tiny input. Writes one JSON line a case, pass and implementation to --out and prints tables: milliseconds, and the
+time of the best peer over ours.
 """
 
 import argparse
