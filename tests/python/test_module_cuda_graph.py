@@ -5,7 +5,7 @@ import torch
 from cases import error, make_ids
 from torch import Tensor
 
-from selfattn import SelfAttention, SelfAttentionConfig
+from selfattn import SelfAttention, SelfAttentionConfig, precompute_freqs
 
 pytestmark = pytest.mark.gpu
 
@@ -23,7 +23,8 @@ def test_replay_equals_eager_with_other_ids(dtype: torch.dtype, options: dict, h
     x = torch.randn(BATCH, LENGTH, E, device="cuda", dtype=dtype, requires_grad=True)
     grad = torch.randn(BATCH, LENGTH, E, device="cuda", dtype=dtype)
     ids = make_ids("packed", BATCH, LENGTH).cuda()
-    freqs = tuple(torch.rand(2, BATCH, LENGTH, 32, device="cuda").unbind()) if has_freqs else None
+    positions = torch.randint(0, 1000, (BATCH, LENGTH), device="cuda")
+    freqs = precompute_freqs(64, positions) if has_freqs else None
     leaves = [x, *module.parameters()]
 
     def step() -> list[Tensor]:
