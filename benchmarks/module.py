@@ -67,7 +67,8 @@ def make_all(names: list[str], problem: Problem, expected: torch.Tensor) -> dict
 
 
 def leave_out(case: ModuleCase, name: str, which: str, error: Exception) -> None:
-    print(f"{case.name}: {name} {which} left out: {str(error).splitlines()[0][:160]}", flush=True)
+    reason = " ".join(str(error).split())  # a compiler's reason stands lines below its first
+    print(f"{case.name}: {name} {which} left out: {type(error).__name__}: {reason[:400]}", flush=True)
 
 
 def make_call(implementation: Implementation, problem: Problem, which: str) -> Call:
