@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from cases import CASES, FLOPS_OF_A_PAIR, Case
-from measure import Call, add_options, describe_run, median_times, peak_bytes, sm_clock
+from measure import Call, add_options, describe_run, median_times, peak_bytes, sm_clock, synchronise
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -124,7 +124,7 @@ def prepare(name: str, case: Case, tensors: tuple[Tensor, ...], which: str) -> C
         else:
             call = lambda: torch.autograd.grad(forward(*leaves), leaves, grad)  # noqa: E731
         call()
-        torch.cuda.synchronize()
+        synchronise()
     except Exception as error:
         print(f"{case.name}: {name} left out: {str(error).splitlines()[0][:120]}", flush=True)
         return None
