@@ -4,28 +4,24 @@
 
 A case is run where its name contains one of the --case strings (all without). Every implementation is timed once a
 round, the order turning from round to round, because the card's clock depends on what ran before. Writes one JSON line
-a case and implementation to --out and prints a table: TFLOP/s of allowed pairs, and the ratio to the best peer.
+a case, pass and implementation to --out and prints a table: TFLOP/s of allowed pairs, and the ratio to the best peer.
+``peak_bytes`` of a row is the most memory that one call had above what was allocated before it: above the inputs, and
+in the pass "backward" also above what its forward pass had saved.
 """
 
 import argparse
-import datetime
 import json
-import statistics
-import subprocess
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from cases import CASES, Case
+from cases import CASES, FLOPS_OF_A_PAIR, Case
+from measure import Call, add_options, describe_run, median_times, peak_bytes, sm_clock, synchronise
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from triton.testing import do_bench
 
 import selfattn  # noqa: F401
 
-ROOT = Path(__file__).resolve().parent
 OURS = "selfattn"
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]  # (B, S, N, D) in and out, or (B, N, S, D) for SDPA: see prepare
 
@@ -111,7 +107,7 @@ def arrange(tensor: Tensor, layout: str) -> Tensor:
     return tensor.flatten(0, 1) if layout == "TND" else tensor
 
 
-def prepare(name: str, case: Case, tensors: tuple[Tensor, ...], backward: bool) -> Callable[[], object] | None:
+def prepare(name: str, case: Case, tensors: tuple[Tensor, ...], which: str) -> Call | None:
     """The call to time, run once; None, with the reason printed, where the implementation cannot run here."""
     make, layout, for_documents = IMPLEMENTATIONS[name]
     if for_documents is not None and for_documents != bool(case.mean):
@@ -119,52 +115,26 @@ def prepare(name: str, case: Case, tensors: tuple[Tensor, ...], backward: bool) 
     q, k, v, grad = (arrange(tensor, layout) for tensor in tensors)
     try:
         forward = make(case)
-        if not backward:
+        leaves = [tensor.detach().requires_grad_() for tensor in (q, k, v)]
+        if which == "forward":
             call = torch.no_grad()(lambda: forward(q, k, v))
-        else:
-            leaves = [tensor.detach().requires_grad_() for tensor in (q, k, v)]
+        elif which == "backward":
             out = forward(*leaves)
             call = lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True)  # noqa: E731
+        else:
+            call = lambda: torch.autograd.grad(forward(*leaves), leaves, grad)  # noqa: E731
         call()
-        torch.cuda.synchronize()
+        synchronise()
     except Exception as error:
         print(f"{case.name}: {name} left out: {str(error).splitlines()[0][:120]}", flush=True)
         return None
     return call
 
 
-def median_times(
-    calls: dict[str, Callable[[], object]], rounds: int, pause: float, milliseconds: int
-) -> dict[str, float]:
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    names = list(calls)
-    for turn in range(rounds):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            torch.cuda.synchronize()
-            time.sleep(pause)
-            times[name].append(do_bench(calls[name], warmup=milliseconds // 4, rep=milliseconds, return_mode="median"))
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def commit() -> str:
-    result = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return result.stdout.strip()
-
-
-def sm_clock() -> str:
-    query = ["nvidia-smi", "--query-gpu=clocks.sm,power.draw", "--format=csv,noheader"]
-    return subprocess.run(query, capture_output=True, text=True).stdout.strip()
-
-
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pass", dest="passes", action="append", choices=["forward", "backward"])
-    parser.add_argument("--case", action="append", default=[], help="part of a case's name; may be repeated")
-    parser.add_argument("--impl", action="append", choices=list(IMPLEMENTATIONS), help="may be repeated")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--ms", type=int, default=60, help="time spent on one implementation in one round")
-    parser.add_argument("--pause", type=float, default=0.1, help="seconds of rest before each measurement")
-    parser.add_argument("--out", type=Path, default=ROOT / "results" / "attention.jsonl")
+    parser.add_argument("--pass", dest="passes", action="append", choices=list(FLOPS_OF_A_PAIR), help="may be repeated")
+    add_options(parser, list(IMPLEMENTATIONS), "attention.jsonl")
     return parser.parse_args()
 
 
@@ -172,33 +142,27 @@ def main() -> None:
     arguments = parse_arguments()
     names = arguments.impl or DEFAULT_IMPLEMENTATIONS
     cases = [case for case in CASES if not arguments.case or any(part in case.name for part in arguments.case)]
-    record = {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "cudnn": torch.backends.cudnn.version(),
-        "commit": commit(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    }
+    record = describe_run(arguments.commit)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     with arguments.out.open("a") as out:
         for case in cases:
             tensors = (*case.tensors(), case.tensors()[0])
             for which in arguments.passes or ["forward"]:
-                backward = which == "backward"
-                prepared = {name: prepare(name, case, tensors, backward) for name in names}
+                prepared = {name: prepare(name, case, tensors, which) for name in names}
                 calls = {name: call for name, call in prepared.items() if call is not None}
+                peaks = {name: peak_bytes(call) for name, call in calls.items()}
                 times = median_times(calls, arguments.rounds, arguments.pause, arguments.ms)
                 clocks = sm_clock()
-                speeds = {name: case.flops(backward) / ms / 1e9 for name, ms in times.items()}
+                speeds = {name: case.flops(which) / ms / 1e9 for name, ms in times.items()}
                 for name, ms in times.items():
                     row = {"case": case.name, "impl": name, "pass": which, "ms": round(ms, 4)}
-                    row |= {"tflops": round(speeds[name], 1), **record, "clocks": clocks}
+                    row |= {"tflops": round(speeds[name], 1), "peak_bytes": peaks[name], **record, "clocks": clocks}
                     out.write(json.dumps(row) + "\n")
                 peers = [speed for name, speed in speeds.items() if name != OURS]
                 ratio = f"  ratio {speeds[OURS] / max(peers):.3f}" if peers and OURS in speeds else ""
                 columns = "  ".join(f"{name} {speed:6.1f}" for name, speed in speeds.items())
-                print(f"{case.name:32} {which:8} {columns}{ratio}", flush=True)
+                print(f"{case.name:32} {which:16} {columns}{ratio}", flush=True)
 
 
 if __name__ == "__main__":

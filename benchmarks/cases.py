@@ -7,6 +7,7 @@ from torch import Tensor
 
 HIDDEN = 2048
 SHORTEST_DOCUMENT = 16
+FLOPS_OF_A_PAIR = {"forward": 4, "backward": 10, "forward+backward": 14}
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,9 @@ class Case:
         pairs = sum(n * n for row in self.document_lengths() for n in row)
         return pairs / 2 if self.causal else pairs
 
-    def flops(self, backward: bool) -> float:
-        """4 (forward) or 10 (backward) floating-point operations for each pair, head and dimension."""
-        return (10 if backward else 4) * self.dim * self.heads * self.pairs()
+    def flops(self, which: str) -> float:
+        """Floating-point operations of a pass, FLOPS_OF_A_PAIR for each pair, head and dimension."""
+        return FLOPS_OF_A_PAIR[which] * self.dim * self.heads * self.pairs()
 
     def tensors(self, device: str = "cuda", dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor, Tensor]:
         shape = (self.batch, self.length, self.heads, self.dim)

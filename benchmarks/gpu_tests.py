@@ -6,7 +6,6 @@ A record: counts, names of what failed, device, driver software, commit, date.
 """
 
 import argparse
-import datetime
 import json
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import tempfile
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
-import torch
+from measure import describe_run
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -48,17 +47,7 @@ def main() -> int:
         report = Path(folder) / "report.xml"
         run_tests(report, arguments.workers, extra)
         result = summarise(report)
-    head = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    record = {
-        **result,
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "cudnn": torch.backends.cudnn.version(),
-        "commit": arguments.commit or head.stdout.strip(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    }
+    record = {**result, **describe_run(arguments.commit)}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     with arguments.out.open("a") as out:
         out.write(json.dumps(record) + "\n")

@@ -1,14 +1,17 @@
 // A LibTorch application: one SelfAttention, trained on packed rows, saved as TorchScript. No Python anywhere.
 //
-//   train MODULE.pt TENSORS.pt      writes the module, and inputs with the outputs and gradients that it gives for them
+//   train MODULE.pt TENSORS.pt
 //
-// It verifies itself: the loss falls, documents stay apart, and the program exits with 1 where one does not hold.
+// MODULE gets the module; TENSORS x, segment ids, the output, the gradient of q_proj.weight for output^2, and the loss
+// of every training step. It verifies itself: the loss falls, documents stay apart, and the program exits with 1 where
+// one does not hold.
 #include <selfattn/selfattn.h>
 #include <torch/torch.h>
 
 #include <cstdlib>
 #include <fstream>
 #include <iostream>
+#include <vector>
 
 namespace {
 
@@ -39,15 +42,15 @@ int main(int argc, char** argv) {
   const torch::Tensor target = torch::bmm(allowed, x) / allowed.sum(-1, true).clamp_min(1.0);
   const torch::Tensor is_token = (ids >= 0).unsqueeze(-1);
   torch::optim::Adam optimizer(attention->parameters(), torch::optim::AdamOptions(3e-3));
-  double first = 0.0, last = 0.0;
+  std::vector<torch::Tensor> losses;
   for (int step = 0; step < 200; ++step) {
     optimizer.zero_grad();
     const torch::Tensor loss = ((attention->forward(x, {}, {}, ids) - target) * is_token).square().mean();
     loss.backward();
     optimizer.step();
-    last = loss.item<double>();
-    if (step == 0) first = last;
+    losses.push_back(loss.detach());
   }
+  const double first = losses.front().item<double>(), last = losses.back().item<double>();
   std::cout << "loss " << first << " -> " << last << "\n";
   require(last < 0.5 * first, "the loss falls to less than half");
 
@@ -61,7 +64,7 @@ int main(int argc, char** argv) {
   before.square().sum().backward();
   selfattn::to_torchscript(attention).save(argv[1]);
   const std::vector<char> tensors = torch::pickle_save(c10::ivalue::Tuple::create(
-      x, ids, before.detach(), attention->q_proj->weight.grad()));  // as torch.save writes it
+      x, ids, before.detach(), attention->q_proj->weight.grad(), torch::stack(losses)));  // as torch.save writes it
   std::ofstream(argv[2], std::ios::binary).write(tensors.data(), static_cast<std::streamsize>(tensors.size()));
   std::cout << "wrote " << argv[1] << " and " << argv[2] << "\n";
   return 0;

@@ -16,6 +16,8 @@ sys.path.append(str(ROOT / "examples" / "train_packed"))  # its parts are tested
 
 # Threads that wait for others sleep: on a machine with other work, spinning makes the tests several times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Without it PyTorch refuses matrix products on a GPU where deterministic algorithms are asked for.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

@@ -7,6 +7,7 @@ import torch
 from cpp_build import build_example, install_tree, run
 from torch import Tensor, nn
 
+import selfattn
 from selfattn import SelfAttention, SelfAttentionConfig
 
 EVERY_OPTION = SelfAttentionConfig(head_dim=16, num_kv_heads=2, qk_norm=True, use_bias=True, sinks=True)
@@ -32,8 +33,32 @@ def test_application_trains_and_its_script_loads_in_a_fresh_process(programs: Pa
 
 def test_script_of_cpp_loads_in_python(programs: Path, tmp_path: Path) -> None:
     run(programs / "train", tmp_path / "module.pt", tmp_path / "tensors.pt")
-    x, ids, out, _ = torch.load(tmp_path / "tensors.pt")
+    x, ids, out, *_ = torch.load(tmp_path / "tensors.pt")
     assert torch.equal(torch.jit.load(tmp_path / "module.pt")(x, None, ids), out)
+
+
+def test_training_in_python_from_the_same_seed_gives_the_losses_of_cpp(programs: Path, tmp_path: Path) -> None:
+    """The loop of train.cpp, line by line."""
+    run(programs / "train", tmp_path / "module.pt", tmp_path / "tensors.pt")
+    inputs_of_cpp, ids, *_, expected = torch.load(tmp_path / "tensors.pt")
+
+    torch.manual_seed(0)
+    attention = SelfAttention(64, SelfAttentionConfig(head_dim=16, num_kv_heads=2, qk_norm=True))
+    x = torch.randn(8, 16, 64)
+    assert torch.equal(x, inputs_of_cpp)
+    allowed = selfattn.segment_mask(ids).squeeze(1).tril().float()
+    target = torch.bmm(allowed, x) / allowed.sum(-1, keepdim=True).clamp_min(1)
+    is_token = (ids >= 0).unsqueeze(-1)
+    optimizer = torch.optim.Adam(attention.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(len(expected)):
+        optimizer.zero_grad()
+        loss = ((attention(x, segment_ids=ids) - target) * is_token).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    assert len(losses) == 200 and losses[-1] < losses[0] / 2
+    torch.testing.assert_close(torch.stack(losses), expected, rtol=1e-6, atol=0)
 
 
 def test_script_of_python_loads_in_cpp(programs: Path, tmp_path: Path) -> None:
