@@ -42,6 +42,12 @@ TORCH_LIBRARY(selfattn, m) {
       "Tensor? freqs_cos=None, *, bool norm=True, float eps=1e-06, bool rope=True, Tensor? positions=None, "
       "float theta=10000.0, str pairing=\"interleaved\") -> (Tensor q, Tensor k)",
       tags);
+  m.def(
+      "qk_norm_rope_backward(Tensor grad_q, Tensor grad_k, Tensor? q=None, Tensor? k=None, Tensor? q_weight=None, "
+      "Tensor? k_weight=None, Tensor? freqs_sin=None, Tensor? freqs_cos=None, *, bool norm=True, float eps=1e-06, "
+      "bool rope=True, Tensor? positions=None, float theta=10000.0, str pairing=\"interleaved\") -> "
+      "(Tensor dq, Tensor dk, Tensor dq_weight, Tensor dk_weight)",
+      tags);
   // Module
   m.def(
       "self_attention(Tensor x, Tensor q_weight, Tensor k_weight, Tensor v_weight, Tensor out_weight, "
