@@ -61,11 +61,15 @@ __device__ __forceinline__ Chunk<Element> load_chunk(const Element* g_source, bo
   return chunk;
 }
 
+// Spelt out: left to itself the compiler cuts some of these stores into words.
 template <class Element>
 __device__ __forceinline__ void store_chunk(Element* g_destination, const Chunk<Element>& chunk) {
 #pragma unroll
   for (int i = 0; i < Chunk<Element>::kVectors; i++) {
-    reinterpret_cast<uint4*>(g_destination)[i] = chunk.vectors[i];
+    const uint4 v = chunk.vectors[i];
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(reinterpret_cast<uint4*>(g_destination) + i),
+                 "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+                 : "memory");
   }
 }
 
