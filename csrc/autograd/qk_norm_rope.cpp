@@ -1,6 +1,5 @@
 // Autograd of qk_norm_rope. Its gradient is the operator qk_norm_rope_backward, which recomputes all but the raw
 // inputs.
-#include <ATen/core/grad_mode.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -12,24 +11,6 @@ namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-
-bool requires_grad(std::initializer_list<OptionalTensor> tensors) {
-  return at::GradMode::is_enabled() && std::any_of(tensors.begin(), tensors.end(), [](const OptionalTensor& tensor) {
-           return tensor && tensor->defined() && tensor->requires_grad();
-         });
-}
-
-/// Transforms, forward-mode tangents and tables that want a gradient: only ATen's operators serve them.
-bool needs_composition(const NormRopeCall& call) {
-  if (is_function_transform_active() || requires_grad({call.freqs_sin, call.freqs_cos, call.positions})) return true;
-  for (const at::Tensor* heads : {&call.q, &call.k}) {
-    if (has_tangent(*heads)) return true;
-  }
-  for (const OptionalTensor* tensor : {&call.q_weight, &call.k_weight, &call.freqs_sin, &call.freqs_cos}) {
-    if (*tensor && has_tangent(**tensor)) return true;
-  }
-  return false;
-}
 
 class QkNormRope : public torch::autograd::Function<QkNormRope> {
  public:
@@ -71,7 +52,7 @@ class QkNormRope : public torch::autograd::Function<QkNormRope> {
 
 NormRopeHeads qk_norm_rope_autograd(const NormRopeCall& call) {
   if (needs_composition(call)) return compose_norm_rope(call);
-  if (!requires_grad({call.q, call.k, call.q_weight, call.k_weight})) {
+  if (!any_requires_grad({call.q, call.k, call.q_weight, call.k_weight})) {
     at::AutoDispatchBelowADInplaceOrView guard;
     return qk_norm_rope(call);
   }
@@ -83,7 +64,7 @@ NormRopeHeads qk_norm_rope_autograd(const NormRopeCall& call) {
 NormRopeGradients qk_norm_rope_backward_autograd(const NormRopeCall& call, const at::Tensor& grad_q,
                                                  const at::Tensor& grad_k) {
   if (needs_composition(call) || has_tangent(grad_q) || has_tangent(grad_k) ||
-      requires_grad({grad_q, grad_k, call.q, call.k, call.q_weight, call.k_weight})) {
+      any_requires_grad({grad_q, grad_k, call.q, call.k, call.q_weight, call.k_weight})) {
     return compose_norm_rope_backward(call, grad_q, grad_k);
   }
   at::AutoDispatchBelowADInplaceOrView guard;

@@ -3,11 +3,15 @@
 
 #include <ATen/TensorOperators.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/rsqrt.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cmath>
+
+#include "attention/function_transform.h"
 
 namespace selfattn {
 namespace {
@@ -103,6 +107,20 @@ void check_heads(const at::Tensor& x, const char* name) {
                    x.scalar_type());
   TORCH_CHECK_VALUE(x.dim() == 4, "selfattn: ", name, " must have four dimensions (B, S, N, D); got shape ",
                     x.sym_sizes());
+}
+
+bool any_requires_grad(std::initializer_list<OptionalTensor> tensors) {
+  return at::GradMode::is_enabled() && std::any_of(tensors.begin(), tensors.end(), [](const OptionalTensor& tensor) {
+           return tensor && tensor->defined() && tensor->requires_grad();
+         });
+}
+
+bool needs_composition(const NormRopeCall& call) {
+  if (is_function_transform_active()) return true;
+  if (any_requires_grad({call.freqs_sin, call.freqs_cos, call.positions})) return true;
+  const OptionalTensor tensors[] = {call.q, call.k, call.q_weight, call.k_weight, call.freqs_sin, call.freqs_cos};
+  return std::any_of(std::begin(tensors), std::end(tensors),
+                     [](const OptionalTensor& tensor) { return tensor && has_tangent(*tensor); });
 }
 
 void check_norm_rope(const NormRopeCall& call) {

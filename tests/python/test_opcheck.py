@@ -60,6 +60,26 @@ def norm_rope_backward_samples() -> list[tuple[tuple, dict]]:
     return samples
 
 
+def norm_rope_attention_samples() -> list[tuple[tuple, dict]]:
+    qkv = random(2, 6, 4, 8), random(2, 6, 2, 8), random(2, 6, 2, 8)
+    freqs = OPS.precompute_freqs(8, None, 6)
+    return [
+        ((*qkv, random(8), random(8)), {}),
+        ((*qkv, random(8), None, *freqs, IDS), {"pairing": "half", "window_left": 2, "sinks": random(4)}),
+    ]
+
+
+def norm_rope_attention_backward_samples() -> list[tuple[tuple, dict]]:
+    samples = []
+    for arguments, options in norm_rope_attention_samples():
+        q, k, v, *others = (None if tensor is None else tensor.detach() for tensor in arguments)
+        call = {name: value for name, value in options.items() if name != "sinks"}
+        out, lse = OPS.qk_norm_rope_attention(q, k, v, *others, **call)
+        samples.append(((torch.randn_like(out), torch.randn_like(lse), q, k, v, out, lse, *others), call))
+        samples.append(((torch.randn_like(out), None, q, k, v, out, lse, *others), call))
+    return samples
+
+
 def self_attention_samples() -> list[tuple[tuple, dict]]:
     x, wide, narrow = random(2, 6, 32), random(32, 32), random(16, 32)
     options = {"head_dim": 8}
@@ -90,6 +110,8 @@ SAMPLES = {
     ],
     "qk_norm_rope": norm_rope_samples,
     "qk_norm_rope_backward": norm_rope_backward_samples,
+    "qk_norm_rope_attention": norm_rope_attention_samples,
+    "qk_norm_rope_attention_backward": norm_rope_attention_backward_samples,
     "self_attention": self_attention_samples,
 }
 
