@@ -122,9 +122,9 @@ def test_compiled_module_keeps_the_one_operator() -> None:
 
     torch.compiler.reset()
     compiled = torch.compile(module, fullgraph=True, backend=aot_autograd(fw_compiler=inspect))
-    x = torch.randn(2, 12, 64, requires_grad=True)
-    out = compiled(x, segment_ids=make_ids("packed", 2, 12))
-    torch.testing.assert_close(out, module(x, segment_ids=make_ids("packed", 2, 12)))
+    x, ids = torch.randn(2, 12, 64, requires_grad=True), make_ids("packed", 2, 12)
+    out = compiled(x, segment_ids=ids)
+    torch.testing.assert_close(out, module(x, segment_ids=ids))
     out.square().sum().backward()
     assert any("selfattn.qk_norm_rope_attention.default" in graph for graph in graphs)
     assert any("selfattn.qk_norm_rope_attention_backward.default" in graph for graph in graphs)
