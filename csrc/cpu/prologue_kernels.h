@@ -29,7 +29,7 @@ struct PrologueProblem {
 /// The kernels of one instruction set, for one storage type.
 struct PrologueKernels {
   void (*forward)(const PrologueProblem&, int64_t first_token, int64_t last_token);
-  /// Adds the range's share of the weight's gradient to weight_gradient (D,), where that is not null.
+  /// Adds the range's share of the weight's gradient to weight_gradient (D,), where there is a weight.
   void (*backward)(const PrologueProblem&, int64_t first_token, int64_t last_token, float* weight_gradient);
 };
 

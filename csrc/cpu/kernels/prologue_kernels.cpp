@@ -38,6 +38,32 @@ inline float dot(const float* a, const float* b, int64_t count) {
   return result;
 }
 
+/// x *= factor, and *= weight where there is one.
+inline void scale(float* __restrict x, float factor, const float* __restrict weight, int64_t count) {
+  if (!weight) {
+    for (int64_t i = 0; i < count; ++i) x[i] *= factor;
+    return;
+  }
+  for (int64_t i = 0; i < count; ++i) x[i] *= factor * weight[i];
+}
+
+/// The norm's gradient: g, that of its result, becomes that of x, where rstd is 1 / rms of x. Adds to the weight's
+/// gradient where there is a weight.
+inline void norm_backward(float* __restrict g, float* __restrict x, float rstd, const float* __restrict weight,
+                          float* __restrict weight_gradient, int64_t count) {
+  if (weight) {
+    for (int64_t i = 0; i < count; ++i) {
+      x[i] *= rstd;
+      weight_gradient[i] += g[i] * x[i];
+      g[i] *= weight[i];
+    }
+  } else {
+    for (int64_t i = 0; i < count; ++i) x[i] *= rstd;
+  }
+  const float along = rstd * dot(g, x, count) / static_cast<float>(count);
+  for (int64_t i = 0; i < count; ++i) g[i] = rstd * g[i] - x[i] * along;
+}
+
 inline float reciprocal_rms(const PrologueProblem& p, const float* x) {
   return 1.0f / std::sqrt(dot(x, x, p.dim) / static_cast<float>(p.dim) + p.eps);
 }
@@ -61,11 +87,7 @@ void prologue_forward(const PrologueProblem& p, int64_t first_token, int64_t las
   T* const result = static_cast<T*>(p.result);
   for_each_head(p, first_token, last_token, turns, [&](int64_t batch, int64_t token, int64_t head, int64_t row) {
     convert(p.input.at<const T>(batch, token, head), x, p.dim);
-    if (p.has_norm) {
-      const float rstd = reciprocal_rms(p, x);
-      for (int64_t i = 0; i < p.dim; ++i) x[i] *= rstd;
-      for (int64_t i = 0; p.weight && i < p.dim; ++i) x[i] *= p.weight[i];
-    }
+    if (p.has_norm) scale(x, reciprocal_rms(p, x), p.weight, p.dim);
     if (p.has_rope) turn</*kBack=*/false>(x, turns.sin, turns.cos, p.dim / 2, p.pairs_halves, y);
     convert_scaled(p.has_rope ? y : x, 1.0f, result + row * p.dim, p.dim);
   });
@@ -83,12 +105,7 @@ void prologue_backward(const PrologueProblem& p, int64_t first_token, int64_t la
     float* const g = p.has_rope ? turned_back : grad;
     if (p.has_norm) {
       convert(p.input.at<const T>(batch, token, head), x, p.dim);
-      const float rstd = reciprocal_rms(p, x);
-      for (int64_t i = 0; i < p.dim; ++i) x[i] *= rstd;
-      for (int64_t i = 0; weight_gradient && i < p.dim; ++i) weight_gradient[i] += g[i] * x[i];
-      for (int64_t i = 0; p.weight && i < p.dim; ++i) g[i] *= p.weight[i];
-      const float along = dot(g, x, p.dim) / static_cast<float>(p.dim);
-      for (int64_t i = 0; i < p.dim; ++i) g[i] = rstd * (g[i] - x[i] * along);
+      norm_backward(g, x, reciprocal_rms(p, x), p.weight, weight_gradient, p.dim);
     }
     convert_scaled(g, 1.0f, result + row * p.dim, p.dim);
   });

@@ -3,6 +3,7 @@
 // dx = r (g w - n mean(g w n)). The weight's gradient is summed in registers, then over the block, which leaves one row
 // of partial sums; a second kernel adds the rows in their order.
 #pragma once
+#include "../ptx/launch.cuh"
 #include "lane.cuh"
 
 namespace selfattn::cuda {
@@ -101,6 +102,7 @@ __global__ void __launch_bounds__(kPrologueThreads, 2)
       }
     }
   }
+  ptx::launch_dependents();  // the kernel that adds the rows may be brought up: it waits for this one's end
   if (side.partial_sums) {
     __syncwarp();
     store_block_sum(sums, place, p.dim, s_turns, side.partial_sums + static_cast<int64_t>(block) * p.dim);
