@@ -40,7 +40,7 @@ __device__ __forceinline__ void store_block_sum(Pairs& sums, const LanePlace<Con
 }
 
 template <class Config>
-__global__ void __launch_bounds__(kPrologueThreads, 2)
+__global__ void __launch_bounds__(kPrologueThreads, Config::kMinBlocks)
     qk_norm_rope_backward_kernel(const __grid_constant__ PrologueParams p) {
   using Element = typename Config::Element;
   constexpr int kRows = Config::kRows, kPasses = Config::kBackwardPasses;

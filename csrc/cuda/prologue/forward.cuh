@@ -6,7 +6,7 @@
 namespace selfattn::cuda {
 
 template <class Config>
-__global__ void __launch_bounds__(kPrologueThreads, 2)
+__global__ void __launch_bounds__(kPrologueThreads, Config::kMinBlocks)
     qk_norm_rope_forward_kernel(const __grid_constant__ PrologueParams p) {
   using Element = typename Config::Element;
   constexpr int kRows = Config::kRows, kPasses = Config::kForwardPasses;

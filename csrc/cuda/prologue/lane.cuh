@@ -20,6 +20,7 @@ struct PrologueConfig {
   static constexpr int kRows = kWarpSize / kLanes;  // heads side by side in a warp
   static constexpr int kMaxDim = kLanes * kLaneElements;
   static constexpr int kTurnsPerLane = (kMaxDim / 2 + kWarpSize - 1) / kWarpSize;  // when a warp makes them together
+  static constexpr int kMinBlocks = 2;  // of a multiprocessor; bounds the registers
   // 16 registers of loads in flight for each tensor that is read, twice that where there is one
   static constexpr int kForwardPasses = sizeof(Element) == 2 ? 4 : 2, kBackwardPasses = kForwardPasses / 2;
 };
