@@ -47,9 +47,12 @@ AttentionResults norm_rope_then_attend(const NormRopeAttentionCall& call) {
 
 NormRopeAttentionGradients attend_backward_then_norm_rope(const NormRopeAttentionCall& call,
                                                           const AttentionGradients& gradients) {
-  AttentionProblem problem = call.problem;
-  std::tie(problem.query, problem.key) = qk_norm_rope(call.prologue);
-  const auto [grad_q, grad_k, dv] = flash_attention_backward(problem, gradients);
+  const auto attend_backward = [&] {  // the turned q and k live no longer than needed
+    AttentionProblem problem = call.problem;
+    std::tie(problem.query, problem.key) = qk_norm_rope(call.prologue);
+    return flash_attention_backward(problem, gradients);
+  };
+  const auto [grad_q, grad_k, dv] = attend_backward();
   const auto [dq, dk, dq_weight, dk_weight] = qk_norm_rope_backward(call.prologue, grad_q, grad_k);
   return {dq, dk, dv, dq_weight, dk_weight};
 }

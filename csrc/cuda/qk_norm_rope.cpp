@@ -137,7 +137,7 @@ void for_each_launch(const NormRopeCall& call, const Tensor& q, const Tensor& k,
   run(params);
 }
 
-/// The results of a call without its norm, or with it: `turns_back` for a gradient without norm.
+/// The results for q and k. `turns_back`: their transposed rotation, which is the gradient of a call without norm.
 NormRopeHeads launch_forward(const NormRopeCall& call, const Tensor& q, const Tensor& k, bool turns_back) {
   const c10::cuda::CUDAGuard guard(q.device());
   const cudaStream_t stream = at::cuda::getCurrentCUDAStream();
