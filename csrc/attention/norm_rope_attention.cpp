@@ -13,7 +13,8 @@ namespace {
 /// Under autocast multihead_attention casts what qk_norm_rope gives; the one operator has no place for that.
 bool is_cast_between(const at::Tensor& heads) {
   const auto device = heads.device().type();
-  return at::autocast::is_autocast_enabled(device) && heads.scalar_type() != at::autocast::get_autocast_dtype(device);
+  return at::autocast::is_autocast_available(device) && at::autocast::is_autocast_enabled(device) &&
+         heads.scalar_type() != at::autocast::get_autocast_dtype(device);
 }
 
 }  // namespace

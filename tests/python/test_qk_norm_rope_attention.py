@@ -111,6 +111,15 @@ def test_module_trains_as_with_another_backend(config: str, device: str) -> None
         torch.testing.assert_close(again[name], gradient, rtol=1e-2, atol=1e-2 * gradient.abs().max().item())
 
 
+def test_module_on_the_meta_device_gives_shapes() -> None:
+    config = selfattn.SelfAttentionConfig(head_dim=32, qk_norm=True)
+    module = selfattn.SelfAttention(64, config, device="meta")
+    x = torch.zeros(2, 12, 64, device="meta", requires_grad=True)
+    out = module(x)
+    out.sum().backward()
+    assert out.shape == x.grad.shape == (2, 12, 64)
+
+
 def test_compiled_module_keeps_the_one_operator() -> None:
     """Its gradient makes the normalised q and k again, in the compiled graph too."""
     module = selfattn.SelfAttention(64, selfattn.SelfAttentionConfig(head_dim=32, qk_norm=True))
