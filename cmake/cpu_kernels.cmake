@@ -1,30 +1,35 @@
-# The CPU backend. Its kernels are one source, compiled once for each instruction set that ATen tells apart at run time,
-# and once more for AVX-512 with bfloat16 products.
+# The CPU backend. Its kernels are compiled once for each instruction set that ATen tells apart at run time, and those of
+# attention once more for AVX-512 with bfloat16 products.
 target_sources(selfattn PRIVATE csrc/cpu/flash_attention.cpp csrc/cpu/gemm.cpp csrc/cpu/pair_plan.cpp
-                                csrc/cpu/select_kernels.cpp)
+                                csrc/cpu/qk_norm_rope.cpp csrc/cpu/select_kernels.cpp)
 
 # Threads come from at::parallel_for, which is inlined and needs OpenMP at compile time only: the runtime must be
 # LibTorch's own, so nothing is linked here.
 find_package(OpenMP COMPONENTS CXX)
 if(OpenMP_CXX_FOUND)
-  set_source_files_properties(csrc/cpu/flash_attention.cpp PROPERTIES COMPILE_OPTIONS "${OpenMP_CXX_FLAGS}")
+  set_source_files_properties(csrc/cpu/flash_attention.cpp csrc/cpu/qk_norm_rope.cpp
+                              PROPERTIES COMPILE_OPTIONS "${OpenMP_CXX_FLAGS}")
 endif()
 
-function(add_cpu_kernels capability vectors)
-  set(source "${CMAKE_CURRENT_BINARY_DIR}/flash_kernels.${capability}.cpp")
-  file(CONFIGURE OUTPUT "${source}" CONTENT "#include \"cpu/kernels/flash_kernels.cpp\"\n")
+function(add_cpu_kernels name capability vectors)
+  set(source "${CMAKE_CURRENT_BINARY_DIR}/${name}_kernels.${capability}.cpp")
+  file(CONFIGURE OUTPUT "${source}" CONTENT "#include \"cpu/kernels/${name}_kernels.cpp\"\n")
   set_source_files_properties(
     "${source}" PROPERTIES COMPILE_OPTIONS "-O3;-Wno-unknown-pragmas;-Wno-maybe-uninitialized;-Wno-psabi;${ARGN}"
                            COMPILE_DEFINITIONS "CPU_CAPABILITY=${capability};CPU_CAPABILITY_${vectors}")
   target_sources(selfattn PRIVATE "${source}")
 endfunction()
 
-add_cpu_kernels(DEFAULT DEFAULT)
+foreach(name flash prologue)
+  add_cpu_kernels(${name} DEFAULT DEFAULT)
+endforeach()
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")
   set(avx2 -mavx2 -mfma -mf16c)
   set(avx512 ${avx2} -mavx512f -mavx512bw -mavx512vl -mavx512dq)
-  add_cpu_kernels(AVX2 AVX2 ${avx2})
-  add_cpu_kernels(AVX512 AVX512 ${avx512})
-  add_cpu_kernels(AVX512_BF16 AVX512 ${avx512} -mavx512bf16)
+  foreach(name flash prologue)
+    add_cpu_kernels(${name} AVX2 AVX2 ${avx2})
+    add_cpu_kernels(${name} AVX512 AVX512 ${avx512})
+  endforeach()
+  add_cpu_kernels(flash AVX512_BF16 AVX512 ${avx512} -mavx512bf16)
   set_source_files_properties(csrc/cpu/select_kernels.cpp PROPERTIES COMPILE_DEFINITIONS SELFATTN_X86_KERNELS)
 endif()

@@ -10,6 +10,11 @@
 #define SELFATTN_KEYWORDS "Tensor? kv_segment_ids=None, int window_left=-1, int window_right=-1, float softcap=0.0"
 #define SELFATTN_CALL \
   SELFATTN_QKV ", " SELFATTN_PAIRS ", str backend=\"auto\", *, " SELFATTN_KEYWORDS ", Tensor? sinks=None"
+#define SELFATTN_NORM_ROPE \
+  "Tensor? q_weight=None, Tensor? k_weight=None, Tensor? freqs_sin=None, Tensor? freqs_cos=None"
+#define SELFATTN_NORM_ROPE_ATTENTION                                                                            \
+  "float eps=1e-06, float theta=10000.0, str pairing=\"interleaved\", bool causal=True, float? qk_scale=None, " \
+  "int window_left=-1, int window_right=-1, float softcap=0.0"
 
 TORCH_LIBRARY(selfattn, m) {
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
@@ -42,6 +47,21 @@ TORCH_LIBRARY(selfattn, m) {
       "Tensor? freqs_cos=None, *, bool norm=True, float eps=1e-06, bool rope=True, Tensor? positions=None, "
       "float theta=10000.0, str pairing=\"interleaved\") -> (Tensor q, Tensor k)",
       tags);
+  m.def(
+      "qk_norm_rope_backward(Tensor grad_q, Tensor grad_k, Tensor? q=None, Tensor? k=None, Tensor? q_weight=None, "
+      "Tensor? k_weight=None, Tensor? freqs_sin=None, Tensor? freqs_cos=None, *, bool norm=True, float eps=1e-06, "
+      "bool rope=True, Tensor? positions=None, float theta=10000.0, str pairing=\"interleaved\") -> "
+      "(Tensor dq, Tensor dk, Tensor dq_weight, Tensor dk_weight)",
+      tags);
+  // Both as one, for what is kept for the gradient
+  m.def("qk_norm_rope_attention(" SELFATTN_QKV ", " SELFATTN_NORM_ROPE
+        ", Tensor? segment_ids=None, *, " SELFATTN_NORM_ROPE_ATTENTION
+        ", Tensor? sinks=None) -> (Tensor out, Tensor lse)",
+        tags);
+  m.def("qk_norm_rope_attention_backward(Tensor grad_out, Tensor? grad_lse, " SELFATTN_QKV
+        ", Tensor out, Tensor lse, " SELFATTN_NORM_ROPE ", Tensor? segment_ids=None, *, " SELFATTN_NORM_ROPE_ATTENTION
+        ") -> (Tensor dq, Tensor dk, Tensor dv, Tensor dq_weight, Tensor dk_weight)",
+        tags);
   // Module
   m.def(
       "self_attention(Tensor x, Tensor q_weight, Tensor k_weight, Tensor v_weight, Tensor out_weight, "

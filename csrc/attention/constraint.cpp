@@ -5,11 +5,6 @@
 #include "attention/function_transform.h"
 
 namespace selfattn {
-namespace {
-
-bool has_tangent(const at::Tensor& tensor) { return tensor.defined() && tensor._fw_grad(0).defined(); }
-
-}  // namespace
 
 std::vector<std::string> reasons_against(const AttentionBackend& backend, const AttentionProblem& problem) {
   std::vector<std::string> reasons;

@@ -18,4 +18,6 @@ bool is_function_transform_active() {
   return false;
 }
 
+bool has_tangent(const at::Tensor& tensor) { return tensor.defined() && tensor._fw_grad(0).defined(); }
+
 }  // namespace selfattn

@@ -1,6 +1,4 @@
 // Autograd of flash_attention. Its gradient is the operator flash_attention_backward, so that a kernel sees it.
-#include <ATen/TensorOperators.h>
-#include <ATen/ops/exp.h>
 #include <ATen/ops/zeros_like.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -12,15 +10,6 @@ namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-
-/// d loss / d sinks (NH,): a sink is a logit without a value, so dS of its column is P * (dlse - rowsum(dO * O)).
-at::Tensor sinks_gradient(const at::Tensor& sinks, const AttentionGradients& gradients) {
-  const at::Tensor& lse = gradients.lse;  // (B, NH, Sq)
-  at::Tensor row_term = -(gradients.grad_out.to(lse.scalar_type()) * gradients.out).sum(-1).transpose(1, 2);
-  if (gradients.grad_lse) row_term = row_term + *gradients.grad_lse;
-  const at::Tensor probability = at::exp(sinks.to(lse.scalar_type()).view({1, -1, 1}) - lse);
-  return (probability * row_term).sum(at::IntArrayRef{0, 2}).to(sinks.scalar_type());
-}
 
 class FlashAttention : public torch::autograd::Function<FlashAttention> {
  public:

@@ -115,6 +115,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> reference_attention_backward(cons
   return {ungroup_heads(grad_query).to(dtype), ungroup_heads(grad_key).to(dtype), ungroup_heads(grad_value).to(dtype)};
 }
 
+at::Tensor sinks_gradient(const at::Tensor& sinks, const AttentionGradients& gradients) {
+  const at::Tensor& lse = gradients.lse;  // (B, NH, Sq)
+  at::Tensor row_term = -(gradients.grad_out.to(lse.scalar_type()) * gradients.out).sum(-1).transpose(1, 2);
+  if (gradients.grad_lse) row_term = row_term + *gradients.grad_lse;
+  const at::Tensor probability = at::exp(sinks.to(lse.scalar_type()).view({1, -1, 1}) - lse);
+  return (probability * row_term).sum(at::IntArrayRef{0, 2}).to(sinks.scalar_type());
+}
+
 const AttentionBackend& reference_backend() {
   static const AttentionBackend backend{Backend::kReference, /*constraints=*/{}, call};
   return backend;

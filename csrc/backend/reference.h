@@ -26,4 +26,7 @@ struct AttentionGradients {
 std::tuple<at::Tensor, at::Tensor, at::Tensor> reference_attention_backward(const AttentionProblem& problem,
                                                                             const AttentionGradients& gradients);
 
+/// d loss / d sinks (NH,): a sink is a logit without a value, so dS of its column is P * (dlse - rowsum(dO * O)).
+at::Tensor sinks_gradient(const at::Tensor& sinks, const AttentionGradients& gradients);
+
 }  // namespace selfattn

@@ -10,9 +10,10 @@
 namespace selfattn::cpu {
 
 // One namespace an instruction set, as cmake/cpu_kernels.cmake compiles them.
-#define SELFATTN_DECLARE_KERNELS(CAPABILITY)                               \
-  namespace CAPABILITY {                                                   \
-  extern const FlashKernels kFloatKernels, kBFloat16Kernels, kHalfKernels; \
+#define SELFATTN_DECLARE_KERNELS(CAPABILITY)                                     \
+  namespace CAPABILITY {                                                         \
+  extern const FlashKernels kFloatKernels, kBFloat16Kernels, kHalfKernels;       \
+  extern const PrologueKernels kFloatPrologue, kBFloat16Prologue, kHalfPrologue; \
   }
 SELFATTN_DECLARE_KERNELS(DEFAULT)
 SELFATTN_DECLARE_KERNELS(AVX2)
@@ -24,30 +25,49 @@ extern const FlashKernels kBFloat16Kernels;
 
 namespace {
 
-const FlashKernels* by_dtype(c10::ScalarType dtype, const FlashKernels& of_float, const FlashKernels& of_bfloat16,
-                             const FlashKernels& of_half) {
-  if (dtype == c10::kFloat) return &of_float;
-  if (dtype == c10::kBFloat16) return &of_bfloat16;
+template <typename Kernels>
+const Kernels& by_dtype(c10::ScalarType dtype, const Kernels& of_float, const Kernels& of_bfloat16,
+                        const Kernels& of_half) {
+  if (dtype == c10::kFloat) return of_float;
+  if (dtype == c10::kBFloat16) return of_bfloat16;
   TORCH_INTERNAL_ASSERT(dtype == c10::kHalf);
-  return &of_half;
+  return of_half;
 }
+
+#if defined(SELFATTN_X86_KERNELS)
+const std::string& capability() {
+  static const std::string name = at::get_cpu_capability();
+  return name;
+}
+#endif
 
 }  // namespace
 
 KernelChoice select_kernels(c10::ScalarType dtype) {
 #if defined(SELFATTN_X86_KERNELS)
-  static const std::string capability = at::get_cpu_capability();
-  if (capability == "AVX512") {
+  if (capability() == "AVX512") {
     if (dtype == c10::kBFloat16 && __builtin_cpu_supports("avx512bf16")) {
       return {&AVX512_BF16::kBFloat16Kernels, bfloat16_matrix_unit()};
     }
-    return {by_dtype(dtype, AVX512::kFloatKernels, AVX512::kBFloat16Kernels, AVX512::kHalfKernels), nullptr};
+    return {&by_dtype(dtype, AVX512::kFloatKernels, AVX512::kBFloat16Kernels, AVX512::kHalfKernels), nullptr};
   }
-  if (capability == "AVX2") {
-    return {by_dtype(dtype, AVX2::kFloatKernels, AVX2::kBFloat16Kernels, AVX2::kHalfKernels), nullptr};
+  if (capability() == "AVX2") {
+    return {&by_dtype(dtype, AVX2::kFloatKernels, AVX2::kBFloat16Kernels, AVX2::kHalfKernels), nullptr};
   }
 #endif
-  return {by_dtype(dtype, DEFAULT::kFloatKernels, DEFAULT::kBFloat16Kernels, DEFAULT::kHalfKernels), nullptr};
+  return {&by_dtype(dtype, DEFAULT::kFloatKernels, DEFAULT::kBFloat16Kernels, DEFAULT::kHalfKernels), nullptr};
+}
+
+const PrologueKernels& select_prologue_kernels(c10::ScalarType dtype) {
+#if defined(SELFATTN_X86_KERNELS)
+  if (capability() == "AVX512") {
+    return by_dtype(dtype, AVX512::kFloatPrologue, AVX512::kBFloat16Prologue, AVX512::kHalfPrologue);
+  }
+  if (capability() == "AVX2") {
+    return by_dtype(dtype, AVX2::kFloatPrologue, AVX2::kBFloat16Prologue, AVX2::kHalfPrologue);
+  }
+#endif
+  return by_dtype(dtype, DEFAULT::kFloatPrologue, DEFAULT::kBFloat16Prologue, DEFAULT::kHalfPrologue);
 }
 
 }  // namespace selfattn::cpu

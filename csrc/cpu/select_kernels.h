@@ -3,6 +3,7 @@
 #include <c10/core/ScalarType.h>
 
 #include "cpu/flash_kernels.h"
+#include "cpu/prologue_kernels.h"
 
 namespace selfattn::cpu {
 
@@ -13,5 +14,8 @@ struct KernelChoice {
 
 /// The fastest kernels that this CPU, and ATEN_CPU_CAPABILITY, allow for tensors of float32, bfloat16 or float16.
 KernelChoice select_kernels(c10::ScalarType dtype);
+
+/// Likewise for qk_norm_rope.
+const PrologueKernels& select_prologue_kernels(c10::ScalarType dtype);
 
 }  // namespace selfattn::cpu

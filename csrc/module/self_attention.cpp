@@ -5,7 +5,7 @@
 #include <selfattn/ops.h>
 #include <torch/library.h>
 
-#include "attention/problem.h"
+#include "attention/norm_rope_attention.h"
 
 namespace selfattn {
 namespace {
@@ -17,6 +17,25 @@ at::Tensor project(const at::Tensor& x, const at::Tensor& weight, const Optional
                     "selfattn: ", name, " must have the shape (heads * head_dim, E) with head_dim ", head_dim,
                     " and E ", x.sym_size(2), "; got ", weight.sym_sizes());
   return at::linear(x, weight, bias).unflatten_symint(2, {weight.sym_size(0) / head_dim, head_dim});
+}
+
+/// Norm, rotation and attention.
+at::Tensor attend(const NormRopeCall& prologue, const at::Tensor& value, const AttentionArguments& arguments,
+                  c10::string_view backend) {
+  if (const auto call = as_one_operator(prologue, value, arguments, backend)) {
+    return std::get<0>(qk_norm_rope_attention(*call));
+  }
+  const auto [query, key] = qk_norm_rope(prologue);
+  return multihead_attention(query, key, value,
+                             AttentionOptions()
+                                 .segment_ids(arguments.segment_ids)
+                                 .causal(arguments.is_causal)
+                                 .qk_scale(arguments.qk_scale)
+                                 .backend(std::string(backend))
+                                 .window_left(arguments.window_left)
+                                 .window_right(arguments.window_right)
+                                 .softcap(arguments.softcap)
+                                 .sinks(arguments.sinks));
 }
 
 at::Tensor self_attention(const at::Tensor& x, const at::Tensor& q_weight, const at::Tensor& k_weight,
@@ -42,27 +61,19 @@ at::Tensor self_attention(const at::Tensor& x, const at::Tensor& q_weight, const
   TORCH_CHECK_VALUE(q_norm_weight.has_value() == k_norm_weight.has_value(),
                     "selfattn: q_norm_weight and k_norm_weight must be given together; got one alone");
   const at::Tensor value = project(x, v_weight, v_bias, head_dim, "v_weight");
-  const auto [query, key] = qk_norm_rope(project(x, q_weight, q_bias, head_dim, "q_weight"),
-                                         project(x, k_weight, k_bias, head_dim, "k_weight"),
-                                         QkNormRopeOptions()
-                                             .q_weight(q_norm_weight)
-                                             .k_weight(k_norm_weight)
-                                             .norm(q_norm_weight.has_value())
-                                             .eps(norm_eps)
-                                             .freqs_sin(freqs_sin)
-                                             .freqs_cos(freqs_cos)
-                                             .theta(rope_theta)
-                                             .pairing(std::string(rope_pairing)));
-  const at::Tensor heads = multihead_attention(query, key, value,
-                                               AttentionOptions()
-                                                   .segment_ids(segment_ids)
-                                                   .causal(causal)
-                                                   .qk_scale(qk_scale)
-                                                   .backend(std::string(backend))
-                                                   .window_left(window_left)
-                                                   .window_right(window_right)
-                                                   .softcap(softcap)
-                                                   .sinks(sinks));
+  const NormRopeCall prologue{.q = project(x, q_weight, q_bias, head_dim, "q_weight"),
+                              .k = project(x, k_weight, k_bias, head_dim, "k_weight"),
+                              .q_weight = q_norm_weight,
+                              .k_weight = k_norm_weight,
+                              .freqs_sin = freqs_sin,
+                              .freqs_cos = freqs_cos,
+                              .norm = q_norm_weight.has_value(),
+                              .eps = norm_eps,
+                              .theta = rope_theta,
+                              .pairing = parse_pairing(rope_pairing, "pairing")};
+  const at::Tensor heads =
+      attend(prologue, value, {segment_ids, causal, qk_scale, std::nullopt, window_left, window_right, softcap, sinks},
+             backend);
   TORCH_CHECK_VALUE(out_weight.dim() == 2 && out_weight.sym_size(1) == heads.sym_size(2) * heads.sym_size(3),
                     "selfattn: out_weight must have the shape (E, heads * head_dim) with ",
                     heads.sym_size(2) * heads.sym_size(3), " input features; got ", out_weight.sym_sizes());

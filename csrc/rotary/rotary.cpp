@@ -8,6 +8,7 @@
 #include <ATen/ops/sin.h>
 #include <ATen/ops/stack.h>
 #include <c10/util/Exception.h>
+#include <c10/util/MathConstants.h>
 
 #include <cmath>
 
@@ -36,6 +37,26 @@ RotaryPairing parse_pairing(c10::string_view text, const char* name) {
   return RotaryPairing::kHalf;
 }
 
+std::string_view to_string(RotaryPairing pairing) {
+  return pairing == RotaryPairing::kInterleaved ? "interleaved" : "half";
+}
+
+const std::vector<double>& quarter_turns(int64_t head_dim, double theta) {
+  thread_local int64_t last_dim = 0;
+  thread_local double last_theta = 0.0;
+  thread_local std::vector<double> turns;
+  if (head_dim != last_dim || theta != last_theta) {
+    turns.resize(head_dim / 2);
+    for (size_t pair = 0; pair < turns.size(); ++pair) {
+      turns[pair] =
+          std::pow(theta, -static_cast<double>(2 * pair) / static_cast<double>(head_dim)) * (2.0 / c10::pi<double>);
+    }
+    last_dim = head_dim;
+    last_theta = theta;
+  }
+  return turns;
+}
+
 RotaryTables rotary_tables(const at::Tensor& positions, int64_t head_dim, double theta) {
   const auto options = positions.options().dtype(at::kDouble);
   const at::Tensor exponents = at::arange(0, head_dim, 2, options) / static_cast<double>(head_dim);
@@ -45,8 +66,8 @@ RotaryTables rotary_tables(const at::Tensor& positions, int64_t head_dim, double
   return {at::sin(angles), at::cos(angles)};
 }
 
-RotaryTables choose_tables(const at::Tensor& x, const OptionalTensor& sin, const OptionalTensor& cos,
-                           const OptionalTensor& positions, double theta) {
+void check_rotation(const at::Tensor& x, const OptionalTensor& sin, const OptionalTensor& cos,
+                    const OptionalTensor& positions, double theta) {
   TORCH_CHECK_VALUE(sin.has_value() == cos.has_value(),
                     "selfattn: freqs_sin and freqs_cos must be given together; got one alone");
   TORCH_CHECK_VALUE(x.sym_size(3) % 2 == 0, "selfattn: a head dimension must be even for the rotary embedding; got ",
@@ -55,20 +76,24 @@ RotaryTables choose_tables(const at::Tensor& x, const OptionalTensor& sin, const
     TORCH_CHECK_VALUE(!positions, "selfattn: positions must not be given beside freqs_sin and freqs_cos");
     check_table(*sin, x, "freqs_sin");
     check_table(*cos, x, "freqs_cos");
-    return {*sin, *cos};
+    return;
   }
   TORCH_CHECK_VALUE(std::isfinite(theta) && theta > 0.0, "selfattn: theta must be positive and finite; got ", theta);
-  const int64_t head_dim = x.sym_size(3).guard_int(__FILE__, __LINE__);
-  if (!positions) {
-    return rotary_tables(at::arange(x.sym_size(1), x.options().dtype(at::kLong).requires_grad(false)), head_dim, theta);
-  }
+  if (!positions) return;
   TORCH_CHECK_TYPE(positions->device() == x.device(), "selfattn: positions must be on the device of the heads, ",
                    x.device(), "; got ", positions->device());
   TORCH_CHECK_VALUE(positions->dim() == 2 && positions->sym_size(1) == x.sym_size(1) &&
                         (positions->sym_size(0) == 1 || positions->sym_size(0) == x.sym_size(0)),
                     "selfattn: positions must have the shape (1 or B, S) = (1 or ", x.sym_size(0), ", ", x.sym_size(1),
                     "); got ", positions->sym_sizes());
-  return rotary_tables(*positions, head_dim, theta);
+}
+
+RotaryTables choose_tables(const at::Tensor& x, const OptionalTensor& sin, const OptionalTensor& cos,
+                           const OptionalTensor& positions, double theta) {
+  if (sin) return {*sin, *cos};
+  const int64_t head_dim = x.sym_size(3).guard_int(__FILE__, __LINE__);
+  if (positions) return rotary_tables(*positions, head_dim, theta);
+  return rotary_tables(at::arange(x.sym_size(1), x.options().dtype(at::kLong).requires_grad(false)), head_dim, theta);
 }
 
 std::pair<RotaryTables, RotaryTables> choose_tables_of_both(const at::Tensor& q, const at::Tensor& k,

@@ -1,7 +1,9 @@
 #pragma once
 
+#include <string_view>
 #include <tuple>
 #include <utility>
+#include <vector>
 
 #include "attention/problem.h"
 
@@ -14,6 +16,13 @@ enum class RotaryPairing { kInterleaved, kHalf };
 /// Reads "interleaved" or "half"; throws c10::ValueError otherwise. `name` is the argument's, for the message.
 RotaryPairing parse_pairing(c10::string_view text, const char* name);
 
+/// The pairing's text, as parse_pairing reads it.
+std::string_view to_string(RotaryPairing pairing);
+
+/// What one position turns each pair of a head by, in quarter turns: theta^(-2i / D) * 2 / pi. Kept for the thread's
+/// next call.
+const std::vector<double>& quarter_turns(int64_t head_dim, double theta);
+
 /// The sines and cosines that turn a head's pairs at each position.
 struct RotaryTables {
   at::Tensor sin;  // (1 or B, S, D / 2)
@@ -23,7 +32,11 @@ struct RotaryTables {
 /// Tables of positions (S,) or (B, S): angle = position / theta^(2i / D) (RoFormer, arXiv:2104.09864, eq. 15), float64.
 RotaryTables rotary_tables(const at::Tensor& positions, int64_t head_dim, double theta);
 
-/// The caller's tables, validated against x (B, S, N, D), or those of `positions`, or of positions 0 .. S - 1.
+/// Throws where x (B, S, N, D) cannot be turned by these tables, or by these positions and theta.
+void check_rotation(const at::Tensor& x, const OptionalTensor& sin, const OptionalTensor& cos,
+                    const OptionalTensor& positions, double theta);
+
+/// The caller's tables, or those of `positions`, or of positions 0 .. S - 1, for a checked rotation of x.
 RotaryTables choose_tables(const at::Tensor& x, const OptionalTensor& sin, const OptionalTensor& cos,
                            const OptionalTensor& positions, double theta);
 

@@ -54,6 +54,18 @@ BAD_NORMS = {
     "positions_device": ({"positions": POSITIONS.to("meta")}, TypeError, "positions", "cpu.*meta"),
     "pairing": ({"pairing": "pairs"}, ValueError, "pairing", "pairs"),
     "q_rank": ({"q": Q[0]}, ValueError, "q", r"\[6, 4, 8\]"),
+    "weight_device": ({"q_weight": torch.ones(8, device="meta")}, TypeError, "q_weight", "cpu.*meta"),
+}  # fmt: skip
+
+BAD_GRADIENTS = {
+    "no_q": ({"q": None}, ValueError, "q", "norm"),
+    "no_k": ({"k": None}, ValueError, "k", "norm"),
+    "grad_q_rank": ({"grad_q": Q[0]}, ValueError, "grad_q", r"\[6, 4, 8\]"),
+    "grad_k_shape": ({"grad_k": K[:, :5]}, ValueError, "grad_k", r"\[2, 6, 2, 8\].*\[2, 5, 2, 8\]"),
+    "grad_q_dtype": ({"grad_q": Q.bfloat16()}, TypeError, "grad_q", "Float.*BFloat16"),
+    "grad_k_device": ({"grad_k": K.to("meta")}, TypeError, "grad_k", "cpu.*meta"),
+    "positions_shape": ({"positions": POSITIONS[:, :5]}, ValueError, "positions", r"\[2, 5\]"),
+    "pairing": ({"pairing": "pairs"}, ValueError, "pairing", "pairs"),
 }  # fmt: skip
 
 
@@ -76,3 +88,11 @@ def test_qk_norm_rope_names_the_bad_argument(bad: str) -> None:
     changes, error, name, detail = BAD_NORMS[bad]
     with pytest.raises(error, match=rf"^selfattn: {name}\b.*{detail}"):
         selfattn.qk_norm_rope(**{"q": Q, "k": K} | changes)
+
+
+@pytest.mark.parametrize("bad", BAD_GRADIENTS)
+def test_qk_norm_rope_backward_names_the_bad_argument(bad: str) -> None:
+    changes, error, name, detail = BAD_GRADIENTS[bad]
+    arguments = {"grad_q": Q, "grad_k": K, "q": Q, "k": K} | changes
+    with pytest.raises(error, match=rf"^selfattn: {name}\b.*{detail}"):
+        torch.ops.selfattn.qk_norm_rope_backward(**arguments)

@@ -19,8 +19,10 @@ def test_kernels_of_a_capability(capability: str) -> None:
     if own not in ORDER or ORDER.index(own) < ORDER.index(capability.upper()):
         pytest.skip(f"this CPU's capability is {own}")
     if own == capability.upper():
-        pytest.skip("what test_flash_cpu.py runs")
+        pytest.skip("what these tests run without this one")
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_flash_cpu.py", "-k", "formula"]
+    files = ["test_flash_cpu.py", "test_qk_norm_rope_forward.py", "test_qk_norm_rope_gradients.py"]
+    wanted = ["-k", "formula or equal_float64"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, *wanted]
     run = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout

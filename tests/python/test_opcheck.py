@@ -40,6 +40,46 @@ def flash_backward_samples() -> list[tuple[tuple, dict]]:
     return samples
 
 
+def norm_rope_samples() -> list[tuple[tuple, dict]]:
+    q, k = random(2, 6, 4, 8), random(2, 6, 2, 8)
+    return [
+        ((q, k, random(8), random(8)), {}),
+        ((q, k), {"positions": torch.arange(6)[None], "norm": False}),
+        ((q, k, None, random(8), *OPS.precompute_freqs(8, None, 6)), {"pairing": "half"}),
+        ((q.detach().bfloat16(), k.detach().bfloat16()), {"rope": False}),
+    ]
+
+
+def norm_rope_backward_samples() -> list[tuple[tuple, dict]]:
+    samples = []
+    for (q, k, *others), options in norm_rope_samples():
+        tensors = [None if tensor is None else tensor.detach() for tensor in (q, k, *others)]
+        grads = torch.randn_like(tensors[0]), torch.randn_like(tensors[1])
+        heads = tensors[:2] if options.get("norm", True) else [None, None]
+        samples.append(((*grads, *heads, *tensors[2:]), options))
+    return samples
+
+
+def norm_rope_attention_samples() -> list[tuple[tuple, dict]]:
+    qkv = random(2, 6, 4, 8), random(2, 6, 2, 8), random(2, 6, 2, 8)
+    freqs = OPS.precompute_freqs(8, None, 6)
+    return [
+        ((*qkv, random(8), random(8)), {}),
+        ((*qkv, random(8), None, *freqs, IDS), {"pairing": "half", "window_left": 2, "sinks": random(4)}),
+    ]
+
+
+def norm_rope_attention_backward_samples() -> list[tuple[tuple, dict]]:
+    samples = []
+    for arguments, options in norm_rope_attention_samples():
+        q, k, v, *others = (None if tensor is None else tensor.detach() for tensor in arguments)
+        call = {name: value for name, value in options.items() if name != "sinks"}
+        out, lse = OPS.qk_norm_rope_attention(q, k, v, *others, **call)
+        samples.append(((torch.randn_like(out), torch.randn_like(lse), q, k, v, out, lse, *others), call))
+        samples.append(((torch.randn_like(out), None, q, k, v, out, lse, *others), call))
+    return samples
+
+
 def self_attention_samples() -> list[tuple[tuple, dict]]:
     x, wide, narrow = random(2, 6, 32), random(32, 32), random(16, 32)
     options = {"head_dim": 8}
@@ -68,10 +108,10 @@ SAMPLES = {
         ((random(2, 6, 4, 8), random(2, 6, 2, 8)), {}),
         ((random(2, 6, 4, 8), random(2, 6, 2, 8), *OPS.precompute_freqs(8, None, 6)), {"pairing": "half"}),
     ],
-    "qk_norm_rope": lambda: [
-        ((random(2, 6, 4, 8), random(2, 6, 2, 8), random(8), random(8)), {}),
-        ((random(2, 6, 4, 8), random(2, 6, 2, 8)), {"positions": torch.arange(6)[None], "norm": False}),
-    ],
+    "qk_norm_rope": norm_rope_samples,
+    "qk_norm_rope_backward": norm_rope_backward_samples,
+    "qk_norm_rope_attention": norm_rope_attention_samples,
+    "qk_norm_rope_attention_backward": norm_rope_attention_backward_samples,
     "self_attention": self_attention_samples,
 }
 

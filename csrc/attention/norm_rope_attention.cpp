@@ -1,0 +1,100 @@
+// qk_norm_rope_attention: qk_norm_rope and flash_attention as one operator, for what it keeps for the gradient.
+#include "attention/norm_rope_attention.h"
+
+#include <ATen/autocast_mode.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/library.h>
+
+#include "attention/select_backend.h"
+
+namespace selfattn {
+namespace {
+
+/// Under autocast multihead_attention casts what qk_norm_rope gives; the one operator has no place for that.
+bool is_cast_between(const at::Tensor& heads) {
+  const auto device = heads.device().type();
+  return at::autocast::is_autocast_available(device) && at::autocast::is_autocast_enabled(device) &&
+         heads.scalar_type() != at::autocast::get_autocast_dtype(device);
+}
+
+}  // namespace
+
+NormRopeAttentionCall make_norm_rope_attention_call(NormRopeCall prologue, const at::Tensor& v,
+                                                    const AttentionArguments& arguments) {
+  check_norm_rope(prologue);
+  AttentionProblem problem = make_attention_problem(prologue.q, prologue.k, v, arguments, /*needs_lse=*/true);
+  return {std::move(prologue), std::move(problem)};
+}
+
+std::optional<NormRopeAttentionCall> as_one_operator(const NormRopeCall& prologue, const at::Tensor& v,
+                                                     const AttentionArguments& arguments, c10::string_view backend) {
+  const Backend name = parse_backend(backend);
+  if (name != Backend::kAuto && name != Backend::kFlash) return std::nullopt;
+  if (!prologue.norm || !prologue.rope || prologue.positions || is_cast_between(prologue.q)) return std::nullopt;
+  if (!any_requires_grad({prologue.q, prologue.k, v, prologue.q_weight, prologue.k_weight, arguments.sinks}) ||
+      needs_composition(prologue)) {
+    return std::nullopt;
+  }
+  NormRopeAttentionCall call = make_norm_rope_attention_call(prologue, v, arguments);
+  if (!reasons_against(flash_backend(), call.problem).empty()) return std::nullopt;
+  return call;
+}
+
+AttentionResults norm_rope_then_attend(const NormRopeAttentionCall& call) {
+  AttentionProblem problem = call.problem;
+  std::tie(problem.query, problem.key) = qk_norm_rope(call.prologue);
+  return flash_attention(problem);
+}
+
+NormRopeAttentionGradients attend_backward_then_norm_rope(const NormRopeAttentionCall& call,
+                                                          const AttentionGradients& gradients) {
+  const auto attend_backward = [&] {  // the turned q and k live no longer than needed
+    AttentionProblem problem = call.problem;
+    std::tie(problem.query, problem.key) = qk_norm_rope(call.prologue);
+    return flash_attention_backward(problem, gradients);
+  };
+  const auto [grad_q, grad_k, dv] = attend_backward();
+  const auto [dq, dk, dq_weight, dk_weight] = qk_norm_rope_backward(call.prologue, grad_q, grad_k);
+  return {dq, dk, dv, dq_weight, dk_weight};
+}
+
+AttentionResults qk_norm_rope_attention(const NormRopeAttentionCall& call) {
+  using Schema = AttentionResults(const at::Tensor&, const at::Tensor&, const at::Tensor&, const OptionalTensor&,
+                                  const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+                                  const OptionalTensor&, double, double, c10::string_view, bool, std::optional<double>,
+                                  int64_t, int64_t, double, const OptionalTensor&);
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("selfattn::qk_norm_rope_attention", "").typed<Schema>();
+  const NormRopeCall& prologue = call.prologue;
+  const AttentionProblem& problem = call.problem;
+  return op.call(prologue.q, prologue.k, problem.value, prologue.q_weight, prologue.k_weight, prologue.freqs_sin,
+                 prologue.freqs_cos, problem.query_segment_ids, prologue.eps, prologue.theta,
+                 to_string(prologue.pairing), problem.is_causal, problem.scale, problem.window_left,
+                 problem.window_right, problem.softcap, problem.sinks);
+}
+
+NormRopeAttentionGradients qk_norm_rope_attention_backward(const NormRopeAttentionCall& call,
+                                                           const AttentionGradients& gradients) {
+  using Schema = NormRopeAttentionGradients(const at::Tensor&, const OptionalTensor&, const at::Tensor&,
+                                            const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                                            const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+                                            const OptionalTensor&, const OptionalTensor&, double, double,
+                                            c10::string_view, bool, std::optional<double>, int64_t, int64_t, double);
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("selfattn::qk_norm_rope_attention_backward", "").typed<Schema>();
+  const NormRopeCall& prologue = call.prologue;
+  const AttentionProblem& problem = call.problem;
+  return op.call(gradients.grad_out, gradients.grad_lse, prologue.q, prologue.k, problem.value, gradients.out,
+                 gradients.lse, prologue.q_weight, prologue.k_weight, prologue.freqs_sin, prologue.freqs_cos,
+                 problem.query_segment_ids, prologue.eps, prologue.theta, to_string(prologue.pairing),
+                 problem.is_causal, problem.scale, problem.window_left, problem.window_right, problem.softcap);
+}
+
+}  // namespace selfattn
+
+// For every device: the parts have kernels.
+TORCH_LIBRARY_IMPL(selfattn, CompositeExplicitAutograd, m) {
+  m.impl("qk_norm_rope_attention", TORCH_FN((selfattn::attention_from_schema<selfattn::norm_rope_then_attend>)));
+  m.impl("qk_norm_rope_attention_backward",
+         TORCH_FN((selfattn::attention_backward_from_schema<selfattn::attend_backward_then_norm_rope>)));
+}

@@ -1,0 +1,84 @@
+#pragma once
+
+#include <tuple>
+
+#include "attention/kernel_ops.h"
+#include "rotary/norm_rope.h"
+
+namespace selfattn {
+
+/// One call of qk_norm_rope_attention, validated: qk_norm_rope with norm and rotation, then flash_attention. As one
+/// operator it keeps the raw q and k for its gradient, where two keep the normalised ones beside them.
+struct NormRopeAttentionCall {
+  NormRopeCall prologue;
+  AttentionProblem problem;  // of the raw q and k
+};
+
+using AttentionResults = std::tuple<at::Tensor, at::Tensor>;
+/// dq, dk, dv, dq_weight, dk_weight
+using NormRopeAttentionGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+NormRopeAttentionCall make_norm_rope_attention_call(NormRopeCall prologue, const at::Tensor& v,
+                                                    const AttentionArguments& arguments);
+
+/// The call of that one operator where it serves: a gradient is wanted, there is a norm, and `backend` stands for
+/// flash.
+std::optional<NormRopeAttentionCall> as_one_operator(const NormRopeCall& prologue, const at::Tensor& v,
+                                                     const AttentionArguments& arguments, c10::string_view backend);
+
+/// The parts one after the other, each through the dispatcher; differentiable where they are.
+AttentionResults norm_rope_then_attend(const NormRopeAttentionCall& call);
+NormRopeAttentionGradients attend_backward_then_norm_rope(const NormRopeAttentionCall& call,
+                                                          const AttentionGradients& gradients);
+
+/// The operators through the dispatcher.
+AttentionResults qk_norm_rope_attention(const NormRopeAttentionCall& call);
+NormRopeAttentionGradients qk_norm_rope_attention_backward(const NormRopeAttentionCall& call,
+                                                           const AttentionGradients& gradients);
+
+/// An implementation with the arguments of the schema.
+template <AttentionResults (*kImplementation)(const NormRopeAttentionCall&)>
+AttentionResults attention_from_schema(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                       const OptionalTensor& q_weight, const OptionalTensor& k_weight,
+                                       const OptionalTensor& freqs_sin, const OptionalTensor& freqs_cos,
+                                       const OptionalTensor& segment_ids, double eps, double theta,
+                                       c10::string_view pairing, bool causal, std::optional<double> qk_scale,
+                                       int64_t window_left, int64_t window_right, double softcap,
+                                       const OptionalTensor& sinks) {
+  return kImplementation(make_norm_rope_attention_call(
+      {.q = q,
+       .k = k,
+       .q_weight = q_weight,
+       .k_weight = k_weight,
+       .freqs_sin = freqs_sin,
+       .freqs_cos = freqs_cos,
+       .eps = eps,
+       .theta = theta,
+       .pairing = parse_pairing(pairing, "pairing")},
+      v, {segment_ids, causal, qk_scale, std::nullopt, window_left, window_right, softcap, sinks}));
+}
+
+/// The same for the gradient.
+template <NormRopeAttentionGradients (*kImplementation)(const NormRopeAttentionCall&, const AttentionGradients&)>
+NormRopeAttentionGradients attention_backward_from_schema(
+    const at::Tensor& grad_out, const OptionalTensor& grad_lse, const at::Tensor& q, const at::Tensor& k,
+    const at::Tensor& v, const at::Tensor& out, const at::Tensor& lse, const OptionalTensor& q_weight,
+    const OptionalTensor& k_weight, const OptionalTensor& freqs_sin, const OptionalTensor& freqs_cos,
+    const OptionalTensor& segment_ids, double eps, double theta, c10::string_view pairing, bool causal,
+    std::optional<double> qk_scale, int64_t window_left, int64_t window_right, double softcap) {
+  return kImplementation(
+      make_norm_rope_attention_call(
+          {.q = q,
+           .k = k,
+           .q_weight = q_weight,
+           .k_weight = k_weight,
+           .freqs_sin = freqs_sin,
+           .freqs_cos = freqs_cos,
+           .eps = eps,
+           .theta = theta,
+           .pairing = parse_pairing(pairing, "pairing")},
+          v, {segment_ids, causal, qk_scale, std::nullopt, window_left, window_right, softcap, std::nullopt}),
+      {grad_out, grad_lse, out, lse});
+}
+
+}  // namespace selfattn

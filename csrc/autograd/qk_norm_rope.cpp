@@ -1,0 +1,80 @@
+// Autograd of qk_norm_rope. Its gradient is the operator qk_norm_rope_backward, which recomputes all but the raw
+// inputs.
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include "attention/function_transform.h"
+#include "rotary/norm_rope.h"
+
+namespace selfattn {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+class QkNormRope : public torch::autograd::Function<QkNormRope> {
+ public:
+  static variable_list forward(AutogradContext* context, const at::Tensor& q, const at::Tensor& k,
+                               const OptionalTensor& q_weight, const OptionalTensor& k_weight,
+                               const NormRopeCall& call) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    auto [turned_q, turned_k] = qk_norm_rope(call);
+    const auto tensor = [](const OptionalTensor& optional) { return optional.value_or(at::Tensor()); };
+    // A rotation's gradient does not depend on what was turned.
+    context->save_for_backward({call.norm ? q : at::Tensor(), call.norm ? k : at::Tensor(), tensor(q_weight),
+                                tensor(k_weight), tensor(call.freqs_sin), tensor(call.freqs_cos),
+                                tensor(call.positions)});
+    context->saved_data["norm"] = call.norm;
+    context->saved_data["eps"] = call.eps;
+    context->saved_data["rope"] = call.rope;
+    context->saved_data["theta"] = call.theta;
+    context->saved_data["pairs_halves"] = call.pairing == RotaryPairing::kHalf;
+    return {turned_q, turned_k};
+  }
+
+  static variable_list backward(AutogradContext* context, variable_list grads) {
+    const auto saved = context->get_saved_variables();
+    const auto optional = [](const at::Tensor& tensor) {
+      return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
+    };
+    NormRopeCall call{saved[0],           saved[1],           optional(saved[2]),
+                      optional(saved[3]), optional(saved[4]), optional(saved[5])};
+    call.positions = optional(saved[6]);
+    call.norm = context->saved_data["norm"].toBool();
+    call.eps = context->saved_data["eps"].toDouble();
+    call.rope = context->saved_data["rope"].toBool();
+    call.theta = context->saved_data["theta"].toDouble();
+    call.pairing = context->saved_data["pairs_halves"].toBool() ? RotaryPairing::kHalf : RotaryPairing::kInterleaved;
+    const auto [dq, dk, dq_weight, dk_weight] = qk_norm_rope_backward(call, grads[0], grads[1]);
+    return {dq, dk, call.q_weight ? dq_weight : at::Tensor(), call.k_weight ? dk_weight : at::Tensor(), at::Tensor()};
+  }
+};
+
+NormRopeHeads qk_norm_rope_autograd(const NormRopeCall& call) {
+  if (needs_composition(call)) return compose_norm_rope(call);
+  if (!any_requires_grad({call.q, call.k, call.q_weight, call.k_weight})) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return qk_norm_rope(call);
+  }
+  const auto results = QkNormRope::apply(call.q, call.k, call.q_weight, call.k_weight, call);
+  return {results[0], results[1]};
+}
+
+/// Asked for a gradient of the gradient, it computes the formula in differentiable operators instead of the kernel.
+NormRopeGradients qk_norm_rope_backward_autograd(const NormRopeCall& call, const at::Tensor& grad_q,
+                                                 const at::Tensor& grad_k) {
+  if (needs_composition(call) || has_tangent(grad_q) || has_tangent(grad_k) ||
+      any_requires_grad({grad_q, grad_k, call.q, call.k, call.q_weight, call.k_weight})) {
+    return compose_norm_rope_backward(call, grad_q, grad_k);
+  }
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return qk_norm_rope_backward(call, grad_q, grad_k);
+}
+
+}  // namespace
+}  // namespace selfattn
+
+TORCH_LIBRARY_IMPL(selfattn, Autograd, m) {
+  m.impl("qk_norm_rope", TORCH_FN((selfattn::from_schema<selfattn::qk_norm_rope_autograd>)));
+  m.impl("qk_norm_rope_backward", TORCH_FN((selfattn::backward_from_schema<selfattn::qk_norm_rope_backward_autograd>)));
+}

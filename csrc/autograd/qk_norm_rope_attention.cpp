@@ -1,0 +1,109 @@
+// Autograd of qk_norm_rope_attention: keeps the raw q, k and v, out and lse; its gradient makes the rest again.
+#include <ATen/ops/zeros_like.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include "attention/norm_rope_attention.h"
+
+namespace selfattn {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+class QkNormRopeAttention : public torch::autograd::Function<QkNormRopeAttention> {
+ public:
+  static variable_list forward(AutogradContext* context, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                               const OptionalTensor& q_weight, const OptionalTensor& k_weight,
+                               const OptionalTensor& sinks, const NormRopeAttentionCall& call) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    auto [out, lse] = qk_norm_rope_attention(call);
+    const auto tensor = [](const OptionalTensor& optional) { return optional.value_or(at::Tensor()); };
+    context->save_for_backward({q, k, v, tensor(q_weight), tensor(k_weight), tensor(sinks),
+                                tensor(call.prologue.freqs_sin), tensor(call.prologue.freqs_cos),
+                                tensor(call.problem.query_segment_ids), out, lse});
+    context->saved_data["eps"] = call.prologue.eps;
+    context->saved_data["theta"] = call.prologue.theta;
+    context->saved_data["pairs_halves"] = call.prologue.pairing == RotaryPairing::kHalf;
+    context->saved_data["is_causal"] = call.problem.is_causal;
+    context->saved_data["scale"] = call.problem.scale;
+    context->saved_data["window_left"] = call.problem.window_left;
+    context->saved_data["window_right"] = call.problem.window_right;
+    context->saved_data["softcap"] = call.problem.softcap;
+    context->set_materialize_grads(false);
+    return {out, lse};
+  }
+
+  static variable_list backward(AutogradContext* context, variable_list grads) {
+    if (!grads[0].defined() && !grads[1].defined()) return variable_list(7);
+    const auto saved = context->get_saved_variables();
+    const auto& data = context->saved_data;
+    const auto optional = [](const at::Tensor& tensor) {
+      return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
+    };
+    NormRopeCall prologue{.q = saved[0],
+                          .k = saved[1],
+                          .q_weight = optional(saved[3]),
+                          .k_weight = optional(saved[4]),
+                          .freqs_sin = optional(saved[6]),
+                          .freqs_cos = optional(saved[7]),
+                          .eps = data.at("eps").toDouble(),
+                          .theta = data.at("theta").toDouble()};
+    if (data.at("pairs_halves").toBool()) prologue.pairing = RotaryPairing::kHalf;
+    AttentionProblem problem{.query = saved[0], .key = saved[1], .value = saved[2]};
+    problem.query_segment_ids = optional(saved[8]);
+    problem.key_segment_ids = problem.query_segment_ids;
+    problem.is_causal = data.at("is_causal").toBool();
+    problem.scale = data.at("scale").toDouble();
+    problem.window_left = data.at("window_left").toInt();
+    problem.window_right = data.at("window_right").toInt();
+    problem.softcap = data.at("softcap").toDouble();
+    const AttentionGradients gradients{.grad_out = grads[0].defined() ? grads[0] : at::zeros_like(saved[9]),
+                                       .grad_lse = optional(grads[1]),
+                                       .out = saved[9],
+                                       .lse = saved[10]};
+    const auto [dq, dk, dv, dq_weight, dk_weight] = qk_norm_rope_attention_backward({prologue, problem}, gradients);
+    return {dq,
+            dk,
+            dv,
+            saved[3].defined() ? dq_weight : at::Tensor(),
+            saved[4].defined() ? dk_weight : at::Tensor(),
+            saved[5].defined() ? sinks_gradient(saved[5], gradients) : at::Tensor(),
+            at::Tensor()};
+  }
+};
+
+AttentionResults qk_norm_rope_attention_autograd(const NormRopeAttentionCall& call) {
+  const NormRopeCall& prologue = call.prologue;
+  // What one node cannot differentiate, its parts can, or say why they cannot.
+  if (needs_composition(prologue)) return norm_rope_then_attend(call);
+  if (!any_requires_grad({prologue.q_weight, prologue.k_weight}) && !call.problem.requires_grad()) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return qk_norm_rope_attention(call);
+  }
+  const auto results = QkNormRopeAttention::apply(prologue.q, prologue.k, call.problem.value, prologue.q_weight,
+                                                  prologue.k_weight, call.problem.sinks, call);
+  return {results[0], results[1]};
+}
+
+NormRopeAttentionGradients qk_norm_rope_attention_backward_autograd(const NormRopeAttentionCall& call,
+                                                                    const AttentionGradients& gradients) {
+  const NormRopeCall& prologue = call.prologue;
+  if (needs_composition(prologue) || call.problem.requires_grad() ||
+      any_requires_grad({prologue.q_weight, prologue.k_weight, gradients.grad_out, gradients.grad_lse, gradients.out,
+                         gradients.lse})) {
+    return attend_backward_then_norm_rope(call, gradients);  // whose gradients are differentiable
+  }
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return qk_norm_rope_attention_backward(call, gradients);
+}
+
+}  // namespace
+}  // namespace selfattn
+
+TORCH_LIBRARY_IMPL(selfattn, Autograd, m) {
+  m.impl("qk_norm_rope_attention",
+         TORCH_FN((selfattn::attention_from_schema<selfattn::qk_norm_rope_attention_autograd>)));
+  m.impl("qk_norm_rope_attention_backward",
+         TORCH_FN((selfattn::attention_backward_from_schema<selfattn::qk_norm_rope_attention_backward_autograd>)));
+}

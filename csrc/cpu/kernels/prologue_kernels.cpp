@@ -1,0 +1,120 @@
+// Compiled once for each instruction set: see cmake/cpu_kernels.cmake.
+#include "cpu/prologue_kernels.h"
+
+#include <vector>
+
+#include "cpu/kernels/rotary_turns.h"
+#include "cpu/kernels/vector_math.h"
+
+namespace selfattn::cpu {
+inline namespace CPU_CAPABILITY {
+
+/// y = x turned by the angles, or turned back.
+template <bool kBack>
+void turn(const float* __restrict x, const float* __restrict sin, const float* __restrict cos, int64_t half,
+          bool pairs_halves, float* __restrict y) {
+  constexpr float kSign = kBack ? -1.0f : 1.0f;
+  if (pairs_halves) {
+    for (int64_t i = 0; i < half; ++i) {
+      const float first = x[i], second = x[half + i], s = kSign * sin[i];
+      y[i] = first * cos[i] - second * s;
+      y[half + i] = first * s + second * cos[i];
+    }
+    return;
+  }
+  for (int64_t i = 0; i < half; ++i) {
+    const float first = x[2 * i], second = x[2 * i + 1], s = kSign * sin[i];
+    y[2 * i] = first * cos[i] - second * s;
+    y[2 * i + 1] = first * s + second * cos[i];
+  }
+}
+
+inline float dot(const float* a, const float* b, int64_t count) {
+  Vec total(0.0f);
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) total = at::vec::fmadd(load(a + i), load(b + i), total);
+  float result = sum(total);
+  for (; i < count; ++i) result += a[i] * b[i];
+  return result;
+}
+
+/// x *= factor, and *= weight where there is one.
+inline void scale(float* __restrict x, float factor, const float* __restrict weight, int64_t count) {
+  if (!weight) {
+    for (int64_t i = 0; i < count; ++i) x[i] *= factor;
+    return;
+  }
+  for (int64_t i = 0; i < count; ++i) x[i] *= factor * weight[i];
+}
+
+/// The norm's gradient: g, that of its result, becomes that of x, where rstd is 1 / rms of x. Adds to the weight's
+/// gradient where there is a weight.
+inline void norm_backward(float* __restrict g, float* __restrict x, float rstd, const float* __restrict weight,
+                          float* __restrict weight_gradient, int64_t count) {
+  if (weight) {
+    for (int64_t i = 0; i < count; ++i) {
+      x[i] *= rstd;
+      weight_gradient[i] += g[i] * x[i];
+      g[i] *= weight[i];
+    }
+  } else {
+    for (int64_t i = 0; i < count; ++i) x[i] *= rstd;
+  }
+  const float along = rstd * dot(g, x, count) / static_cast<float>(count);
+  for (int64_t i = 0; i < count; ++i) g[i] = rstd * g[i] - x[i] * along;
+}
+
+inline float reciprocal_rms(const PrologueProblem& p, const float* x) {
+  return 1.0f / std::sqrt(dot(x, x, p.dim) / static_cast<float>(p.dim) + p.eps);
+}
+
+/// body(batch, token, head, row) for the heads of a range of tokens, `row` counting (B, S, N).
+template <typename Body>
+void for_each_head(const PrologueProblem& p, int64_t first_token, int64_t last_token, TokenTurns& turns,
+                   const Body& body) {
+  for (int64_t index = first_token; index < last_token; ++index) {
+    const int64_t batch = index / p.length, token = index % p.length;
+    turns.go_to(batch, token);
+    for (int64_t head = 0; head < p.heads; ++head) body(batch, token, head, index * p.heads + head);
+  }
+}
+
+template <typename T>
+void prologue_forward(const PrologueProblem& p, int64_t first_token, int64_t last_token) {
+  std::vector<float> workspace(3 * p.dim);
+  float *x = workspace.data(), *y = x + p.dim;
+  TokenTurns turns{p, y + p.dim};
+  T* const result = static_cast<T*>(p.result);
+  for_each_head(p, first_token, last_token, turns, [&](int64_t batch, int64_t token, int64_t head, int64_t row) {
+    convert(p.input.at<const T>(batch, token, head), x, p.dim);
+    if (p.has_norm) scale(x, reciprocal_rms(p, x), p.weight, p.dim);
+    if (p.has_rope) turn</*kBack=*/false>(x, turns.sin, turns.cos, p.dim / 2, p.pairs_halves, y);
+    convert_scaled(p.has_rope ? y : x, 1.0f, result + row * p.dim, p.dim);
+  });
+}
+
+template <typename T>
+void prologue_backward(const PrologueProblem& p, int64_t first_token, int64_t last_token, float* weight_gradient) {
+  std::vector<float> workspace(4 * p.dim);
+  float *const x = workspace.data(), *const grad = x + p.dim, *const turned_back = grad + p.dim;
+  TokenTurns turns{p, turned_back + p.dim};
+  T* const result = static_cast<T*>(p.result);
+  for_each_head(p, first_token, last_token, turns, [&](int64_t batch, int64_t token, int64_t head, int64_t row) {
+    convert(p.grad.at<const T>(batch, token, head), grad, p.dim);
+    if (p.has_rope) turn</*kBack=*/true>(grad, turns.sin, turns.cos, p.dim / 2, p.pairs_halves, turned_back);
+    float* const g = p.has_rope ? turned_back : grad;
+    if (p.has_norm) {
+      convert(p.input.at<const T>(batch, token, head), x, p.dim);
+      norm_backward(g, x, reciprocal_rms(p, x), p.weight, weight_gradient, p.dim);
+    }
+    convert_scaled(g, 1.0f, result + row * p.dim, p.dim);
+  });
+}
+
+extern const PrologueKernels kFloatPrologue, kBFloat16Prologue, kHalfPrologue;
+const PrologueKernels kFloatPrologue{prologue_forward<float>, prologue_backward<float>};
+const PrologueKernels kBFloat16Prologue{prologue_forward<c10::BFloat16>, prologue_backward<c10::BFloat16>};
+const PrologueKernels kHalfPrologue{prologue_forward<c10::Half>, prologue_backward<c10::Half>};
+
+}  // namespace CPU_CAPABILITY
+}  // namespace selfattn::cpu

@@ -1,0 +1,71 @@
+// Plain values that travel from the binding of qk_norm_rope (which knows tensors) to its launchers (which know no torch
+// header).
+#pragma once
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+namespace selfattn::cuda {
+
+enum class FloatType { kFloat, kBFloat16, kHalf };
+enum class PositionType { kInt32, kInt64, kDouble };
+
+// A (batch, tokens, heads, dim) tensor: any strides (in elements), dim contiguous. Where the dimension has a vector
+// kernel, data and strides are multiples of 16 bytes.
+struct HeadsView {
+  const void* data;
+  int64_t stride_batch, stride_token, stride_head;
+};
+
+// Tables, or positions, or neither: positions 0 .. length - 1. A batch stride is 0 where all rows share them.
+struct TurnSource {
+  const void *sin, *cos;  // (batch, tokens, dim / 2), or null
+  FloatType table_type;
+  int64_t table_stride_batch, table_stride_token, table_stride_pair;
+  const void* positions;  // (batch, tokens), or null
+  PositionType position_type;
+  int64_t position_stride_batch, position_stride_token;
+};
+
+// One of q and k.
+struct PrologueSide {
+  int batch, length, heads;
+  HeadsView input;     // forward, and backward with the norm
+  HeadsView grad;      // backward
+  void* result;        // (batch, length, heads, dim), contiguous
+  const void* weight;  // (dim,), or null: ones
+  FloatType weight_type;
+  TurnSource turns;
+  float* partial_sums;    // (blocks, dim) scratch of the weight's gradient; null without a weight
+  void* weight_gradient;  // (dim,) of weight_type
+  int blocks;             // thread blocks that work on it: plan_prologue
+};
+
+constexpr int kMaxVectorDim = 256;  // vector kernels: multiples of 16 up to this
+constexpr int kMaxPrologueDim = 1024;
+
+struct PrologueParams {
+  PrologueSide sides[2];
+  int num_sides;
+  int dim;
+  FloatType element;
+  bool has_norm, has_rope, pairs_halves;
+  bool turns_back;  // the transposed rotation: the gradient of a call without norm is a forward call with this
+  float eps;
+  double theta;
+  double quarter_turns[kMaxVectorDim / 2];  // of one step of the position, a pair; vector kernels
+  int tokens_per_warp;                      // a block's, for the general kernels: plan_prologue
+};
+
+constexpr bool prologue_has_vector_kernel(int64_t dim) { return dim % 16 == 0 && dim > 0 && dim <= kMaxVectorDim; }
+
+// Cuts the work into thread blocks: fills in `blocks` and `tokens_per_warp`.
+void plan_prologue(PrologueParams& params, bool is_backward);
+
+// result = input, normalised and turned. Gives the launch status.
+cudaError_t launch_qk_norm_rope_forward(const PrologueParams& params, cudaStream_t stream);
+
+// result = the gradient of input, and weight_gradient; has_norm only.
+cudaError_t launch_qk_norm_rope_backward(const PrologueParams& params, cudaStream_t stream);
+
+}  // namespace selfattn::cuda

@@ -1,0 +1,186 @@
+// qk_norm_rope in ATen operators: per-head RMSNorm of q and k, then the rotary embedding; and its gradient.
+#include "rotary/norm_rope.h"
+
+#include <ATen/TensorOperators.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/rsqrt.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "attention/function_transform.h"
+
+namespace selfattn {
+namespace {
+
+void check_weight(const OptionalTensor& weight, const at::Tensor& x, const char* name) {
+  if (!weight) return;
+  TORCH_CHECK_TYPE(at::isFloatingType(weight->scalar_type()), "selfattn: ", name, " must be floating point; got ",
+                   weight->scalar_type());
+  TORCH_CHECK_TYPE(weight->device() == x.device(), "selfattn: ", name, " must be on the device of the heads, ",
+                   x.device(), "; got ", weight->device());
+  TORCH_CHECK_VALUE(weight->dim() == 1 && weight->sym_size(0) == x.sym_size(3), "selfattn: ", name,
+                    " must have the shape (D,) = [", x.sym_size(3), "]; got ", weight->sym_sizes());
+}
+
+/// All but q and k themselves, for heads of the shapes of `q` and `k`.
+void check_options(const NormRopeCall& call, const at::Tensor& q, const at::Tensor& k) {
+  TORCH_CHECK_VALUE(std::isfinite(call.eps) && call.eps >= 0.0, "selfattn: eps must be finite and at least 0; got ",
+                    call.eps);
+  TORCH_CHECK_VALUE(call.norm || (!call.q_weight && !call.k_weight),
+                    "selfattn: q_weight and k_weight must not be given where norm is False");
+  TORCH_CHECK_VALUE(call.rope || (!call.freqs_sin && !call.freqs_cos && !call.positions),
+                    "selfattn: freqs_sin, freqs_cos and positions must not be given where rope is False");
+  if (call.rope) {
+    check_rotation(q, call.freqs_sin, call.freqs_cos, call.positions, call.theta);
+    check_rotation(k, call.freqs_sin, call.freqs_cos, call.positions, call.theta);
+  }
+  check_weight(call.q_weight, q, "q_weight");
+  check_weight(call.k_weight, k, "k_weight");
+}
+
+void check_gradient(const at::Tensor& grad, const at::Tensor& x, const char* name, const char* of) {
+  TORCH_CHECK_VALUE(x.defined(), "selfattn: ", of, " must be given where norm is True");
+  check_heads(x, of);
+  TORCH_CHECK_TYPE(grad.scalar_type() == x.scalar_type() && grad.device() == x.device(), "selfattn: ", name,
+                   " must be ", x.scalar_type(), " on ", x.device(), "; got ", grad.scalar_type(), " on ",
+                   grad.device());
+  TORCH_CHECK_VALUE(grad.sym_sizes() == x.sym_sizes(), "selfattn: ", name, " must have the shape of ", of, ", ",
+                    x.sym_sizes(), "; got ", grad.sym_sizes());
+}
+
+at::ScalarType compute_dtype(const at::Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+
+/// 1 / sqrt(mean(x^2) + eps) over the last dimension (Root Mean Square Layer Normalization, arXiv:1910.07467, eq. 4).
+at::Tensor reciprocal_rms(const at::Tensor& x, double eps) {
+  return at::rsqrt(x.square().mean(-1, /*keepdim=*/true) + eps);
+}
+
+at::Tensor weighted(const at::Tensor& x, const OptionalTensor& weight) {
+  return weight ? x * weight->to(x.scalar_type()) : x;
+}
+
+at::Tensor no_gradient(const at::Tensor& grad) { return at::empty({0}, grad.options()); }
+
+/// `heads` in the dtype of x, contiguous, in memory of its own.
+at::Tensor as_result(const at::Tensor& heads, const at::Tensor& x) {
+  const at::Tensor result = heads.to(x.scalar_type()).contiguous();
+  return result.is_same(x) ? x.clone() : result;
+}
+
+/// The gradients of one of the two: dx in its dtype, and of its weight.
+std::pair<at::Tensor, at::Tensor> gradients_of_one(const NormRopeCall& call, const at::Tensor& grad,
+                                                   const at::Tensor& x, const OptionalTensor& weight,
+                                                   const RotaryTables& tables) {
+  const auto dtype = compute_dtype(grad);
+  // A rotation's transpose turns the other way.
+  const at::Tensor turned = call.rope ? rotate(grad, {-tables.sin, tables.cos}, call.pairing) : grad.to(dtype);
+  if (!call.norm) return {as_result(turned, grad), no_gradient(grad)};
+  const at::Tensor heads = x.to(dtype);
+  const at::Tensor rstd = reciprocal_rms(heads, call.eps), normed = heads * rstd;
+  const at::Tensor of_normed = weighted(turned, weight);
+  const at::Tensor along = (of_normed * normed).mean(-1, /*keepdim=*/true);
+  return {as_result(rstd * (of_normed - normed * along), grad),
+          weight ? (turned * normed).sum(at::IntArrayRef{0, 1, 2}).to(weight->scalar_type()) : no_gradient(grad)};
+}
+
+at::Tensor heads_of_one(const NormRopeCall& call, const at::Tensor& x, const OptionalTensor& weight,
+                        const RotaryTables& tables) {
+  at::Tensor heads = x.to(compute_dtype(x));
+  if (call.norm) heads = weighted(heads * reciprocal_rms(heads, call.eps), weight);
+  if (call.rope) heads = rotate(heads, tables, call.pairing);
+  return as_result(heads, x);
+}
+
+std::pair<RotaryTables, RotaryTables> tables_of(const NormRopeCall& call, const at::Tensor& q, const at::Tensor& k) {
+  if (!call.rope) return {};
+  return choose_tables_of_both(q, k, call.freqs_sin, call.freqs_cos, call.positions, call.theta);
+}
+
+}  // namespace
+
+void check_heads(const at::Tensor& x, const char* name) {
+  TORCH_CHECK_TYPE(at::isFloatingType(x.scalar_type()), "selfattn: ", name, " must be floating point; got ",
+                   x.scalar_type());
+  TORCH_CHECK_VALUE(x.dim() == 4, "selfattn: ", name, " must have four dimensions (B, S, N, D); got shape ",
+                    x.sym_sizes());
+}
+
+bool any_requires_grad(std::initializer_list<OptionalTensor> tensors) {
+  return at::GradMode::is_enabled() && std::any_of(tensors.begin(), tensors.end(), [](const OptionalTensor& tensor) {
+           return tensor && tensor->defined() && tensor->requires_grad();
+         });
+}
+
+bool needs_composition(const NormRopeCall& call) {
+  if (is_function_transform_active()) return true;
+  if (any_requires_grad({call.freqs_sin, call.freqs_cos, call.positions})) return true;
+  const OptionalTensor tensors[] = {call.q, call.k, call.q_weight, call.k_weight, call.freqs_sin, call.freqs_cos};
+  return std::any_of(std::begin(tensors), std::end(tensors),
+                     [](const OptionalTensor& tensor) { return tensor && has_tangent(*tensor); });
+}
+
+void check_norm_rope(const NormRopeCall& call) {
+  check_heads(call.q, "q");
+  check_heads(call.k, "k");
+  check_options(call, call.q, call.k);
+}
+
+void check_norm_rope_backward(const NormRopeCall& call, const at::Tensor& grad_q, const at::Tensor& grad_k) {
+  check_heads(grad_q, "grad_q");
+  check_heads(grad_k, "grad_k");
+  if (call.norm || call.q.defined()) check_gradient(grad_q, call.q, "grad_q", "q");
+  if (call.norm || call.k.defined()) check_gradient(grad_k, call.k, "grad_k", "k");
+  check_options(call, grad_q, grad_k);
+}
+
+NormRopeHeads compose_norm_rope(const NormRopeCall& call) {
+  const auto [of_q, of_k] = tables_of(call, call.q, call.k);
+  return {heads_of_one(call, call.q, call.q_weight, of_q), heads_of_one(call, call.k, call.k_weight, of_k)};
+}
+
+NormRopeGradients compose_norm_rope_backward(const NormRopeCall& call, const at::Tensor& grad_q,
+                                             const at::Tensor& grad_k) {
+  const auto [of_q, of_k] = tables_of(call, grad_q, grad_k);
+  auto [dq, dq_weight] = gradients_of_one(call, grad_q, call.q, call.q_weight, of_q);
+  auto [dk, dk_weight] = gradients_of_one(call, grad_k, call.k, call.k_weight, of_k);
+  return {dq, dk, dq_weight, dk_weight};
+}
+
+NormRopeHeads qk_norm_rope(const NormRopeCall& call) {
+  using Schema = NormRopeHeads(const at::Tensor&, const at::Tensor&, const OptionalTensor&, const OptionalTensor&,
+                               const OptionalTensor&, const OptionalTensor&, bool, double, bool, const OptionalTensor&,
+                               double, c10::string_view);
+  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("selfattn::qk_norm_rope", "").typed<Schema>();
+  return op.call(call.q, call.k, call.q_weight, call.k_weight, call.freqs_sin, call.freqs_cos, call.norm, call.eps,
+                 call.rope, call.positions, call.theta, to_string(call.pairing));
+}
+
+NormRopeGradients qk_norm_rope_backward(const NormRopeCall& call, const at::Tensor& grad_q, const at::Tensor& grad_k) {
+  using Schema =
+      NormRopeGradients(const at::Tensor&, const at::Tensor&, const OptionalTensor&, const OptionalTensor&,
+                        const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+                        bool, double, bool, const OptionalTensor&, double, c10::string_view);
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("selfattn::qk_norm_rope_backward", "").typed<Schema>();
+  const auto optional = [](const at::Tensor& tensor) {
+    return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
+  };
+  return op.call(grad_q, grad_k, optional(call.q), optional(call.k), call.q_weight, call.k_weight, call.freqs_sin,
+                 call.freqs_cos, call.norm, call.eps, call.rope, call.positions, call.theta, to_string(call.pairing));
+}
+
+}  // namespace selfattn
+
+// Any device without kernels; and vmap, whose batched tensors only ATen's operators know.
+TORCH_LIBRARY_IMPL(selfattn, CompositeExplicitAutograd, m) {
+  m.impl("qk_norm_rope", TORCH_FN((selfattn::from_schema<selfattn::compose_norm_rope>)));
+  m.impl("qk_norm_rope_backward", TORCH_FN((selfattn::backward_from_schema<selfattn::compose_norm_rope_backward>)));
+}
+TORCH_LIBRARY_IMPL(selfattn, FuncTorchBatched, m) {
+  m.impl("qk_norm_rope", TORCH_FN((selfattn::from_schema<selfattn::compose_norm_rope>)));
+  m.impl("qk_norm_rope_backward", TORCH_FN((selfattn::backward_from_schema<selfattn::compose_norm_rope_backward>)));
+}
