@@ -100,18 +100,19 @@ inline int64_t keys_seen(const BackwardParams& p) {
   return is_halved ? length / 2 : std::min(window, length);
 }
 
-// Up to how many keys a query may see for the split form to be the faster one: measured (docs/kernels/backward.md).
+// How many keys a query may see for the split form to be the faster one: measured (docs/kernels/backward.md).
 template <class Config>
 constexpr int keys_of_split() {
-  return Config::kHeadDim == 128 ? 1280 : 832;
+  return Config::kHeadDim == 128 ? 1024 : 768;
 }
+constexpr float kBlocksOverKeys = 1.25f;  // as seen by the segments kernel, which counts whole blocks
 
 template <class Config>
 BackwardForm choose_form(const BackwardParams& p) {
   if (Config::kIsWide) return BackwardForm::kFused;
   if (p.is_deterministic) return BackwardForm::kSplit;
-  if (p.segments.mode) return BackwardForm::kEither;
-  return keys_seen(p) < keys_of_split<Config>() ? BackwardForm::kSplit : BackwardForm::kFused;
+  if (keys_seen(p) < keys_of_split<Config>()) return BackwardForm::kSplit;  // segments only take keys away
+  return p.segments.mode ? BackwardForm::kEither : BackwardForm::kFused;
 }
 
 // The arrays of the workspace are laid out one behind the other; `end` is the first byte past them.
@@ -137,8 +138,8 @@ BackwardPlan make_backward_plan(const BackwardParams& p, char** end) {
   plan.has_side_jobs = Config::kHasSideJobs && plan.sections > 1 && plan.work_tiles() >= kTilesInSight &&
                        keys_seen(p) >= kKeysForSideJobs;
   plan.form = choose_form<Config>(p);
-  plan.visits_of_split =
-      int64_t(shape.batch) * shape.query_length * keys_of_split<Config>() / (kQueryBlock * Config::kTileKv);
+  const int64_t pairs_of_split = int64_t(shape.batch) * shape.query_length * keys_of_split<Config>();
+  plan.visits_of_split = int64_t(kBlocksOverKeys * pairs_of_split) / (kQueryBlock * Config::kTileKv);
   plan.query_blocks = (shape.query_length + kQueryBlock - 1) / kQueryBlock;
   plan.stat_groups = (shape.query_length + kStatTile - 1) / kStatTile * (kStatTile / kStatRows);
 
