@@ -1,14 +1,33 @@
 // Host side of one kernel instantiation: params -> tensor maps, schedule, launch.
 #pragma once
+#include <algorithm>
+#include <atomic>
+
 #include "forward.cuh"
 
 namespace selfattn::cuda {
 
-inline int multiprocessor_count() {
-  int device = 0, count = 0;
-  cudaGetDevice(&device);
+// What the runtime is asked once a device: asked at every launch it would cost more than the launch's own work.
+constexpr int kMaxDevices = 64;
+
+inline int multiprocessor_count(int device) {
+  static std::atomic<int> counts[kMaxDevices];
+  std::atomic<int>& known = counts[device];
+  if (const int count = known.load(std::memory_order_relaxed)) return count;
+  int count = 0;
   cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  known.store(count, std::memory_order_relaxed);
   return count;
+}
+
+template <class Config>
+cudaError_t allow_shared_memory(int device) {
+  static std::atomic<bool> is_allowed[kMaxDevices];
+  if (is_allowed[device].load(std::memory_order_relaxed)) return cudaSuccess;
+  const cudaError_t status = cudaFuncSetAttribute(flash_attention_forward_kernel<Config>,
+                                                  cudaFuncAttributeMaxDynamicSharedMemorySize, Config::kSharedBytes);
+  if (status == cudaSuccess) is_allowed[device].store(true, std::memory_order_relaxed);
+  return status;
 }
 
 // Keys and values of the heads worked on together, in bytes: few, so that they stay in L2 and memory is read evenly.
@@ -48,30 +67,33 @@ cudaError_t launch_forward_kernel(const ForwardParams& params, cudaStream_t stre
   p.lse = params.lse;
   p.sinks = params.sinks;
   p.segments = params.segments;
-  p.counters = params.counters;
   p.schedule = make_schedule(shape, Config::kTileQuery, Config::kMask);
 
-  const auto kernel = flash_attention_forward_kernel<Config>;
-  const cudaError_t status =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Config::kSharedBytes);
+  int device = 0;
+  cudaError_t status = cudaGetDevice(&device);
   if (status != cudaSuccess) return status;
+  if (device >= kMaxDevices) return cudaErrorInvalidDevice;
+  status = allow_shared_memory<Config>(device);
+  if (status != cudaSuccess) return status;
+  const int blocks = std::min(p.schedule.tiles, multiprocessor_count(device));
+  // Where each thread block has one tile there is nothing to count.
+  p.counters = p.schedule.tiles > blocks ? params.counters : nullptr;
   const bool has_segments = params.segments.mode != nullptr;
-  if (!has_segments) {
-    const cudaError_t cleared = cudaMemsetAsync(params.counters, 0, kTileCounters * sizeof(int), stream);
-    if (cleared != cudaSuccess) return cleared;
+  if (!has_segments && p.counters) {
+    status = cudaMemsetAsync(p.counters, 0, kTileCounters * sizeof(int), stream);
+    if (status != cudaSuccess) return status;
   }
   cudaLaunchAttribute early_start;
   early_start.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early_start.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
-  const int processors = multiprocessor_count();
-  config.gridDim = dim3(p.schedule.tiles < processors ? p.schedule.tiles : processors);
+  config.gridDim = dim3(blocks);
   config.blockDim = dim3(Config::kThreads);
   config.dynamicSmemBytes = Config::kSharedBytes;
   config.stream = stream;
   config.attrs = &early_start;
   config.numAttrs = has_segments ? 1 : 0;  // the kernel ahead is then the one that prepares the segments
-  return cudaLaunchKernelEx(&config, kernel, p);
+  return cudaLaunchKernelEx(&config, flash_attention_forward_kernel<Config>, p);
 }
 
 template <class Element, int kDimQk, int kDimV>

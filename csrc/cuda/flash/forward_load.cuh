@@ -131,7 +131,7 @@ __device__ __forceinline__ void load_tiles(const ForwardKernelParams& p, const F
       if (lane == 0) {
         // The next tile is taken late: a tile reserved behind a long one is what the other thread blocks would wait
         // for.
-        if (block.is_last) number = gridDim.x + atomicAdd(p.counters, 1);
+        if (block.is_last) number = p.counters ? gridDim.x + atomicAdd(p.counters, 1) : p.schedule.tiles;
         const bool is_copied = is_first && early_block >= 0;
         if (!is_copied) ptx::mbarrier_wait(s.barriers.key_empty(k.stage), k.parity ^ 1);
         announce_key(block);

@@ -14,7 +14,7 @@ struct ForwardKernelParams {
   float* lse;          // (batch, num_heads, query_length)
   const float* sinks;  // (num_heads,) or null
   SegmentTables segments;
-  int* counters;  // [0]: tiles taken after each thread block's first
+  int* counters;  // [0]: tiles taken after each thread block's first; null where there are no others
   TileSchedule schedule;
 };
 
