@@ -158,6 +158,16 @@ def test_heads_beyond_one_section(kind: str | None) -> None:
         assert (out[:, rows, :1].double() - expected).norm() < RELATIVE_ERROR[q.dtype] * expected.norm().clamp_min(1e-6)
 
 
+def test_key_ids_that_no_query_has() -> None:
+    """Heads of several sections: the first block is loaded before the ids are known, and then counts for nothing."""
+    q, k, v = random_qkv(torch.bfloat16, (128, 128), 700, 700, heads=160, kv_heads=160, batch=1)
+    ids = torch.full((1, 700), 3, dtype=torch.int32, device="cuda")
+    kv_ids = torch.full_like(ids, 5)
+    check(q, k, v, ids, kv_ids)
+    kv_ids[:, :300] = 3
+    check(q, k, v, ids, kv_ids)
+
+
 @pytest.mark.parametrize("heads", [1, 4, 8])
 def test_grouped_queries(heads: int) -> None:
     for dims in HEAD_DIMS[:6]:

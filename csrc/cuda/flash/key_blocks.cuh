@@ -59,7 +59,8 @@ class KeyBlockWalk {
 __device__ __forceinline__ void test_by_ids(const SegmentBlock& query, const SegmentBlock& key, bool& meets,
                                             bool& is_uniform) {
   meets = key.min_id <= query.max_id && query.min_id <= key.max_id && (key.signature & query.signature) != 0;
-  is_uniform = query.min_id == query.max_id && key.min_id == key.max_id;
+  // Equal too: a block that is visited without a common id must not pass for one that needs no mask.
+  is_uniform = query.min_id == query.max_id && key.min_id == key.max_id && query.min_id == key.min_id;
 }
 
 }  // namespace selfattn::cuda
