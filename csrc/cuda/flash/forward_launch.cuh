@@ -7,17 +7,18 @@
 
 namespace selfattn::cuda {
 
-// What the runtime is asked once a device: asked at every launch it would cost more than the launch's own work.
+// What the runtime is asked once a device: asked at every launch it would cost more than the launch's own work. Only
+// successes are kept. The statics must stay private to the library (hidden visibility): a second copy of it in the
+// process has kernels of its own to be allowed their shared memory.
 constexpr int kMaxDevices = 64;
 
-inline int multiprocessor_count(int device) {
+inline cudaError_t count_multiprocessors(int device, int& count) {
   static std::atomic<int> counts[kMaxDevices];
-  std::atomic<int>& known = counts[device];
-  if (const int count = known.load(std::memory_order_relaxed)) return count;
-  int count = 0;
-  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  known.store(count, std::memory_order_relaxed);
-  return count;
+  count = counts[device].load(std::memory_order_relaxed);
+  if (count) return cudaSuccess;
+  const cudaError_t status = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  if (status == cudaSuccess) counts[device].store(count, std::memory_order_relaxed);
+  return status;
 }
 
 template <class Config>
@@ -75,7 +76,10 @@ cudaError_t launch_forward_kernel(const ForwardParams& params, cudaStream_t stre
   if (device >= kMaxDevices) return cudaErrorInvalidDevice;
   status = allow_shared_memory<Config>(device);
   if (status != cudaSuccess) return status;
-  const int blocks = std::min(p.schedule.tiles, multiprocessor_count(device));
+  int multiprocessors = 0;
+  status = count_multiprocessors(device, multiprocessors);
+  if (status != cudaSuccess) return status;
+  const int blocks = std::min(p.schedule.tiles, multiprocessors);
   // Where each thread block has one tile there is nothing to count.
   p.counters = p.schedule.tiles > blocks ? params.counters : nullptr;
   const bool has_segments = params.segments.mode != nullptr;
