@@ -25,7 +25,7 @@ template <>
 struct ForwardPlan<64, 64> {
   static constexpr int kWarpgroups = 3;  // consumer warpgroups, 64 query rows each
   static constexpr int kTileKey = 128;
-  static constexpr int kQueryStages = 2, kKeyStages = 4;
+  static constexpr int kQueryStages = 2, kKeyStages = 4, kValueStages = 4;
   static constexpr int kProducerRegisters = 32, kConsumerRegisters = 160;
   static constexpr bool kQueryInRegisters = false;  // S = Q K^T with Q fragments held in registers
   static constexpr bool kTakesTurns = true;         // warpgroups multiply in turn
@@ -34,7 +34,8 @@ struct ForwardPlan<64, 64> {
 
 template <>
 struct ForwardPlan<96, 96> {
-  static constexpr int kWarpgroups = 2, kTileKey = 128, kQueryStages = 2, kKeyStages = 2;
+  static constexpr int kWarpgroups = 2, kTileKey = 128;
+  static constexpr int kQueryStages = 2, kKeyStages = 2, kValueStages = 3;
   static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
   static constexpr bool kQueryInRegisters = true, kTakesTurns = false;
   static constexpr int kEarlySixteenths = 10;
@@ -45,7 +46,8 @@ struct ForwardPlan<128, 128> : ForwardPlan<96, 96> {};
 
 template <>
 struct ForwardPlan<192, 128> {
-  static constexpr int kWarpgroups = 2, kTileKey = 128, kQueryStages = 1, kKeyStages = 2;
+  static constexpr int kWarpgroups = 2, kTileKey = 128;
+  static constexpr int kQueryStages = 1, kKeyStages = 2, kValueStages = 2;
   static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
   static constexpr bool kQueryInRegisters = false, kTakesTurns = false;
   static constexpr int kEarlySixteenths = 8;
@@ -84,7 +86,7 @@ struct ForwardConfig : ForwardPlan<kDimQk_, kDimV_> {
   // Shared memory, from a 1024-byte boundary on.
   static constexpr int kKeyOffset = Plan::kQueryStages * kQueryBytes;
   static constexpr int kValueOffset = kKeyOffset + Plan::kKeyStages * kKeyBytes;
-  static constexpr int kRowTableOffset = kValueOffset + Plan::kKeyStages * kValueBytes;
+  static constexpr int kRowTableOffset = kValueOffset + Plan::kValueStages * kValueBytes;
   static constexpr int kRowTableBytes = kMask == MaskKind::kMasked ? kTileQuery * 4 : 0;  // one int a query row
   static constexpr int kBarrierOffset = kRowTableOffset + 2 * Plan::kQueryStages * kRowTableBytes;
   static constexpr int kSharedBytes = kBarrierOffset + 512;
@@ -99,7 +101,8 @@ struct ForwardConfig : ForwardPlan<kDimQk_, kDimV_> {
 // Barriers in shared memory, 8 bytes each; [stage] or [stage][warpgroup].
 template <class Config>
 struct ForwardBarriers {
-  static constexpr int kQ = Config::kQueryStages, kK = Config::kKeyStages, kW = Config::kWarpgroups;
+  static constexpr int kQ = Config::kQueryStages, kK = Config::kKeyStages, kV = Config::kValueStages;
+  static constexpr int kW = Config::kWarpgroups;
   uint32_t base;
   __device__ uint32_t query_full(int stage) const { return base + 8 * stage; }
   __device__ uint32_t query_empty(int stage) const { return base + 8 * (kQ + stage); }
@@ -107,8 +110,8 @@ struct ForwardBarriers {
   __device__ uint32_t key_full(int stage) const { return base + 8 * (2 * kQ + kQ * kW + stage); }
   __device__ uint32_t key_empty(int stage) const { return base + 8 * (2 * kQ + kQ * kW + kK + stage); }
   __device__ uint32_t value_full(int stage) const { return base + 8 * (2 * kQ + kQ * kW + 2 * kK + stage); }
-  __device__ uint32_t value_empty(int stage) const { return base + 8 * (2 * kQ + kQ * kW + 3 * kK + stage); }
-  static constexpr int kBytes = 8 * (2 * kQ + kQ * kW + 4 * kK);
+  __device__ uint32_t value_empty(int stage) const { return base + 8 * (2 * kQ + kQ * kW + 2 * kK + kV + stage); }
+  static constexpr int kBytes = 8 * (2 * kQ + kQ * kW + 2 * kK + 2 * kV);
 };
 
 }  // namespace selfattn::cuda

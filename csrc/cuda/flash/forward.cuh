@@ -20,6 +20,8 @@ __device__ void init_barriers(const ForwardBarriers<Config>& barriers) {
   for (int i = 0; i < Config::kKeyStages; i++) {
     ptx::mbarrier_init(barriers.key_full(i), 1);
     ptx::mbarrier_init(barriers.key_empty(i), Config::kConsumerWarps);
+  }
+  for (int i = 0; i < Config::kValueStages; i++) {
     ptx::mbarrier_init(barriers.value_full(i), 1);
     ptx::mbarrier_init(barriers.value_empty(i), Config::kConsumerWarps);
   }

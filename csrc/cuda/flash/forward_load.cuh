@@ -58,7 +58,8 @@ __device__ __forceinline__ void load_tiles(const ForwardKernelParams& p, const F
   constexpr bool kMasked = Config::kMask == MaskKind::kMasked;
   const int lane = threadIdx.x % kWarpSize, group = p.shape.num_heads / p.shape.num_kv_heads;
   Ring<Config::kQueryStages> q;
-  Ring<Config::kKeyStages> k, v;
+  Ring<Config::kKeyStages> k;
+  Ring<Config::kValueStages> v;
 
   const auto copy_query = [&](int index, int b, int h) {
     for (int w = 0; w < Config::kWarpgroups; w++)

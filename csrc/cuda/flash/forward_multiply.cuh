@@ -32,7 +32,8 @@ __device__ __forceinline__ void multiply_tiles(const ForwardKernelParams& p, con
   const int warp = threadIdx.x / kWarpSize % 4, lane = threadIdx.x % kWarpSize;
   const int offset = p.shape.key_length - p.shape.query_length;
 
-  Ring<Config::kKeyStages> k, v;
+  Ring<Config::kKeyStages> k;
+  Ring<Config::kValueStages> v;
   Ring<Config::kQueryStages> q;
   float scores[kTileKey / 2], out[kDimV / 2];
   uint32_t weights[kTileKey / 4];                              // P, packed as the left operand of P V
@@ -153,7 +154,7 @@ __device__ __forceinline__ void multiply_tiles(const ForwardKernelParams& p, con
     if (Config::kTakesTurns) ptx::barrier_arrive(1 + (w + 1) % Config::kWarpgroups, kTurnThreads);
   };
   // V of the block just turned into P.
-  const auto wait_value = [&](const Ring<Config::kKeyStages>& ring) {
+  const auto wait_value = [&](const Ring<Config::kValueStages>& ring) {
     ptx::pin(scores);
     ptx::mbarrier_wait(s.barriers.value_full(ring.stage), ring.parity);
   };
