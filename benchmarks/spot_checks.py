@@ -1,0 +1,140 @@
+"""Ratios and latencies of the attention kernels that no peer stands beside: one process, interleaved rounds, medians.
+
+    python benchmarks/spot_checks.py --out benchmarks/results/attention_spot_checks_h100.jsonl
+
+Forward with ids of any order, and with one document, over the same call without ids; backward with 2 key heads and in
+the deterministic mode over the plain call; device time of the preparation of segments; host time of a call on a tiny
+shape. Writes one JSON line a check: its name, the unit and a value for every round.
+"""
+
+import argparse
+import json
+import statistics
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from cases import Case
+from measure import ROOT, Call, describe_run, host_time, median_time
+from torch import Tensor
+
+import selfattn
+
+KEY_HEADS = 2
+flash = torch.ops.selfattn.flash_attention
+
+
+@contextmanager
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def rounds_of(calls: dict[str, Call], rounds: int, milliseconds: int) -> dict[str, list[float]]:
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(rounds):
+        for name in list(calls) if turn % 2 == 0 else reversed(calls):
+            times[name].append(median_time(calls[name], milliseconds))
+    return times
+
+
+def ratios(times: dict[str, list[float]], name: str, base: str) -> list[float]:
+    return [round(a / b, 3) for a, b in zip(times[name], times[base], strict=True)]
+
+
+def check_ids(rounds: int, milliseconds: int) -> dict[str, tuple[str, list[float]]]:
+    case = Case("causal", 128, 8192, 2)
+    q, k, v = case.tensors()
+    any_order = torch.randint(0, 2, q.shape[:2], dtype=torch.int32, device="cuda")
+    ids = {"no ids": None, "ids 0 and 1 in any order": any_order, "one document": torch.zeros_like(any_order)}
+    times = rounds_of({n: lambda i=i: flash(q, k, v, i) for n, i in ids.items()}, rounds, milliseconds)
+    return {
+        f"forward {case.name}, {name} over no ids": ("time ratio", ratios(times, name, "no ids"))
+        for name in list(ids)[1:]
+    }
+
+
+def check_backward(rounds: int, milliseconds: int) -> dict[str, tuple[str, list[float]]]:
+    case = Case("causal", 128, 16384, 1)
+
+    def backward(k: Tensor, v: Tensor) -> Call:
+        leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+        out = flash(*leaves)[0]
+        return lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True)
+
+    q, k, v = case.tensors()
+    grad = torch.randn_like(q)
+    plain = backward(k, v)
+
+    def in_fixed_order() -> None:
+        with deterministic():
+            plain()
+
+    grouped = backward(k[:, :, :KEY_HEADS].contiguous(), v[:, :, :KEY_HEADS].contiguous())
+    times = rounds_of({"plain": plain, "grouped": grouped, "fixed": in_fixed_order}, rounds, milliseconds)
+    return {
+        f"backward {case.name}, {KEY_HEADS} key heads over {case.heads}": (
+            "time ratio",
+            ratios(times, "grouped", "plain"),
+        ),
+        f"backward {case.name}, speed of the deterministic mode": ("speed ratio", ratios(times, "plain", "fixed")),
+    }
+
+
+def check_preparation(rounds: int) -> dict[str, tuple[str, list[float]]]:
+    results = {}
+    for length, mean in ((16384, 16), (16384, 1024), (32768, 4096)):
+        case = Case("docs", 128, length, 1, mean)
+        ids = case.segment_ids()
+        q = torch.randn(1, length, 1, 128, device="cuda", dtype=torch.bfloat16)
+        flash(q, q, q, ids)
+        microseconds = []
+        for _ in range(rounds):
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+                for _ in range(20):
+                    flash(q, q, q, ids)
+                torch.cuda.synchronize()
+            kernels = [e.device_time for e in profile.events() if "prepare_segments" in e.name]
+            microseconds.append(round(statistics.median(kernels), 2))
+        results[f"preparation of segments, {case.name}"] = ("us", microseconds)
+    return results
+
+
+def check_host_times(rounds: int) -> dict[str, tuple[str, list[float]]]:
+    q = torch.randn(1, 64, 2, 64, device="cuda", dtype=torch.bfloat16)
+    ids = torch.zeros(1, 64, dtype=torch.int32, device="cuda")
+    calls = {
+        "flash_attention": lambda: flash(q, q, q),
+        "flash_attention with ids": lambda: flash(q, q, q, ids),
+        "multihead_attention with ids": lambda: selfattn.multihead_attention(q, q, q, ids),
+    }
+    return {
+        f"host time, {name}, B1 S64 H2 D64": ("us", [round(host_time(call), 1) for _ in range(rounds)])
+        for name, call in calls.items()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--ms", type=int, default=60, help="time spent on one call in one round")
+    parser.add_argument("--commit", help="the commit that was built, where this folder is no git checkout")
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / "attention_spot_checks_h100.jsonl")
+    arguments = parser.parse_args()
+    record = describe_run(arguments.commit)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        results = check_host_times(arguments.rounds) | check_preparation(arguments.rounds)
+        results |= check_ids(arguments.rounds, arguments.ms)
+    results |= check_backward(arguments.rounds, arguments.ms)
+    with arguments.out.open("a") as out:
+        for name, (unit, values) in results.items():
+            out.write(json.dumps({"case": name, "unit": unit, "values": values, **record}) + "\n")
+            print(f"{name}: median {statistics.median(values):.3f} {unit} of {values}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
