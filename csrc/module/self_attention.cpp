@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "attention/norm_rope_attention.h"
+#include "attention/owned_heads.h"
 #include "module/projections.h"
 
 namespace selfattn {
@@ -28,6 +29,7 @@ at::Tensor split_heads(const at::Tensor& projected, int64_t head_dim) {
 /// turned ones are there.
 at::Tensor attend(NormRopeCall prologue, const at::Tensor& value, const AttentionArguments& arguments,
                   c10::string_view backend) {
+  const OwnedHeads owned;
   if (const auto call = as_one_operator(prologue, value, arguments, backend)) {
     return std::get<0>(qk_norm_rope_attention(*call));
   }
