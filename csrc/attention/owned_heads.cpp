@@ -5,6 +5,8 @@
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/graph_task.h>
 
+#include <utility>
+
 namespace selfattn {
 namespace {
 
@@ -40,9 +42,11 @@ GradientMemory memory_of_heads(const at::Tensor& query, const at::Tensor& key, c
                                const at::Tensor& out) {
   GradientMemory memory;
   if (at::GradMode::is_enabled() || torch::autograd::get_current_graph_task_keep_graph()) return memory;
-  if (is_last_use_of_input(key)) memory.key = key;
-  if (is_last_use_of_input(value)) memory.value = value;
-  if (is_last_use_of_output(out) && out.sizes() == query.sizes()) memory.query = out;
+  // As tensors without a history: they become gradients.
+  const bool takes_key = is_last_use_of_input(key), takes_value = is_last_use_of_input(value);
+  if (is_last_use_of_output(out) && out.sizes() == query.sizes()) memory.query = out.variable_data();
+  if (takes_key) memory.key = key.variable_data();
+  if (takes_value) memory.value = value.variable_data();
   return memory;
 }
 
