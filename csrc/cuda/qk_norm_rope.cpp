@@ -149,7 +149,7 @@ struct Heads {
 
 /// `turns_back`: the transposed rotation, which is the gradient of a call without norm.
 void launch_forward(const NormRopeCall& call, const Heads& from, const Heads& to, bool turns_back) {
-  const auto& [q, k] = from;
+  const Tensor &q = from.q, &k = from.k;
   const c10::cuda::CUDAGuard guard(q.device());
   const cudaStream_t stream = at::cuda::getCurrentCUDAStream();
   const Turns turns(call);
@@ -177,7 +177,7 @@ NormRopeHeads qk_norm_rope_cuda(const NormRopeCall& call) {
 
 /// `to` may be `grads` themselves: a lane has read what it writes over, and no other lane reads it.
 NormRopeWeightGradients launch_backward(const NormRopeCall& call, const Heads& from, const Heads& to) {
-  const auto& [grad_q, grad_k] = from;
+  const Tensor &grad_q = from.q, &grad_k = from.k;
   const auto no_gradient = [](const Tensor& grad) { return empty({0}, grad.scalar_type(), grad.device()); };
   if (!call.norm) {
     launch_forward(call, from, to, /*turns_back=*/true);

@@ -1,9 +1,12 @@
 """The module holds no tensor longer than it must: counted in (tokens, E) tensors above what a step begins with."""
 
+import itertools
+
 import pytest
 import torch
 from cases import make_ids
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 import selfattn
 
@@ -28,6 +31,23 @@ def peak_of(call) -> int:
     call()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
+
+
+def peak_on_cpu(call) -> int:
+    """As ``peak_of``, from the profiler's record of what was allocated and freed."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_forward_frees_the_raw_heads_before_the_attention(qk_norm: bool) -> None:
+    module = selfattn.SelfAttention(512, selfattn.SelfAttentionConfig(head_dim=64, qk_norm=qk_norm))
+    x = torch.randn(2, 1024, 512)
+    with torch.no_grad():
+        module(x)
+        assert peak_on_cpu(lambda: module(x)) <= 5.5 * 4 * x.numel()  # with them alive: 6
 
 
 @pytest.mark.gpu
