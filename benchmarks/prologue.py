@@ -1,6 +1,6 @@
 """Times qk_norm_rope and its gradient beside a device copy, as bytes over time: one process, medians.
 
-    python benchmarks/prologue.py
+    python benchmarks/prologue.py --out benchmarks/results/prologue_h100.jsonl
     python benchmarks/prologue.py --case "norm rotary D128" --pass forward --rounds 9
 
 16,384 tokens, 2048 features of q (and of k, unless heads are grouped). Bytes are those of the tensors that must move: q
@@ -10,24 +10,23 @@ JSON line a case, pass and implementation to --out and prints a table.
 """
 
 import argparse
-import datetime
 import itertools
 import json
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from attention import commit, sm_clock
+from measure import ROOT, describe_run, sm_clock, synchronise
 from torch import Tensor
 
 import selfattn
 
-ROOT = Path(__file__).resolve().parent
 OURS, COPY = "selfattn", "copy"
 BATCH, LENGTH, HIDDEN = 2, 8192, 2048
+TINY_LENGTH = 16
 SETS = 3  # of tensors, taken in turn
 
 
@@ -40,17 +39,22 @@ class Case:
     tables: bool = False
     packed: bool = False  # q and k are views of one projection of q, k and v
     groups: int = 1  # query heads a key head
+    length: int = LENGTH
+    device: str = "cuda"
 
     def heads(self) -> tuple[int, int]:
         return HIDDEN // self.dim, HIDDEN // self.dim // self.groups
 
     def elements(self) -> int:
         """Of q and k together."""
-        return BATCH * LENGTH * sum(self.heads()) * self.dim
+        return BATCH * self.length * sum(self.heads()) * self.dim
 
     def make_qk(self) -> tuple[Tensor, Tensor]:
         q_heads, k_heads = self.heads()
-        make = lambda heads: torch.randn(BATCH, LENGTH, heads, self.dim, device="cuda").bfloat16()  # noqa: E731
+
+        def make(heads: int) -> Tensor:
+            return torch.randn(BATCH, self.length, heads, self.dim, device=self.device).bfloat16()
+
         if not self.packed:
             return make(q_heads), make(k_heads)
         projection = make(q_heads + 2 * k_heads)
@@ -59,10 +63,10 @@ class Case:
     def options(self) -> dict:
         options = {"norm": self.norm, "pairing": self.pairing}
         if self.norm:
-            options |= {name: torch.rand(self.dim, device="cuda") for name in ("q_weight", "k_weight")}
+            options |= {name: torch.rand(self.dim, device=self.device) for name in ("q_weight", "k_weight")}
         if self.tables:
-            sin, cos = selfattn.precompute_freqs(self.dim, max_length=LENGTH)
-            options |= {"freqs_sin": sin.cuda(), "freqs_cos": cos.cuda()}
+            sin, cos = selfattn.precompute_freqs(self.dim, max_length=self.length, device=self.device)
+            options |= {"freqs_sin": sin, "freqs_cos": cos}
         return options
 
 
@@ -97,7 +101,7 @@ def ours(case: Case, backward: bool) -> tuple[list[Callable[[], object]], int]:
 
 
 def copy(case: Case) -> tuple[list[Callable[[], object]], int]:
-    sources = [torch.randn(case.elements(), device="cuda").bfloat16() for _ in range(SETS)]
+    sources = [torch.randn(case.elements(), device=case.device).bfloat16() for _ in range(SETS)]
     targets = [torch.empty_like(source) for source in sources]
     calls = [lambda s=s, t=t: t.copy_(s) for s, t in zip(sources, targets, strict=True)]
     return calls, 2 * 2 * case.elements()
@@ -105,16 +109,47 @@ def copy(case: Case) -> tuple[list[Callable[[], object]], int]:
 
 def milliseconds(calls: list[Callable[[], object]], repeats: int) -> float:
     """Of one call, in a queue of them."""
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     turn = itertools.cycle(calls)
     for _ in range(2 * len(calls)):
         next(turn)()
+    if not torch.cuda.is_available():
+        start_time = time.perf_counter()
+        for _ in range(repeats):
+            next(turn)()
+        return 1e3 * (time.perf_counter() - start_time) / repeats
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     for _ in range(repeats):
         next(turn)()
     end.record()
     end.synchronize()
     return start.elapsed_time(end) / repeats
+
+
+def median_milliseconds(
+    works: dict[str, list[Callable[[], object]]], arguments: argparse.Namespace
+) -> dict[str, float]:
+    """Of one call of each, the median of its rounds; they take turns, in one order and then in the other."""
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for turn in range(arguments.rounds):
+        for name in list(works)[:: 1 if turn % 2 else -1]:
+            synchronise()
+            time.sleep(arguments.pause)
+            times[name].append(milliseconds(works[name], arguments.repeats))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def run_case(case: Case, which: str, arguments: argparse.Namespace, write: Callable[[dict], None]) -> None:
+    works = {OURS: ours(case, which == "backward"), COPY: copy(case)}
+    medians = median_milliseconds({name: calls for name, (calls, _) in works.items()}, arguments)
+    clocks = sm_clock()
+    speeds = {name: works[name][1] / ms / 1e6 for name, ms in medians.items()}
+    for name, ms in medians.items():
+        row = {"case": case.name, "impl": name, "pass": which, "ms": round(ms, 5)}
+        row |= {"gbps": round(speeds[name], 1), "ratio": round(speeds[name] / speeds[COPY], 4), "clocks": clocks}
+        write(row)
+    columns = "  ".join(f"{name} {medians[name] * 1e3:7.1f} us {speeds[name]:7.1f} GB/s" for name in works)
+    print(f"{case.name:26} {which:8} {columns}  ratio {speeds[OURS] / speeds[COPY]:.3f}", flush=True)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -124,40 +159,32 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--repeats", type=int, default=60, help="calls of one measurement")
     parser.add_argument("--pause", type=float, default=0.05, help="seconds of rest before each measurement")
-    parser.add_argument("--out", type=Path, default=ROOT / "results" / "prologue_h100.jsonl")
-    return parser.parse_args()
+    parser.add_argument("--commit", help="the commit that was built, where this folder is no git checkout")
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / "prologue.jsonl")
+    parser.add_argument("--tiny", action="store_true", help="few tokens, also without a GPU: tries the script out")
+    arguments = parser.parse_args()
+    if not arguments.tiny and not torch.cuda.is_available():
+        parser.error("the cases need a CUDA GPU, and there is none; --tiny tries the script out on the CPU")
+    return arguments
 
 
 def main() -> None:
     arguments = parse_arguments()
-    record = {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "commit": commit(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    }
-    cases = [case for case in CASES if not arguments.case or case.name in arguments.case]
+    record = describe_run(arguments.commit)
+    length = TINY_LENGTH if arguments.tiny else LENGTH
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     with arguments.out.open("a") as out, torch.no_grad():
-        for case in cases:
-            for which in arguments.passes or ["forward", "backward"]:
-                works = {OURS: ours(case, which == "backward"), COPY: copy(case)}
-                times: dict[str, list[float]] = {name: [] for name in works}
-                for turn in range(arguments.rounds):
-                    for name in (OURS, COPY) if turn % 2 else (COPY, OURS):
-                        torch.cuda.synchronize()
-                        time.sleep(arguments.pause)
-                        times[name].append(milliseconds(works[name][0], arguments.repeats))
-                clocks = sm_clock()
-                medians = {name: statistics.median(values) for name, values in times.items()}
-                speeds = {name: works[name][1] / ms / 1e6 for name, ms in medians.items()}
-                for name, ms in medians.items():
-                    row = {"case": case.name, "impl": name, "pass": which, "ms": round(ms, 5)}
-                    row |= {"gbps": round(speeds[name], 1), "ratio": round(speeds[name] / speeds[COPY], 4)}
-                    out.write(json.dumps(row | record | {"clocks": clocks}) + "\n")
-                columns = "  ".join(f"{name} {medians[name] * 1e3:7.1f} us {speeds[name]:7.1f} GB/s" for name in works)
-                print(f"{case.name:26} {which:8} {columns}  ratio {speeds[OURS] / speeds[COPY]:.3f}", flush=True)
+
+        def write(row: dict) -> None:
+            out.write(json.dumps(row | record) + "\n")
+            out.flush()
+
+        for case in CASES:
+            if not arguments.case or case.name in arguments.case:
+                for which in arguments.passes or ["forward", "backward"]:
+                    run_case(replace(case, length=length, device=device), which, arguments, write)
 
 
 if __name__ == "__main__":

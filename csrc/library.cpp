@@ -28,6 +28,11 @@ TORCH_LIBRARY(selfattn, m) {
   m.def("flash_attention_backward(Tensor grad_out, Tensor? grad_lse, " SELFATTN_QKV
         ", Tensor out, Tensor lse, " SELFATTN_PAIRS ", *, " SELFATTN_KEYWORDS ") -> (Tensor dq, Tensor dk, Tensor dv)",
         tags);
+  // Into memory that is there: dq may be out, dk may be k, dv may be v.
+  m.def("flash_attention_backward.into(Tensor grad_out, Tensor? grad_lse, " SELFATTN_QKV
+        ", Tensor out, Tensor lse, " SELFATTN_PAIRS ", *, " SELFATTN_KEYWORDS
+        ", Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv) -> ()",
+        tags);
   // Segments
   m.def("segment_mask(Tensor segment_ids, Tensor? kv_segment_ids=None) -> Tensor", tags);
   m.def("segment_ids_from_positions(Tensor positions) -> Tensor", tags);
@@ -52,6 +57,13 @@ TORCH_LIBRARY(selfattn, m) {
       "Tensor? k_weight=None, Tensor? freqs_sin=None, Tensor? freqs_cos=None, *, bool norm=True, float eps=1e-06, "
       "bool rope=True, Tensor? positions=None, float theta=10000.0, str pairing=\"interleaved\") -> "
       "(Tensor dq, Tensor dk, Tensor dq_weight, Tensor dk_weight)",
+      tags);
+  // Over the incoming gradients, which are contiguous.
+  m.def(
+      "qk_norm_rope_backward.in_place(Tensor(a!) grad_q, Tensor(b!) grad_k, Tensor? q=None, Tensor? k=None, "
+      "Tensor? q_weight=None, Tensor? k_weight=None, Tensor? freqs_sin=None, Tensor? freqs_cos=None, *, "
+      "bool norm=True, float eps=1e-06, bool rope=True, Tensor? positions=None, float theta=10000.0, "
+      "str pairing=\"interleaved\") -> (Tensor dq_weight, Tensor dk_weight)",
       tags);
   // Both as one, for what is kept for the gradient
   m.def("qk_norm_rope_attention(" SELFATTN_QKV ", " SELFATTN_NORM_ROPE

@@ -5,6 +5,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
+#include "attention/owned_heads.h"
 #include "attention/select_backend.h"
 
 namespace selfattn {
@@ -58,6 +59,21 @@ NormRopeAttentionGradients attend_backward_then_norm_rope(const NormRopeAttentio
   return {dq, dk, dv, dq_weight, dk_weight};
 }
 
+NormRopeAttentionGradients attend_backward_then_norm_rope_in_place(const NormRopeAttentionCall& call,
+                                                                   const AttentionGradients& gradients,
+                                                                   GradientMemory memory) {
+  const auto attend_backward = [&] {  // the turned q lives no longer than needed
+    AttentionProblem problem = call.problem;
+    std::tie(problem.query, problem.key) = qk_norm_rope(call.prologue);
+    memory.key = problem.key;
+    return flash_attention_backward(problem, gradients, memory);
+  };
+  auto [dq, dk, dv] = attend_backward();
+  memory = {};
+  const auto [dq_weight, dk_weight] = qk_norm_rope_backward_in_place(call.prologue, dq, dk);
+  return {dq, dk, dv, dq_weight, dk_weight};
+}
+
 AttentionResults qk_norm_rope_attention(const NormRopeAttentionCall& call) {
   using Schema = AttentionResults(const at::Tensor&, const at::Tensor&, const at::Tensor&, const OptionalTensor&,
                                   const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
@@ -90,11 +106,19 @@ NormRopeAttentionGradients qk_norm_rope_attention_backward(const NormRopeAttenti
                  problem.is_causal, problem.scale, problem.window_left, problem.window_right, problem.softcap);
 }
 
+namespace {
+
+NormRopeAttentionGradients backward_below_autograd(const NormRopeAttentionCall& call,
+                                                   const AttentionGradients& gradients) {
+  return attend_backward_then_norm_rope_in_place(call, gradients, {});
+}
+
+}  // namespace
 }  // namespace selfattn
 
 // For every device: the parts have kernels.
 TORCH_LIBRARY_IMPL(selfattn, CompositeExplicitAutograd, m) {
   m.impl("qk_norm_rope_attention", TORCH_FN((selfattn::attention_from_schema<selfattn::norm_rope_then_attend>)));
   m.impl("qk_norm_rope_attention_backward",
-         TORCH_FN((selfattn::attention_backward_from_schema<selfattn::attend_backward_then_norm_rope>)));
+         TORCH_FN((selfattn::attention_backward_from_schema<selfattn::backward_below_autograd>)));
 }

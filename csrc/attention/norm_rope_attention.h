@@ -31,6 +31,12 @@ AttentionResults norm_rope_then_attend(const NormRopeAttentionCall& call);
 NormRopeAttentionGradients attend_backward_then_norm_rope(const NormRopeAttentionCall& call,
                                                           const AttentionGradients& gradients);
 
+/// The same below autograd: gradients of the turned q and k become those of the raw ones in place, and the memory of
+/// the turned k, which this makes again, and `memory` are written over.
+NormRopeAttentionGradients attend_backward_then_norm_rope_in_place(const NormRopeAttentionCall& call,
+                                                                   const AttentionGradients& gradients,
+                                                                   GradientMemory memory);
+
 /// The operators through the dispatcher.
 AttentionResults qk_norm_rope_attention(const NormRopeAttentionCall& call);
 NormRopeAttentionGradients qk_norm_rope_attention_backward(const NormRopeAttentionCall& call,

@@ -3,7 +3,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include "attention/kernel_ops.h"
+#include "attention/owned_heads.h"
 
 namespace selfattn {
 namespace {
@@ -25,6 +25,7 @@ class FlashAttention : public torch::autograd::Function<FlashAttention> {
     context->saved_data["window_left"] = problem.window_left;
     context->saved_data["window_right"] = problem.window_right;
     context->saved_data["softcap"] = problem.softcap;
+    context->saved_data["owns_heads"] = OwnedHeads::are(query);
     context->set_materialize_grads(false);
     return {out, lse};
   }
@@ -35,6 +36,8 @@ class FlashAttention : public torch::autograd::Function<FlashAttention> {
     const auto optional = [](const at::Tensor& tensor) {
       return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
     };
+    GradientMemory memory;
+    if (context->saved_data["owns_heads"].toBool()) memory = memory_of_heads(saved[0], saved[1], saved[2], saved[6]);
     AttentionProblem problem{.query = saved[0], .key = saved[1], .value = saved[2]};
     problem.query_segment_ids = optional(saved[4]);
     problem.key_segment_ids = optional(saved[5]);
@@ -48,10 +51,11 @@ class FlashAttention : public torch::autograd::Function<FlashAttention> {
                                        .out = saved[6],
                                        .lse = saved[7]};
     at::Tensor grad_query, grad_key, grad_value, grad_sinks;
-    if (context->needs_input_grad(0) || context->needs_input_grad(1) || context->needs_input_grad(2)) {
-      std::tie(grad_query, grad_key, grad_value) = flash_attention_backward(problem, gradients);
-    }
+    // First: it reads out, whose memory may be taken.
     if (saved[3].defined() && context->needs_input_grad(3)) grad_sinks = sinks_gradient(saved[3], gradients);
+    if (context->needs_input_grad(0) || context->needs_input_grad(1) || context->needs_input_grad(2)) {
+      std::tie(grad_query, grad_key, grad_value) = flash_attention_backward(problem, gradients, memory);
+    }
     return {grad_query, grad_key, grad_value, grad_sinks, at::Tensor()};
   }
 };

@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include "attention/norm_rope_attention.h"
+#include "attention/owned_heads.h"
 
 namespace selfattn {
 namespace {
@@ -30,6 +31,7 @@ class QkNormRopeAttention : public torch::autograd::Function<QkNormRopeAttention
     context->saved_data["window_left"] = call.problem.window_left;
     context->saved_data["window_right"] = call.problem.window_right;
     context->saved_data["softcap"] = call.problem.softcap;
+    context->saved_data["owns_heads"] = OwnedHeads::are(q);
     context->set_materialize_grads(false);
     return {out, lse};
   }
@@ -41,6 +43,12 @@ class QkNormRopeAttention : public torch::autograd::Function<QkNormRopeAttention
     const auto optional = [](const at::Tensor& tensor) {
       return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
     };
+    const bool owns_heads = data.at("owns_heads").toBool() && !at::GradMode::is_enabled();
+    GradientMemory memory;
+    if (owns_heads) {
+      memory = memory_of_heads(saved[0], saved[1], saved[2], saved[9]);
+      memory.key.reset();  // the norm's gradient reads the raw one; that of the turned one is taken instead
+    }
     NormRopeCall prologue{.q = saved[0],
                           .k = saved[1],
                           .q_weight = optional(saved[3]),
@@ -62,13 +70,20 @@ class QkNormRopeAttention : public torch::autograd::Function<QkNormRopeAttention
                                        .grad_lse = optional(grads[1]),
                                        .out = saved[9],
                                        .lse = saved[10]};
-    const auto [dq, dk, dv, dq_weight, dk_weight] = qk_norm_rope_attention_backward({prologue, problem}, gradients);
+    // First: it reads out, whose memory may be taken.
+    const at::Tensor grad_sinks = saved[5].defined() ? sinks_gradient(saved[5], gradients) : at::Tensor();
+    const auto run = [&](const NormRopeAttentionCall& call) {
+      if (!owns_heads) return qk_norm_rope_attention_backward(call, gradients);
+      at::AutoDispatchBelowADInplaceOrView guard;
+      return attend_backward_then_norm_rope_in_place(call, gradients, memory);
+    };
+    const auto [dq, dk, dv, dq_weight, dk_weight] = run({prologue, problem});
     return {dq,
             dk,
             dv,
             saved[3].defined() ? dq_weight : at::Tensor(),
             saved[4].defined() ? dk_weight : at::Tensor(),
-            saved[5].defined() ? sinks_gradient(saved[5], gradients) : at::Tensor(),
+            grad_sinks,
             at::Tensor()};
   }
 };

@@ -1,5 +1,6 @@
 // This project's own kernels: the constraints that they put on a call.
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
 #include <c10/util/StringUtil.h>
 
 #include "attention/device.h"
@@ -111,6 +112,25 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> flash_attention_backward(const At
   return op.call(gradients.grad_out, gradients.grad_lse, problem.query, problem.key, problem.value, gradients.out,
                  gradients.lse, problem.query_segment_ids, problem.is_causal, problem.scale, problem.key_segment_ids,
                  problem.window_left, problem.window_right, problem.softcap);
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> flash_attention_backward_into(const AttentionProblem& problem,
+                                                                             const AttentionGradients& gradients,
+                                                                             const GradientMemory& memory) {
+  using Schema = void(const at::Tensor&, const OptionalTensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                      const at::Tensor&, const at::Tensor&, const OptionalTensor&, bool, std::optional<double>,
+                      const OptionalTensor&, int64_t, int64_t, double, at::Tensor&, at::Tensor&, at::Tensor&);
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("selfattn::flash_attention_backward", "into").typed<Schema>();
+  const auto take = [](const OptionalTensor& memory, const at::Tensor& like) {
+    return memory ? *memory : at::empty(like.sizes(), like.options());
+  };
+  at::Tensor dq = take(memory.query, problem.query), dk = take(memory.key, problem.key),
+             dv = take(memory.value, problem.value);
+  op.call(gradients.grad_out, gradients.grad_lse, problem.query, problem.key, problem.value, gradients.out,
+          gradients.lse, problem.query_segment_ids, problem.is_causal, problem.scale, problem.key_segment_ids,
+          problem.window_left, problem.window_right, problem.softcap, dq, dk, dv);
+  return {dq, dk, dv};
 }
 
 AttentionProblem make_flash_problem(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,

@@ -36,12 +36,12 @@ struct Side {
   const PrologueKernels* kernels = nullptr;
 };
 
-/// `like` has the shape and dtype of the heads, and of the gradient.
-Side make_side(const NormRopeCall& call, const at::Tensor& like, const OptionalTensor& weight) {
+/// `result` is contiguous, of the shape and dtype of the heads.
+Side make_side(const NormRopeCall& call, const at::Tensor& result, const OptionalTensor& weight) {
   Side side;
   PrologueProblem& p = side.problem;
-  p.batch = like.size(0), p.length = like.size(1), p.heads = like.size(2), p.dim = like.size(3);
-  side.result = at::empty(like.sizes(), like.options());
+  p.batch = result.size(0), p.length = result.size(1), p.heads = result.size(2), p.dim = result.size(3);
+  side.result = result;
   p.result = side.result.mutable_data_ptr();
   p.has_norm = call.norm, p.has_rope = call.rope, p.pairs_halves = call.pairing == RotaryPairing::kHalf;
   p.eps = static_cast<float>(call.eps);
@@ -71,7 +71,7 @@ Side make_side(const NormRopeCall& call, const at::Tensor& like, const OptionalT
   const int64_t tokens = p.tokens(), token_elements = std::max<int64_t>(p.heads * p.dim, 1);
   side.range = std::max({int64_t{1}, kRangeElements / token_elements, (tokens + kMostRanges - 1) / kMostRanges});
   side.ranges = side.result.numel() == 0 ? 0 : (tokens + side.range - 1) / side.range;
-  side.kernels = &select_prologue_kernels(like.scalar_type());
+  side.kernels = &select_prologue_kernels(result.scalar_type());
   return side;
 }
 
@@ -90,7 +90,7 @@ void for_each_range(const Side& q, const Side& k, const Run& run) {
 NormRopeHeads qk_norm_rope_cpu(const NormRopeCall& call) {
   if (!has_kernel(call.q) || !has_kernel(call.k)) return compose_norm_rope(call);
   const auto make = [&](const at::Tensor& x, const OptionalTensor& weight) {
-    Side side = make_side(call, x, weight);
+    Side side = make_side(call, at::empty(x.sizes(), x.options()), weight);
     side.input = with_contiguous_rows(x);
     side.problem.input = view_of(side.input);
     return side;
@@ -115,11 +115,12 @@ at::Tensor sum_of_ranges(const at::Tensor& sums, const OptionalTensor& weight, c
   return total.to(weight->scalar_type());
 }
 
-NormRopeGradients qk_norm_rope_backward_cpu(const NormRopeCall& call, const at::Tensor& grad_q,
-                                            const at::Tensor& grad_k) {
-  if (!has_kernel(grad_q) || !has_kernel(grad_k)) return compose_norm_rope_backward(call, grad_q, grad_k);
-  const auto make = [&](const at::Tensor& grad, const at::Tensor& x, const OptionalTensor& weight) {
-    Side side = make_side(call, grad, weight);
+/// dq and dk may be grad_q and grad_k: a head is read whole before it is written.
+NormRopeWeightGradients run_backward(const NormRopeCall& call, const at::Tensor& grad_q, const at::Tensor& grad_k,
+                                     const at::Tensor& dq, const at::Tensor& dk) {
+  const auto make = [&](const at::Tensor& grad, const at::Tensor& x, const OptionalTensor& weight,
+                        const at::Tensor& result) {
+    Side side = make_side(call, result, weight);
     side.grad = with_contiguous_rows(grad);
     side.problem.grad = view_of(side.grad);
     if (call.norm) {
@@ -128,7 +129,7 @@ NormRopeGradients qk_norm_rope_backward_cpu(const NormRopeCall& call, const at::
     }
     return side;
   };
-  const Side q = make(grad_q, call.q, call.q_weight), k = make(grad_k, call.k, call.k_weight);
+  const Side q = make(grad_q, call.q, call.q_weight, dq), k = make(grad_k, call.k, call.k_weight, dk);
   const auto zeros = [](const Side& side) {
     const int64_t rows = side.problem.weight ? side.ranges : 0;
     return at::zeros({rows, side.problem.dim}, side.result.options().dtype(at::kFloat));
@@ -139,8 +140,25 @@ NormRopeGradients qk_norm_rope_backward_cpu(const NormRopeCall& call, const at::
     float* const sum = side.problem.weight ? sums.mutable_data_ptr<float>() + range * side.problem.dim : nullptr;
     side.kernels->backward(side.problem, first_token, last_token, sum);
   });
-  return {q.result, k.result, sum_of_ranges(q_sums, call.q_weight, grad_q),
-          sum_of_ranges(k_sums, call.k_weight, grad_k)};
+  return {sum_of_ranges(q_sums, call.q_weight, grad_q), sum_of_ranges(k_sums, call.k_weight, grad_k)};
+}
+
+NormRopeGradients qk_norm_rope_backward_cpu(const NormRopeCall& call, const at::Tensor& grad_q,
+                                            const at::Tensor& grad_k) {
+  if (!has_kernel(grad_q) || !has_kernel(grad_k)) return compose_norm_rope_backward(call, grad_q, grad_k);
+  const at::Tensor dq = at::empty(grad_q.sizes(), grad_q.options()), dk = at::empty(grad_k.sizes(), grad_k.options());
+  const auto [dq_weight, dk_weight] = run_backward(call, grad_q, grad_k, dq, dk);
+  return {dq, dk, dq_weight, dk_weight};
+}
+
+NormRopeWeightGradients qk_norm_rope_backward_in_place_cpu(const NormRopeCall& call, at::Tensor& grad_q,
+                                                           at::Tensor& grad_k) {
+  if (!has_kernel(grad_q) || !has_kernel(grad_k)) {
+    const auto [dq, dk, dq_weight, dk_weight] = compose_norm_rope_backward(call, grad_q, grad_k);
+    grad_q.copy_(dq), grad_k.copy_(dk);
+    return {dq_weight, dk_weight};
+  }
+  return run_backward(call, grad_q, grad_k, grad_q, grad_k);
 }
 
 }  // namespace
@@ -149,4 +167,6 @@ NormRopeGradients qk_norm_rope_backward_cpu(const NormRopeCall& call, const at::
 TORCH_LIBRARY_IMPL(selfattn, CPU, m) {
   m.impl("qk_norm_rope", TORCH_FN((selfattn::from_schema<selfattn::qk_norm_rope_cpu>)));
   m.impl("qk_norm_rope_backward", TORCH_FN((selfattn::backward_from_schema<selfattn::qk_norm_rope_backward_cpu>)));
+  m.impl("qk_norm_rope_backward.in_place",
+         TORCH_FN((selfattn::backward_in_place_from_schema<selfattn::qk_norm_rope_backward_in_place_cpu>)));
 }

@@ -45,22 +45,31 @@ void check_saved(const AttentionProblem& problem, const Tensor& grad_out, const 
   if (grad_lse) check(*grad_lse, "grad_lse", at::kFloat, row_sizes);
 }
 
-std::tuple<Tensor, Tensor, Tensor> flash_attention_backward(const Tensor& grad_out, const OptionalTensor& grad_lse,
-                                                            const Tensor& q, const Tensor& k, const Tensor& v,
-                                                            const Tensor& out, const Tensor& lse,
-                                                            const OptionalTensor& segment_ids, bool causal,
-                                                            std::optional<double> qk_scale,
-                                                            const OptionalTensor& kv_segment_ids, int64_t window_left,
-                                                            int64_t window_right, double softcap) {
+void check_result(const Tensor& result, const char* name, const Tensor& like) {
+  TORCH_CHECK_VALUE(result.scalar_type() == like.scalar_type() && result.device() == like.device() &&
+                        result.sizes() == like.sizes() && result.is_contiguous(),
+                    "selfattn: ", name, " must be contiguous, ", like.scalar_type(), " on ", like.device(),
+                    ", of the shape ", like.sizes(), "; got ", result.scalar_type(), " on ", result.device(), ", ",
+                    result.sizes());
+}
+
+// No element of out is read once its place in dq is written, none of k once that in dk is, none of v once that in dv
+// is: a thread block that stores a tile of a gradient has read that tile of the other before, and no other block reads
+// it in this kernel or in a later one (docs/kernels/backward.md).
+void flash_attention_backward_into(const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& q,
+                                   const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
+                                   const OptionalTensor& segment_ids, bool causal, std::optional<double> qk_scale,
+                                   const OptionalTensor& kv_segment_ids, int64_t window_left, int64_t window_right,
+                                   double softcap, Tensor& dq, Tensor& dk, Tensor& dv) {
   const AttentionProblem problem = make_flash_problem(
       q, k, v, {segment_ids, causal, qk_scale, kv_segment_ids, window_left, window_right, softcap, std::nullopt});
   check_saved(problem, grad_out, grad_lse, out, lse);
+  check_result(dq, "dq", q), check_result(dk, "dk", k), check_result(dv, "dv", v);
   const c10::cuda::CUDAGuard guard(q.device());
   const cudaStream_t stream = at::cuda::getCurrentCUDAStream();
   const Tensor query = with_kernel_layout(q), key = with_kernel_layout(k), value = with_kernel_layout(v);
   const Tensor out_rows = with_kernel_layout(out), grad_out_rows = with_kernel_layout(grad_out);
   const Tensor lse_rows = lse.contiguous(), grad_lse_rows = grad_lse ? grad_lse->contiguous() : Tensor();
-  const Tensor dq = empty_like_contiguous(q), dk = empty_like_contiguous(k), dv = empty_like_contiguous(v);
 
   BackwardParams params{};
   params.shape = shape_of(q, k, v);
@@ -78,6 +87,18 @@ std::tuple<Tensor, Tensor, Tensor> flash_attention_backward(const Tensor& grad_o
   const Tensor workspace = empty({flash_attention_backward_workspace_bytes(params)}, at::kByte, q.device());
   params.workspace = workspace.mutable_data_ptr();
   C10_CUDA_CHECK(launch_flash_attention_backward(params, stream));
+}
+
+std::tuple<Tensor, Tensor, Tensor> flash_attention_backward(const Tensor& grad_out, const OptionalTensor& grad_lse,
+                                                            const Tensor& q, const Tensor& k, const Tensor& v,
+                                                            const Tensor& out, const Tensor& lse,
+                                                            const OptionalTensor& segment_ids, bool causal,
+                                                            std::optional<double> qk_scale,
+                                                            const OptionalTensor& kv_segment_ids, int64_t window_left,
+                                                            int64_t window_right, double softcap) {
+  Tensor dq = empty_like_contiguous(q), dk = empty_like_contiguous(k), dv = empty_like_contiguous(v);
+  flash_attention_backward_into(grad_out, grad_lse, q, k, v, out, lse, segment_ids, causal, qk_scale, kv_segment_ids,
+                                window_left, window_right, softcap, dq, dk, dv);
   return {dq, dk, dv};
 }
 
@@ -86,4 +107,5 @@ std::tuple<Tensor, Tensor, Tensor> flash_attention_backward(const Tensor& grad_o
 
 TORCH_LIBRARY_IMPL(selfattn, CUDA, m) {
   m.impl("flash_attention_backward", TORCH_FN(selfattn::cuda::flash_attention_backward));
+  m.impl("flash_attention_backward.into", TORCH_FN(selfattn::cuda::flash_attention_backward_into));
 }

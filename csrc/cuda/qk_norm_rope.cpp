@@ -34,6 +34,10 @@ bool has_kernel(const Tensor& x) {
          x.size(1) <= kMaxTokens && x.size(0) * x.size(1) <= kMaxTokens && x.size(2) <= kMaxTokens;
 }
 
+bool have_kernels(const Tensor& q, const Tensor& k) {
+  return has_kernel(q) && has_kernel(k) && q.device() == k.device();
+}
+
 /// The tensor itself where the kernels can read it, else a contiguous copy.
 Tensor readable(const Tensor& x) {
   bool is_readable = x.size(3) == 1 || x.stride(3) == 1;
@@ -137,17 +141,23 @@ void for_each_launch(const NormRopeCall& call, const Tensor& q, const Tensor& k,
   run(params);
 }
 
-/// The results for q and k. `turns_back`: their transposed rotation, which is the gradient of a call without norm.
-NormRopeHeads launch_forward(const NormRopeCall& call, const Tensor& q, const Tensor& k, bool turns_back) {
+/// The heads that a launch reads, and those that it writes, contiguous: others, or the same.
+struct Heads {
+  const Tensor& q;
+  const Tensor& k;
+};
+
+/// `turns_back`: the transposed rotation, which is the gradient of a call without norm.
+void launch_forward(const NormRopeCall& call, const Heads& from, const Heads& to, bool turns_back) {
+  const Tensor &q = from.q, &k = from.k;
   const c10::cuda::CUDAGuard guard(q.device());
   const cudaStream_t stream = at::cuda::getCurrentCUDAStream();
   const Turns turns(call);
   const Tensor inputs[] = {readable(q), readable(k)};
   const Tensor weights[] = {readable_weight(call.q_weight), readable_weight(call.k_weight)};
-  const Tensor results[] = {empty_like_contiguous(q), empty_like_contiguous(k)};
   PrologueSide sides[2] = {};
   for (int i = 0; i < 2; i++) {
-    set_shape(sides[i], inputs[i], results[i], turns);
+    set_shape(sides[i], inputs[i], i == 0 ? to.q : to.k, turns);
     set_weight(sides[i], weights[i]);
     sides[i].input = view_of_heads(inputs[i]);
   }
@@ -156,22 +166,22 @@ NormRopeHeads launch_forward(const NormRopeCall& call, const Tensor& q, const Te
     plan_prologue(params, /*is_backward=*/false);
     C10_CUDA_CHECK(launch_qk_norm_rope_forward(params, stream));
   });
-  return {results[0], results[1]};
 }
 
 NormRopeHeads qk_norm_rope_cuda(const NormRopeCall& call) {
-  if (!has_kernel(call.q) || !has_kernel(call.k) || call.q.device() != call.k.device()) return compose_norm_rope(call);
-  return launch_forward(call, call.q, call.k, /*turns_back=*/false);
+  if (!have_kernels(call.q, call.k)) return compose_norm_rope(call);
+  const Tensor q = empty_like_contiguous(call.q), k = empty_like_contiguous(call.k);
+  launch_forward(call, {call.q, call.k}, {q, k}, /*turns_back=*/false);
+  return {q, k};
 }
 
-NormRopeGradients qk_norm_rope_backward_cuda(const NormRopeCall& call, const Tensor& grad_q, const Tensor& grad_k) {
-  if (!has_kernel(grad_q) || !has_kernel(grad_k) || grad_q.device() != grad_k.device()) {
-    return compose_norm_rope_backward(call, grad_q, grad_k);
-  }
+/// `to` may be `grads` themselves: a lane has read what it writes over, and no other lane reads it.
+NormRopeWeightGradients launch_backward(const NormRopeCall& call, const Heads& from, const Heads& to) {
+  const Tensor &grad_q = from.q, &grad_k = from.k;
   const auto no_gradient = [](const Tensor& grad) { return empty({0}, grad.scalar_type(), grad.device()); };
   if (!call.norm) {
-    const auto [dq, dk] = launch_forward(call, grad_q, grad_k, /*turns_back=*/true);
-    return {dq, dk, no_gradient(grad_q), no_gradient(grad_k)};
+    launch_forward(call, from, to, /*turns_back=*/true);
+    return {no_gradient(grad_q), no_gradient(grad_k)};
   }
   const c10::cuda::CUDAGuard guard(grad_q.device());
   const cudaStream_t stream = at::cuda::getCurrentCUDAStream();
@@ -179,11 +189,10 @@ NormRopeGradients qk_norm_rope_backward_cuda(const NormRopeCall& call, const Ten
   const OptionalTensor* const given_weights[] = {&call.q_weight, &call.k_weight};
   const Tensor inputs[] = {readable(call.q), readable(call.k)}, grads[] = {readable(grad_q), readable(grad_k)};
   const Tensor weights[] = {readable_weight(call.q_weight), readable_weight(call.k_weight)};
-  const Tensor results[] = {empty_like_contiguous(grad_q), empty_like_contiguous(grad_k)};
   Tensor weight_gradients[2];
   PrologueSide sides[2] = {};
   for (int i = 0; i < 2; i++) {
-    set_shape(sides[i], grads[i], results[i], turns);
+    set_shape(sides[i], grads[i], i == 0 ? to.q : to.k, turns);
     set_weight(sides[i], weights[i]);
     sides[i].input = view_of_heads(inputs[i]);
     sides[i].grad = view_of_heads(grads[i]);
@@ -207,7 +216,23 @@ NormRopeGradients qk_norm_rope_backward_cuda(const NormRopeCall& call, const Ten
   for (int i = 0; i < 2; i++) {
     if (*given_weights[i]) weight_gradients[i] = weight_gradients[i].to((*given_weights[i])->scalar_type());
   }
-  return {results[0], results[1], weight_gradients[0], weight_gradients[1]};
+  return {weight_gradients[0], weight_gradients[1]};
+}
+
+NormRopeGradients qk_norm_rope_backward_cuda(const NormRopeCall& call, const Tensor& grad_q, const Tensor& grad_k) {
+  if (!have_kernels(grad_q, grad_k)) return compose_norm_rope_backward(call, grad_q, grad_k);
+  const Tensor dq = empty_like_contiguous(grad_q), dk = empty_like_contiguous(grad_k);
+  const auto [dq_weight, dk_weight] = launch_backward(call, {grad_q, grad_k}, {dq, dk});
+  return {dq, dk, dq_weight, dk_weight};
+}
+
+NormRopeWeightGradients qk_norm_rope_backward_in_place_cuda(const NormRopeCall& call, Tensor& grad_q, Tensor& grad_k) {
+  if (!have_kernels(grad_q, grad_k)) {
+    const auto [dq, dk, dq_weight, dk_weight] = compose_norm_rope_backward(call, grad_q, grad_k);
+    grad_q.copy_(dq), grad_k.copy_(dk);
+    return {dq_weight, dk_weight};
+  }
+  return launch_backward(call, {grad_q, grad_k}, {grad_q, grad_k});
 }
 
 }  // namespace
@@ -217,4 +242,6 @@ TORCH_LIBRARY_IMPL(selfattn, CUDA, m) {
   m.impl("qk_norm_rope", TORCH_FN((selfattn::from_schema<selfattn::cuda::qk_norm_rope_cuda>)));
   m.impl("qk_norm_rope_backward",
          TORCH_FN((selfattn::backward_from_schema<selfattn::cuda::qk_norm_rope_backward_cuda>)));
+  m.impl("qk_norm_rope_backward.in_place",
+         TORCH_FN((selfattn::backward_in_place_from_schema<selfattn::cuda::qk_norm_rope_backward_in_place_cuda>)));
 }

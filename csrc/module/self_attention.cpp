@@ -5,27 +5,36 @@
 #include <selfattn/ops.h>
 #include <torch/library.h>
 
+#include <utility>
+
 #include "attention/norm_rope_attention.h"
+#include "attention/owned_heads.h"
+#include "module/projections.h"
 
 namespace selfattn {
 namespace {
 
-/// (B, S, E) -> (B, S, N, head_dim): one projection, its output features split into heads.
-at::Tensor project(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, int64_t head_dim,
-                   const char* name) {
+void check_projection(const at::Tensor& weight, const at::Tensor& x, int64_t head_dim, const char* name) {
   TORCH_CHECK_VALUE(weight.dim() == 2 && weight.sym_size(1) == x.sym_size(2) && weight.sym_size(0) % head_dim == 0,
                     "selfattn: ", name, " must have the shape (heads * head_dim, E) with head_dim ", head_dim,
                     " and E ", x.sym_size(2), "; got ", weight.sym_sizes());
-  return at::linear(x, weight, bias).unflatten_symint(2, {weight.sym_size(0) / head_dim, head_dim});
 }
 
-/// Norm, rotation and attention.
-at::Tensor attend(const NormRopeCall& prologue, const at::Tensor& value, const AttentionArguments& arguments,
+/// (B, S, N * head_dim) -> (B, S, N, head_dim).
+at::Tensor split_heads(const at::Tensor& projected, int64_t head_dim) {
+  return projected.unflatten_symint(2, {projected.sym_size(2) / head_dim, head_dim});
+}
+
+/// Norm, rotation and attention. Takes the prologue by value: unless autograd keeps them, the raw q and k end when the
+/// turned ones are there.
+at::Tensor attend(NormRopeCall prologue, const at::Tensor& value, const AttentionArguments& arguments,
                   c10::string_view backend) {
+  const OwnedHeads owned;
   if (const auto call = as_one_operator(prologue, value, arguments, backend)) {
     return std::get<0>(qk_norm_rope_attention(*call));
   }
   const auto [query, key] = qk_norm_rope(prologue);
+  prologue.q.reset(), prologue.k.reset();
   return multihead_attention(query, key, value,
                              AttentionOptions()
                                  .segment_ids(arguments.segment_ids)
@@ -60,20 +69,24 @@ at::Tensor self_attention(const at::Tensor& x, const at::Tensor& q_weight, const
                     "selfattn: dropout_rate must be at least 0 and below 1; got ", dropout_rate);
   TORCH_CHECK_VALUE(q_norm_weight.has_value() == k_norm_weight.has_value(),
                     "selfattn: q_norm_weight and k_norm_weight must be given together; got one alone");
-  const at::Tensor value = project(x, v_weight, v_bias, head_dim, "v_weight");
-  const NormRopeCall prologue{.q = project(x, q_weight, q_bias, head_dim, "q_weight"),
-                              .k = project(x, k_weight, k_bias, head_dim, "k_weight"),
-                              .q_weight = q_norm_weight,
-                              .k_weight = k_norm_weight,
-                              .freqs_sin = freqs_sin,
-                              .freqs_cos = freqs_cos,
-                              .norm = q_norm_weight.has_value(),
-                              .eps = norm_eps,
-                              .theta = rope_theta,
-                              .pairing = parse_pairing(rope_pairing, "pairing")};
+  check_projection(q_weight, x, head_dim, "q_weight");
+  check_projection(k_weight, x, head_dim, "k_weight");
+  check_projection(v_weight, x, head_dim, "v_weight");
+  auto [query, key, value] = project_query_key_value(x, {q_weight, q_bias}, {k_weight, k_bias}, {v_weight, v_bias});
+  value = split_heads(value, head_dim);
+  NormRopeCall prologue{.q = split_heads(std::exchange(query, {}), head_dim),
+                        .k = split_heads(std::exchange(key, {}), head_dim),
+                        .q_weight = q_norm_weight,
+                        .k_weight = k_norm_weight,
+                        .freqs_sin = freqs_sin,
+                        .freqs_cos = freqs_cos,
+                        .norm = q_norm_weight.has_value(),
+                        .eps = norm_eps,
+                        .theta = rope_theta,
+                        .pairing = parse_pairing(rope_pairing, "pairing")};
   const at::Tensor heads =
-      attend(prologue, value, {segment_ids, causal, qk_scale, std::nullopt, window_left, window_right, softcap, sinks},
-             backend);
+      attend(std::move(prologue), value,
+             {segment_ids, causal, qk_scale, std::nullopt, window_left, window_right, softcap, sinks}, backend);
   TORCH_CHECK_VALUE(out_weight.dim() == 2 && out_weight.sym_size(1) == heads.sym_size(2) * heads.sym_size(3),
                     "selfattn: out_weight must have the shape (E, heads * head_dim) with ",
                     heads.sym_size(2) * heads.sym_size(3), " input features; got ", out_weight.sym_sizes());

@@ -173,12 +173,40 @@ NormRopeGradients qk_norm_rope_backward(const NormRopeCall& call, const at::Tens
                  call.freqs_cos, call.norm, call.eps, call.rope, call.positions, call.theta, to_string(call.pairing));
 }
 
+NormRopeWeightGradients qk_norm_rope_backward_in_place(const NormRopeCall& call, at::Tensor& grad_q,
+                                                       at::Tensor& grad_k) {
+  using Schema = NormRopeWeightGradients(at::Tensor&, at::Tensor&, const OptionalTensor&, const OptionalTensor&,
+                                         const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+                                         const OptionalTensor&, bool, double, bool, const OptionalTensor&, double,
+                                         c10::string_view);
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("selfattn::qk_norm_rope_backward", "in_place").typed<Schema>();
+  const auto optional = [](const at::Tensor& tensor) {
+    return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
+  };
+  return op.call(grad_q, grad_k, optional(call.q), optional(call.k), call.q_weight, call.k_weight, call.freqs_sin,
+                 call.freqs_cos, call.norm, call.eps, call.rope, call.positions, call.theta, to_string(call.pairing));
+}
+
+namespace {
+
+/// For what has no kernel that works in place.
+NormRopeWeightGradients copy_norm_rope_backward(const NormRopeCall& call, at::Tensor& grad_q, at::Tensor& grad_k) {
+  const auto [dq, dk, dq_weight, dk_weight] = qk_norm_rope_backward(call, grad_q, grad_k);
+  grad_q.copy_(dq);
+  grad_k.copy_(dk);
+  return {dq_weight, dk_weight};
+}
+
+}  // namespace
 }  // namespace selfattn
 
 // Any device without kernels; and vmap, whose batched tensors only ATen's operators know.
 TORCH_LIBRARY_IMPL(selfattn, CompositeExplicitAutograd, m) {
   m.impl("qk_norm_rope", TORCH_FN((selfattn::from_schema<selfattn::compose_norm_rope>)));
   m.impl("qk_norm_rope_backward", TORCH_FN((selfattn::backward_from_schema<selfattn::compose_norm_rope_backward>)));
+  m.impl("qk_norm_rope_backward.in_place",
+         TORCH_FN((selfattn::backward_in_place_from_schema<selfattn::copy_norm_rope_backward>)));
 }
 TORCH_LIBRARY_IMPL(selfattn, FuncTorchBatched, m) {
   m.impl("qk_norm_rope", TORCH_FN((selfattn::from_schema<selfattn::compose_norm_rope>)));

@@ -58,6 +58,14 @@ NormRopeGradients compose_norm_rope_backward(const NormRopeCall& call, const at:
 NormRopeHeads qk_norm_rope(const NormRopeCall& call);
 NormRopeGradients qk_norm_rope_backward(const NormRopeCall& call, const at::Tensor& grad_q, const at::Tensor& grad_k);
 
+/// dq_weight, dk_weight
+using NormRopeWeightGradients = std::tuple<at::Tensor, at::Tensor>;
+
+/// selfattn::qk_norm_rope_backward.in_place through the dispatcher: dq and dk take the memory of grad_q and grad_k,
+/// which are contiguous. Not differentiable.
+NormRopeWeightGradients qk_norm_rope_backward_in_place(const NormRopeCall& call, at::Tensor& grad_q,
+                                                       at::Tensor& grad_k);
+
 /// An implementation of the operator with the arguments of its schema.
 template <NormRopeHeads (*kImplementation)(const NormRopeCall&)>
 NormRopeHeads from_schema(const at::Tensor& q, const at::Tensor& k, const OptionalTensor& q_weight,
@@ -90,6 +98,32 @@ NormRopeGradients backward_from_schema(const at::Tensor& grad_q, const at::Tenso
                           theta,
                           parse_pairing(pairing, "pairing")};
   check_norm_rope_backward(call, grad_q, grad_k);
+  return kImplementation(call, grad_q, grad_k);
+}
+
+/// The same for the gradient in place.
+template <NormRopeWeightGradients (*kImplementation)(const NormRopeCall&, at::Tensor&, at::Tensor&)>
+NormRopeWeightGradients backward_in_place_from_schema(at::Tensor& grad_q, at::Tensor& grad_k, const OptionalTensor& q,
+                                                      const OptionalTensor& k, const OptionalTensor& q_weight,
+                                                      const OptionalTensor& k_weight, const OptionalTensor& freqs_sin,
+                                                      const OptionalTensor& freqs_cos, bool norm, double eps, bool rope,
+                                                      const OptionalTensor& positions, double theta,
+                                                      c10::string_view pairing) {
+  const NormRopeCall call{q.value_or(at::Tensor()),
+                          k.value_or(at::Tensor()),
+                          q_weight,
+                          k_weight,
+                          freqs_sin,
+                          freqs_cos,
+                          norm,
+                          eps,
+                          rope,
+                          positions,
+                          theta,
+                          parse_pairing(pairing, "pairing")};
+  check_norm_rope_backward(call, grad_q, grad_k);
+  TORCH_CHECK_VALUE(grad_q.is_contiguous(), "selfattn: grad_q must be contiguous; got strides ", grad_q.sym_strides());
+  TORCH_CHECK_VALUE(grad_k.is_contiguous(), "selfattn: grad_k must be contiguous; got strides ", grad_k.sym_strides());
   return kImplementation(call, grad_q, grad_k);
 }
 

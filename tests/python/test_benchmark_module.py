@@ -13,16 +13,20 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 IMPLEMENTATIONS = ["selfattn", "selfattn_tables", "sdpa_mask", "sdpa_cudnn", "projections"]
 
 
-def run(*command: object) -> str:
+def start(*command: object) -> subprocess.CompletedProcess:
     """Runs a script of the benchmarks with the library that is tested."""
     paths = os.pathsep.join(sys.path)
-    result = subprocess.run(
+    return subprocess.run(
         [sys.executable, *map(str, command)],
         capture_output=True,
         text=True,
         check=False,
         env={**os.environ, "PYTHONPATH": paths},
     )
+
+
+def run(*command: object) -> str:
+    result = start(*command)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
@@ -74,7 +78,5 @@ def test_rows_are_drawn(rows_file: Path, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the full cases run where a GPU is")
 def test_full_cases_without_a_gpu_are_refused() -> None:
-    result = subprocess.run(
-        [sys.executable, str(BENCHMARKS / "module.py")], capture_output=True, text=True, check=False
-    )
+    result = start(BENCHMARKS / "module.py")
     assert result.returncode == 2 and "need a CUDA GPU" in result.stderr

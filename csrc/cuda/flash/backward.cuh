@@ -115,6 +115,17 @@ BackwardForm choose_form(const BackwardParams& p) {
   return p.segments.mode ? BackwardForm::kEither : BackwardForm::kFused;
 }
 
+// How many batches the fused form takes in one launch. Where the split form may have the work, memory for the sum of dQ
+// would often lie idle, so it is kept small: one launch after another, each with enough tiles for all thread blocks.
+template <class Config>
+int batches_of_fused(const BackwardParams& p, BackwardForm form) {
+  constexpr int kTilesOfLaunch = 1024;  // about eight for each thread block
+  if (form == BackwardForm::kSplit) return 0;
+  if (form == BackwardForm::kFused) return p.shape.batch;
+  const int64_t tiles = int64_t((p.shape.key_length + Config::kTileKv - 1) / Config::kTileKv) * p.shape.num_kv_heads;
+  return int(std::min<int64_t>(p.shape.batch, (kTilesOfLaunch + tiles - 1) / tiles));
+}
+
 // The arrays of the workspace are laid out one behind the other; `end` is the first byte past them.
 template <class Config>
 BackwardPlan make_backward_plan(const BackwardParams& p, char** end) {
@@ -140,16 +151,18 @@ BackwardPlan make_backward_plan(const BackwardParams& p, char** end) {
   plan.form = choose_form<Config>(p);
   const int64_t pairs_of_split = int64_t(shape.batch) * shape.query_length * keys_of_split<Config>();
   plan.visits_of_split = int64_t(kBlocksOverKeys * pairs_of_split) / (kQueryBlock * Config::kTileKv);
+  plan.batches_with_visits = shape.batch;
   plan.query_blocks = (shape.query_length + kQueryBlock - 1) / kQueryBlock;
   plan.stat_groups = (shape.query_length + kStatTile - 1) / kStatTile * (kStatTile / kStatRows);
 
-  const int64_t heads = int64_t(shape.batch) * shape.num_heads, patches = heads * plan.patch_rows * Config::kPanels;
+  const int64_t heads = int64_t(shape.batch) * shape.num_heads;
+  const int64_t heads_summed = int64_t(batches_of_fused<Config>(p, plan.form)) * shape.num_heads;
   char* at = static_cast<char*>(p.workspace);
   const auto take = [&](auto*& array, int64_t count) {
     array = reinterpret_cast<std::decay_t<decltype(array)>>(at);
     at += count * sizeof(*array);
   };
-  take(plan.grad_q_sum, plan.form == BackwardForm::kSplit ? 0 : patches * kPatchFloats);
+  take(plan.grad_q_sum, heads_summed * plan.patch_rows * Config::kPanels * kPatchFloats);
   take(plan.row_stats, heads * plan.stat_groups * kStatFloats);
   take(plan.turns, p.is_deterministic ? heads * plan.query_tiles : 0);
   take(plan.counters, plan.count_of_counters());
@@ -216,29 +229,16 @@ cudaError_t launch_split(const BackwardParams& p, BackwardPlan plan, const Backw
   return cudaLaunchKernelEx(&config, keys_kernel, key_maps, p, plan);
 }
 
-template <ElementType kElement, int kHeadDim>
-cudaError_t BackwardLauncher<kElement, kHeadDim>::launch(const BackwardParams& p, cudaStream_t stream) {
-  using Config = BackwardConfig<typename ElementOf<kElement>::Type, kHeadDim>;
-  constexpr int kSharedBytes = sizeof(typename Config::SharedStorage);
-  const auto kernel = flash_attention_backward_kernel<Config>;
-  int device = 0, processors = 0;
-  if (const cudaError_t status = cudaGetDevice(&device)) return status;
-  if (const cudaError_t status = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device))
-    return status;
-  if (const cudaError_t status =
-          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes))
-    return status;
-
+template <class Config>
+BackwardMaps make_backward_maps(const BackwardParams& p) {
   const AttentionShape& shape = p.shape;
-  char* end;
-  const BackwardPlan plan = make_backward_plan<Config>(p, &end);
   const auto query_map = [&](const TensorView& view, int dim, int rows) {
     return make_tensor_map(view, p.element, shape.batch, shape.query_length, shape.num_heads, dim, rows);
   };
   const auto key_map = [&](const TensorView& view, int dim, int rows) {
     return make_tensor_map(view, p.element, shape.batch, shape.key_length, shape.num_kv_heads, dim, rows);
   };
-  const BackwardMaps maps = {
+  return {
       .q = query_map(p.q, shape.dim_qk, Config::kTileQ),
       .k = key_map(p.k, shape.dim_qk, Config::kTileKv),
       .v = key_map(p.v, shape.dim_v, Config::kTileKv),
@@ -248,31 +248,86 @@ cudaError_t BackwardLauncher<kElement, kHeadDim>::launch(const BackwardParams& p
       .side_out = query_map(p.out, shape.dim_v, Config::kSideRows),
       .side_grad_out = query_map(p.grad_out, shape.dim_v, Config::kSideRows),
   };
-  const int blocks = std::min(plan.work_tiles(), processors);
+}
+
+// The call for the batches first .. first + count - 1 alone. The visits of the segments stay those of all batches.
+inline BackwardParams batches_of(BackwardParams p, int first, int count) {
+  p.shape.batch = count;
+  for (TensorView* view : {&p.q, &p.k, &p.v, &p.out, &p.grad_out, &p.grad_q, &p.grad_k, &p.grad_v}) {
+    constexpr int kElementBytes = 2;
+    view->data = static_cast<char*>(view->data) + kElementBytes * first * view->stride_batch;
+  }
+  const int64_t rows = int64_t(first) * p.shape.num_heads * p.shape.query_length;
+  p.lse += rows;
+  if (p.grad_lse) p.grad_lse += rows;
+  SegmentTables& segments = p.segments;
+  if (segments.mode) {
+    segments.mode += first;
+    segments.query_ids += int64_t(first) * segments.pitch_query;
+    segments.key_ids += int64_t(first) * segments.pitch_key;
+    segments.run_begin += int64_t(first) * segments.pitch_query;
+    segments.run_end += int64_t(first) * segments.pitch_query;
+    segments.query_blocks += int64_t(first) * segments.query_tiles;
+    segments.key_blocks += int64_t(first) * segments.key_tiles;
+    segments.order += int64_t(first) * segments.key_tiles;
+  }
+  return p;
+}
+
+// The three kernels; `config` is set for launches in this stream.
+template <class Config>
+cudaError_t launch_fused(const BackwardParams& p, const BackwardPlan& plan, cudaLaunchConfig_t config, int processors) {
+  const auto kernel = flash_attention_backward_kernel<Config>;
+  constexpr int kSharedBytes = sizeof(typename Config::SharedStorage);
+  if (const cudaError_t status =
+          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes))
+    return status;
+  config.gridDim = dim3(std::min(plan.heads_prepared_ahead() * plan.stat_groups, kRowBlocks * processors));
+  config.blockDim = dim3(kRowWarps * 32);
+  if (const cudaError_t status = cudaLaunchKernelEx(&config, flash_attention_backward_prepare_kernel<Config>, p, plan))
+    return status;
+  config.numAttrs = 1;
+  config.gridDim = dim3(std::min(plan.work_tiles(), processors)), config.blockDim = dim3(Config::kThreads);
+  config.dynamicSmemBytes = kSharedBytes;
+  if (const cudaError_t status = cudaLaunchKernelEx(&config, kernel, make_backward_maps<Config>(p), p, plan))
+    return status;
+  const int heads_finished = plan.pairs * plan.group - plan.first_head_finished_behind();
+  config.gridDim = dim3(std::min(heads_finished * plan.query_blocks, kRowBlocks * processors));
+  config.blockDim = dim3(Config::kPanels * 128), config.dynamicSmemBytes = 0;
+  return cudaLaunchKernelEx(&config, flash_attention_backward_finish_kernel<Config>, p, plan);
+}
+
+template <ElementType kElement, int kHeadDim>
+cudaError_t BackwardLauncher<kElement, kHeadDim>::launch(const BackwardParams& p, cudaStream_t stream) {
+  using Config = BackwardConfig<typename ElementOf<kElement>::Type, kHeadDim>;
+  int device = 0, processors = 0;
+  if (const cudaError_t status = cudaGetDevice(&device)) return status;
+  if (const cudaError_t status = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device))
+    return status;
+  char* end;
+  const BackwardPlan plan = make_backward_plan<Config>(p, &end);
   // Each kernel is brought up while the one ahead ends. That of the segments is ahead of the first.
   cudaLaunchAttribute early_start;
   early_start.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early_start.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.stream = stream, config.attrs = &early_start;
-  config.gridDim = dim3(std::min(plan.heads_prepared_ahead() * plan.stat_groups, kRowBlocks * processors)),
-  config.blockDim = dim3(kRowWarps * 32);
   config.numAttrs = p.segments.mode ? 1 : 0;
   if constexpr (!Config::kIsWide) {
     if (plan.form != BackwardForm::kFused) {
-      const cudaError_t status = launch_split<Config>(p, plan, maps, config, processors);
+      const cudaError_t status = launch_split<Config>(p, plan, make_backward_maps<Config>(p), config, processors);
       if (status != cudaSuccess || plan.form == BackwardForm::kSplit) return status;
     }
   }
-  if (const cudaError_t status = cudaLaunchKernelEx(&config, flash_attention_backward_prepare_kernel<Config>, p, plan))
-    return status;
-  config.numAttrs = 1;
-  config.gridDim = dim3(blocks), config.blockDim = dim3(Config::kThreads), config.dynamicSmemBytes = kSharedBytes;
-  if (const cudaError_t status = cudaLaunchKernelEx(&config, kernel, maps, p, plan)) return status;
-  const int heads_finished = plan.pairs * plan.group - plan.first_head_finished_behind();
-  config.gridDim = dim3(std::min(heads_finished * plan.query_blocks, kRowBlocks * processors));
-  config.blockDim = dim3(Config::kPanels * 128), config.dynamicSmemBytes = 0;
-  return cudaLaunchKernelEx(&config, flash_attention_backward_finish_kernel<Config>, p, plan);
+  const int batch = p.shape.batch, at_once = batches_of_fused<Config>(p, plan.form);
+  for (int first = 0; first < batch; first += at_once) {
+    const BackwardParams part = batches_of(p, first, std::min(at_once, batch - first));
+    BackwardPlan plan_of_part = make_backward_plan<Config>(part, &end);
+    // Which form works is decided for all batches.
+    plan_of_part.visits_of_split = plan.visits_of_split, plan_of_part.batches_with_visits = batch;
+    if (const cudaError_t status = launch_fused<Config>(part, plan_of_part, config, processors)) return status;
+  }
+  return cudaSuccess;
 }
 
 }  // namespace selfattn::cuda

@@ -189,6 +189,7 @@ struct BackwardPlan {
   int pairs, pairs_of_section, sections;
   BackwardForm form;
   int64_t visits_of_split;  // form kEither: the split form serves rows of up to so many visits (SegmentTables)
+  int batches_with_visits;  // whose visits are counted for that: of the whole call
   bool has_side_jobs;
   // Whether a key tile meets its query tiles from the first to the last: for single heads, so that thread blocks that
   // start together add to different rows. Where a tile goes through a group of heads, downwards keeps those thread

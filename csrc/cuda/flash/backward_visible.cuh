@@ -45,7 +45,7 @@ __device__ __forceinline__ int2 query_tiles_of(const BackwardParams& p, int batc
 __device__ __forceinline__ bool has_work(const BackwardParams& p, const BackwardPlan& plan, BackwardForm form) {
   if (plan.form != BackwardForm::kEither) return true;
   long long visits = 0;
-  for (int b = threadIdx.x % 32; b < p.shape.batch; b += 32) visits += p.segments.visits[b];
+  for (int b = threadIdx.x % 32; b < plan.batches_with_visits; b += 32) visits += p.segments.visits[b];
 #pragma unroll
   for (int distance = 16; distance; distance /= 2) visits += __shfl_xor_sync(~0u, visits, distance);
   return (visits <= plan.visits_of_split) == (form == BackwardForm::kSplit);

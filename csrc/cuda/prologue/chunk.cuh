@@ -12,13 +12,14 @@ struct Chunk {
   uint4 vectors[kVectors];
 };
 
-// Zeros where it is not there. Read once by the kernel: it need not stay in the L1 cache.
+// Zeros where it is not there. Read once by the kernel: it need not stay in the L1 cache. Not a load of read-only data:
+// the results may be written over the inputs.
 __device__ __forceinline__ uint4 load_streaming(const uint4* g_source, bool is_there) {
   uint4 v;
   asm volatile(
       "{\n.reg .pred p;\nsetp.ne.s32 p, %5, 0;\n"
       "mov.u32 %0, 0;\nmov.u32 %1, 0;\nmov.u32 %2, 0;\nmov.u32 %3, 0;\n"
-      "@p ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
+      "@p ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
       : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
       : "l"(g_source), "r"(static_cast<int>(is_there)));
   return v;

@@ -1,0 +1,61 @@
+#include "attention/owned_heads.h"
+
+#include <ATen/SavedTensorHooks.h>
+#include <ATen/core/grad_mode.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <torch/csrc/autograd/graph_task.h>
+
+#include <utility>
+
+namespace selfattn {
+namespace {
+
+thread_local bool heads_are_owned = false;
+
+/// How many tensors share the memory of one that nobody else holds: a view brings its base.
+size_t tensors_of_memory(const at::Tensor& tensor) {
+  return tensor.is_view() && tensor._base().use_count() == 1 ? 2 : 1;
+}
+
+/// A saved input is one tensor, held by the node and by the caller.
+bool is_last_use_of_input(const at::Tensor& saved) {
+  return saved.use_count() == 2 && saved.storage().use_count() == tensors_of_memory(saved) && saved.is_contiguous();
+}
+
+/// A saved output is a tensor of the node's own, and a second one of the caller.
+bool is_last_use_of_output(const at::Tensor& saved) {
+  return saved.use_count() == 1 && saved.storage().use_count() == 2 && saved.is_contiguous();
+}
+
+}  // namespace
+
+OwnedHeads::OwnedHeads() : before_(std::exchange(heads_are_owned, true)) {}
+
+OwnedHeads::~OwnedHeads() { heads_are_owned = before_; }
+
+bool OwnedHeads::are(const at::Tensor& heads) {
+  return heads_are_owned && heads.layout() == at::kStrided && !heads.unsafeGetTensorImpl()->is_python_dispatch() &&
+         !c10::impl::TorchDispatchModeTLS::any_modes_set() && !at::SavedTensorDefaultHooks::get_hooks();
+}
+
+GradientMemory memory_of_heads(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                               const at::Tensor& out) {
+  GradientMemory memory;
+  if (at::GradMode::is_enabled() || torch::autograd::get_current_graph_task_keep_graph()) return memory;
+  // As tensors without a history: they become gradients.
+  const bool takes_key = is_last_use_of_input(key), takes_value = is_last_use_of_input(value);
+  if (is_last_use_of_output(out) && out.sizes() == query.sizes()) memory.query = out.variable_data();
+  if (takes_key) memory.key = key.variable_data();
+  if (takes_value) memory.value = value.variable_data();
+  return memory;
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> flash_attention_backward(const AttentionProblem& problem,
+                                                                        const AttentionGradients& gradients,
+                                                                        const GradientMemory& memory) {
+  const bool has_memory = memory.query || memory.key || memory.value;
+  return has_memory && problem.query.is_cuda() ? flash_attention_backward_into(problem, gradients, memory)
+                                               : flash_attention_backward(problem, gradients);
+}
+
+}  // namespace selfattn

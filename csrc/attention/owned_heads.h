@@ -1,0 +1,35 @@
+#pragma once
+
+#include "attention/kernel_ops.h"
+
+namespace selfattn {
+
+/// While one lives, nobody outside the attention operators that its thread calls will see their q, k, v or out again,
+/// save the graph: a backward pass that nothing comes after may then write gradients over them. self_attention has one
+/// around its attention.
+class OwnedHeads {
+ public:
+  OwnedHeads();
+  ~OwnedHeads();
+  OwnedHeads(const OwnedHeads&) = delete;
+  OwnedHeads& operator=(const OwnedHeads&) = delete;
+
+  /// Whether one lives, and plain memory is at work: no tracing, no hooks that may keep what is saved.
+  static bool are(const at::Tensor& heads);
+
+ private:
+  bool before_;
+};
+
+/// What a backward node of the attention may write over, inside its call: nothing where the graph is kept, a second
+/// derivative is wanted, or anyone else holds the memory. `key` and `value` are inputs that the node saved, `out` an
+/// output, each held by the node and by the caller's list alone; dq has the shape of `query`.
+GradientMemory memory_of_heads(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                               const at::Tensor& out);
+
+/// flash_attention_backward, over that memory where the device can.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> flash_attention_backward(const AttentionProblem& problem,
+                                                                        const AttentionGradients& gradients,
+                                                                        const GradientMemory& memory);
+
+}  // namespace selfattn
