@@ -12,7 +12,6 @@
 #include "../../csrc/cuda/flash/tensor_map.h"
 #include "../../csrc/cuda/ptx/arithmetic.cuh"
 #include "../../csrc/cuda/ptx/barrier.cuh"
-#include "../../csrc/cuda/ptx/cluster.cuh"
 #include "../../csrc/cuda/ptx/fence.cuh"
 #include "../../csrc/cuda/ptx/launch.cuh"
 #include "../../csrc/cuda/ptx/matrix.cuh"
@@ -344,24 +343,6 @@ void test_named_barriers() {
   report("barrier_sync, barrier_arrive, registers", g_out.read()[0] != expected);
 }
 
-__global__ void __cluster_dims__(8, 1, 1) cluster_kernel(int* g_out) {
-  __shared__ int s_own[2];
-  if (threadIdx.x == 0) s_own[0] = -1, s_own[1] = 100 + blockIdx.x;
-  ptx::cluster_sync();
-  if (threadIdx.x < 8)
-    g_out[blockIdx.x * 8 + threadIdx.x] = ptx::load_from_block(ptx::shared_address(&s_own[1]), threadIdx.x);
-  ptx::cluster_sync();
-}
-
-void test_cluster() {
-  Array<int> g_out(std::vector<int>(64, 0));
-  cluster_kernel<<<8, 32>>>(g_out.device);
-  long long wrong = 0;
-  const auto out = g_out.read();
-  for (int i = 0; i < 64; i++) wrong += out[i] != 100 + i % 8;
-  report("cluster_sync, load_from_block", wrong);
-}
-
 __global__ void first_kernel(int* g_data, int count) {
   ptx::launch_dependents();
   const long long start = clock64();
@@ -438,7 +419,6 @@ int main() {
   test_tensor_copies();
   test_bulk_copies();
   test_named_barriers();
-  test_cluster();
   test_dependent_launch();
   test_arithmetic();
   cuda_check(cudaDeviceSynchronize());

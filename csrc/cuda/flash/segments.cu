@@ -4,185 +4,56 @@
 #undef NDEBUG
 #include <cuda_runtime.h>
 
-#include <cassert>
-#include <climits>
+#include <algorithm>
 
-#include "../ptx/cluster.cuh"
 #include "../ptx/launch.cuh"
-#include "../ptx/mbarrier.cuh"
 #include "params.h"
+#include "segment_runs.cuh"
 
 namespace selfattn::cuda {
 namespace {
 
-// A cluster of thread blocks shares a batch row; its warps take the row's words of 32 tokens in stretches.
-constexpr int kThreads = 1024, kWarps = kThreads / 32;
-constexpr int kBlocks = 8, kClusterThreads = kBlocks * kThreads, kClusterWarps = kBlocks * kWarps;
-constexpr unsigned kAllLanes = ~0u;
-constexpr int kMaxTiles = 1 << 14;  // a row; a tile's cost and its number share the 32 bits of a sorting key
+// The thread blocks of a batch row all find the runs of the whole row, so that none waits for another, and then share
+// the tables to be written.
+constexpr int kWarps = SegmentRuns::kWarps, kThreads = kWarps * kWarpSize;
+constexpr int kMaxBlocks = 32;                     // a row
+constexpr int kMaxGrid = 132;                      // thread blocks, if rows share them; of more rows each gets one
+constexpr int kMaxTiles = kMaxSegmentLength / 64;  // a row; a tile's cost and its number share 32 bits
 
 __host__ __device__ int count_tiles(int length, int tile) { return (length + tile - 1) / tile; }
+__host__ __device__ int round_up(int value, int multiple) { return count_tiles(value, multiple) * multiple; }
 
-__device__ int64_t batch_row() { return blockIdx.x / kBlocks; }
-__device__ int block_in_row() { return blockIdx.x % kBlocks; }
-__device__ int cluster_thread() { return block_in_row() * kThreads + threadIdx.x; }
-__device__ int cluster_warp() { return cluster_thread() / 32; }
+// Where a thread stands among those that share a piece of work.
+struct Share {
+  int block, blocks;
 
-// Ids of one side of one batch row, Id being int or int64_t.
-template <class Id>
-struct IdRow {
-  const Id* data;
-  int64_t stride;
-  int length;
-
-  __device__ int operator[](int token) const {
-    const Id id = data[token * stride];
-    if constexpr (sizeof(Id) > sizeof(int)) assert(id >= INT_MIN && id <= INT_MAX && "segment ids must fit in int32");
-    return static_cast<int>(id);
-  }
+  __device__ int thread() const { return block * kThreads + threadIdx.x; }
+  __device__ int threads() const { return blocks * kThreads; }
+  __device__ int warp() const { return block * kWarps + warp_of_thread(); }
+  __device__ int warps() const { return blocks * kWarps; }
 };
 
 template <class Id>
-__device__ IdRow<Id> id_row(const void* ids, int64_t stride_batch, int64_t stride_token, int length) {
-  return {static_cast<const Id*>(ids) + batch_row() * stride_batch, stride_token, length};
-}
-
-// Two bits a token, 32 tokens a word, in the shared memory of the thread block that looks after them.
-struct RunBits {
-  unsigned* starts;           // a run of equal ids starts here
-  unsigned* real;             // not padding
-  int first_word, last_word;  // of this warp
-  int block_word;             // of this thread block, the first
-
-  __device__ RunBits(unsigned* storage, int length) : starts(storage) {
-    const int words = (length + 31) / 32, words_a_warp = (words + kClusterWarps - 1) / kClusterWarps;
-    real = storage + words_a_warp * kWarps;
-    block_word = block_in_row() * kWarps * words_a_warp;
-    first_word = min(cluster_warp() * words_a_warp, words);
-    last_word = min(first_word + words_a_warp, words);
-  }
-};
-
-// What was seen of a stretch of the row. Eight words, so that it travels between thread blocks.
-struct Stretch {
-  int first_start, last_start;      // tokens, or INT_MAX / -1
-  int first_real_id, last_real_id;  // ids >= 0, or -1 if there is none
-  int first_real_is_start, increases;
-};
-constexpr int kStretchWords = sizeof(Stretch) / 4;
-
-__device__ int highest_bit(unsigned bits) { return 31 - __clz(bits); }
-__device__ int lowest_bit(unsigned bits) { return __ffs(bits) - 1; }
-
-// Marks run starts and padding. A row is contiguous iff the ids at the starts of its real runs strictly increase.
-template <class Id>
-__device__ Stretch mark_runs(const IdRow<Id>& ids, const RunBits& bits) {
-  const int lane = threadIdx.x % 32;
-  Stretch seen{INT_MAX, -1, -1, -1, 0, 1};
-#pragma unroll 1
-  for (int word = bits.first_word; word < bits.last_word; word++) {
-    const int token = word * 32 + lane;
-    const bool exists = token < ids.length;
-    const int id = exists ? max(ids[token], -1) : -1;
-    const int before = exists && token > 0 ? max(ids[token - 1], -1) : INT_MIN;
-    const bool is_start = exists && id != before, is_real = id >= 0;
-    const unsigned starts = __ballot_sync(kAllLanes, is_start), real = __ballot_sync(kAllLanes, is_real);
-    const unsigned real_before = real & ((1u << lane) - 1);
-    const int neighbour = __shfl_sync(kAllLanes, id, real_before ? highest_bit(real_before) : 0);
-    const int previous_id = real_before ? neighbour : seen.last_real_id;
-    if (is_real && is_start && id <= previous_id) seen.increases = 0;
-    if (lane == 0) bits.starts[word - bits.block_word] = starts, bits.real[word - bits.block_word] = real;
-    if (starts) {
-      if (seen.first_start == INT_MAX) seen.first_start = word * 32 + lowest_bit(starts);
-      seen.last_start = word * 32 + highest_bit(starts);
-    }
-    if (real) {
-      if (seen.last_real_id < 0) {
-        seen.first_real_id = __shfl_sync(kAllLanes, id, lowest_bit(real));
-        seen.first_real_is_start = starts >> lowest_bit(real) & 1;
-      }
-      seen.last_real_id = __shfl_sync(kAllLanes, id, highest_bit(real));
-    }
-  }
-  seen.increases = __all_sync(kAllLanes, seen.increases);
-  return seen;
-}
-
-// The stretches of 32 lanes, in order, as one.
-__device__ Stretch join(const Stretch& mine) {
-  const int lane = threadIdx.x % 32;
-  const unsigned real = __ballot_sync(kAllLanes, mine.first_real_id >= 0), real_before = real & ((1u << lane) - 1);
-  const int neighbour = __shfl_sync(kAllLanes, mine.last_real_id, real_before ? highest_bit(real_before) : 0);
-  const bool joins =
-      mine.first_real_id < 0 || !mine.first_real_is_start || !real_before || mine.first_real_id > neighbour;
-  const int first = real ? lowest_bit(real) : 0, last = real ? highest_bit(real) : 0;
-  Stretch all;
-  all.first_start = __reduce_min_sync(kAllLanes, mine.first_start);
-  all.last_start = __reduce_max_sync(kAllLanes, mine.last_start);
-  all.first_real_id = __shfl_sync(kAllLanes, mine.first_real_id, first);
-  all.last_real_id = __shfl_sync(kAllLanes, mine.last_real_id, last);
-  all.first_real_is_start = __shfl_sync(kAllLanes, mine.first_real_is_start, first);
-  all.increases = __all_sync(kAllLanes, mine.increases && joins);
-  return all;
-}
-
-// What the whole row says to each warp: is it contiguous, and which starts lie nearest outside the warp's stretch.
-struct RowView {
-  bool is_contiguous;
-  int start_before, start_after;
-};
-
-__device__ RowView share_stretches(const Stretch& mine, int length) {
-  __shared__ Stretch s_warps[kWarps], s_block;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, block = block_in_row();
-  if (lane == 0) s_warps[warp] = mine;
-  __syncthreads();
-  const Stretch neighbours = s_warps[lane];  // kWarps == 32
-  const Stretch joined = join(neighbours);
-  if (threadIdx.x == 0) s_block = joined;
-  ptx::cluster_sync();
-  Stretch blocks{INT_MAX, -1, -1, -1, 0, 1};
-  if (lane < kBlocks) {
-    int words[kStretchWords];
-    for (int i = 0; i < kStretchWords; i++)
-      words[i] = ptx::load_from_block(ptx::shared_address(&s_block) + 4 * i, lane);
-    blocks = {words[0], words[1], words[2], words[3], words[4], words[5]};
-  }
-  const int before = max(lane < warp ? neighbours.last_start : -1, lane < block ? blocks.last_start : -1);
-  const int after = min(lane > warp ? neighbours.first_start : INT_MAX, lane > block ? blocks.first_start : INT_MAX);
-  return {join(blocks).increases != 0, __reduce_max_sync(kAllLanes, before),
-          min(__reduce_min_sync(kAllLanes, after), length)};
+__device__ IdRow<Id> id_row(const void* ids, int64_t row, int64_t stride_batch, int64_t stride_token, int length) {
+  return {static_cast<const Id*>(ids) + row * stride_batch, stride_token, length};
 }
 
 // run_begin and run_end of a contiguous row. Padding gets the empty run [i, i), what lies past the end [length,
 // length).
-__device__ void write_runs(const RunBits& bits, const RowView& row, int length, int pitch, int* g_begin, int* g_end) {
-  const int lane = threadIdx.x % 32;
-  int start = row.start_before;
+__device__ void write_runs(const Share& share, const SegmentRuns& runs, int length, int pitch, int* g_begin,
+                           int* g_end) {
 #pragma unroll 1
-  for (int word = bits.first_word; word < bits.last_word; word++) {
-    const unsigned starts = bits.starts[word - bits.block_word], up_to_lane = starts & (kAllLanes >> (31 - lane));
-    const int token = word * 32 + lane, begin = up_to_lane ? word * 32 + highest_bit(up_to_lane) : start;
-    if (token < length) g_begin[token] = bits.real[word - bits.block_word] >> lane & 1 ? begin : token;
-    if (starts) start = word * 32 + highest_bit(starts);
+  for (int token = share.thread(); token < pitch; token += share.threads()) {
+    int begin = length, end = length;
+    if (token < length) begin = runs.begin(token), end = runs.end(token);
+    g_begin[token] = begin, g_end[token] = end;
   }
-  int next = row.start_after;
-#pragma unroll 1
-  for (int word = bits.last_word - 1; word >= bits.first_word; word--) {
-    const unsigned starts = bits.starts[word - bits.block_word], past_lane = starts & ~(kAllLanes >> (31 - lane));
-    const int token = word * 32 + lane, end = past_lane ? word * 32 + lowest_bit(past_lane) : next;
-    if (token < length) g_end[token] = bits.real[word - bits.block_word] >> lane & 1 ? end : token;
-    if (starts) next = word * 32 + lowest_bit(starts);
-  }
-#pragma unroll 1
-  for (int token = length + cluster_thread(); token < pitch; token += kClusterThreads)
-    g_begin[token] = g_end[token] = length;
 }
 
 template <class Id>
-__device__ void write_ids(const IdRow<Id>& ids, int padding, int pitch, int* g_ids) {
+__device__ void write_ids(const Share& share, const IdRow<Id>& ids, int padding, int pitch, int* g_ids) {
 #pragma unroll 1
-  for (int token = cluster_thread(); token < pitch; token += kClusterThreads) {
+  for (int token = share.thread(); token < pitch; token += share.threads()) {
     const int id = token < ids.length ? ids[token] : -1;
     g_ids[token] = id < 0 ? padding : id;
   }
@@ -190,35 +61,32 @@ __device__ void write_ids(const IdRow<Id>& ids, int padding, int pitch, int* g_i
 
 __device__ uint64_t signature_bit(int id) { return uint64_t(1) << (static_cast<unsigned>(id) * 0x9E3779B1u >> 26); }
 
-// One warp a block. A block that holds one id and padding is made to look like two ids: uniform means unmasked.
+// By one warp. A block that holds one id and padding is made to look like two ids: uniform means unmasked.
 template <class Id>
-__device__ void write_blocks(const IdRow<Id>& ids, int tile, int tiles, SegmentBlock* g_blocks) {
-  const int lane = threadIdx.x % 32;
+__device__ void write_block(const IdRow<Id>& ids, int tile, int block, SegmentBlock* g_blocks) {
+  const int lane = lane_of_thread();
+  int min_id = INT_MAX, max_id = INT_MIN;
+  unsigned low = 0, high = 0;
+  bool has_padding = false;
 #pragma unroll 1
-  for (int block = cluster_warp(); block < tiles; block += kClusterWarps) {
-    int min_id = INT_MAX, max_id = INT_MIN;
-    unsigned low = 0, high = 0;
-    bool has_padding = false;
-#pragma unroll 1
-    for (int token = block * tile + lane; token < min((block + 1) * tile, ids.length); token += 32) {
-      const int id = ids[token];
-      if (id < 0) {
-        has_padding = true;
-        continue;
-      }
-      min_id = min(min_id, id), max_id = max(max_id, id);
-      low |= static_cast<unsigned>(signature_bit(id)), high |= static_cast<unsigned>(signature_bit(id) >> 32);
+  for (int token = block * tile + lane; token < min((block + 1) * tile, ids.length); token += kWarpSize) {
+    const int id = ids[token];
+    if (id < 0) {
+      has_padding = true;
+      continue;
     }
-    min_id = __reduce_min_sync(kAllLanes, min_id), max_id = __reduce_max_sync(kAllLanes, max_id);
-    low = __reduce_or_sync(kAllLanes, low), high = __reduce_or_sync(kAllLanes, high);
-    if (__any_sync(kAllLanes, has_padding) && min_id == max_id) max_id < INT_MAX ? max_id++ : min_id--;
-    if (lane == 0) g_blocks[block] = {min_id, max_id, static_cast<uint64_t>(high) << 32 | low};
+    min_id = min(min_id, id), max_id = max(max_id, id);
+    low |= static_cast<unsigned>(signature_bit(id)), high |= static_cast<unsigned>(signature_bit(id) >> 32);
   }
+  min_id = __reduce_min_sync(kAllLanes, min_id), max_id = __reduce_max_sync(kAllLanes, max_id);
+  low = __reduce_or_sync(kAllLanes, low), high = __reduce_or_sync(kAllLanes, high);
+  if (__any_sync(kAllLanes, has_padding) && min_id == max_id) max_id < INT_MAX ? max_id++ : min_id--;
+  if (lane == 0) g_blocks[block] = {min_id, max_id, static_cast<uint64_t>(high) << 32 | low};
 }
 
-// How many tiles of the other side tile `tile` has to visit, by its runs (null: any) and the window.
-__device__ int tile_cost(const SegmentProblem& p, bool of_queries, int size, int tile, const int* g_begin,
-                         const int* g_end) {
+// How many tiles of the other side tile `tile` has to visit, by its runs (if it has them) and the window.
+__device__ int tile_cost(const SegmentProblem& p, bool of_queries, int size, int tile, bool has_runs,
+                         const SegmentRuns& runs) {
   const int offset = p.key_length - p.query_length;
   const int other_size = of_queries ? p.key_tile : p.query_tile;
   const int length = of_queries ? p.query_length : p.key_length,
@@ -229,72 +97,89 @@ __device__ int tile_cost(const SegmentProblem& p, bool of_queries, int size, int
   const int before = of_queries ? p.window_left - offset : p.window_right + offset;
   const int after = of_queries ? p.window_right + offset : p.window_left - offset;
   int begin = max(first - before, 0), end = min(last + 1 + after, other_length);
-  if (g_begin) begin = max(begin, g_begin[first]), end = min(end, g_end[last]);
+  if (has_runs) begin = max(begin, runs.begin(first)), end = min(end, runs.end(last));
   return end > begin ? (end - 1) / other_size - begin / other_size + 1 : 0;
 }
 
-// Every tile's place among all tiles by falling cost is the number of tiles with a higher key; one warp a tile.
-__device__ void write_order(int tiles, const int* s_keys, int* g_order) {
+// Higher cost first, then lower number. Sorting keys are looked at four a lane; those past the last tile come last.
+constexpr int kKeysALane = 4, kNoKey = -1;
+__device__ int sorting_key(int cost, int tile) { return cost * kMaxTiles + kMaxTiles - 1 - tile; }
+__device__ int cost_of_key(int key) { return key / kMaxTiles; }
+
+// By one warp.
+__device__ void write_visits(int tiles, const int* s_keys, int* g_visits) {
+  int visits = 0;
 #pragma unroll 1
-  for (int tile = cluster_warp(); tile < tiles; tile += kClusterWarps) {
+  for (int tile = lane_of_thread(); tile < tiles; tile += kWarpSize) visits += cost_of_key(s_keys[tile]);
+  visits = __reduce_add_sync(kAllLanes, visits);
+  if (lane_of_thread() == 0) *g_visits = visits;
+}
+
+// Every tile's place among all tiles by falling cost is the number of tiles with a higher key; one warp a tile.
+__device__ void write_order(const Share& share, int tiles, const int* s_keys, int* g_order) {
+#pragma unroll 1
+  for (int tile = share.warp(); tile < tiles; tile += share.warps()) {
+    const int key = s_keys[tile];
     int place = 0;
 #pragma unroll 1
-    for (int other = threadIdx.x % 32; other < tiles; other += 32) place += s_keys[other] > s_keys[tile];
+    for (int other = kKeysALane * lane_of_thread(); other < tiles; other += kKeysALane * kWarpSize) {
+      const int4 keys = *reinterpret_cast<const int4*>(s_keys + other);
+      place += (keys.x > key) + (keys.y > key) + (keys.z > key) + (keys.w > key);
+    }
     place = __reduce_add_sync(kAllLanes, place);
-    if (threadIdx.x % 32 == 0) g_order[place] = tile;
+    if (lane_of_thread() == 0) g_order[place] = tile;
   }
 }
 
 // The code runs once, from cold memory: loops are not unrolled because fetching instructions is what takes the time.
 template <class Id>
-__global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads)
     prepare_segments_kernel(const __grid_constant__ SegmentProblem p, const __grid_constant__ SegmentTables t) {
-  extern __shared__ unsigned s_storage[];
+  extern __shared__ __align__(16) unsigned s_storage[];
   ptx::launch_dependents();
-  const int64_t b = batch_row();
-  if (b == 0 && cluster_thread() < kTileCounters) t.counters[threadIdx.x] = 0;
-  const auto queries = id_row<Id>(p.query_ids, p.query_stride_batch, p.query_stride_token, p.query_length);
-  int *g_begin = t.run_begin + b * t.pitch_query, *g_end = t.run_end + b * t.pitch_query;
-  bool is_contiguous = false;
-  if (!p.key_ids) {
-    const RunBits bits(s_storage, p.query_length);
-    const RowView row = share_stretches(mark_runs(queries, bits), p.query_length);
-    is_contiguous = row.is_contiguous;
-    if (is_contiguous) write_runs(bits, row, p.query_length, t.pitch_query, g_begin, g_end);
-  }
-  if (!is_contiguous) {
-    const auto keys = p.key_ids ? id_row<Id>(p.key_ids, p.key_stride_batch, p.key_stride_token, p.key_length) : queries;
-    write_ids(queries, kQueryPadding, t.pitch_query, t.query_ids + b * t.pitch_query);
-    write_ids(keys, kKeyPadding, t.pitch_key, t.key_ids + b * t.pitch_key);
-    write_blocks(queries, p.query_tile, t.query_tiles, t.query_blocks + b * t.query_tiles);
-    write_blocks(keys, p.key_tile, t.key_tiles, t.key_blocks + b * t.key_tiles);
-  }
-  if (cluster_thread() == 0) t.mode[b] = is_contiguous ? kContiguous : kGeneral;
-  ptx::cluster_sync();  // the runs are written, and the bits in shared memory are done with
-
-  int* s_keys = reinterpret_cast<int*>(s_storage);
-  __shared__ int s_visits;
-  if (threadIdx.x == 0) s_visits = 0;
+  const int64_t b = blockIdx.x;
+  const Share share{static_cast<int>(blockIdx.y), static_cast<int>(gridDim.y)};
+  if (b == 0 && share.thread() < kTileCounters) t.counters[threadIdx.x] = 0;
+  const auto queries = id_row<Id>(p.query_ids, b, p.query_stride_batch, p.query_stride_token, p.query_length);
+  SegmentRuns runs(s_storage, p.query_length);  // without own key ids
+  int* s_keys = reinterpret_cast<int*>(s_storage) + (p.key_ids ? 0 : SegmentRuns::storage_words(p.query_length));
+  const bool is_contiguous = !p.key_ids && runs.find(queries);
+  if (is_contiguous) {
+    write_runs(share, runs, p.query_length, t.pitch_query, t.run_begin + b * t.pitch_query,
+               t.run_end + b * t.pitch_query);
+  } else {
+    const auto keys =
+        p.key_ids ? id_row<Id>(p.key_ids, b, p.key_stride_batch, p.key_stride_token, p.key_length) : queries;
+    write_ids(share, queries, kQueryPadding, t.pitch_query, t.query_ids + b * t.pitch_query);
+    write_ids(share, keys, kKeyPadding, t.pitch_key, t.key_ids + b * t.pitch_key);
 #pragma unroll 1
-  for (int which = 0; which < (p.ordered_queries ? 2 : 1); which++) {
+    for (int block = share.warp(); block < t.query_tiles + t.key_tiles; block += share.warps()) {
+      if (block < t.query_tiles) {
+        write_block(queries, p.query_tile, block, t.query_blocks + b * t.query_tiles);
+      } else {
+        write_block(keys, p.key_tile, block - t.query_tiles, t.key_blocks + b * t.key_tiles);
+      }
+    }
+  }
+  if (share.thread() == 0) t.mode[b] = is_contiguous ? kContiguous : kGeneral;
+
+  // Two orders are made side by side by the even and the odd thread blocks, where there are two.
+  const int orders = p.ordered_queries ? 2 : 1, is_split = orders == 2 && share.blocks > 1;
+#pragma unroll 1
+  for (int which = share.block & is_split; which < orders; which += 1 + is_split) {
     const bool of_queries = which == 1 || p.order_of == SegmentSide::kQueries;
     const int size = which == 1 ? p.ordered_queries : of_queries ? p.query_tile : p.key_tile;
-    const int tiles = count_tiles(of_queries ? p.query_length : p.key_length, size);
-    __syncthreads();
-    int visits = 0;
+    const int tiles = which == 1 ? count_tiles(p.query_length, size) : of_queries ? t.query_tiles : t.key_tiles;
 #pragma unroll 1
-    for (int tile = threadIdx.x; tile < tiles; tile += kThreads) {
-      const int cost = tile_cost(p, of_queries, size, tile, is_contiguous ? g_begin : nullptr, g_end);
-      s_keys[tile] = cost * kMaxTiles + kMaxTiles - 1 - tile;
-      visits += cost;
-    }
-    if (which == 0 && cluster_thread() < kThreads) {
-      visits = __reduce_add_sync(kAllLanes, visits);
-      if (threadIdx.x % 32 == 0 && visits) atomicAdd(&s_visits, visits);
+    for (int tile = threadIdx.x; tile < round_up(tiles, kKeysALane); tile += kThreads) {
+      const bool exists = tile < tiles;
+      s_keys[tile] = exists ? sorting_key(tile_cost(p, of_queries, size, tile, is_contiguous, runs), tile) : kNoKey;
     }
     __syncthreads();
-    if (which == 0 && cluster_thread() == 0) t.visits[b] = s_visits;
-    write_order(tiles, s_keys, (which == 1 ? t.query_order : t.order) + b * tiles);
+    if (which == 0 && share.warp() == kWarps - 1) write_visits(tiles, s_keys, t.visits + b);
+    const Share of_order{share.block >> is_split, (share.blocks + (is_split & ~which)) >> is_split};
+    write_order(of_order, tiles, s_keys, (which == 1 ? t.query_order : t.order) + b * tiles);
+    if (which + 1 < orders) __syncthreads();  // the next order's keys take the place of these
   }
 }
 
@@ -306,8 +191,6 @@ SegmentProblem without_repeated_ids(SegmentProblem p) {
   }
   return p;
 }
-
-int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 // Hands out 256-byte-aligned arrays one after the other.
 struct Carver {
@@ -361,19 +244,26 @@ cudaError_t launch_prepare_segments(const SegmentProblem& asked, const SegmentTa
   const SegmentProblem problem = without_repeated_ids(asked);
   const int ordered = problem.order_of == SegmentSide::kQueries ? tables.query_tiles : tables.key_tiles;
   const int ordered_queries = problem.ordered_queries ? count_tiles(problem.query_length, problem.ordered_queries) : 0;
-  const int tiles = ordered > ordered_queries ? ordered : ordered_queries;
+  const int tiles = std::max(ordered, ordered_queries);
   if (problem.query_length > kMaxSegmentLength || problem.key_length > kMaxSegmentLength || tiles > kMaxTiles) {
     return cudaErrorInvalidValue;
   }
-  const int bit_bytes = problem.key_ids ? 0 : 2 * 4 * kWarps * count_tiles(problem.query_length, 32 * kClusterWarps);
-  const int key_bytes = 4 * tiles, bytes = bit_bytes > key_bytes ? bit_bytes : key_bytes;
+  const int run_words = problem.key_ids ? 0 : SegmentRuns::storage_words(problem.query_length);
+  const int bytes = 4 * (run_words + round_up(tiles, kKeysALane));
   const auto kernel = problem.ids_are_int64 ? prepare_segments_kernel<int64_t> : prepare_segments_kernel<int>;
   constexpr int kDefaultSharedMemory = 46 * 1024;  // of 48 KB; the rest is the kernel's own
+  // The most that any row takes: what another thread sets at the same time must not be less than this call needs.
+  constexpr int kMaxSharedMemory = 4 * (SegmentRuns::storage_words(kMaxSegmentLength) + kMaxTiles);
+  static_assert(kMaxSharedMemory <= 226 * 1024);
   if (bytes > kDefaultSharedMemory) {
-    const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    const cudaError_t status =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxSharedMemory);
     if (status != cudaSuccess) return status;
   }
-  kernel<<<kBlocks * problem.batch, kThreads, bytes, stream>>>(problem, tables);
+  const int pitch = std::max(tables.pitch_query, tables.pitch_key);
+  const int most = std::clamp(kMaxGrid / problem.batch, 1, kMaxBlocks);
+  const int blocks_a_row = std::min(count_tiles(pitch, kThreads), most);
+  kernel<<<dim3(problem.batch, blocks_a_row), kThreads, bytes, stream>>>(problem, tables);
   return cudaGetLastError();
 }
 

@@ -1,5 +1,5 @@
 // What both passes need to know of segment ids, made on the device by one kernel a call: no host read, no
-// synchronisation, capturable in a CUDA graph, O(tokens) work.
+// synchronisation, capturable in a CUDA graph, O(tokens) work a thread block.
 //
 // Contract. launch_prepare_segments(problem, tables, stream) fills every array below; a kernel launched behind it in
 // the same stream reads them. With programmatic dependent launch the reader calls ptx::wait_for_previous_kernel()
