@@ -126,6 +126,7 @@ __device__ __forceinline__ void multiply_keys(const BackwardMaps& maps, const Ba
       if (block.flags & skip_flag) {
         is_last = block.flags & kLastOfTile;
         mbarrier_wait(shared_address(&s.grad_out_full[ring.stage]), ring.parity);
+        __syncwarp();  // all lanes have read the block's flags
         arrive(s.q_free[ring.stage]), arrive(s.grad_out_free[ring.stage]);
         ring.advance();
         continue;
