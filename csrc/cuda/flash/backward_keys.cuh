@@ -72,6 +72,7 @@ __device__ __forceinline__ void multiply_keys(const BackwardMaps& maps, const Ba
     wgmma_commit();
   };
   const auto arrive = [&](uint64_t& barrier) {
+    __syncwarp();  // what all lanes have read may be written over
     if (lane == 0) mbarrier_arrive(shared_address(&barrier));
   };
   // Writes this warp's 16 keys of dK or dV over its rows of V or K and on to global memory.
@@ -126,7 +127,6 @@ __device__ __forceinline__ void multiply_keys(const BackwardMaps& maps, const Ba
       if (block.flags & skip_flag) {
         is_last = block.flags & kLastOfTile;
         mbarrier_wait(shared_address(&s.grad_out_full[ring.stage]), ring.parity);
-        __syncwarp();  // all lanes have read the block's flags
         arrive(s.q_free[ring.stage]), arrive(s.grad_out_free[ring.stage]);
         ring.advance();
         continue;

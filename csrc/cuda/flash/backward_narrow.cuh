@@ -92,6 +92,7 @@ __device__ __forceinline__ void multiply_narrow(const BackwardMaps& maps, const 
   };
   const auto stat_offset = [](int i) { return 8 * i + i / 8 * kStatRows; };  // of column 8i
   const auto arrive = [&](uint64_t& barrier) {
+    __syncwarp();  // what all lanes have read may be written over
     if (lane == 0) mbarrier_arrive(shared_address(&barrier));
   };
   const auto add_dq = [&](const BlockInfo& block) {

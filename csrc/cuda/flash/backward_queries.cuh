@@ -274,10 +274,10 @@ __device__ __forceinline__ void multiply_queries(const QueryGradientMaps& maps, 
     wgmma_commit();
   };
   const auto arrive = [&](uint64_t& barrier) {
+    __syncwarp();  // what all lanes have read may be written over
     if (lane == 0) mbarrier_arrive(shared_address(&barrier));
   };
   const auto arrive_both = [&] {
-    __syncwarp();
     arrive(s.k_free[ring.stage]), arrive(s.v_free[ring.stage]);
     ring.advance();
   };

@@ -103,6 +103,7 @@ __device__ __forceinline__ void multiply_wide(const BackwardMaps& maps, const Ba
     wgmma_commit();
   };
   const auto arrive = [&](uint64_t& barrier) {
+    __syncwarp();  // what all lanes have read may be written over
     if (lane == 0) mbarrier_arrive(shared_address(&barrier));
   };
   const auto add_dq = [&](int patch_row, int panel) {

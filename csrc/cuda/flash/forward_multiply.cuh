@@ -114,6 +114,7 @@ __device__ __forceinline__ void multiply_tiles(const ForwardKernelParams& p, con
     ptx::wgmma_commit();
   };
   const auto release_key = [&] {
+    if (kMasked) __syncwarp();  // all lanes have read the block's message
     if (lane == 0) ptx::mbarrier_arrive(s.barriers.key_empty(k.stage));
     k.advance();
   };
