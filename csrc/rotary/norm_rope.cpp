@@ -137,6 +137,26 @@ void check_norm_rope_backward(const NormRopeCall& call, const at::Tensor& grad_q
   check_options(call, grad_q, grad_k);
 }
 
+NormRopeCall make_backward_call(const at::Tensor& grad_q, const at::Tensor& grad_k, const OptionalTensor& q,
+                                const OptionalTensor& k, const OptionalTensor& q_weight, const OptionalTensor& k_weight,
+                                const OptionalTensor& freqs_sin, const OptionalTensor& freqs_cos, bool norm, double eps,
+                                bool rope, const OptionalTensor& positions, double theta, c10::string_view pairing) {
+  NormRopeCall call{q.value_or(at::Tensor()),
+                    k.value_or(at::Tensor()),
+                    q_weight,
+                    k_weight,
+                    freqs_sin,
+                    freqs_cos,
+                    norm,
+                    eps,
+                    rope,
+                    positions,
+                    theta,
+                    parse_pairing(pairing, "pairing")};
+  check_norm_rope_backward(call, grad_q, grad_k);
+  return call;
+}
+
 NormRopeHeads compose_norm_rope(const NormRopeCall& call) {
   const auto [of_q, of_k] = tables_of(call, call.q, call.k);
   return {heads_of_one(call, call.q, call.q_weight, of_q), heads_of_one(call, call.k, call.k_weight, of_k)};

@@ -78,6 +78,12 @@ NormRopeHeads from_schema(const at::Tensor& q, const at::Tensor& k, const Option
   return kImplementation(call);
 }
 
+/// The call whose gradient is asked for, validated.
+NormRopeCall make_backward_call(const at::Tensor& grad_q, const at::Tensor& grad_k, const OptionalTensor& q,
+                                const OptionalTensor& k, const OptionalTensor& q_weight, const OptionalTensor& k_weight,
+                                const OptionalTensor& freqs_sin, const OptionalTensor& freqs_cos, bool norm, double eps,
+                                bool rope, const OptionalTensor& positions, double theta, c10::string_view pairing);
+
 /// The same for the gradient.
 template <NormRopeGradients (*kImplementation)(const NormRopeCall&, const at::Tensor&, const at::Tensor&)>
 NormRopeGradients backward_from_schema(const at::Tensor& grad_q, const at::Tensor& grad_k, const OptionalTensor& q,
@@ -85,19 +91,8 @@ NormRopeGradients backward_from_schema(const at::Tensor& grad_q, const at::Tenso
                                        const OptionalTensor& k_weight, const OptionalTensor& freqs_sin,
                                        const OptionalTensor& freqs_cos, bool norm, double eps, bool rope,
                                        const OptionalTensor& positions, double theta, c10::string_view pairing) {
-  const NormRopeCall call{q.value_or(at::Tensor()),
-                          k.value_or(at::Tensor()),
-                          q_weight,
-                          k_weight,
-                          freqs_sin,
-                          freqs_cos,
-                          norm,
-                          eps,
-                          rope,
-                          positions,
-                          theta,
-                          parse_pairing(pairing, "pairing")};
-  check_norm_rope_backward(call, grad_q, grad_k);
+  const NormRopeCall call = make_backward_call(grad_q, grad_k, q, k, q_weight, k_weight, freqs_sin, freqs_cos, norm,
+                                               eps, rope, positions, theta, pairing);
   return kImplementation(call, grad_q, grad_k);
 }
 
@@ -109,19 +104,8 @@ NormRopeWeightGradients backward_in_place_from_schema(at::Tensor& grad_q, at::Te
                                                       const OptionalTensor& freqs_cos, bool norm, double eps, bool rope,
                                                       const OptionalTensor& positions, double theta,
                                                       c10::string_view pairing) {
-  const NormRopeCall call{q.value_or(at::Tensor()),
-                          k.value_or(at::Tensor()),
-                          q_weight,
-                          k_weight,
-                          freqs_sin,
-                          freqs_cos,
-                          norm,
-                          eps,
-                          rope,
-                          positions,
-                          theta,
-                          parse_pairing(pairing, "pairing")};
-  check_norm_rope_backward(call, grad_q, grad_k);
+  const NormRopeCall call = make_backward_call(grad_q, grad_k, q, k, q_weight, k_weight, freqs_sin, freqs_cos, norm,
+                                               eps, rope, positions, theta, pairing);
   TORCH_CHECK_VALUE(grad_q.is_contiguous(), "selfattn: grad_q must be contiguous; got strides ", grad_q.sym_strides());
   TORCH_CHECK_VALUE(grad_k.is_contiguous(), "selfattn: grad_k must be contiguous; got strides ", grad_k.sym_strides());
   return kImplementation(call, grad_q, grad_k);
