@@ -77,6 +77,7 @@ struct TurnKeeper {
           counted_tile = key_tile + (plan.walks_upward ? 1 : -1), meetings = 0;
         }
         is_new_tile = block.flags & kLastOfTile;
+        __syncwarp();  // all lanes have read the block
         if (lane == 0) ptx::mbarrier_arrive(ptx::shared_address(&s.q_free[ring.stage]));
         if (block.patch_row >= 0) {
           const int turn = turn_of(block.query_tile);
@@ -88,6 +89,7 @@ struct TurnKeeper {
         if (lane == 0) ptx::mbarrier_arrive(ptx::shared_address(&s.has_turn[ring.stage]));
       } else {
         ptx::mbarrier_wait(ptx::shared_address(&s.added[ring.stage]), ring.parity);
+        __syncwarp();
         if (lane == 0) {
           ptx::mbarrier_arrive(ptx::shared_address(&s.q_free[ring.stage]));
           if (block.patch_row >= 0) ptx::add_release(turn_counter, 1);
