@@ -14,6 +14,7 @@
 #include "../ptx/wgmma.cuh"
 #include "backward_config.cuh"
 #include "backward_mask.cuh"
+#include "backward_products.cuh"
 #include "backward_stream.cuh"
 
 namespace selfattn::cuda {
@@ -25,7 +26,6 @@ __device__ __forceinline__ void multiply_keys(const BackwardMaps& maps, const Ba
   using Element = typename Config::Element;
   constexpr int kD = Config::kHeadDim, kTileQ = Config::kTileQ, kTileKv = Config::kTileKv;
   constexpr int kQPanel = kTileQ * 128, kKvPanel = kTileKv * 128;  // bytes
-  constexpr int kStep = 16;                                        // of the summed dimension in one product
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0) - 1, warp = threadIdx.x / 32 % 4,
             lane = threadIdx.x % 32;
   const float scale_log2 = p.scale * 1.4426950408889634f;
@@ -43,33 +43,13 @@ __device__ __forceinline__ void multiply_keys(const BackwardMaps& maps, const Ba
   const uint64_t q_rows = matrix_descriptor(s_q), do_rows = matrix_descriptor(s_do);
   const uint64_t q_summed = matrix_descriptor(s_q, kQPanel), do_summed = matrix_descriptor(s_do, kQPanel);
 
-  const auto multiply_rows = [&](auto& d, uint64_t left, uint64_t right) {  // d = left right^T over the head dimension
-    wgmma_fence();
-#pragma unroll
-    for (int i = 0; i < kD / kStep; i++) {
-      const uint64_t a = left + (i / 4 * kKvPanel + i % 4 * 32) / 16, b = right + (i / 4 * kQPanel + i % 4 * 32) / 16;
-      if (i == 0)
-        Wgmma<Element, kTileQ>::template ss_overwrite<>(d, a, b);
-      else
-        Wgmma<Element, kTileQ>::template ss<>(d, a, b);
-    }
-    wgmma_commit();
-  };
   const auto issue_scores = [&] {
-    multiply_rows(scores, k_rows + key_ring.stage * (Config::kKeyBytes / 16),
-                  q_rows + ring.stage * (Config::kQueryBytes / 16));
+    multiply_rows<Element, kD, kKvPanel, kQPanel>(scores, k_rows + key_ring.stage * (Config::kKeyBytes / 16),
+                                                  q_rows + ring.stage * (Config::kQueryBytes / 16));
   };
   const auto issue_dp = [&] {
-    multiply_rows(dp, v_rows + key_ring.stage * (Config::kKeyBytes / 16),
-                  do_rows + ring.stage * (Config::kQueryBytes / 16));
-  };
-  const auto accumulate = [&](float (&d)[kD / 2], const uint32_t* left,
-                              uint64_t right) {  // d += left right over the queries
-    wgmma_fence();
-#pragma unroll
-    for (int i = 0; i < kTileQ / kStep; i++)
-      Wgmma<Element, kD>::template rs<true>(d, left + 4 * i, right + i * (kStep * 128 / 16));
-    wgmma_commit();
+    multiply_rows<Element, kD, kKvPanel, kQPanel>(dp, v_rows + key_ring.stage * (Config::kKeyBytes / 16),
+                                                  do_rows + ring.stage * (Config::kQueryBytes / 16));
   };
   const auto arrive = [&](uint64_t& barrier) {
     __syncwarp();  // what all lanes have read may be written over
@@ -162,7 +142,7 @@ __device__ __forceinline__ void multiply_keys(const BackwardMaps& maps, const Ba
           scores[i] = exp2_approx(scores[i]), scores[i + 1] = exp2_approx(scores[i + 1]);
           p_packed[i / 2] = pack<Element>(scores[i], scores[i + 1]);
         }
-        accumulate(dv, p_packed, do_summed + ring.stage * (Config::kQueryBytes / 16));
+        accumulate<Element, kTileQ>(dv, p_packed, do_summed + ring.stage * (Config::kQueryBytes / 16));
         wgmma_wait<1>();
         pin(dp);
 #pragma unroll
@@ -175,7 +155,7 @@ __device__ __forceinline__ void multiply_keys(const BackwardMaps& maps, const Ba
                 pack<Element>(scores[at] * (dp[at] - delta.x), scores[at + 1] * (dp[at + 1] - delta.y));
           }
         }
-        accumulate(dk, ds_packed, q_summed + ring.stage * (Config::kQueryBytes / 16));
+        accumulate<Element, kTileQ>(dk, ds_packed, q_summed + ring.stage * (Config::kQueryBytes / 16));
         stage = ring.stage;
         is_last = block.flags & kLastOfTile;
         ring.advance();

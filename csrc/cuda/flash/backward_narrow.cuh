@@ -14,6 +14,7 @@
 #include "backward_config.cuh"
 #include "backward_mask.cuh"
 #include "backward_patch.cuh"
+#include "backward_products.cuh"
 #include "backward_stream.cuh"
 
 namespace selfattn::cuda {
@@ -25,7 +26,6 @@ __device__ __forceinline__ void multiply_narrow(const BackwardMaps& maps, const 
   using Element = typename Config::Element;
   constexpr int kD = Config::kHeadDim, kTileQ = Config::kTileQ, kTileKv = Config::kTileKv;
   constexpr int kQPanel = kTileQ * 128, kKvPanel = kTileKv * 128;  // bytes
-  constexpr int kStep = 16;                                        // of the summed dimension in one product
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0) - 1, warp = threadIdx.x / 32 % 4,
             lane = threadIdx.x % 32;
   const float scale_log2 = p.scale * 1.4426950408889634f;
@@ -51,38 +51,24 @@ __device__ __forceinline__ void multiply_narrow(const BackwardMaps& maps, const 
   const uint32_t s_ds_out =
       s_ds + warpgroup * kQPanel + (lane / 16 * 8 + lane % 8) * 128 + ((warp * 2 + lane / 8 % 2) ^ (lane % 8)) * 16;
 
-  const auto multiply_rows = [&](auto& d, uint64_t left, uint64_t right) {  // d = left right^T over the head dimension
-    wgmma_fence();
-#pragma unroll
-    for (int i = 0; i < kD / kStep; i++) {
-      const uint64_t a = left + (i / 4 * kKvPanel + i % 4 * 32) / 16, b = right + (i / 4 * kQPanel + i % 4 * 32) / 16;
-      if (i == 0)
-        Wgmma<Element, kTileQ>::template ss_overwrite<>(d, a, b);
-      else
-        Wgmma<Element, kTileQ>::template ss<>(d, a, b);
-    }
-    wgmma_commit();
-  };
   const auto issue_scores = [&](int stage) {
-    multiply_rows(scores, k_rows, q_rows + stage * (Config::kQueryBytes / 16));
+    multiply_rows<Element, kD, kKvPanel, kQPanel>(scores, k_rows, q_rows + stage * (Config::kQueryBytes / 16));
   };
-  const auto issue_dp = [&](int stage) { multiply_rows(dp, v_rows, do_rows + stage * (Config::kQueryBytes / 16)); };
-  const auto accumulate = [&](float (&d)[kD / 2], const uint32_t* left,
-                              uint64_t right) {  // d += left right over the queries
-    wgmma_fence();
-#pragma unroll
-    for (int i = 0; i < kTileQ / kStep; i++)
-      Wgmma<Element, kD>::template rs<true>(d, left + 4 * i, right + i * (kStep * 128 / 16));
-    wgmma_commit();
+  const auto issue_dp = [&](int stage) {
+    multiply_rows<Element, kD, kKvPanel, kQPanel>(dp, v_rows, do_rows + stage * (Config::kQueryBytes / 16));
   };
-  const auto issue_dv = [&](int stage) { accumulate(dv, p_packed, do_summed + stage * (Config::kQueryBytes / 16)); };
-  const auto issue_dk = [&](int stage) { accumulate(dk, ds_packed, q_summed + stage * (Config::kQueryBytes / 16)); };
+  const auto issue_dv = [&](int stage) {
+    accumulate<Element, kTileQ>(dv, p_packed, do_summed + stage * (Config::kQueryBytes / 16));
+  };
+  const auto issue_dk = [&](int stage) {
+    accumulate<Element, kTileQ>(dk, ds_packed, q_summed + stage * (Config::kQueryBytes / 16));
+  };
   const auto issue_dq = [&] {
     const uint64_t right = ds_rows + ds_buffer * (Config::kScoreBytes / 16);
     wgmma_fence();
 #pragma unroll
-    for (int i = 0; i < kTileKv / kStep; i++) {
-      const uint64_t a = k_columns + i * (kStep * 128 / 16), b = right + (i / 4 * kQPanel + i % 4 * 32) / 16;
+    for (int i = 0; i < kTileKv / kProductStep; i++) {
+      const uint64_t a = k_columns + i * (kProductStep * 128 / 16), b = right + (i / 4 * kQPanel + i % 4 * 32) / 16;
       if (i == 0)
         Wgmma<Element, kPatchRows>::template ss_overwrite<true, false>(dq, a, b);
       else

@@ -17,6 +17,7 @@
 #include "backward_config.cuh"
 #include "backward_key_stream.cuh"
 #include "backward_mask.cuh"
+#include "backward_products.cuh"
 #include "backward_rows.cuh"
 #include "backward_visible.cuh"
 
@@ -29,7 +30,6 @@ __device__ __forceinline__ void multiply_queries(const QueryGradientMaps& maps, 
   using Element = typename Config::Element;
   constexpr int kD = Config::kHeadDim, kTileQ = Config::kTileQ, kTileKv = Config::kTileKv;
   constexpr int kPanel = 64 * 128;  // bytes, of every operand
-  constexpr int kStep = 16;         // of the summed dimension in one product
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0) - 1, warp = threadIdx.x / 32 % 4,
             lane = threadIdx.x % 32;
   const float scale_log2 = p.scale * 1.4426950408889634f;
@@ -54,7 +54,7 @@ __device__ __forceinline__ void multiply_queries(const QueryGradientMaps& maps, 
     const uint64_t right = k_rows + ring.stage * (Config::kKeyBytes / 16);
     wgmma_fence();
 #pragma unroll
-    for (int i = 0; i < kD / kStep; i++) {
+    for (int i = 0; i < kD / kProductStep; i++) {
       const uint64_t b = right + (i / 4 * kPanel + i % 4 * 32) / 16;
       if (i == 0)
         Wgmma<Element, kTileKv>::template rs_overwrite<>(scores, q, b);
@@ -64,25 +64,15 @@ __device__ __forceinline__ void multiply_queries(const QueryGradientMaps& maps, 
     wgmma_commit();
   };
   const auto issue_dp = [&] {
-    const uint64_t left = do_rows + grad_out_buffer * (Config::kQueryBytes / 16),
-                   right = v_rows + ring.stage * (Config::kKeyBytes / 16);
-    wgmma_fence();
-#pragma unroll
-    for (int i = 0; i < kD / kStep; i++) {
-      const int at = (i / 4 * kPanel + i % 4 * 32) / 16;
-      if (i == 0)
-        Wgmma<Element, kTileKv>::template ss_overwrite<>(dp, left + at, right + at);
-      else
-        Wgmma<Element, kTileKv>::template ss<>(dp, left + at, right + at);
-    }
-    wgmma_commit();
+    multiply_rows<Element, kD, kPanel, kPanel>(dp, do_rows + grad_out_buffer * (Config::kQueryBytes / 16),
+                                               v_rows + ring.stage * (Config::kKeyBytes / 16));
   };
   const auto issue_dq = [&](int stage) {
     wgmma_fence();
 #pragma unroll
-    for (int i = 0; i < kTileKv / kStep; i++)
+    for (int i = 0; i < kTileKv / kProductStep; i++)
       Wgmma<Element, kD>::template rs<true>(dq, ds_packed + 4 * i,
-                                            k_summed + (stage * Config::kKeyBytes + i * kStep * 128) / 16);
+                                            k_summed + (stage * Config::kKeyBytes + i * kProductStep * 128) / 16);
     wgmma_commit();
   };
   const auto arrive = [&](uint64_t& barrier) {

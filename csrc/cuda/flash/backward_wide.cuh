@@ -15,6 +15,7 @@
 #include "backward_config.cuh"
 #include "backward_mask.cuh"
 #include "backward_patch.cuh"
+#include "backward_products.cuh"
 #include "backward_stream.cuh"
 
 namespace selfattn::cuda {
@@ -26,7 +27,6 @@ __device__ __forceinline__ void multiply_wide(const BackwardMaps& maps, const Ba
   using Element = typename Config::Element;
   constexpr int kD = Config::kHeadDim, kTileQ = Config::kTileQ, kTileKv = Config::kTileKv;
   constexpr int kPanelBytes = 64 * 128;  // 64 rows, of every operand
-  constexpr int kStep = 16;              // of the summed dimension in one product
   constexpr int kOwnQueries = 32, kOwnPanels = 2;
   static_assert(kTileQ == 64 && kTileKv == 64 && kD == 2 * kOwnPanels * kPanelColumns);
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0) - 1, warp = threadIdx.x / 32 % 4,
@@ -53,32 +53,21 @@ __device__ __forceinline__ void multiply_wide(const BackwardMaps& maps, const Ba
   const uint32_t score_out = (warp * 16 + lane / 8 % 2 * 8 + lane % 8) * 128;
   const auto score_chunk = [&](int i) { return ((warpgroup * 4 + 2 * i + lane / 16) ^ (lane % 8)) * 16; };
 
-  const auto multiply_rows = [&](float (&d)[kOwnQueries / 2], uint64_t left,
-                                 uint64_t right) {  // over the head dimension
-    wgmma_fence();
-#pragma unroll
-    for (int i = 0; i < kD / kStep; i++) {
-      const int at = (i / 4 * kPanelBytes + i % 4 * 32) / 16;
-      if (i == 0)
-        Wgmma<Element, kOwnQueries>::template ss_overwrite<>(d, left + at, right + at);
-      else
-        Wgmma<Element, kOwnQueries>::template ss<>(d, left + at, right + at);
-    }
-    wgmma_commit();
-  };
   const auto issue_scores = [&](int stage) {
-    multiply_rows(scores, k_rows, q_rows + stage * (Config::kQueryBytes / 16));
+    multiply_rows<Element, kD, kPanelBytes, kPanelBytes>(scores, k_rows, q_rows + stage * (Config::kQueryBytes / 16));
   };
-  const auto issue_dp = [&](int stage) { multiply_rows(dp, v_rows, do_rows + stage * (Config::kQueryBytes / 16)); };
+  const auto issue_dp = [&](int stage) {
+    multiply_rows<Element, kD, kPanelBytes, kPanelBytes>(dp, v_rows, do_rows + stage * (Config::kQueryBytes / 16));
+  };
   const auto accumulate = [&](float (&d)[kOwnPanels][32], uint64_t left,
                               uint64_t right) {  // d^T += left^T right, over queries
     wgmma_fence();
 #pragma unroll
     for (int panel = 0; panel < kOwnPanels; panel++) {
 #pragma unroll
-      for (int i = 0; i < kTileQ / kStep; i++) {
-        Wgmma<Element, kTileKv>::template ss<true, false>(d[panel], left + (panel * kPanelBytes + i * kStep * 128) / 16,
-                                                          right + i * (32 / 16));
+      for (int i = 0; i < kTileQ / kProductStep; i++) {
+        Wgmma<Element, kTileKv>::template ss<true, false>(
+            d[panel], left + (panel * kPanelBytes + i * kProductStep * 128) / 16, right + i * (32 / 16));
       }
     }
     wgmma_commit();
@@ -92,9 +81,9 @@ __device__ __forceinline__ void multiply_wide(const BackwardMaps& maps, const Ba
   const auto issue_dq = [&](int panel) {
     wgmma_fence();
 #pragma unroll
-    for (int i = 0; i < kTileKv / kStep; i++) {
-      const uint64_t a = k_columns + (panel * kPanelBytes + i * kStep * 128) / 16;
-      const uint64_t b = ds_keys + (buffer * Config::kScoreBytes + i * kStep * 128) / 16;
+    for (int i = 0; i < kTileKv / kProductStep; i++) {
+      const uint64_t a = k_columns + (panel * kPanelBytes + i * kProductStep * 128) / 16;
+      const uint64_t b = ds_keys + (buffer * Config::kScoreBytes + i * kProductStep * 128) / 16;
       if (i == 0)
         Wgmma<Element, kPatchRows>::template ss_overwrite<true, true>(dq, a, b);
       else
