@@ -1,10 +1,12 @@
 // Gradients of exact attention for Hopper: dQ, dK, dV of O = softmax(scale * Q K^T) V.
 //
-// Three kernels: prepare (lse in base 2, delta, cleared dQ sum), main, finish (dQ out of its float32 sum). In the main
-// kernel a persistent thread block takes one tile of keys of one key head after another and streams the query tiles
-// that see it, of all query heads of the group; dK and dV are summed in registers, dQ in global memory. One warp loads
+// Two forms (docs/kernels/backward.md says when which works).
+// Fused: prepare (lse in base 2, delta, cleared dQ sum), main, finish (dQ out of its float32 sum). In the main kernel a
+// persistent thread block takes one tile of keys of one key head after another and streams the query tiles that see it,
+// of all query heads of the group; dK and dV are summed in registers, dQ in global memory. One warp loads
 // (backward_stream.cuh), two warpgroups multiply (backward_narrow.cuh, backward_wide.cuh), three warps take over most
 // of the other two kernels' work (backward_side_jobs.cuh).
+// Split: a kernel for dQ (backward_queries.cuh), then one for dK and dV (backward_keys.cuh), every sum in registers.
 #pragma once
 #include <algorithm>
 #include <type_traits>

@@ -1,5 +1,5 @@
-// The loading warp of the backward kernel: decides which query tiles a tile of keys meets, in which order, with which
-// mask, and brings them in. Consumers follow what it announces and know no schedule.
+// The loading warp of the kernels that own tiles of keys: decides which query tiles a tile of keys meets, in which
+// order, with which mask, and brings them in. Consumers follow what it announces and know no schedule.
 #pragma once
 #include "../ptx/fence.cuh"
 #include "../ptx/grid.cuh"
