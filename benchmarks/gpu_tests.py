@@ -13,7 +13,7 @@ import tempfile
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
-from measure import describe_run
+from measure import add_record_options, describe_run
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -40,8 +40,7 @@ def summarise(report: Path) -> dict[str, object]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workers", type=int, default=1, help="processes, with pytest-xdist")
-    parser.add_argument("--commit", help="the commit that was built, where this folder is no git checkout")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "gpu_tests.jsonl")
+    add_record_options(parser, "gpu_tests.jsonl")
     arguments, extra = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"

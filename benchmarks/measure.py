@@ -17,6 +17,12 @@ Call = Callable[[], object]
 def median_times(calls: dict[str, Call], rounds: int, pause: float, milliseconds: int) -> dict[str, float]:
     """Milliseconds of each call: the median of its rounds, in which the calls take turns in a turning order, because a
     card's clock depends on what ran before."""
+    times = times_of_rounds(calls, rounds, pause, milliseconds)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def times_of_rounds(calls: dict[str, Call], rounds: int, pause: float, milliseconds: int) -> dict[str, list[float]]:
+    """Those rounds themselves."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
     for turn in range(rounds):
@@ -24,7 +30,7 @@ def median_times(calls: dict[str, Call], rounds: int, pause: float, milliseconds
             synchronise()
             time.sleep(pause)
             times[name].append(median_time(calls[name], milliseconds))
-    return {name: statistics.median(values) for name, values in times.items()}
+    return times
 
 
 def median_time(call: Call, milliseconds: int) -> float:
@@ -102,5 +108,19 @@ def add_options(parser: argparse.ArgumentParser, implementations: list[str], out
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--ms", type=int, default=60, help="time spent on one implementation in one round")
     parser.add_argument("--pause", type=float, default=0.1, help="seconds of rest before each measurement")
+    add_record_options(parser, out)
+
+
+def add_record_options(parser: argparse.ArgumentParser, out: str) -> None:
+    """Where a record goes, and what it says was built."""
     parser.add_argument("--commit", help="the commit that was built, where this folder is no git checkout")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / out)
+
+
+def parse_with_tiny(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The arguments, with --tiny; ends the program where the whole cases are asked for and there is no GPU."""
+    parser.add_argument("--tiny", action="store_true", help="small cases, also without a GPU: tries the script out")
+    arguments = parser.parse_args()
+    if not arguments.tiny and not torch.cuda.is_available():
+        parser.error("the cases need a CUDA GPU, and there is none; --tiny tries the script out on the CPU")
+    return arguments

@@ -20,7 +20,16 @@ from typing import Any
 
 import torch
 from cases import Case
-from measure import Call, add_options, describe_run, host_time, median_times, peak_bytes, sm_clock
+from measure import (
+    Call,
+    add_options,
+    describe_run,
+    host_time,
+    median_times,
+    parse_with_tiny,
+    peak_bytes,
+    sm_clock,
+)
 from module_layers import FLOOR, IMPLEMENTATIONS, OURS, Implementation, ModuleCase, Problem, ours, sdpa_mask
 
 PASSES = ("forward", "forward+backward")
@@ -133,11 +142,7 @@ def run_host_times(write: Callable[[dict], None]) -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_options(parser, list(IMPLEMENTATIONS), "module.jsonl")
-    parser.add_argument("--tiny", action="store_true", help="small cases, also without a GPU: tries the script out")
-    arguments = parser.parse_args()
-    if not arguments.tiny and not torch.cuda.is_available():
-        parser.error("the cases need a CUDA GPU, and there is none; --tiny tries the script out on the CPU")
-    return arguments
+    return parse_with_tiny(parser)
 
 
 def main() -> None:

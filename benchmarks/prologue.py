@@ -16,10 +16,9 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
-from measure import ROOT, describe_run, sm_clock, synchronise
+from measure import add_record_options, describe_run, parse_with_tiny, sm_clock, synchronise
 from torch import Tensor
 
 import selfattn
@@ -159,13 +158,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--repeats", type=int, default=60, help="calls of one measurement")
     parser.add_argument("--pause", type=float, default=0.05, help="seconds of rest before each measurement")
-    parser.add_argument("--commit", help="the commit that was built, where this folder is no git checkout")
-    parser.add_argument("--out", type=Path, default=ROOT / "results" / "prologue.jsonl")
-    parser.add_argument("--tiny", action="store_true", help="few tokens, also without a GPU: tries the script out")
-    arguments = parser.parse_args()
-    if not arguments.tiny and not torch.cuda.is_available():
-        parser.error("the cases need a CUDA GPU, and there is none; --tiny tries the script out on the CPU")
-    return arguments
+    add_record_options(parser, "prologue.jsonl")
+    return parse_with_tiny(parser)
 
 
 def main() -> None:

@@ -11,16 +11,16 @@ import argparse
 import json
 import statistics
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from cases import Case
-from measure import ROOT, Call, describe_run, host_time, median_time
+from measure import Call, add_record_options, describe_run, host_time, times_of_rounds
 from torch import Tensor
 
 import selfattn
 
 KEY_HEADS = 2
+PAUSE = 0.04  # seconds of rest before each measurement
 flash = torch.ops.selfattn.flash_attention
 
 
@@ -33,14 +33,6 @@ def deterministic():
         torch.use_deterministic_algorithms(False)
 
 
-def rounds_of(calls: dict[str, Call], rounds: int, milliseconds: int) -> dict[str, list[float]]:
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(rounds):
-        for name in list(calls) if turn % 2 == 0 else reversed(calls):
-            times[name].append(median_time(calls[name], milliseconds))
-    return times
-
-
 def ratios(times: dict[str, list[float]], name: str, base: str) -> list[float]:
     return [round(a / b, 3) for a, b in zip(times[name], times[base], strict=True)]
 
@@ -50,7 +42,7 @@ def check_ids(rounds: int, milliseconds: int) -> dict[str, tuple[str, list[float
     q, k, v = case.tensors()
     any_order = torch.randint(0, 2, q.shape[:2], dtype=torch.int32, device="cuda")
     ids = {"no ids": None, "ids 0 and 1 in any order": any_order, "one document": torch.zeros_like(any_order)}
-    times = rounds_of({n: lambda i=i: flash(q, k, v, i) for n, i in ids.items()}, rounds, milliseconds)
+    times = times_of_rounds({n: lambda i=i: flash(q, k, v, i) for n, i in ids.items()}, rounds, PAUSE, milliseconds)
     return {
         f"forward {case.name}, {name} over no ids": ("time ratio", ratios(times, name, "no ids"))
         for name in list(ids)[1:]
@@ -74,7 +66,7 @@ def check_backward(rounds: int, milliseconds: int) -> dict[str, tuple[str, list[
             plain()
 
     grouped = backward(k[:, :, :KEY_HEADS].contiguous(), v[:, :, :KEY_HEADS].contiguous())
-    times = rounds_of({"plain": plain, "grouped": grouped, "fixed": in_fixed_order}, rounds, milliseconds)
+    times = times_of_rounds({"plain": plain, "grouped": grouped, "fixed": in_fixed_order}, rounds, PAUSE, milliseconds)
     return {
         f"backward {case.name}, {KEY_HEADS} key heads over {case.heads}": (
             "time ratio",
@@ -121,8 +113,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--ms", type=int, default=60, help="time spent on one call in one round")
-    parser.add_argument("--commit", help="the commit that was built, where this folder is no git checkout")
-    parser.add_argument("--out", type=Path, default=ROOT / "results" / "attention_spot_checks_h100.jsonl")
+    add_record_options(parser, "attention_spot_checks_h100.jsonl")
     arguments = parser.parse_args()
     record = describe_run(arguments.commit)
     torch.manual_seed(0)
