@@ -18,8 +18,8 @@ constexpr int kPatchWarps = 4;
 // What the kernels want to know of query rows: for every 64 of them lse * log2(e), then delta = rowsum(dO * O) - dlse.
 // A head's rows are filled up to whole tiles of any kernel.
 constexpr int kStatRows = 64, kStatFloats = 2 * kStatRows, kStatTile = 128;
-// Rows of a block of queries in the tables of segments.
-constexpr int kQueryBlock = 64;
+// Rows of a block of queries, and (up to head dimension 128) of keys, in the tables of segments.
+constexpr int kQueryBlock = 64, kNarrowKeyBlock = 128;
 
 // A query tile of the stream, as the loading warp announces it beside the barrier of its stage.
 struct alignas(16) BlockInfo {
@@ -61,7 +61,7 @@ struct BackwardConfig {
   static constexpr bool kIsWide = kHeadDim > 128;
   static constexpr bool kSumsQueries = true;  // dQ too
   static constexpr int kTileQ = kHeadDim == 64 ? 128 : 64;
-  static constexpr int kTileKv = kIsWide ? 64 : 128;
+  static constexpr int kTileKv = kIsWide ? 64 : kNarrowKeyBlock;
   static constexpr int kStages = 2;
   static constexpr int kKeyBuffers = 1;
   static constexpr int kPanels = kHeadDim / kPanelColumns;
@@ -114,7 +114,7 @@ struct KeyGradientConfig {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr bool kIsWide = false, kSumsQueries = false, kHasSideJobs = false;
-  static constexpr int kTileQ = 64, kTileKv = 128;
+  static constexpr int kTileQ = 64, kTileKv = kNarrowKeyBlock;
   static constexpr int kStages = 3, kKeyBuffers = 2;
   static constexpr int kPanels = kHeadDim / kPanelColumns;
   static constexpr int kPatchRowsOfTile = kTileQ / kPatchRows;

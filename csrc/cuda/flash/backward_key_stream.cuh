@@ -150,7 +150,7 @@ struct KeyStream {
         }
         if (is_general) {
           const SegmentBlock keys =
-              p.segments.key_blocks[int64_t(batch) * plan.key_tiles + tile * kTileKv / kKeysOfBlock];
+              p.segments.key_blocks[int64_t(batch) * plan.key_tiles + tile * kTileKv / kNarrowKeyBlock];
           is_visible = may_share_segment(queries, keys);
           const bool is_one_segment = queries.min_id == queries.max_id && keys.min_id == keys.max_id;
           if (!is_one_segment) flags |= kMaskWarpgroup0 | kMaskWarpgroup1 | kHiddenByIds;
@@ -174,8 +174,6 @@ struct KeyStream {
   __device__ __forceinline__ void claim_next() {
     if (lane == 0 && next_work < 0) next_work = gridDim.x + atomicAdd(plan.next_query_tile(), 1);
   }
-
-  static constexpr int kKeysOfBlock = 128;  // of the segment tables, which the kernel for dK and dV shares
 
   __device__ __forceinline__ void announce(int flag) {
     using namespace ptx;
