@@ -9,6 +9,11 @@ namespace selfattn {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
+/// Nothing for an undefined tensor, as autograd saves what is not there.
+inline OptionalTensor as_optional(const at::Tensor& tensor) {
+  return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
+}
+
 /// One attention call, validated: the value that backends are chosen for and called with.
 ///
 /// Lengths and head counts are symbolic integers, so that a call traced with dynamic shapes stays dynamic.

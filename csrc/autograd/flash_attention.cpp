@@ -33,21 +33,18 @@ class FlashAttention : public torch::autograd::Function<FlashAttention> {
   static variable_list backward(AutogradContext* context, variable_list grads) {
     const auto saved = context->get_saved_variables();
     if (!grads[0].defined() && !grads[1].defined()) return variable_list(5);
-    const auto optional = [](const at::Tensor& tensor) {
-      return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
-    };
     GradientMemory memory;
     if (context->saved_data["owns_heads"].toBool()) memory = memory_of_heads(saved[0], saved[1], saved[2], saved[6]);
     AttentionProblem problem{.query = saved[0], .key = saved[1], .value = saved[2]};
-    problem.query_segment_ids = optional(saved[4]);
-    problem.key_segment_ids = optional(saved[5]);
+    problem.query_segment_ids = as_optional(saved[4]);
+    problem.key_segment_ids = as_optional(saved[5]);
     problem.is_causal = context->saved_data["is_causal"].toBool();
     problem.scale = context->saved_data["scale"].toDouble();
     problem.window_left = context->saved_data["window_left"].toInt();
     problem.window_right = context->saved_data["window_right"].toInt();
     problem.softcap = context->saved_data["softcap"].toDouble();
     const AttentionGradients gradients{.grad_out = grads[0].defined() ? grads[0] : at::zeros_like(saved[6]),
-                                       .grad_lse = optional(grads[1]),
+                                       .grad_lse = as_optional(grads[1]),
                                        .out = saved[6],
                                        .lse = saved[7]};
     at::Tensor grad_query, grad_key, grad_value, grad_sinks;

@@ -34,12 +34,9 @@ class QkNormRope : public torch::autograd::Function<QkNormRope> {
 
   static variable_list backward(AutogradContext* context, variable_list grads) {
     const auto saved = context->get_saved_variables();
-    const auto optional = [](const at::Tensor& tensor) {
-      return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
-    };
-    NormRopeCall call{saved[0],           saved[1],           optional(saved[2]),
-                      optional(saved[3]), optional(saved[4]), optional(saved[5])};
-    call.positions = optional(saved[6]);
+    NormRopeCall call{
+        saved[0], saved[1], as_optional(saved[2]), as_optional(saved[3]), as_optional(saved[4]), as_optional(saved[5])};
+    call.positions = as_optional(saved[6]);
     call.norm = context->saved_data["norm"].toBool();
     call.eps = context->saved_data["eps"].toDouble();
     call.rope = context->saved_data["rope"].toBool();

@@ -40,9 +40,6 @@ class QkNormRopeAttention : public torch::autograd::Function<QkNormRopeAttention
     if (!grads[0].defined() && !grads[1].defined()) return variable_list(7);
     const auto saved = context->get_saved_variables();
     const auto& data = context->saved_data;
-    const auto optional = [](const at::Tensor& tensor) {
-      return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
-    };
     const bool owns_heads = data.at("owns_heads").toBool() && !at::GradMode::is_enabled();
     GradientMemory memory;
     if (owns_heads) {
@@ -51,15 +48,15 @@ class QkNormRopeAttention : public torch::autograd::Function<QkNormRopeAttention
     }
     NormRopeCall prologue{.q = saved[0],
                           .k = saved[1],
-                          .q_weight = optional(saved[3]),
-                          .k_weight = optional(saved[4]),
-                          .freqs_sin = optional(saved[6]),
-                          .freqs_cos = optional(saved[7]),
+                          .q_weight = as_optional(saved[3]),
+                          .k_weight = as_optional(saved[4]),
+                          .freqs_sin = as_optional(saved[6]),
+                          .freqs_cos = as_optional(saved[7]),
                           .eps = data.at("eps").toDouble(),
                           .theta = data.at("theta").toDouble()};
     if (data.at("pairs_halves").toBool()) prologue.pairing = RotaryPairing::kHalf;
     AttentionProblem problem{.query = saved[0], .key = saved[1], .value = saved[2]};
-    problem.query_segment_ids = optional(saved[8]);
+    problem.query_segment_ids = as_optional(saved[8]);
     problem.key_segment_ids = problem.query_segment_ids;
     problem.is_causal = data.at("is_causal").toBool();
     problem.scale = data.at("scale").toDouble();
@@ -67,7 +64,7 @@ class QkNormRopeAttention : public torch::autograd::Function<QkNormRopeAttention
     problem.window_right = data.at("window_right").toInt();
     problem.softcap = data.at("softcap").toDouble();
     const AttentionGradients gradients{.grad_out = grads[0].defined() ? grads[0] : at::zeros_like(saved[9]),
-                                       .grad_lse = optional(grads[1]),
+                                       .grad_lse = as_optional(grads[1]),
                                        .out = saved[9],
                                        .lse = saved[10]};
     // First: it reads out, whose memory may be taken.

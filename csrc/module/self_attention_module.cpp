@@ -7,10 +7,10 @@
 
 #include <cmath>
 
+#include "attention/problem.h"
+
 namespace selfattn {
 namespace {
-
-using OptionalTensor = std::optional<at::Tensor>;
 
 using SelfAttentionSchema = at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
                                        const at::Tensor&, const OptionalTensor&, const OptionalTensor&,
@@ -19,10 +19,6 @@ using SelfAttentionSchema = at::Tensor(const at::Tensor&, const at::Tensor&, con
                                        const OptionalTensor&, const OptionalTensor&, int64_t, double, double,
                                        c10::string_view, bool, std::optional<double>, c10::string_view, int64_t,
                                        int64_t, double, double, bool);
-
-OptionalTensor optional(const torch::Tensor& tensor) {
-  return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
-}
 
 void check(const SelfAttentionOptions& options) {
   TORCH_CHECK_VALUE(options.head_dim() > 0 && options.head_dim() % 2 == 0,
@@ -114,11 +110,11 @@ torch::Tensor SelfAttentionImpl::forward(const torch::Tensor& x, const torch::Te
   TORCH_CHECK_VALUE(x.dim() == 3 && x.sym_size(2) == options.embedding_dim(),
                     "selfattn: x must have the shape (B, S, E) with E ", options.embedding_dim(), "; got ",
                     x.sym_sizes());
-  return op.call(x, q_proj->weight, k_proj->weight, v_proj->weight, out_proj->weight, optional(q_proj->bias),
-                 optional(k_proj->bias), optional(v_proj->bias), optional(out_proj->bias),
+  return op.call(x, q_proj->weight, k_proj->weight, v_proj->weight, out_proj->weight, as_optional(q_proj->bias),
+                 as_optional(k_proj->bias), as_optional(v_proj->bias), as_optional(out_proj->bias),
                  q_norm ? OptionalTensor(q_norm->weight) : std::nullopt,
-                 k_norm ? OptionalTensor(k_norm->weight) : std::nullopt, optional(sinks), optional(freqs_sin),
-                 optional(freqs_cos), optional(segment_ids), options.head_dim(), options.norm_eps(),
+                 k_norm ? OptionalTensor(k_norm->weight) : std::nullopt, as_optional(sinks), as_optional(freqs_sin),
+                 as_optional(freqs_cos), as_optional(segment_ids), options.head_dim(), options.norm_eps(),
                  options.rope_theta(), options.rope_pairing(), options.causal(), /*qk_scale=*/std::nullopt,
                  options.attention_backend(), options.window_left(), options.window_right(), options.softcap(),
                  options.dropout_rate(), is_training());

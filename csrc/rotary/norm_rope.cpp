@@ -186,10 +186,7 @@ NormRopeGradients qk_norm_rope_backward(const NormRopeCall& call, const at::Tens
                         bool, double, bool, const OptionalTensor&, double, c10::string_view);
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("selfattn::qk_norm_rope_backward", "").typed<Schema>();
-  const auto optional = [](const at::Tensor& tensor) {
-    return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
-  };
-  return op.call(grad_q, grad_k, optional(call.q), optional(call.k), call.q_weight, call.k_weight, call.freqs_sin,
+  return op.call(grad_q, grad_k, as_optional(call.q), as_optional(call.k), call.q_weight, call.k_weight, call.freqs_sin,
                  call.freqs_cos, call.norm, call.eps, call.rope, call.positions, call.theta, to_string(call.pairing));
 }
 
@@ -201,10 +198,7 @@ NormRopeWeightGradients qk_norm_rope_backward_in_place(const NormRopeCall& call,
                                          c10::string_view);
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("selfattn::qk_norm_rope_backward", "in_place").typed<Schema>();
-  const auto optional = [](const at::Tensor& tensor) {
-    return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
-  };
-  return op.call(grad_q, grad_k, optional(call.q), optional(call.k), call.q_weight, call.k_weight, call.freqs_sin,
+  return op.call(grad_q, grad_k, as_optional(call.q), as_optional(call.k), call.q_weight, call.k_weight, call.freqs_sin,
                  call.freqs_cos, call.norm, call.eps, call.rope, call.positions, call.theta, to_string(call.pairing));
 }
 
