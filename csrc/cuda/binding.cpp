@@ -26,6 +26,10 @@ at::Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype, at::Device device)
   return at::Tensor(at::detail::empty_cuda(sizes, dtype, device, std::nullopt));
 }
 
+at::Tensor empty_like_contiguous(const at::Tensor& tensor) {
+  return empty(tensor.sizes(), tensor.scalar_type(), tensor.device());
+}
+
 at::Tensor with_kernel_layout(const at::Tensor& tensor) {
   return has_kernel_layout(tensor) ? tensor : tensor.clone(at::MemoryFormat::Contiguous);
 }

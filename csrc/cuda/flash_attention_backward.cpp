@@ -14,8 +14,6 @@ namespace {
 
 using at::Tensor;
 
-Tensor empty_like_contiguous(const Tensor& t) { return empty(t.sizes(), t.scalar_type(), t.device()); }
-
 // The tables of the segments, with the order of key tiles that this pass wants, and their memory.
 Tensor prepare_segments(const AttentionProblem& problem, BackwardParams& params, cudaStream_t stream) {
   SegmentProblem segments =

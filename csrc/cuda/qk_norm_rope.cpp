@@ -121,8 +121,6 @@ Tensor readable_weight(const OptionalTensor& weight) {
   return weight ? with_float_type(*weight).contiguous() : Tensor();
 }
 
-Tensor empty_like_contiguous(const Tensor& t) { return empty(t.sizes(), t.scalar_type(), t.device()); }
-
 /// run(params) for q and k together where one kernel serves both, else for one after the other.
 template <typename Run>
 void for_each_launch(const NormRopeCall& call, const Tensor& q, const Tensor& k, const PrologueSide& q_side,
@@ -163,7 +161,7 @@ void launch_forward(const NormRopeCall& call, const Heads& from, const Heads& to
   }
   for_each_launch(call, q, k, sides[0], sides[1], [&](PrologueParams& params) {
     params.turns_back = turns_back;
-    plan_prologue(params, /*is_backward=*/false);
+    C10_CUDA_CHECK(plan_prologue(params, /*is_backward=*/false));
     C10_CUDA_CHECK(launch_qk_norm_rope_forward(params, stream));
   });
 }
@@ -200,7 +198,7 @@ NormRopeWeightGradients launch_backward(const NormRopeCall& call, const Heads& f
     if (weights[i].defined()) sides[i].weight_gradient = weight_gradients[i].mutable_data_ptr();
   }
   for_each_launch(call, grad_q, grad_k, sides[0], sides[1], [&](PrologueParams& params) {
-    plan_prologue(params, /*is_backward=*/true);
+    C10_CUDA_CHECK(plan_prologue(params, /*is_backward=*/true));
     int64_t rows = 0;
     for (int i = 0; i < params.num_sides; i++) rows += params.sides[i].weight ? params.sides[i].blocks : 0;
     const Tensor sums = empty({rows, params.dim}, at::kFloat, grad_q.device());

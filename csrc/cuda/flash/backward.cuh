@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "../device_facts.h"
 #include "../ptx/launch.cuh"
 #include "../ptx/register.cuh"
 #include "backward_keys.cuh"
@@ -182,7 +183,7 @@ int64_t BackwardLauncher<kElement, kHeadDim>::workspace_bytes(const BackwardPara
 // dQ, then dK and dV; `config` is set for launches in this stream.
 template <class Config>
 cudaError_t launch_split(const BackwardParams& p, BackwardPlan plan, const BackwardMaps& maps,
-                         cudaLaunchConfig_t config, int processors) {
+                         cudaLaunchConfig_t config, int device, int processors) {
   using Queries = QueryGradientConfig<typename Config::Element, Config::kHeadDim>;
   using Keys = KeyGradientConfig<typename Config::Element, Config::kHeadDim>;
   constexpr int kWarpgroupRows = 64;
@@ -190,12 +191,8 @@ cudaError_t launch_split(const BackwardParams& p, BackwardPlan plan, const Backw
   const auto keys_kernel = flash_attention_backward_keys_kernel<Keys>;
   constexpr int kQueriesBytes = sizeof(typename Queries::SharedStorage),
                 kKeysBytes = sizeof(typename Keys::SharedStorage);
-  if (const cudaError_t status =
-          cudaFuncSetAttribute(queries_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kQueriesBytes))
-    return status;
-  if (const cudaError_t status =
-          cudaFuncSetAttribute(keys_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kKeysBytes))
-    return status;
+  if (const cudaError_t status = allow_shared_memory<Queries>(queries_kernel, kQueriesBytes, device)) return status;
+  if (const cudaError_t status = allow_shared_memory<Keys>(keys_kernel, kKeysBytes, device)) return status;
   const AttentionShape& shape = p.shape;
   const QueryGradientMaps query_maps = {
       .q = make_tensor_map(p.q, p.element, shape.batch, shape.query_length, shape.num_heads, shape.dim_qk,
@@ -278,12 +275,11 @@ inline BackwardParams batches_of(BackwardParams p, int first, int count) {
 
 // The three kernels; `config` is set for launches in this stream.
 template <class Config>
-cudaError_t launch_fused(const BackwardParams& p, const BackwardPlan& plan, cudaLaunchConfig_t config, int processors) {
+cudaError_t launch_fused(const BackwardParams& p, const BackwardPlan& plan, cudaLaunchConfig_t config, int device,
+                         int processors) {
   const auto kernel = flash_attention_backward_kernel<Config>;
   constexpr int kSharedBytes = sizeof(typename Config::SharedStorage);
-  if (const cudaError_t status =
-          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes))
-    return status;
+  if (const cudaError_t status = allow_shared_memory<Config>(kernel, kSharedBytes, device)) return status;
   config.gridDim = dim3(std::min(plan.heads_prepared_ahead() * plan.stat_groups, kRowBlocks * processors));
   config.blockDim = dim3(kRowWarps * 32);
   if (const cudaError_t status = cudaLaunchKernelEx(&config, flash_attention_backward_prepare_kernel<Config>, p, plan))
@@ -303,9 +299,7 @@ template <ElementType kElement, int kHeadDim>
 cudaError_t BackwardLauncher<kElement, kHeadDim>::launch(const BackwardParams& p, cudaStream_t stream) {
   using Config = BackwardConfig<typename ElementOf<kElement>::Type, kHeadDim>;
   int device = 0, processors = 0;
-  if (const cudaError_t status = cudaGetDevice(&device)) return status;
-  if (const cudaError_t status = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device))
-    return status;
+  if (const cudaError_t status = find_device(device, processors)) return status;
   char* end;
   const BackwardPlan plan = make_backward_plan<Config>(p, &end);
   // Each kernel is brought up while the one ahead ends. That of the segments is ahead of the first.
@@ -317,7 +311,8 @@ cudaError_t BackwardLauncher<kElement, kHeadDim>::launch(const BackwardParams& p
   config.numAttrs = p.segments.mode ? 1 : 0;
   if constexpr (!Config::kIsWide) {
     if (plan.form != BackwardForm::kFused) {
-      const cudaError_t status = launch_split<Config>(p, plan, make_backward_maps<Config>(p), config, processors);
+      const cudaError_t status =
+          launch_split<Config>(p, plan, make_backward_maps<Config>(p), config, device, processors);
       if (status != cudaSuccess || plan.form == BackwardForm::kSplit) return status;
     }
   }
@@ -327,7 +322,7 @@ cudaError_t BackwardLauncher<kElement, kHeadDim>::launch(const BackwardParams& p
     BackwardPlan plan_of_part = make_backward_plan<Config>(part, &end);
     // Which form works is decided for all batches.
     plan_of_part.visits_of_split = plan.visits_of_split, plan_of_part.batches_with_visits = batch;
-    if (const cudaError_t status = launch_fused<Config>(part, plan_of_part, config, processors)) return status;
+    if (const cudaError_t status = launch_fused<Config>(part, plan_of_part, config, device, processors)) return status;
   }
   return cudaSuccess;
 }

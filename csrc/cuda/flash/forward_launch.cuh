@@ -1,35 +1,11 @@
 // Host side of one kernel instantiation: params -> tensor maps, schedule, launch.
 #pragma once
 #include <algorithm>
-#include <atomic>
 
+#include "../device_facts.h"
 #include "forward.cuh"
 
 namespace selfattn::cuda {
-
-// What the runtime is asked once a device: asked at every launch it would cost more than the launch's own work. Only
-// successes are kept. The statics must stay private to the library (hidden visibility): a second copy of it in the
-// process has kernels of its own to be allowed their shared memory.
-constexpr int kMaxDevices = 64;
-
-inline cudaError_t count_multiprocessors(int device, int& count) {
-  static std::atomic<int> counts[kMaxDevices];
-  count = counts[device].load(std::memory_order_relaxed);
-  if (count) return cudaSuccess;
-  const cudaError_t status = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  if (status == cudaSuccess) counts[device].store(count, std::memory_order_relaxed);
-  return status;
-}
-
-template <class Config>
-cudaError_t allow_shared_memory(int device) {
-  static std::atomic<bool> is_allowed[kMaxDevices];
-  if (is_allowed[device].load(std::memory_order_relaxed)) return cudaSuccess;
-  const cudaError_t status = cudaFuncSetAttribute(flash_attention_forward_kernel<Config>,
-                                                  cudaFuncAttributeMaxDynamicSharedMemorySize, Config::kSharedBytes);
-  if (status == cudaSuccess) is_allowed[device].store(true, std::memory_order_relaxed);
-  return status;
-}
 
 // Keys and values of the heads worked on together, in bytes: few, so that they stay in L2 and memory is read evenly.
 // With a mask the tiles differ, and at the end those of several heads are wanted to even out the thread blocks.
@@ -70,22 +46,16 @@ cudaError_t launch_forward_kernel(const ForwardParams& params, cudaStream_t stre
   p.segments = params.segments;
   p.schedule = make_schedule(shape, Config::kTileQuery, Config::kMask);
 
-  int device = 0;
-  cudaError_t status = cudaGetDevice(&device);
-  if (status != cudaSuccess) return status;
-  if (device >= kMaxDevices) return cudaErrorInvalidDevice;
-  status = allow_shared_memory<Config>(device);
-  if (status != cudaSuccess) return status;
-  int multiprocessors = 0;
-  status = count_multiprocessors(device, multiprocessors);
-  if (status != cudaSuccess) return status;
+  const auto kernel = flash_attention_forward_kernel<Config>;
+  int device = 0, multiprocessors = 0;
+  if (const cudaError_t status = find_device(device, multiprocessors)) return status;
+  if (const cudaError_t status = allow_shared_memory<Config>(kernel, Config::kSharedBytes, device)) return status;
   const int blocks = std::min(p.schedule.tiles, multiprocessors);
   // Where each thread block has one tile there is nothing to count.
   p.counters = p.schedule.tiles > blocks ? params.counters : nullptr;
   const bool has_segments = params.segments.mode != nullptr;
   if (!has_segments && p.counters) {
-    status = cudaMemsetAsync(p.counters, 0, kTileCounters * sizeof(int), stream);
-    if (status != cudaSuccess) return status;
+    if (const cudaError_t status = cudaMemsetAsync(p.counters, 0, kTileCounters * sizeof(int), stream)) return status;
   }
   cudaLaunchAttribute early_start;
   early_start.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -97,7 +67,7 @@ cudaError_t launch_forward_kernel(const ForwardParams& params, cudaStream_t stre
   config.stream = stream;
   config.attrs = &early_start;
   config.numAttrs = has_segments ? 1 : 0;  // the kernel ahead is then the one that prepares the segments
-  return cudaLaunchKernelEx(&config, flash_attention_forward_kernel<Config>, p);
+  return cudaLaunchKernelEx(&config, kernel, p);
 }
 
 template <class Element, int kDimQk, int kDimV>

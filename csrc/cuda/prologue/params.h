@@ -60,7 +60,7 @@ struct PrologueParams {
 constexpr bool prologue_has_vector_kernel(int64_t dim) { return dim % 16 == 0 && dim > 0 && dim <= kMaxVectorDim; }
 
 // Cuts the work into thread blocks: fills in `blocks` and `tokens_per_warp`.
-void plan_prologue(PrologueParams& params, bool is_backward);
+cudaError_t plan_prologue(PrologueParams& params, bool is_backward);
 
 // result = input, normalised and turned. Gives the launch status.
 cudaError_t launch_qk_norm_rope_forward(const PrologueParams& params, cudaStream_t stream);

@@ -1,4 +1,5 @@
 // The launches of qk_norm_rope: cutting the work, choosing the kernel, and the second stage of the weights' gradients.
+#include "../device_facts.h"
 #include "../ptx/launch.cuh"
 #include "params.h"
 #include "turns.cuh"
@@ -91,10 +92,9 @@ cudaError_t launch(const PrologueParams& params, bool is_backward, cudaStream_t 
 
 }  // namespace
 
-void plan_prologue(PrologueParams& params, bool is_backward) {
+cudaError_t plan_prologue(PrologueParams& params, bool is_backward) {
   int device = 0, processors = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  if (const cudaError_t status = find_device(device, processors)) return status;
   const int most_blocks = processors * (is_backward ? kBackwardBlocks : kForwardBlocks);
   const bool is_vector = prologue_has_vector_kernel(params.dim);
   const int warps = is_vector ? kWarpsOfBlock : 1;  // a block of the general kernel takes one token at a time
@@ -110,6 +110,7 @@ void plan_prologue(PrologueParams& params, bool is_backward) {
     const int64_t tokens_of_block = static_cast<int64_t>(warps) * params.tokens_per_warp;
     params.sides[i].blocks = static_cast<int>((tokens[i] + tokens_of_block - 1) / tokens_of_block);
   }
+  return cudaSuccess;
 }
 
 cudaError_t launch_qk_norm_rope_forward(const PrologueParams& params, cudaStream_t stream) {
