@@ -41,7 +41,7 @@ def multihead_attention(
         qk_scale: factor of the logits; None is 1 / sqrt(DQK).
         backend: a name or alias of ``AttentionBackend``. "auto" takes the first that can serve the call, see
             ``explain_backend``.
-        kv_segment_ids: (B, Skv); None is ``segment_ids``, and then Sq == Skv.
+        kv_segment_ids: (B, Skv) int32 or int64; None is ``segment_ids``, and then Sq == Skv.
         window_left: keys to the left of i' that are allowed; -1 is unbounded.
         window_right: keys to the right of i' that are allowed; -1 is unbounded.
         softcap: c > 0 turns the scaled logits into c * tanh(logits / c) (Gemma 2, arXiv:2408.00118).

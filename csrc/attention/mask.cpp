@@ -4,6 +4,8 @@
 #include <ATen/ops/arange.h>
 #include <ATen/ops/logical_and.h>
 
+#include "segment/segment_ids.h"
+
 namespace selfattn {
 namespace {
 
@@ -31,7 +33,10 @@ std::optional<at::Tensor> attention_mask(const AttentionProblem& problem) {
     if (problem.window_right >= 0) intersect(mask, key <= query + at::Scalar(problem.window_right));
     mask = mask->unsqueeze(0).unsqueeze(0);
   }
-  if (problem.has_segments()) intersect(mask, same_segment(*problem.query_segment_ids, *problem.key_segment_ids));
+  if (problem.has_segments()) {
+    const auto [query, key] = segment_ids_as_int32(*problem.query_segment_ids, *problem.key_segment_ids);
+    intersect(mask, same_segment(query, key));
+  }
   return mask;
 }
 

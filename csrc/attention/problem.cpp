@@ -4,6 +4,8 @@
 #include <c10/util/Exception.h>
 
 #include <cmath>
+#include <tuple>
+#include <utility>
 
 #include "segment/segment_ids.h"
 
@@ -52,13 +54,18 @@ void check_numbers(const AttentionArguments& arguments) {
                     "selfattn: softcap must be finite and at least 0 (0: none); got ", arguments.softcap);
 }
 
-at::Tensor check_ids(const at::Tensor& ids, const char* name, const at::Tensor& tokens) {
-  const at::Tensor as_int32 = segment_ids_as_int32(ids, name);
+void check_ids(const at::Tensor& ids, const char* name, const at::Tensor& tokens) {
+  check_segment_ids(ids, name);
   TORCH_CHECK_TYPE(ids.device() == tokens.device(), "selfattn: ", name, " must be on the device of q, ",
                    tokens.device(), "; got ", ids.device());
   TORCH_CHECK_VALUE(ids.sym_size(0) == tokens.sym_size(0) && ids.sym_size(1) == tokens.sym_size(1), "selfattn: ", name,
                     " must have the shape (B, S) = ", tokens.sym_sizes().slice(0, 2), "; got ", ids.sym_sizes());
-  return as_int32;
+}
+
+/// Whether the device's kernels read the ids as given: those for CUDA do, asserting the range of int64, where both are
+/// of one type.
+bool kernels_read(const at::Tensor& query_ids, const at::Tensor& key_ids) {
+  return query_ids.is_cuda() && query_ids.scalar_type() == key_ids.scalar_type();
 }
 
 void add_segment_ids(const AttentionArguments& arguments, AttentionProblem& problem) {
@@ -67,15 +74,17 @@ void add_segment_ids(const AttentionArguments& arguments, AttentionProblem& prob
                       "selfattn: kv_segment_ids must come with segment_ids; got kv_segment_ids alone");
     return;
   }
-  problem.query_segment_ids = check_ids(*arguments.segment_ids, "segment_ids", problem.query);
+  check_ids(*arguments.segment_ids, "segment_ids", problem.query);
   if (arguments.kv_segment_ids) {
-    problem.key_segment_ids = check_ids(*arguments.kv_segment_ids, "kv_segment_ids", problem.key);
-    return;
+    check_ids(*arguments.kv_segment_ids, "kv_segment_ids", problem.key);
+  } else {
+    TORCH_CHECK_VALUE(problem.query_length() == problem.key_length(),
+                      "selfattn: kv_segment_ids must be given where q and k differ in length; got lengths ",
+                      problem.query_length(), " and ", problem.key_length());
   }
-  TORCH_CHECK_VALUE(problem.query_length() == problem.key_length(),
-                    "selfattn: kv_segment_ids must be given where q and k differ in length; got lengths ",
-                    problem.query_length(), " and ", problem.key_length());
-  problem.key_segment_ids = problem.query_segment_ids;
+  std::pair ids{*arguments.segment_ids, arguments.kv_segment_ids.value_or(*arguments.segment_ids)};
+  if (!kernels_read(ids.first, ids.second)) ids = segment_ids_as_int32(ids.first, ids.second);
+  std::tie(problem.query_segment_ids, problem.key_segment_ids) = ids;
 }
 
 void add_sinks(const AttentionArguments& arguments, AttentionProblem& problem) {

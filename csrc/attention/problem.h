@@ -21,7 +21,7 @@ struct AttentionProblem {
   at::Tensor query;  // (B, Sq, NH, DQK)
   at::Tensor key;    // (B, Skv, NKV, DQK)
   at::Tensor value;  // (B, Skv, NKV, DV)
-  // Both or neither are given; int32. Negative ids are padding.
+  // Both or neither are given; int32, on CUDA both may be int64 instead. Negative ids are padding.
   OptionalTensor query_segment_ids = std::nullopt;  // (B, Sq)
   OptionalTensor key_segment_ids = std::nullopt;    // (B, Skv)
   OptionalTensor sinks = std::nullopt;              // (NH,)
@@ -57,9 +57,9 @@ struct AttentionArguments {
   OptionalTensor sinks;
 };
 
-/// Validates a call and fills in the defaults (scale 1/sqrt(DQK), key ids = query ids, ids as int32).
-/// Throws c10::TypeError for a wrong dtype or device, c10::ValueError for a wrong rank, shape or number; each message
-/// names the argument, what was expected and what came.
+/// Validates a call and fills in the defaults (scale 1/sqrt(DQK), key ids = query ids). Narrows int64 ids, behind a
+/// check that they fit, where the device's kernels do not read them. Throws c10::TypeError for a wrong dtype or device,
+/// c10::ValueError for a wrong rank, shape or number; each message names the argument, what was expected and what came.
 AttentionProblem make_attention_problem(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                         const AttentionArguments& arguments, bool needs_lse = false);
 

@@ -24,16 +24,26 @@ void check_values(const at::Tensor& condition, const std::string& message) {
   }
 }
 
-at::Tensor segment_ids_as_int32(const at::Tensor& segment_ids, const char* name) {
+void check_segment_ids(const at::Tensor& segment_ids, const char* name) {
   TORCH_CHECK_TYPE(segment_ids.scalar_type() == at::kInt || segment_ids.scalar_type() == at::kLong, "selfattn: ", name,
                    " must be int32 or int64; got ", segment_ids.scalar_type());
   TORCH_CHECK_VALUE(segment_ids.dim() == 2, "selfattn: ", name, " must have two dimensions (B, S); got ",
                     segment_ids.dim());
+}
+
+at::Tensor segment_ids_as_int32(const at::Tensor& segment_ids, const char* name) {
+  check_segment_ids(segment_ids, name);
   if (segment_ids.scalar_type() == at::kInt) return segment_ids;
   const at::Tensor fits = at::logical_and(segment_ids >= std::numeric_limits<int32_t>::min(),
                                           segment_ids <= std::numeric_limits<int32_t>::max());
   check_values(fits, std::string("selfattn: ") + name + " must hold values that fit in int32; got a larger one");
   return segment_ids.to(at::kInt);
+}
+
+std::pair<at::Tensor, at::Tensor> segment_ids_as_int32(const at::Tensor& segment_ids,
+                                                       const at::Tensor& kv_segment_ids) {
+  const at::Tensor query = segment_ids_as_int32(segment_ids, "segment_ids");
+  return {query, kv_segment_ids.is_same(segment_ids) ? query : segment_ids_as_int32(kv_segment_ids, "kv_segment_ids")};
 }
 
 }  // namespace selfattn

@@ -28,7 +28,7 @@ struct AttentionOptions {
   TORCH_ARG(std::optional<double>, qk_scale);
   /// "auto", a backend's name or an alias (see parse_backend).
   TORCH_ARG(std::string, backend) = "auto";
-  /// (B, Skv) ids of the keys, where they differ from segment_ids.
+  /// (B, Skv) int32 or int64 ids of the keys, where they differ from segment_ids.
   TORCH_ARG(std::optional<at::Tensor>, kv_segment_ids);
   /// How many keys to the left and right of a query it may attend to; -1: all.
   TORCH_ARG(int64_t, window_left) = -1;

@@ -267,9 +267,10 @@ def test_repeats_are_bitwise_equal(dims: tuple[int, int], kind: str | None) -> N
         assert torch.equal(again[1], first[1])
 
 
-def test_graph_replays_with_other_ids() -> None:
+@pytest.mark.parametrize("id_type", [torch.int32, torch.int64])
+def test_graph_replays_with_other_ids(id_type: torch.dtype) -> None:
     q, k, v = random_qkv(torch.bfloat16, (128, 128), 1500, 1500, heads=4)
-    ids = make_ids("packed", 2, 1500).cuda()
+    ids = make_ids("packed", 2, 1500).to("cuda", id_type)
     torch.ops.selfattn.flash_attention(q, k, v, ids)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -302,9 +303,10 @@ def test_two_streams_at_once() -> None:
         assert all(torch.equal(result, right) for result in into)
 
 
-def test_no_synchronisation() -> None:
+@pytest.mark.parametrize("id_type", [torch.int32, torch.int64])
+def test_no_synchronisation(id_type: torch.dtype) -> None:
     q, k, v = random_qkv(torch.bfloat16, (64, 64), 256, 256)
-    ids = make_ids("packed", 2, 256).cuda()
+    ids = make_ids("packed", 2, 256).to("cuda", id_type)
     torch.ops.selfattn.flash_attention(q, k, v, ids)
     torch.cuda.set_sync_debug_mode("error")
     try:
