@@ -290,24 +290,35 @@ __global__ void bulk_kernel(const int* g_in, int* g_out, float* g_sum) {
     __syncthreads();
   }
   if (threadIdx.x < 64) ptx::reduce_add_x4(g_sum + threadIdx.x % 4 * 4, 1.f, 2.f, 3.f, float(threadIdx.x));
+  // Each warp sends its 32 floats out of shared memory to the second part of the sums.
+  auto* s_floats = reinterpret_cast<float*>(s_data);
+  s_floats[threadIdx.x] = float(threadIdx.x);
+  ptx::fence_proxy_async_shared();
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) {
+    ptx::bulk_reduce_add(g_sum + 16, ptx::shared_address(s_floats + threadIdx.x), 32 * sizeof(float));
+    ptx::bulk_commit();
+    ptx::bulk_wait<0>();
+  }
 }
 
 void test_bulk_copies() {
   std::vector<int> in(768);
   for (auto& x : in) x = std::rand();
   Array<int> g_in(in), g_out(std::vector<int>(768, 0));
-  Array<float> g_sum(std::vector<float>(16, 0.f));
+  Array<float> g_sum(std::vector<float>(48, 0.5f));
   bulk_kernel<<<1, 256>>>(g_in.device, g_out.device, g_sum.device);
   long long wrong = 0;
   const auto out = g_out.read();
   for (int i = 0; i < 768; i++) wrong += out[i] != in[i];
   const auto sum = g_sum.read();
   for (int i = 0; i < 4; i++) {
-    float last = 0.f;
+    float last = 0.5f;
     for (int t = i; t < 64; t += 4) last += float(t);
-    wrong += sum[4 * i] != 16.f || sum[4 * i + 1] != 32.f || sum[4 * i + 2] != 48.f || sum[4 * i + 3] != last;
+    wrong += sum[4 * i] != 16.5f || sum[4 * i + 1] != 32.5f || sum[4 * i + 2] != 48.5f || sum[4 * i + 3] != last;
   }
-  report("bulk_load, reduce_add_x4", wrong);
+  for (int lane = 0; lane < 32; lane++) wrong += sum[16 + lane] != 0.5f + 8 * (16 * 7 + lane);  // of 8 warps
+  report("bulk_load, reduce_add_x4, bulk_reduce_add", wrong);
 }
 
 // ------------------------------------------------------------------------------------------------ threads

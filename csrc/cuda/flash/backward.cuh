@@ -48,6 +48,10 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       mbarrier_init(shared_address(&s.k_free[i]), Config::kFreeKeyArrivals);
       mbarrier_init(shared_address(&s.v_free[i]), Config::kFreeKeyArrivals);
     }
+    for (int i = 0; i < 2; i++) {
+      mbarrier_init(shared_address(&s.grad_s_full[i]), Config::kConsumerWarps);
+      mbarrier_init(shared_address(&s.grad_s_free[i]), Config::kConsumerWarps);
+    }
     for (int i = 0; i < Config::kSideBuffers; i++) {
       mbarrier_init(shared_address(&s.side_full[i]), 1),
           mbarrier_init(shared_address(&s.side_free[i]), Config::kSideWorkers);
@@ -149,6 +153,8 @@ BackwardPlan make_backward_plan(const BackwardParams& p, char** end) {
   plan.pairs_of_section = int(std::clamp<int64_t>(std::max(by_bytes, by_tiles), 1, plan.pairs));
   plan.sections = (plan.pairs + plan.pairs_of_section - 1) / plan.pairs_of_section;
   plan.walks_upward = plan.group == 1;
+  plan.turns_upward = !plan.walks_upward && p.window.right < AttentionWindow::kUnbounded && !p.segments.mode &&
+                      !(Config::kIsWide && p.is_deterministic);
   plan.has_side_jobs = Config::kHasSideJobs && plan.sections > 1 && plan.work_tiles() >= kTilesInSight &&
                        keys_seen(p) >= kKeysForSideJobs;
   plan.form = choose_form<Config>(p);

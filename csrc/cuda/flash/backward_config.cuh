@@ -69,6 +69,9 @@ struct BackwardConfig {
   static constexpr int kConsumers = 256, kThreads = 128 + kConsumers;
   static constexpr int kConsumerWarps = kConsumers / 32;
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+  // How dQ is added up, found by measurement (docs/kernels/backward.md): by the copy engine, where there is memory for
+  // it, and after the next S has been issued.
+  static constexpr bool kAddsByCopyEngine = kHeadDim == 128, kScoresBeforeAdding = kHeadDim == 64;
   static constexpr int kStoreRows =
       kIsWide ? 64 : 16;  // box of the stores of dK and dV: a warpgroup's or a warp's rows
   // Who frees K and V: every warp when it has read them, or (wide) the thread that stores dK and dV from their memory.
@@ -89,7 +92,7 @@ struct BackwardConfig {
     unsigned char q[kStages][kQueryBytes];
     unsigned char grad_out[kStages][kQueryBytes];
     unsigned char grad_s[2][kScoreBytes];                              // narrow: dK on its way out, too
-    unsigned char p_or_grad_v[kIsWide ? 2 * kScoreBytes : kKeyBytes];  // wide: two P; narrow: dV on its way out
+    unsigned char p_or_grad_v[kIsWide ? 2 * kScoreBytes : kKeyBytes];  // wide: two P; narrow: dV on its way out, and dQ
     unsigned char side[kSideBuffers][kHasSideJobs ? kSideBytes : 16];
     alignas(16) float row_stats[kStages][2 * kTileQ];
     alignas(16) int query_ids[kStages][kTileQ];
@@ -99,6 +102,7 @@ struct BackwardConfig {
     float side_sums[kSideRows];
     uint64_t q_full[kStages], q_free[kStages], grad_out_full[kStages], grad_out_free[kStages];
     uint64_t k_full[kKeyBuffers], k_free[kKeyBuffers], v_full[kKeyBuffers], v_free[kKeyBuffers];
+    uint64_t grad_s_full[2], grad_s_free[2];  // narrow
     uint64_t side_full[kSideBuffers], side_free[kSideBuffers];
     uint64_t has_turn[kStages], added[kStages];  // deterministic mode: a block may add to dQ; it has
   };
@@ -196,6 +200,9 @@ struct BackwardPlan {
   // blocks at the same queries, which then stay in L2. The deterministic mode adds up dQ from the last key tile to the
   // first if upwards, else from the first to the last: the tile that is ahead then has the turn.
   bool walks_upward;
+  // Under a causal limit a section's tiles after the first of each thread block begin one after another, each when
+  // those before have come up to its diagonal: upwards these are together again.
+  bool turns_upward;
   int query_blocks;   // of a row, in the tables of segments
   int stat_groups;    // of a head
   float* row_stats;   // (batch, num_heads, stat_groups, kStatFloats)

@@ -2,7 +2,9 @@
 //
 // A warpgroup owns 64 of the tile's 128 keys. It computes S^T = K Q^T and dP^T = V dO^T; P^T and dS^T stay in registers
 // as left operands of dV += P^T dO and dK += dS^T Q. dS also goes to shared memory, where both warpgroups read it for
-// dQ^T = K^T dS^T: at head dimension 128 each for 64 of the columns, at 64 each for 64 of the queries.
+// dQ^T = K^T dS^T: at head dimension 128 each for 64 of the columns, at 64 each for 64 of the queries. dQ lags one
+// block behind, so that a warpgroup need not wait for the other's dS of the same block: one multiplies while the other
+// is at its exponentials.
 #pragma once
 #include "../ptx/arithmetic.cuh"
 #include "../ptx/barrier.cuh"
@@ -34,7 +36,7 @@ __device__ __forceinline__ void multiply_narrow(const BackwardMaps& maps, const 
   uint32_t p_packed[kTileQ / 4], ds_packed[kTileQ / 4];
   Ring<Config::kStages> ring;
   uint32_t tile_parity = 0;
-  int ds_buffer = 0;
+  Ring<2> ds;
 
   const uint32_t s_k = shared_address(s.k), s_v = shared_address(s.v), s_q = shared_address(s.q),
                  s_do = shared_address(s.grad_out);
@@ -63,8 +65,8 @@ __device__ __forceinline__ void multiply_narrow(const BackwardMaps& maps, const 
   const auto issue_dk = [&](int stage) {
     accumulate<Element, kTileQ>(dk, ds_packed, q_summed + stage * (Config::kQueryBytes / 16));
   };
-  const auto issue_dq = [&] {
-    const uint64_t right = ds_rows + ds_buffer * (Config::kScoreBytes / 16);
+  const auto issue_dq = [&](int buffer) {
+    const uint64_t right = ds_rows + buffer * (Config::kScoreBytes / 16);
     wgmma_fence();
 #pragma unroll
     for (int i = 0; i < kTileKv / kProductStep; i++) {
@@ -81,9 +83,24 @@ __device__ __forceinline__ void multiply_narrow(const BackwardMaps& maps, const 
     __syncwarp();  // what all lanes have read may be written over
     if (lane == 0) mbarrier_arrive(shared_address(&barrier));
   };
-  const auto add_dq = [&](const BlockInfo& block) {
-    if (block.patch_row >= 0)
-      add_patch(plan, kD == 128 ? block.patch_row * 2 + warpgroup : block.patch_row + warpgroup, warp, lane, dq);
+  // Adds dQ of the block whose first row of patches is `patch_row`, if it has one: out of the registers, or by the copy
+  // engine out of this warp's slice of shared memory.
+  const auto add_dq = [&](int patch_row) {
+    const int patch = kD == 128 ? patch_row * 2 + warpgroup : patch_row + warpgroup;
+    if constexpr (Config::kAddsByCopyEngine) {
+      float* s_quarter = reinterpret_cast<float*>(s.p_or_grad_v) + (warpgroup * 4 + warp) * kQuarterFloats;
+      if (lane == 0) bulk_wait_read<0>();  // what was sent from here before
+      __syncwarp();
+      store_quarter(s_quarter, lane, dq);
+      fence_proxy_async_shared();
+      __syncwarp();
+      if (lane == 0 && patch_row >= 0) {
+        bulk_reduce_add(quarter_of_patch(plan, patch, warp), shared_address(s_quarter), kQuarterBytes);
+        bulk_commit();
+      }
+    } else {
+      if (patch_row >= 0) add_quarter(quarter_of_patch(plan, patch, warp), lane, dq);
+    }
   };
   const auto hide_masked = [&](const BlockInfo& block) {
     const int first_key = s.tile[0].key_tile * kTileKv + warpgroup * 64 + warp * 16 + lane / 4, column = 2 * (lane % 4);
@@ -131,6 +148,8 @@ __device__ __forceinline__ void multiply_narrow(const BackwardMaps& maps, const 
     __syncwarp();
     barrier_sync(kConsumers, Config::kConsumers);
 
+    int patch_row_before = -1;  // of the block before. The first block of a tile multiplies an old dS that nobody adds.
+    bool is_first = true;
 #pragma unroll 1
     for (;;) {  // on entry S and dP are in flight; no branch may stand between the issue of dQ and the wait for it
                 // (C7514)
@@ -167,44 +186,56 @@ __device__ __forceinline__ void multiply_narrow(const BackwardMaps& maps, const 
               pack<Element>(scores[at] * (dp[at] - delta.x), scores[at + 1] * (dp[at + 1] - delta.y));
         }
       }
+      mbarrier_wait(shared_address(&s.grad_s_free[ds.stage]), ds.parity ^ 1);
 #pragma unroll
       for (int i = 0; i < kTileQ / 16; i++) {
-        store_matrix_x4_transposed(s_ds_out + ds_buffer * Config::kScoreBytes + i * (16 * 128), ds_packed[4 * i],
+        store_matrix_x4_transposed(s_ds_out + ds.stage * Config::kScoreBytes + i * (16 * 128), ds_packed[4 * i],
                                    ds_packed[4 * i + 1], ds_packed[4 * i + 2], ds_packed[4 * i + 3]);
       }
       fence_proxy_async_shared();
-      barrier_sync(kConsumers, Config::kConsumers);
-      issue_dq();
+      arrive(s.grad_s_full[ds.stage]);
+      const Ring<2> ds_before = ds.previous();
+      mbarrier_wait(shared_address(&s.grad_s_full[ds_before.stage]), ds_before.parity);
+      issue_dq(ds_before.stage);
       issue_dk(ring.stage);
       wgmma_wait<1>();
       pin(dq);
       arrive(s.grad_out_free[ring.stage]);
-      add_dq(block);
-      if (flags & kLastOfTile) break;
-      ds_buffer ^= 1;
+      if (!is_first) arrive(s.grad_s_free[ds_before.stage]);
+      is_first = false;
+      const int patch_row = patch_row_before;
+      patch_row_before = block.patch_row;
+      const bool is_last = flags & kLastOfTile;
+      if (!Config::kScoresBeforeAdding || is_last) add_dq(patch_row);
+      if (is_last) break;
+      ds.advance();
       const Ring before = ring;
       ring.advance();
       mbarrier_wait(shared_address(&s.q_full[ring.stage]), ring.parity);
       issue_scores(ring.stage);
+      if (Config::kScoresBeforeAdding) add_dq(patch_row);
       wgmma_wait<1>();
       arrive(s.q_free[before.stage]);
       mbarrier_wait(shared_address(&s.grad_out_full[ring.stage]), ring.parity);
       issue_dp(ring.stage);
     }
-    ds_buffer ^= 1;
+    mbarrier_wait(shared_address(&s.grad_s_full[ds.stage]), ds.parity);
+    issue_dq(ds.stage);
+    wgmma_wait<0>();
+    pin(dq), pin(dk), pin(dv);
+    arrive(s.grad_s_free[ds.stage]);
+    ds.advance();
     const TileInfo tile = s.tile[0];
-    pin(dv);
     arrive(s.k_free[0]);
+    arrive(s.q_free[ring.stage]);
+    ring.advance();
+    add_dq(patch_row_before);
     barrier_sync(kConsumers, Config::kConsumers);  // both warpgroups are done with dS
     if (lane == 0) bulk_wait_read<0>();            // dV of the tile before
     __syncwarp();
     store(&maps.grad_v, dv, 1.f, s.p_or_grad_v, tile);
-    wgmma_wait<0>();
-    pin(dk);
-    arrive(s.q_free[ring.stage]);
-    ring.advance();
     store(&maps.grad_k, dk, p.scale, &s.grad_s[0][0], tile);
-    report_tile(plan, tile.section, lane);
+    report_tile<Config::kAddsByCopyEngine>(plan, tile.section, lane);
   }
   if (lane == 0) bulk_wait<0>();
 }

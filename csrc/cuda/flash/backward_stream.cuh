@@ -35,6 +35,7 @@ struct QueryStream {
   int section = -1;
   bool is_contiguous = false, is_general = false;
   bool keys_are_loaded = false;
+  bool is_upward = false;  // the walk over the query tiles
   // The query tile found last. It is announced when the next one is found, or as the last of the key tile.
   int pending_tile = -1, pending_flags = 0;
 
@@ -74,6 +75,7 @@ struct QueryStream {
       key_tile = plan.walks_upward ? plan.key_tiles - 1 - rank : rank;
     else
       key_tile = has_segments ? p.segments.order[int64_t(batch) * plan.key_tiles + rank] : rank;
+    is_upward = plan.walks_upward || (plan.turns_upward && rest >= static_cast<int>(gridDim.x));
     keys_are_loaded = false;
     if (plan.has_side_jobs && section != section_before && section > 0) {
       ptx::wait_for_count(plan.rows_prepared(section), plan.heads_in(section) * plan.patch_rows * Config::kPanels);
@@ -100,7 +102,6 @@ struct QueryStream {
     SegmentBlock keys = {};
     if (is_general) keys = p.segments.key_blocks[int64_t(batch) * plan.key_tiles + key_tile];
 
-    const bool is_upward = plan.walks_upward;
     for (int base = 0; base < tiles.y - tiles.x; base += 32) {
       const int tile = is_upward ? tiles.x + base + lane : tiles.y - 1 - base - lane;
       bool is_visible = tiles.x <= tile && tile < tiles.y;

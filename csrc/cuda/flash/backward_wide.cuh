@@ -96,7 +96,8 @@ __device__ __forceinline__ void multiply_wide(const BackwardMaps& maps, const Ba
     if (lane == 0) mbarrier_arrive(shared_address(&barrier));
   };
   const auto add_dq = [&](int patch_row, int panel) {
-    if (patch_row >= 0) add_patch(plan, patch_row * Config::kPanels + warpgroup * kOwnPanels + panel, warp, lane, dq);
+    const int patch = patch_row * Config::kPanels + warpgroup * kOwnPanels + panel;
+    if (patch_row >= 0) add_quarter(quarter_of_patch(plan, patch, warp), lane, dq);
   };
   const auto report_added = [&](int stage) {  // both halves of dQ
     if (p.is_deterministic && stage >= 0) __syncwarp(), arrive(s.added[stage]);
@@ -231,7 +232,7 @@ __device__ __forceinline__ void multiply_wide(const BackwardMaps& maps, const Ba
     store(&maps.grad_v, dv, 1.f, s_v, tile, s.v_free[0]);  // every dP is done, since the last barrier
     barrier_sync(kConsumers, Config::kConsumers);          // and now every dQ, the last to read K
     store(&maps.grad_k, dk, p.scale, s_k, tile, s.k_free[0]);
-    report_tile(plan, tile.section, lane);
+    report_tile<Config::kAddsByCopyEngine>(plan, tile.section, lane);
   }
   if (lane == 0) bulk_wait<0>();
 }

@@ -17,6 +17,9 @@ struct Ring {
     ring.advance();
     return ring;
   }
+  __device__ __forceinline__ Ring previous() const {
+    return stage ? Ring{stage - 1, parity} : Ring{kStages - 1, parity ^ 1};
+  }
 };
 
 }  // namespace selfattn::cuda

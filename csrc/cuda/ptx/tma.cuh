@@ -39,6 +39,14 @@ __device__ __forceinline__ void bulk_load(uint32_t barrier, uint32_t s_destinati
       : "memory");
 }
 
+// Contiguous float32 out of shared memory, added to what stands in global memory. Multiples of 16 bytes, as above.
+__device__ __forceinline__ void bulk_reduce_add(float* g_destination, uint32_t s_source, uint32_t bytes) {
+  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(
+                   reinterpret_cast<uint64_t>(g_destination)),
+               "r"(s_source), "r"(bytes)
+               : "memory");
+}
+
 __device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 
 // At most kPending groups of this thread still read their shared memory.
