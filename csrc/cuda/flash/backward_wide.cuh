@@ -2,7 +2,7 @@
 //
 // dK and dV of 64 keys fill half of the registers, so P and dS go through shared memory. Each warpgroup computes S^T =
 // K Q^T and dP^T = V dO^T for all 64 keys and its 32 of the 64 queries, writes P^T and dS^T as rows of keys, and takes
-// its 128 columns of dV^T += dO^T P, dK^T += Q^T dS and dQ^T = K^T dS^T. The tensor cores work on the next S, dP and
+// its 128 columns of dV += P^T dO, dK += dS^T Q and dQ^T = K^T dS^T. The tensor cores work on the next S, dP and
 // the second half of dQ while the exponentials run.
 #pragma once
 #include "../ptx/arithmetic.cuh"
@@ -27,13 +27,13 @@ __device__ __forceinline__ void multiply_wide(const BackwardMaps& maps, const Ba
   using Element = typename Config::Element;
   constexpr int kD = Config::kHeadDim, kTileQ = Config::kTileQ, kTileKv = Config::kTileKv;
   constexpr int kPanelBytes = 64 * 128;  // 64 rows, of every operand
-  constexpr int kOwnQueries = 32, kOwnPanels = 2;
-  static_assert(kTileQ == 64 && kTileKv == 64 && kD == 2 * kOwnPanels * kPanelColumns);
+  constexpr int kOwnQueries = 32, kOwnPanels = 2, kOwnColumns = kOwnPanels * kPanelColumns;
+  static_assert(kTileQ == 64 && kTileKv == 64 && kD == 2 * kOwnColumns);
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0) - 1, warp = threadIdx.x / 32 % 4,
             lane = threadIdx.x % 32;
   const float scale_log2 = p.scale * 1.4426950408889634f;
 
-  float dk[kOwnPanels][32], dv[kOwnPanels][32], scores[kOwnQueries / 2], dp[kOwnQueries / 2], dq[kPatchRows / 2];
+  float dk[kOwnColumns / 2], dv[kOwnColumns / 2], scores[kOwnQueries / 2], dp[kOwnQueries / 2], dq[kPatchRows / 2];
   Ring<Config::kStages> ring;
   uint32_t tile_parity = 0;
   int buffer = 0;  // of P and dS
@@ -45,9 +45,10 @@ __device__ __forceinline__ void multiply_wide(const BackwardMaps& maps, const Ba
   // Rows of K and V, all; of Q and dO, this warpgroup's queries.
   const uint64_t k_rows = matrix_descriptor(s_k), v_rows = matrix_descriptor(s_v);
   const uint64_t q_rows = matrix_descriptor(s_q + own_rows), do_rows = matrix_descriptor(s_do + own_rows);
-  // Left operands, transposed: this warpgroup's first 64 columns of K, Q and dO.
-  const uint64_t k_columns = matrix_descriptor(s_k + own_panels), q_columns = matrix_descriptor(s_q + own_panels);
-  const uint64_t do_columns = matrix_descriptor(s_do + own_panels);
+  // Of this warpgroup's columns: K transposed, the first 64; Q and dO with queries as the summed dimension, all.
+  const uint64_t k_columns = matrix_descriptor(s_k + own_panels);
+  const uint64_t q_summed = matrix_descriptor(s_q + own_panels, kPanelBytes),
+                 do_summed = matrix_descriptor(s_do + own_panels, kPanelBytes);
   const uint64_t p_keys = matrix_descriptor(s_p), ds_keys = matrix_descriptor(s_ds);
   // Where this lane's row of an 8x8 matrix of P^T or dS^T goes: a key, 8 queries.
   const uint32_t score_out = (warp * 16 + lane / 8 % 2 * 8 + lane % 8) * 128;
@@ -59,24 +60,19 @@ __device__ __forceinline__ void multiply_wide(const BackwardMaps& maps, const Ba
   const auto issue_dp = [&](int stage) {
     multiply_rows<Element, kD, kPanelBytes, kPanelBytes>(dp, v_rows, do_rows + stage * (Config::kQueryBytes / 16));
   };
-  const auto accumulate = [&](float (&d)[kOwnPanels][32], uint64_t left,
-                              uint64_t right) {  // d^T += left^T right, over queries
+  const auto accumulate = [&](float (&d)[kOwnColumns / 2], uint64_t left, uint64_t right) {  // over queries
     wgmma_fence();
 #pragma unroll
-    for (int panel = 0; panel < kOwnPanels; panel++) {
-#pragma unroll
-      for (int i = 0; i < kTileQ / kProductStep; i++) {
-        Wgmma<Element, kTileKv>::template ss<true, false>(
-            d[panel], left + (panel * kPanelBytes + i * kProductStep * 128) / 16, right + i * (32 / 16));
-      }
-    }
+    for (int i = 0; i < kTileQ / kProductStep; i++)
+      Wgmma<Element, kOwnColumns>::template ss<false, true>(d, left + i * (32 / 16),
+                                                            right + i * (kProductStep * 128 / 16));
     wgmma_commit();
   };
   const auto issue_dv = [&](int stage) {
-    accumulate(dv, do_columns + stage * (Config::kQueryBytes / 16), p_keys + buffer * (Config::kScoreBytes / 16));
+    accumulate(dv, p_keys + buffer * (Config::kScoreBytes / 16), do_summed + stage * (Config::kQueryBytes / 16));
   };
   const auto issue_dk = [&](int stage) {
-    accumulate(dk, q_columns + stage * (Config::kQueryBytes / 16), ds_keys + buffer * (Config::kScoreBytes / 16));
+    accumulate(dk, ds_keys + buffer * (Config::kScoreBytes / 16), q_summed + stage * (Config::kQueryBytes / 16));
   };
   const auto issue_dq = [&](int panel) {
     wgmma_fence();
@@ -109,21 +105,16 @@ __device__ __forceinline__ void multiply_wide(const BackwardMaps& maps, const Ba
     hide_pairs<kOwnQueries>(scores, p, rows, block.flags, s.tile[0].batch, first_key,
                             block.query_tile * kTileQ + column, &s.query_ids[ring.stage][column]);
   };
-  // This warpgroup's columns of dK or dV: transposed into panels of shared memory, on to global memory, memory freed.
-  const auto store = [&](const CUtensorMap* map, float (&d)[kOwnPanels][32], float factor, uint32_t s_panels,
+  // This warpgroup's columns of dK or dV: into panels of shared memory, on to global memory, memory freed.
+  const auto store = [&](const CUtensorMap* map, float (&d)[kOwnColumns / 2], float factor, uint32_t s_panels,
                          const TileInfo& tile, uint64_t& freed) {
-    const uint32_t s_row =
-        s_panels + own_panels + (lane / 16 * 8 + lane % 8) * 128 + ((warp * 2 + lane / 8 % 2) ^ (lane % 8)) * 16;
+    const uint32_t s_row = s_panels + own_panels + (warp * 16 + lane % 16) * 128;
 #pragma unroll
-    for (int panel = 0; panel < kOwnPanels; panel++) {
-#pragma unroll
-      for (int i = 0; i < kTileKv / 16; i++) {
-        const float* r = &d[panel][8 * i];
-        store_matrix_x4_transposed(
-            s_row + panel * kPanelBytes + i * (16 * 128), pack<Element>(r[0] * factor, r[1] * factor),
-            pack<Element>(r[2] * factor, r[3] * factor), pack<Element>(r[4] * factor, r[5] * factor),
-            pack<Element>(r[6] * factor, r[7] * factor));
-      }
+    for (int i = 0; i < kOwnColumns / 16; i++) {
+      const float* r = &d[8 * i];
+      store_matrix_x4(s_row + i / 4 * kPanelBytes + ((i % 4 * 2 + lane / 16) ^ (lane % 8)) * 16,
+                      pack<Element>(r[0] * factor, r[1] * factor), pack<Element>(r[2] * factor, r[3] * factor),
+                      pack<Element>(r[4] * factor, r[5] * factor), pack<Element>(r[6] * factor, r[7] * factor));
     }
     fence_proxy_async_shared();
     barrier_sync(kWarpgroup0 + warpgroup, 128);
@@ -141,8 +132,8 @@ __device__ __forceinline__ void multiply_wide(const BackwardMaps& maps, const Ba
 
   for (;; tile_parity ^= 1) {
 #pragma unroll
-    for (int i = 0; i < 32; i++) dk[0][i] = dk[1][i] = dv[0][i] = dv[1][i] = 0.f;
-    pin(dk[0]), pin(dk[1]), pin(dv[0]), pin(dv[1]);
+    for (int i = 0; i < kOwnColumns / 2; i++) dk[i] = dv[i] = 0.f;
+    pin(dk), pin(dv);
     mbarrier_wait(shared_address(&s.k_full), tile_parity);
     const TileInfo tile = s.tile[0];
     if (tile.key_tile < 0) break;
@@ -209,13 +200,20 @@ __device__ __forceinline__ void multiply_wide(const BackwardMaps& maps, const Ba
       wgmma_wait<2>();
       pin(dq);
       patch_row_before = block.patch_row;
-      if (p.is_deterministic) mbarrier_wait(shared_address(&s.has_turn[ring.stage]), ring.parity);
-      add_dq(patch_row_before, 0);
+      const Ring before = ring;
       read_stage = ring.stage;
       ring.advance();
-      if (flags & kLastOfTile) break;
+      const auto add_first_half = [&] {
+        if (p.is_deterministic) mbarrier_wait(shared_address(&s.has_turn[before.stage]), before.parity);
+        add_dq(patch_row_before, 0);
+      };
+      if (flags & kLastOfTile) {
+        add_first_half();
+        break;
+      }
       mbarrier_wait(shared_address(&s.q_full[ring.stage]), ring.parity);
       issue_scores(ring.stage);
+      add_first_half();
       mbarrier_wait(shared_address(&s.grad_out_full[ring.stage]), ring.parity);
       issue_dp(ring.stage);
       issue_dq(1);
@@ -228,7 +226,7 @@ __device__ __forceinline__ void multiply_wide(const BackwardMaps& maps, const Ba
     arrive(s.q_free[read_stage]), arrive(s.grad_out_free[read_stage]);
     add_dq(patch_row_before, 1);
     report_added(read_stage);
-    pin(dk[0]), pin(dk[1]), pin(dv[0]), pin(dv[1]);
+    pin(dk), pin(dv);
     store(&maps.grad_v, dv, 1.f, s_v, tile, s.v_free[0]);  // every dP is done, since the last barrier
     barrier_sync(kConsumers, Config::kConsumers);          // and now every dQ, the last to read K
     store(&maps.grad_k, dk, p.scale, s_k, tile, s.k_free[0]);

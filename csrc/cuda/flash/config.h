@@ -29,7 +29,7 @@ struct ForwardPlan<64, 64> {
   static constexpr int kProducerRegisters = 32, kConsumerRegisters = 160;
   static constexpr bool kQueryInRegisters = false;  // S = Q K^T with Q fragments held in registers
   static constexpr bool kTakesTurns = true;         // warpgroups multiply in turn
-  static constexpr int kEarlySixteenths = 16;       // of the exponentials, those before the wait for P V
+  static constexpr int kEarlySixteenths = 8;        // of the exponentials, those before the wait for P V
 };
 
 template <>
@@ -38,7 +38,7 @@ struct ForwardPlan<96, 96> {
   static constexpr int kQueryStages = 2, kKeyStages = 2, kValueStages = 3;
   static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
   static constexpr bool kQueryInRegisters = true, kTakesTurns = false;
-  static constexpr int kEarlySixteenths = 10;
+  static constexpr int kEarlySixteenths = 5;
 };
 
 template <>
