@@ -28,8 +28,9 @@ struct ForwardPlan<64, 64> {
   static constexpr int kQueryStages = 2, kKeyStages = 4, kValueStages = 4;
   static constexpr int kProducerRegisters = 32, kConsumerRegisters = 160;
   static constexpr bool kQueryInRegisters = false;  // S = Q K^T with Q fragments held in registers
-  static constexpr bool kTakesTurns = true;         // warpgroups multiply in turn
-  static constexpr int kEarlySixteenths = 8;        // of the exponentials, those before the wait for P V
+  // Warpgroups multiply in turn: in the kernels without windows and segments, and in the one with them.
+  static constexpr bool kTakesTurnsDense = true, kTakesTurnsMasked = true;
+  static constexpr int kEarlySixteenths = 8;  // of the exponentials, those before the wait for P V
 };
 
 template <>
@@ -37,7 +38,7 @@ struct ForwardPlan<96, 96> {
   static constexpr int kWarpgroups = 2, kTileKey = 128;
   static constexpr int kQueryStages = 2, kKeyStages = 2, kValueStages = 3;
   static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
-  static constexpr bool kQueryInRegisters = true, kTakesTurns = false;
+  static constexpr bool kQueryInRegisters = true, kTakesTurnsDense = false, kTakesTurnsMasked = true;
   static constexpr int kEarlySixteenths = 5;
 };
 
@@ -49,7 +50,7 @@ struct ForwardPlan<192, 128> {
   static constexpr int kWarpgroups = 2, kTileKey = 128;
   static constexpr int kQueryStages = 1, kKeyStages = 2, kValueStages = 2;
   static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
-  static constexpr bool kQueryInRegisters = false, kTakesTurns = false;
+  static constexpr bool kQueryInRegisters = false, kTakesTurnsDense = false, kTakesTurnsMasked = false;
   static constexpr int kEarlySixteenths = 8;
 };
 
@@ -69,6 +70,7 @@ struct ForwardConfig : ForwardPlan<kDimQk_, kDimV_> {
   using Element = Element_;
   static constexpr MaskKind kMask = kMask_;
   static constexpr int kDimQk = kDimQk_, kDimV = kDimV_;
+  static constexpr bool kTakesTurns = kMask == MaskKind::kMasked ? Plan::kTakesTurnsMasked : Plan::kTakesTurnsDense;
   static constexpr int kTileQuery = Plan::kWarpgroups * kWarpgroupRows;
   static constexpr int kThreads = (Plan::kWarpgroups + 1) * kWarpgroupSize;
   static constexpr int kConsumerWarps = Plan::kWarpgroups * 4;

@@ -202,9 +202,10 @@ __device__ __forceinline__ void multiply_tiles(const ForwardKernelParams& p, con
     wait_turn();
     issue_scores();
     softmax.rescale(out);
-    if (kIsFirst) factors = finish_rows(closing);
+    if (kIsFirst && !Config::kTakesTurns) factors = finish_rows(closing);
     issue_out();
     pass_turn();
+    if (kIsFirst && Config::kTakesTurns) factors = finish_rows(closing);  // the other warpgroups wait for the turn
     ptx::wgmma_wait<1>();
     ptx::pin(scores);
     release_key();
