@@ -150,6 +150,7 @@ __device__ __forceinline__ void multiply_narrow(const BackwardMaps& maps, const 
 
     int patch_row_before = -1;  // of the block before. The first block of a tile multiplies an old dS that nobody adds.
     bool is_first = true;
+    int read_stage = -1;  // of the Q that dK of the block before reads
 #pragma unroll 1
     for (;;) {  // on entry S and dP are in flight; no branch may stand between the issue of dQ and the wait for it
                 // (C7514)
@@ -158,6 +159,7 @@ __device__ __forceinline__ void multiply_narrow(const BackwardMaps& maps, const 
       const int flags = block.flags;
       wgmma_wait<1>();
       pin(scores);
+      if (!Config::kScoresBeforeAdding && read_stage >= 0) arrive(s.q_free[read_stage]);
 #pragma unroll
       for (int i = 0; i < kTileQ / 8; i++) {
         const float2 lse = *reinterpret_cast<const float2*>(stats + stat_offset(i));
@@ -213,9 +215,13 @@ __device__ __forceinline__ void multiply_narrow(const BackwardMaps& maps, const 
       ring.advance();
       mbarrier_wait(shared_address(&s.q_full[ring.stage]), ring.parity);
       issue_scores(ring.stage);
-      if (Config::kScoresBeforeAdding) add_dq(patch_row);
-      wgmma_wait<1>();
-      arrive(s.q_free[before.stage]);
+      if constexpr (Config::kScoresBeforeAdding) {
+        add_dq(patch_row);
+        wgmma_wait<1>();
+        arrive(s.q_free[before.stage]);
+      } else {
+        read_stage = before.stage;  // freed when S is there, and with it dK
+      }
       mbarrier_wait(shared_address(&s.grad_out_full[ring.stage]), ring.parity);
       issue_dp(ring.stage);
     }
