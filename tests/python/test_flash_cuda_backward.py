@@ -61,6 +61,12 @@ def make_ids(kind: str, batch: int, num_queries: int, num_keys: int) -> tuple[Te
             ids = torch.stack([documents(num_queries, 60) for _ in range(batch)])
             ids[:, num_queries - num_queries // 3 :] = -1
             ids[0, : num_queries // 5] = -7
+        case "mostly_long_documents":
+            ids = torch.zeros(shape, dtype=torch.int64)
+            ids[-1] = documents(num_queries, 90)
+        case "mostly_short_documents":
+            ids = torch.stack([documents(num_queries, 90) for _ in range(batch)])
+            ids[0], ids[-1] = 0, 0
         case "short":
             ids = torch.stack([documents(num_queries, 5) for _ in range(batch)])
         case "one_row_general":
@@ -298,7 +304,12 @@ def long(queries: int = 2700, keys: int = 0, **fields) -> Problem:
     return replace(Problem(batch=1, num_queries=queries, num_keys=keys or queries), **fields)
 
 
-# The last group is long enough for side jobs, too.
+def several_launches(**fields) -> Problem:
+    """Where only the device knows the form, for more batches than one launch of the fused form takes: 6 and 2."""
+    return replace(long(1500, batch=8, num_heads=16, num_kv_heads=16, causal=False), **fields)
+
+
+# The last groups are long enough for side jobs, too.
 LONG = [
     *(long(n, dim=dim, causal=causal) for n in (2600, 2689) for dim in (64, 128) for causal in (True, False)),
     *(
@@ -325,6 +336,10 @@ LONG = [
         for dim in (64, 128)
         for ids in (None, "long_documents", "random")
     ),
+    # More tiles than thread blocks: those of grouped heads change their direction.
+    *(long(1500, batch=8, num_heads=8, num_kv_heads=2, dim=dim) for dim in (64, 128, 256)),
+    *(several_launches(dim=dim, ids="mostly_long_documents") for dim in (64, 128)),
+    several_launches(ids="mostly_short_documents", has_grad_lse=True, layout="bnsd"),
 ]
 
 
