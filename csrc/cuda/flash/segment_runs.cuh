@@ -149,6 +149,8 @@ class SegmentRuns {
     const bool is_packed = ids.is_packed();
     auto* s_starts = reinterpret_cast<unsigned char*>(starts_);
     auto* s_real = reinterpret_cast<unsigned char*>(real_);
+    Octet<Id> next;
+    if (first_word_ < last_word_) next.load(ids, is_packed, first_token + lane * kOctet);
 #pragma unroll 1
     for (int word = first_word_ + lane; word < last_word_; word += kWarpSize)
       ptx::prefetch_to_l2(ids.data + word * kWarpSize * ids.stride);
@@ -161,12 +163,10 @@ class SegmentRuns {
     Stretch seen{-1, -1, -1, -1, 0, 0};
     unsigned lowest_id = ~0u;
     bool falls = false;
-    Octet<Id> next;
 #pragma unroll 1
-    for (int word = first_word_ - kGroup; word < last_word_; word += kGroup) {  // one group ahead with the loads
+    for (int word = first_word_; word < last_word_; word += kGroup) {  // one group ahead with the loads
       const Octet<Id> octet = next;
       if (word + kGroup < last_word_) next.load(ids, is_packed, (word + kGroup) * kWarpSize + lane * kOctet);
-      if (word < first_word_) continue;
 
       int id[kOctet], highest_id = -1;
 #pragma unroll

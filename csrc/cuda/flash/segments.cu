@@ -14,7 +14,7 @@ namespace selfattn::cuda {
 namespace {
 
 // The thread blocks of a batch row all find the runs of the whole row, so that none waits for another, and then share
-// the tables to be written.
+// what is to be written.
 constexpr int kWarps = SegmentRuns::kWarps, kThreads = kWarps * kWarpSize;
 constexpr int kMaxBlocks = 32;                     // a row
 constexpr int kMaxGrid = 132;                      // thread blocks, if rows share them; of more rows each gets one
@@ -138,35 +138,42 @@ __global__ void __launch_bounds__(kThreads)
   extern __shared__ __align__(16) unsigned s_storage[];
   ptx::launch_dependents();
   const int64_t b = blockIdx.x;
-  const Share share{static_cast<int>(blockIdx.y), static_cast<int>(gridDim.y)};
-  if (b == 0 && share.thread() < kTileCounters) t.counters[threadIdx.x] = 0;
+  // Of several thread blocks the first half writes what is told of tokens, and the others rank the tiles.
+  const int blocks = static_cast<int>(gridDim.y), block = static_cast<int>(blockIdx.y), writers = (blocks + 1) / 2;
+  const bool writes = block < writers, ranks = blocks == 1 || !writes;
+  const Share share{block, writers};
+  const Share of_orders{blocks == 1 ? 0 : block - writers, max(blocks - writers, 1)};
   const auto queries = id_row<Id>(p.query_ids, b, p.query_stride_batch, p.query_stride_token, p.query_length);
   SegmentRuns runs(s_storage, p.query_length);  // without own key ids
   int* s_keys = reinterpret_cast<int*>(s_storage) + (p.key_ids ? 0 : SegmentRuns::storage_words(p.query_length));
   const bool is_contiguous = !p.key_ids && runs.find(queries);
-  if (is_contiguous) {
-    write_runs(share, runs, p.query_length, t.pitch_query, t.run_begin + b * t.pitch_query,
-               t.run_end + b * t.pitch_query);
-  } else {
-    const auto keys =
-        p.key_ids ? id_row<Id>(p.key_ids, b, p.key_stride_batch, p.key_stride_token, p.key_length) : queries;
-    write_ids(share, queries, kQueryPadding, t.pitch_query, t.query_ids + b * t.pitch_query);
-    write_ids(share, keys, kKeyPadding, t.pitch_key, t.key_ids + b * t.pitch_key);
+  if (writes) {
+    if (b == 0 && share.thread() < kTileCounters) t.counters[threadIdx.x] = 0;
+    if (share.thread() == 0) t.mode[b] = is_contiguous ? kContiguous : kGeneral;
+    if (is_contiguous) {
+      write_runs(share, runs, p.query_length, t.pitch_query, t.run_begin + b * t.pitch_query,
+                 t.run_end + b * t.pitch_query);
+    } else {
+      const auto keys =
+          p.key_ids ? id_row<Id>(p.key_ids, b, p.key_stride_batch, p.key_stride_token, p.key_length) : queries;
+      write_ids(share, queries, kQueryPadding, t.pitch_query, t.query_ids + b * t.pitch_query);
+      write_ids(share, keys, kKeyPadding, t.pitch_key, t.key_ids + b * t.pitch_key);
 #pragma unroll 1
-    for (int block = share.warp(); block < t.query_tiles + t.key_tiles; block += share.warps()) {
-      if (block < t.query_tiles) {
-        write_block(queries, p.query_tile, block, t.query_blocks + b * t.query_tiles);
-      } else {
-        write_block(keys, p.key_tile, block - t.query_tiles, t.key_blocks + b * t.key_tiles);
+      for (int tile = share.warp(); tile < t.query_tiles + t.key_tiles; tile += share.warps()) {
+        if (tile < t.query_tiles) {
+          write_block(queries, p.query_tile, tile, t.query_blocks + b * t.query_tiles);
+        } else {
+          write_block(keys, p.key_tile, tile - t.query_tiles, t.key_blocks + b * t.key_tiles);
+        }
       }
     }
   }
-  if (share.thread() == 0) t.mode[b] = is_contiguous ? kContiguous : kGeneral;
+  if (!ranks) return;
 
-  // Two orders are made side by side by the even and the odd thread blocks, where there are two.
-  const int orders = p.ordered_queries ? 2 : 1, is_split = orders == 2 && share.blocks > 1;
+  // Two orders are made side by side by the even and the odd ones of these thread blocks, where there are two.
+  const int orders = p.ordered_queries ? 2 : 1, is_split = orders == 2 && of_orders.blocks > 1;
 #pragma unroll 1
-  for (int which = share.block & is_split; which < orders; which += 1 + is_split) {
+  for (int which = of_orders.block & is_split; which < orders; which += 1 + is_split) {
     const bool of_queries = which == 1 || p.order_of == SegmentSide::kQueries;
     const int size = which == 1 ? p.ordered_queries : of_queries ? p.query_tile : p.key_tile;
     const int tiles = which == 1 ? count_tiles(p.query_length, size) : of_queries ? t.query_tiles : t.key_tiles;
@@ -176,8 +183,8 @@ __global__ void __launch_bounds__(kThreads)
       s_keys[tile] = exists ? sorting_key(tile_cost(p, of_queries, size, tile, is_contiguous, runs), tile) : kNoKey;
     }
     __syncthreads();
-    if (which == 0 && share.warp() == kWarps - 1) write_visits(tiles, s_keys, t.visits + b);
-    const Share of_order{share.block >> is_split, (share.blocks + (is_split & ~which)) >> is_split};
+    if (which == 0 && of_orders.warp() == kWarps - 1) write_visits(tiles, s_keys, t.visits + b);
+    const Share of_order{of_orders.block >> is_split, (of_orders.blocks + (is_split & ~which)) >> is_split};
     write_order(of_order, tiles, s_keys, (which == 1 ? t.query_order : t.order) + b * tiles);
     if (which + 1 < orders) __syncthreads();  // the next order's keys take the place of these
   }
