@@ -40,10 +40,19 @@ CUtensorMap make_tensor_map(const TensorView& view, ElementType element, int bat
   const cuuint32_t box[4] = {kPanelColumns, cuuint32_t(rows), 1, 1};
   const cuuint32_t steps[4] = {1, 1, 1, 1};
   CUtensorMap map;
-  const CUresult status = tensor_map_encoder()(
-      &map, element == ElementType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 4,
-      view.data, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const auto encode = [&] {
+    return tensor_map_encoder()(
+        &map, element == ElementType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 4,
+        view.data, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+        CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  };
+  CUresult status = encode();
+  // A thread has a context, which the driver wants, only from its first use of the runtime on: this may come before.
+  int device;
+  if (status == CUDA_ERROR_INVALID_CONTEXT && cudaGetDevice(&device) == cudaSuccess &&
+      cudaSetDevice(device) == cudaSuccess) {
+    status = encode();
+  }
   if (status != CUDA_SUCCESS) {
     throw std::runtime_error("selfattn: cuTensorMapEncodeTiled failed with status " + std::to_string(int(status)) +
                              " for sizes (" + std::to_string(batch) + ", " + std::to_string(length) + ", " +
