@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
+import selfattn  # noqa: F401
+
 pytestmark = pytest.mark.gpu
 
 OPS = torch.ops.selfattn
