@@ -72,6 +72,9 @@ struct BackwardConfig {
   // How dQ is added up, found by measurement (docs/kernels/backward.md): by the copy engine, where there is memory for
   // it, and after the next S has been issued.
   static constexpr bool kAddsByCopyEngine = kHeadDim == 128, kScoresBeforeAdding = kHeadDim == 64;
+  // Steps of dP = V dO^T that take V from registers, which spares the memory that all products read through. All
+  // operands of products have 212 of the 240 registers: more steps do not fit.
+  static constexpr int kHeldSteps = kHeadDim == 128 ? 4 : 0;
   static constexpr int kStoreRows =
       kIsWide ? 64 : 16;  // box of the stores of dK and dV: a warpgroup's or a warp's rows
   // Who frees K and V: every warp when it has read them, or (wide) the thread that stores dK and dV from their memory.
@@ -120,6 +123,7 @@ struct KeyGradientConfig {
   static constexpr bool kIsWide = false, kSumsQueries = false, kHasSideJobs = false;
   static constexpr int kTileQ = 64, kTileKv = kNarrowKeyBlock;
   static constexpr int kStages = 3, kKeyBuffers = 2;
+  static constexpr int kHeldSteps = 4;  // as above
   static constexpr int kPanels = kHeadDim / kPanelColumns;
   static constexpr int kPatchRowsOfTile = kTileQ / kPatchRows;
   static constexpr int kConsumers = 256, kThreads = 128 + kConsumers, kConsumerWarps = kConsumers / 32;

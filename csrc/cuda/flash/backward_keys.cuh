@@ -33,6 +33,7 @@ __device__ __forceinline__ void multiply_keys(const BackwardMaps& maps, const Ba
 
   float dk[kD / 2], dv[kD / 2], scores[kTileQ / 2], dp[kTileQ / 2];
   uint32_t p_packed[kTileQ / 4], ds_packed[kTileQ / 4];
+  HeldRows<Config::kHeldSteps> v_held;
   Ring<Config::kStages> ring;
   Ring<Config::kKeyBuffers> key_ring;
 
@@ -49,7 +50,7 @@ __device__ __forceinline__ void multiply_keys(const BackwardMaps& maps, const Ba
   };
   const auto issue_dp = [&] {
     multiply_rows<Element, kD, kKvPanel, kQPanel>(dp, v_rows + key_ring.stage * (Config::kKeyBytes / 16),
-                                                  do_rows + ring.stage * (Config::kQueryBytes / 16));
+                                                  do_rows + ring.stage * (Config::kQueryBytes / 16), v_held);
   };
   const auto arrive = [&](uint64_t& barrier) {
     __syncwarp();  // what all lanes have read may be written over
@@ -88,6 +89,7 @@ __device__ __forceinline__ void multiply_keys(const BackwardMaps& maps, const Ba
     for (int i = 0; i < kD / 2; i++) dk[i] = dv[i] = 0.f;
     pin(dk), pin(dv);
     mbarrier_wait(shared_address(&s.v_full[key_ring.stage]), key_ring.parity);
+    v_held.template load<kKvPanel>(shared_address(s.v[key_ring.stage]) + (own_row + lane % 16) * 128, lane);
     const int first_key = tile.key_tile * kTileKv + own_row + lane / 4;
     RowsInSight rows;
     bool is_open = false;
@@ -163,9 +165,10 @@ __device__ __forceinline__ void multiply_keys(const BackwardMaps& maps, const Ba
         mbarrier_wait(shared_address(&s.q_full[ring.stage]), ring.parity);
         block = s.block[ring.stage];
         if (block.flags & skip_flag) break;
-        issue_scores();
-        wgmma_wait<1>();
+        wgmma_wait<0>();  // the packed P and dS give their registers back
+        pin(dk), pin(dv);
         arrive(s.q_free[stage]), arrive(s.grad_out_free[stage]);
+        issue_scores();
         mbarrier_wait(shared_address(&s.grad_out_full[ring.stage]), ring.parity);
         issue_dp();
       }

@@ -34,6 +34,7 @@ __device__ __forceinline__ void multiply_narrow(const BackwardMaps& maps, const 
 
   float dk[kD / 2], dv[kD / 2], scores[kTileQ / 2], dp[kTileQ / 2], dq[kPatchRows / 2];
   uint32_t p_packed[kTileQ / 4], ds_packed[kTileQ / 4];
+  HeldRows<Config::kHeldSteps> v_held;
   Ring<Config::kStages> ring;
   uint32_t tile_parity = 0;
   Ring<2> ds;
@@ -57,7 +58,7 @@ __device__ __forceinline__ void multiply_narrow(const BackwardMaps& maps, const 
     multiply_rows<Element, kD, kKvPanel, kQPanel>(scores, k_rows, q_rows + stage * (Config::kQueryBytes / 16));
   };
   const auto issue_dp = [&](int stage) {
-    multiply_rows<Element, kD, kKvPanel, kQPanel>(dp, v_rows, do_rows + stage * (Config::kQueryBytes / 16));
+    multiply_rows<Element, kD, kKvPanel, kQPanel>(dp, v_rows, do_rows + stage * (Config::kQueryBytes / 16), v_held);
   };
   const auto issue_dv = [&](int stage) {
     accumulate<Element, kTileQ>(dv, p_packed, do_summed + stage * (Config::kQueryBytes / 16));
@@ -142,6 +143,7 @@ __device__ __forceinline__ void multiply_narrow(const BackwardMaps& maps, const 
     mbarrier_wait(shared_address(&s.q_full[ring.stage]), ring.parity);
     issue_scores(ring.stage);
     mbarrier_wait(shared_address(&s.v_full), tile_parity);
+    v_held.template load<kKvPanel>(s_v + (warpgroup * 64 + warp * 16 + lane % 16) * 128, lane);
     mbarrier_wait(shared_address(&s.grad_out_full[ring.stage]), ring.parity);
     issue_dp(ring.stage);
     if (lane == 0) bulk_wait_read<0>();  // dK of the tile before has left the memory of dS
@@ -150,7 +152,6 @@ __device__ __forceinline__ void multiply_narrow(const BackwardMaps& maps, const 
 
     int patch_row_before = -1;  // of the block before. The first block of a tile multiplies an old dS that nobody adds.
     bool is_first = true;
-    int read_stage = -1;  // of the Q that dK of the block before reads
 #pragma unroll 1
     for (;;) {  // on entry S and dP are in flight; no branch may stand between the issue of dQ and the wait for it
                 // (C7514)
@@ -159,7 +160,6 @@ __device__ __forceinline__ void multiply_narrow(const BackwardMaps& maps, const 
       const int flags = block.flags;
       wgmma_wait<1>();
       pin(scores);
-      if (!Config::kScoresBeforeAdding && read_stage >= 0) arrive(s.q_free[read_stage]);
 #pragma unroll
       for (int i = 0; i < kTileQ / 8; i++) {
         const float2 lse = *reinterpret_cast<const float2*>(stats + stat_offset(i));
@@ -214,18 +214,22 @@ __device__ __forceinline__ void multiply_narrow(const BackwardMaps& maps, const 
       const Ring before = ring;
       ring.advance();
       mbarrier_wait(shared_address(&s.q_full[ring.stage]), ring.parity);
-      issue_scores(ring.stage);
-      if constexpr (Config::kScoresBeforeAdding) {
-        add_dq(patch_row);
-        wgmma_wait<1>();
-        arrive(s.q_free[before.stage]);
-      } else {
-        read_stage = before.stage;  // freed when S is there, and with it dK
+      if constexpr (Config::kHeldSteps > 0) {  // dS gives its registers back
+        wgmma_wait<0>();
+        pin(dk);
       }
+      issue_scores(ring.stage);
+      if constexpr (Config::kScoresBeforeAdding) add_dq(patch_row);
+      if constexpr (Config::kHeldSteps == 0) wgmma_wait<1>();
+      arrive(s.q_free[before.stage]);
       mbarrier_wait(shared_address(&s.grad_out_full[ring.stage]), ring.parity);
       issue_dp(ring.stage);
     }
     mbarrier_wait(shared_address(&s.grad_s_full[ds.stage]), ds.parity);
+    if constexpr (Config::kHeldSteps > 0) {
+      wgmma_wait<0>();
+      pin(dk);
+    }
     issue_dq(ds.stage);
     wgmma_wait<0>();
     pin(dq), pin(dk), pin(dv);
