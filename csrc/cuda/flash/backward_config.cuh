@@ -69,8 +69,8 @@ struct BackwardConfig {
   static constexpr int kConsumers = 256, kThreads = 128 + kConsumers;
   static constexpr int kConsumerWarps = kConsumers / 32;
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
-  // How dQ is added up, found by measurement (docs/kernels/backward.md): by the copy engine, where there is memory for
-  // it, and after the next S has been issued.
+  // How the narrow kernels add dQ up, found by measurement (docs/kernels/backward.md): by the copy engine, where there
+  // is memory for it, and after the next S has been issued. The wide kernel adds from registers, behind S.
   static constexpr bool kAddsByCopyEngine = kHeadDim == 128, kScoresBeforeAdding = kHeadDim == 64;
   // Steps of dP = V dO^T that take V from registers, which spares the memory that all products read through. All
   // operands of products have 212 of the 240 registers: more steps do not fit.
