@@ -15,6 +15,7 @@ using Reason = std::optional<std::string>;
 constexpr int kHopper = 90;
 constexpr int64_t kMaxHeadDimCpu = 512;
 constexpr int64_t kMaxSegmentRow = 524288;  // what the metadata kernel holds in shared memory
+constexpr int64_t kMaxRow = 1 << 29;        // positions and windows are counted in 32 bits
 constexpr int64_t kMaxHeadDimCuda = 256;
 constexpr int64_t kAlignment = 8;  // elements of 2 bytes: the 16 bytes that the tensor memory accelerator asks for
 
@@ -65,9 +66,11 @@ Reason no_softcap_on_cuda(const AttentionProblem& problem) {
   return problem.query.is_cuda() ? no_softcap(problem) : std::nullopt;
 }
 
-Reason positive_scale_on_cuda(const AttentionProblem& problem) {
-  if (!problem.query.is_cuda() || problem.scale > 0.0) return std::nullopt;
-  return c10::str("qk_scale must be positive on CUDA; got ", problem.scale);
+Reason rows_fit_kernels(const AttentionProblem& problem) {
+  if (!problem.query.is_cuda()) return std::nullopt;
+  if (problem.query_length() <= kMaxRow && problem.key_length() <= kMaxRow) return std::nullopt;
+  return c10::str("rows must hold at most ", kMaxRow, " tokens on CUDA; got ", problem.query_length(), " and ",
+                  problem.key_length());
 }
 
 Reason rows_fit_metadata(const AttentionProblem& problem) {
@@ -77,16 +80,9 @@ Reason rows_fit_metadata(const AttentionProblem& problem) {
                   problem.query_length(), " and ", problem.key_length());
 }
 
-constexpr Constraint kConstraints[] = {has_kernel,
-                                       hopper,
-                                       supported_dtype,
-                                       supported_head_dim,
-                                       no_softcap_on_cuda,
-                                       positive_scale_on_cuda,
-                                       rows_fit_metadata,
-                                       no_empty_tensor,
-                                       no_function_transform,
-                                       no_forward_mode_ad};
+constexpr Constraint kConstraints[] = {
+    has_kernel,        hopper,          supported_dtype,       supported_head_dim, no_softcap_on_cuda, rows_fit_kernels,
+    rows_fit_metadata, no_empty_tensor, no_function_transform, no_forward_mode_ad};
 
 std::tuple<at::Tensor, at::Tensor> call(const AttentionProblem& problem) { return flash_attention(problem); }
 

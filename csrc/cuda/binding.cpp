@@ -2,6 +2,9 @@
 
 #include <ATen/cuda/EmptyTensor.h>
 
+#include <algorithm>
+#include <cmath>
+
 namespace selfattn::cuda {
 namespace {
 
@@ -50,6 +53,14 @@ AttentionShape shape_of(const at::Tensor& query, const at::Tensor& key, const at
 
 ElementType element_of(const at::Tensor& tensor) {
   return tensor.scalar_type() == at::kBFloat16 ? ElementType::kBFloat16 : ElementType::kHalf;
+}
+
+ScaledQuery with_positive_scale(const at::Tensor& query, double scale) {
+  constexpr double kLargest = 1e37;
+  const auto magnitude = static_cast<float>(std::min(std::abs(scale), kLargest));
+  if (magnitude == 0.f) return {query.mul(0), 1.f, 0};
+  if (scale < 0.0) return {query.neg(), magnitude, -1};
+  return {query, magnitude, 1};
 }
 
 AttentionWindow window_of(bool is_causal, int64_t window_left, int64_t window_right) {

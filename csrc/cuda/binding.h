@@ -25,6 +25,16 @@ AttentionShape shape_of(const at::Tensor& query, const at::Tensor& key, const at
 
 ElementType element_of(const at::Tensor& tensor);
 
+/// A query and a scale of the same products for the kernels, whose scale is positive: q' = sign * q, so that dq is
+/// sign * dq'. A scale that is 0, or rounds to 0 in float32, clears the query instead. Magnitudes past 1e37, where a
+/// softmax has one weight only, count as 1e37: the kernels multiply them by log2(e).
+struct ScaledQuery {
+  at::Tensor query;
+  float scale;
+  int sign;
+};
+ScaledQuery with_positive_scale(const at::Tensor& query, double scale);
+
 /// -1 is unbounded; a causal mask is a window without a right side.
 AttentionWindow window_of(bool is_causal, int64_t window_left, int64_t window_right);
 

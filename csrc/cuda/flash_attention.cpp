@@ -20,7 +20,8 @@ std::tuple<at::Tensor, at::Tensor> flash_attention(const at::Tensor& q, const at
       q, k, v, {segment_ids, causal, qk_scale, kv_segment_ids, window_left, window_right, softcap, sinks});
   const c10::cuda::CUDAGuard guard(q.device());
   const cudaStream_t stream = at::cuda::getCurrentCUDAStream();
-  const at::Tensor query = with_kernel_layout(q), key = with_kernel_layout(k), value = with_kernel_layout(v);
+  const ScaledQuery scaled = with_positive_scale(q, problem.scale);
+  const at::Tensor query = with_kernel_layout(scaled.query), key = with_kernel_layout(k), value = with_kernel_layout(v);
   const at::Tensor sink_logits = problem.sinks ? problem.sinks->to(at::kFloat).contiguous() : at::Tensor();
 
   ForwardParams params{};
@@ -29,17 +30,23 @@ std::tuple<at::Tensor, at::Tensor> flash_attention(const at::Tensor& q, const at
   const at::Tensor lse = empty({q.size(0), q.size(2), q.size(1)}, at::kFloat, q.device());
   params.window = window_of(problem.is_causal, problem.window_left, problem.window_right);
   params.element = element_of(q);
-  params.scale = static_cast<float>(problem.scale);
+  params.scale = scaled.scale;
   params.q = view_of(query), params.k = view_of(key), params.v = view_of(value), params.out = view_of(out);
   params.lse = lse.mutable_data_ptr<float>();
   params.sinks = problem.sinks ? sink_logits.const_data_ptr<float>() : nullptr;
 
-  const auto scratch = [&](int64_t bytes) { return empty({bytes}, at::kByte, q.device()); };
+  const TileSizes tiles = flash_attention_forward_tiles(params.shape);
+  const int64_t query_tiles = (q.size(1) + tiles.query - 1) / tiles.query;
+  const int64_t repair_bytes = q.size(0) * q.size(2) * query_tiles * static_cast<int64_t>(sizeof(int));
+  const auto scratch = [&](int64_t bytes) {
+    const at::Tensor memory = empty({bytes + repair_bytes}, at::kByte, q.device());
+    params.repair_list = reinterpret_cast<int*>(static_cast<char*>(memory.mutable_data_ptr()) + bytes);
+    return memory;
+  };
   at::Tensor storage;
   if (problem.has_segments()) {
-    const SegmentProblem segments =
-        segment_problem(*problem.query_segment_ids, *problem.key_segment_ids, params.shape, params.window,
-                        flash_attention_forward_tiles(params.shape), SegmentSide::kQueries);
+    const SegmentProblem segments = segment_problem(*problem.query_segment_ids, *problem.key_segment_ids, params.shape,
+                                                    params.window, tiles, SegmentSide::kQueries);
     storage = scratch(segment_tables_bytes(segments));
     params.segments = make_segment_tables(segments, storage.mutable_data_ptr());
     params.counters = params.segments.counters;

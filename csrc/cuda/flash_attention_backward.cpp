@@ -65,7 +65,8 @@ void flash_attention_backward_into(const Tensor& grad_out, const OptionalTensor&
   check_result(dq, "dq", q), check_result(dk, "dk", k), check_result(dv, "dv", v);
   const c10::cuda::CUDAGuard guard(q.device());
   const cudaStream_t stream = at::cuda::getCurrentCUDAStream();
-  const Tensor query = with_kernel_layout(q), key = with_kernel_layout(k), value = with_kernel_layout(v);
+  const ScaledQuery scaled = with_positive_scale(q, problem.scale);
+  const Tensor query = with_kernel_layout(scaled.query), key = with_kernel_layout(k), value = with_kernel_layout(v);
   const Tensor out_rows = with_kernel_layout(out), grad_out_rows = with_kernel_layout(grad_out);
   const Tensor lse_rows = lse.contiguous(), grad_lse_rows = grad_lse ? grad_lse->contiguous() : Tensor();
 
@@ -74,7 +75,7 @@ void flash_attention_backward_into(const Tensor& grad_out, const OptionalTensor&
   TORCH_INTERNAL_ASSERT(flash_attention_backward_supports(params.shape));
   params.window = window_of(problem.is_causal, problem.window_left, problem.window_right);
   params.element = element_of(q);
-  params.scale = static_cast<float>(problem.scale);
+  params.scale = scaled.scale;
   params.is_deterministic = at::globalContext().deterministicAlgorithms();
   params.q = view_of(query), params.k = view_of(key), params.v = view_of(value);
   params.out = view_of(out_rows), params.grad_out = view_of(grad_out_rows);
@@ -85,6 +86,7 @@ void flash_attention_backward_into(const Tensor& grad_out, const OptionalTensor&
   const Tensor workspace = empty({flash_attention_backward_workspace_bytes(params)}, at::kByte, q.device());
   params.workspace = workspace.mutable_data_ptr();
   C10_CUDA_CHECK(launch_flash_attention_backward(params, stream));
+  if (scaled.sign != 1) dq.mul_(scaled.sign);
 }
 
 std::tuple<Tensor, Tensor, Tensor> flash_attention_backward(const Tensor& grad_out, const OptionalTensor& grad_lse,

@@ -161,6 +161,7 @@ BackwardPlan make_backward_plan(const BackwardParams& p, char** end) {
   const int64_t pairs_of_split = int64_t(shape.batch) * shape.query_length * keys_of_split<Config>();
   plan.visits_of_split = int64_t(kBlocksOverKeys * pairs_of_split) / (kQueryBlock * Config::kTileKv);
   plan.batches_with_visits = shape.batch;
+  plan.logit_of_exponent = double(p.scale) / double(p.scale * 1.4426950408889634f);
   plan.query_blocks = (shape.query_length + kQueryBlock - 1) / kQueryBlock;
   plan.stat_groups = (shape.query_length + kStatTile - 1) / kStatTile * (kStatTile / kStatRows);
 

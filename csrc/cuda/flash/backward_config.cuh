@@ -26,6 +26,7 @@ struct alignas(16) BlockInfo {
   int query_tile;
   int patch_row;  // its first row of patches, counted over all batches and heads; < 0: adds nothing to dQ
   int flags;
+  int head;  // of the queries, counted over all batches
 };
 enum BlockFlag : int {
   kMaskWarpgroup0 = 1,  // some pairs of warpgroup 0 (1) are hidden
@@ -37,6 +38,7 @@ enum BlockFlag : int {
   kEndOfStream = 64,      // no block; told to the warps that keep turns
   kSkipWarpgroup0 = 128,  // no pair of warpgroup 0 (1) is visible
   kSkipWarpgroup1 = 256,
+  kExceptionalRows = 512,  // some rows have statistics out of the ordinary (backward_exceptional.cuh)
 };
 
 // What the otherwise idle warps of the loading warpgroup are at.
@@ -58,6 +60,7 @@ template <class Element_, int kHeadDim_>
 struct BackwardConfig {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
+  static_assert(kHeadDim == 64 || kHeadDim == 128 || kHeadDim == 256, "other dimensions run in the next larger one");
   static constexpr bool kIsWide = kHeadDim > 128;
   static constexpr bool kSumsQueries = true;  // dQ too
   static constexpr int kTileQ = kHeadDim == 64 ? 128 : 64;
@@ -120,6 +123,7 @@ template <class Element_, int kHeadDim_>
 struct KeyGradientConfig {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
+  static_assert(kHeadDim == 64 || kHeadDim == 128, "of two or one panels; wider heads take the fused form");
   static constexpr bool kIsWide = false, kSumsQueries = false, kHasSideJobs = false;
   static constexpr int kTileQ = 64, kTileKv = kNarrowKeyBlock;
   static constexpr int kStages = 3, kKeyBuffers = 2;
@@ -152,6 +156,7 @@ template <class Element_, int kHeadDim_>
 struct QueryGradientConfig {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
+  static_assert(kHeadDim == 64 || kHeadDim == 128, "of two or one panels; wider heads take the fused form");
   static constexpr int kTileQ = kStatTile, kTileKv = 64;
   static constexpr int kStages = 4;
   static constexpr int kPanels = kHeadDim / kPanelColumns;
@@ -207,13 +212,14 @@ struct BackwardPlan {
   // Under a causal limit a section's tiles after the first of each thread block begin one after another, each when
   // those before have come up to its diagonal: upwards these are together again.
   bool turns_upward;
-  int query_blocks;   // of a row, in the tables of segments
-  int stat_groups;    // of a head
-  float* row_stats;   // (batch, num_heads, stat_groups, kStatFloats)
-  float* grad_q_sum;  // (batch, num_heads, patch_rows, kPanels, kPatchFloats)
-  int* turns;         // (batch, num_heads, query_tiles): key tiles added to dQ so far; deterministic mode only
-  int* counters;      // next tile, next side job, next query tile (split form), and for every section: query rows
-                      // prepared, key tiles done
+  double logit_of_exponent;  // scale over scale * log2(e) as the kernels round it (backward_exceptional.cuh)
+  int query_blocks;          // of a row, in the tables of segments
+  int stat_groups;           // of a head
+  float* row_stats;          // (batch, num_heads, stat_groups, kStatFloats)
+  float* grad_q_sum;         // (batch, num_heads, patch_rows, kPanels, kPatchFloats)
+  int* turns;                // (batch, num_heads, query_tiles): key tiles added to dQ so far; deterministic mode only
+  int* counters;  // next tile, next side job, next query tile (split form), and for every section: query rows
+                  // prepared, key tiles done
 
   __host__ __device__ int work_tiles() const { return pairs * key_tiles; }
   __host__ __device__ int count_of_counters() const { return 3 + 2 * sections; }

@@ -13,6 +13,7 @@
 #include "../ptx/tma.cuh"
 #include "../ptx/wgmma.cuh"
 #include "backward_config.cuh"
+#include "backward_exceptional.cuh"
 #include "backward_mask.cuh"
 #include "backward_products.cuh"
 #include "backward_stream.cuh"
@@ -21,7 +22,7 @@ namespace selfattn::cuda {
 
 template <class Config>
 __device__ __forceinline__ void multiply_keys(const BackwardMaps& maps, const BackwardParams& p,
-                                              typename Config::SharedStorage& s) {
+                                              const BackwardPlan& plan, typename Config::SharedStorage& s) {
   using namespace ptx;
   using Element = typename Config::Element;
   constexpr int kD = Config::kHeadDim, kTileQ = Config::kTileQ, kTileKv = Config::kTileKv;
@@ -44,6 +45,9 @@ __device__ __forceinline__ void multiply_keys(const BackwardMaps& maps, const Ba
   const uint64_t q_rows = matrix_descriptor(s_q), do_rows = matrix_descriptor(s_do);
   const uint64_t q_summed = matrix_descriptor(s_q, kQPanel), do_summed = matrix_descriptor(s_do, kQPanel);
 
+  const auto hold_values = [&] {
+    v_held.template load<kKvPanel>(shared_address(s.v[key_ring.stage]) + (own_row + lane % 16) * 128, lane);
+  };
   const auto issue_scores = [&] {
     multiply_rows<Element, kD, kKvPanel, kQPanel>(scores, k_rows + key_ring.stage * (Config::kKeyBytes / 16),
                                                   q_rows + ring.stage * (Config::kQueryBytes / 16));
@@ -89,7 +93,7 @@ __device__ __forceinline__ void multiply_keys(const BackwardMaps& maps, const Ba
     for (int i = 0; i < kD / 2; i++) dk[i] = dv[i] = 0.f;
     pin(dk), pin(dv);
     mbarrier_wait(shared_address(&s.v_full[key_ring.stage]), key_ring.parity);
-    v_held.template load<kKvPanel>(shared_address(s.v[key_ring.stage]) + (own_row + lane % 16) * 128, lane);
+    hold_values();
     const int first_key = tile.key_tile * kTileKv + own_row + lane / 4;
     RowsInSight rows;
     bool is_open = false;
@@ -124,20 +128,26 @@ __device__ __forceinline__ void multiply_keys(const BackwardMaps& maps, const Ba
 #pragma unroll 1
       for (;;) {  // on entry S and dP are in flight
         const float* stats = &s.row_stats[ring.stage][2 * (lane % 4)];
+        const bool is_masked = block.flags & mask_flag, is_exceptional = block.flags & kExceptionalRows;
         wgmma_wait<1>();
         pin(scores);
-#pragma unroll
-        for (int i = 0; i < kTileQ / 8; i++) {
-          const float2 lse = *reinterpret_cast<const float2*>(stats + 8 * i);
-          scores[4 * i] = fmaf(scores[4 * i], scale_log2, -lse.x),
-                     scores[4 * i + 1] = fmaf(scores[4 * i + 1], scale_log2, -lse.y);
-          scores[4 * i + 2] = fmaf(scores[4 * i + 2], scale_log2, -lse.x),
-                         scores[4 * i + 3] = fmaf(scores[4 * i + 3], scale_log2, -lse.y);
-        }
-        if (block.flags & mask_flag) {
-          const int column = 2 * (lane % 4);
-          hide_pairs<kTileQ>(scores, p, rows, block.flags, tile.batch, first_key, block.query_tile * kTileQ + column,
-                             &s.query_ids[ring.stage][column]);
+        take_exponents<kTileQ>(scores, stats, scale_log2);
+        if (block.flags & (mask_flag | kExceptionalRows)) {
+          if (is_exceptional) [[unlikely]] {
+            wgmma_wait<0>();  // V's registers are free for what follows
+            pin(dp);
+            refine_exponents<kTileQ>(scores, p, plan, stats, block.head, block.query_tile * kTileQ + 2 * (lane % 4));
+            hold_values();
+          }
+          if (is_masked) {
+            if (is_exceptional) [[unlikely]] {
+              clear_queries<kTileQ, Config::kPanels, kQPanel>(s.q[ring.stage], s.grad_out[ring.stage],
+                                                              s.row_stats[ring.stage]);
+            }
+            const int column = 2 * (lane % 4);
+            hide_pairs<kTileQ>(scores, p, rows, block.flags, tile.batch, first_key, block.query_tile * kTileQ + column,
+                               &s.query_ids[ring.stage][column]);
+          }
         }
 #pragma unroll
         for (int i = 0; i < kTileQ / 2; i += 2) {
@@ -147,6 +157,8 @@ __device__ __forceinline__ void multiply_keys(const BackwardMaps& maps, const Ba
         accumulate<Element, kTileQ>(dv, p_packed, do_summed + ring.stage * (Config::kQueryBytes / 16));
         wgmma_wait<1>();
         pin(dp);
+        if (is_masked && __any_sync(~0u, is_exceptional || is_any_non_finite(dp[0], dp[2]))) [[unlikely]]
+          clear_products_without_weight(scores, dp);
 #pragma unroll
         for (int i = 0; i < kTileQ / 8; i++) {
           const float2 delta = *reinterpret_cast<const float2*>(stats + kStatRows + 8 * i);
@@ -215,7 +227,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     if (threadIdx.x < 32) QueryStream<Config>{maps, p, plan, s}.run();
   } else {
     raise_registers<Config::kConsumerRegisters>();
-    multiply_keys<Config>(maps, p, s);
+    multiply_keys<Config>(maps, p, plan, s);
   }
 }
 

@@ -14,6 +14,7 @@
 #include "../ptx/tma.cuh"
 #include "../ptx/wgmma.cuh"
 #include "backward_config.cuh"
+#include "backward_exceptional.cuh"
 #include "backward_mask.cuh"
 #include "backward_patch.cuh"
 #include "backward_products.cuh"
@@ -54,6 +55,9 @@ __device__ __forceinline__ void multiply_narrow(const BackwardMaps& maps, const 
   const uint32_t s_ds_out =
       s_ds + warpgroup * kQPanel + (lane / 16 * 8 + lane % 8) * 128 + ((warp * 2 + lane / 8 % 2) ^ (lane % 8)) * 16;
 
+  const auto hold_values = [&] {
+    v_held.template load<kKvPanel>(s_v + (warpgroup * 64 + warp * 16 + lane % 16) * 128, lane);
+  };
   const auto issue_scores = [&](int stage) {
     multiply_rows<Element, kD, kKvPanel, kQPanel>(scores, k_rows, q_rows + stage * (Config::kQueryBytes / 16));
   };
@@ -109,6 +113,11 @@ __device__ __forceinline__ void multiply_narrow(const BackwardMaps& maps, const 
     hide_pairs<kTileQ>(scores, p, rows, block.flags, s.tile[0].batch, first_key, block.query_tile * kTileQ + column,
                        &s.query_ids[ring.stage][column]);
   };
+  // Clears what a masked pair of this block would bring into a sum: rows of Q and dO, and of this warp's keys.
+  const auto clear_rows = [&](bool has_bad_keys) {
+    clear_queries<kTileQ, Config::kPanels, kQPanel>(s.q[ring.stage], s.grad_out[ring.stage], s.row_stats[ring.stage]);
+    if (has_bad_keys) clear_keys<Element, 16, Config::kPanels, kKvPanel>(s.k[0], warpgroup * 64 + warp * 16);
+  };
   // Writes this warp's 16 keys of dK or dV to its slice of shared memory and on to global memory.
   const auto store = [&](const CUtensorMap* map, float (&d)[kD / 2], float factor, unsigned char* slices,
                          const TileInfo& tile) {
@@ -143,7 +152,7 @@ __device__ __forceinline__ void multiply_narrow(const BackwardMaps& maps, const 
     mbarrier_wait(shared_address(&s.q_full[ring.stage]), ring.parity);
     issue_scores(ring.stage);
     mbarrier_wait(shared_address(&s.v_full), tile_parity);
-    v_held.template load<kKvPanel>(s_v + (warpgroup * 64 + warp * 16 + lane % 16) * 128, lane);
+    hold_values();
     mbarrier_wait(shared_address(&s.grad_out_full[ring.stage]), ring.parity);
     issue_dp(ring.stage);
     if (lane == 0) bulk_wait_read<0>();  // dK of the tile before has left the memory of dS
@@ -158,17 +167,24 @@ __device__ __forceinline__ void multiply_narrow(const BackwardMaps& maps, const 
       const BlockInfo& block = s.block[ring.stage];
       const float* stats = &s.row_stats[ring.stage][2 * (lane % 4)];
       const int flags = block.flags;
+      const bool is_masked = flags & (kMaskWarpgroup0 << warpgroup);
       wgmma_wait<1>();
       pin(scores);
-#pragma unroll
-      for (int i = 0; i < kTileQ / 8; i++) {
-        const float2 lse = *reinterpret_cast<const float2*>(stats + stat_offset(i));
-        scores[4 * i] = fmaf(scores[4 * i], scale_log2, -lse.x),
-                   scores[4 * i + 1] = fmaf(scores[4 * i + 1], scale_log2, -lse.y);
-        scores[4 * i + 2] = fmaf(scores[4 * i + 2], scale_log2, -lse.x),
-                       scores[4 * i + 3] = fmaf(scores[4 * i + 3], scale_log2, -lse.y);
+      take_exponents<kTileQ>(scores, stats, scale_log2);
+      if (flags & (kMaskWarpgroup0 << warpgroup | kExceptionalRows)) {
+        if (flags & kExceptionalRows) [[unlikely]] {
+          wgmma_wait<0>();  // V's registers are free for what follows
+          pin(dp);
+          refine_exponents<kTileQ>(scores, p, plan, stats, block.head, block.query_tile * kTileQ + 2 * (lane % 4));
+          hold_values();
+        }
+        if (is_masked) {
+          const bool has_bad_keys = __any_sync(~0u, is_any_non_finite(scores[0], scores[2]));
+          if (has_bad_keys || flags & kExceptionalRows) [[unlikely]]
+            clear_rows(has_bad_keys);
+          hide_masked(block);
+        }
       }
-      if (flags & (kMaskWarpgroup0 << warpgroup)) hide_masked(block);
 #pragma unroll
       for (int i = 0; i < kTileQ / 2; i += 2) {
         scores[i] = exp2_approx(scores[i]), scores[i + 1] = exp2_approx(scores[i + 1]);
@@ -178,6 +194,8 @@ __device__ __forceinline__ void multiply_narrow(const BackwardMaps& maps, const 
       wgmma_wait<1>();
       pin(dp);
       if (flags & kLastOfTile) arrive(s.v_free[0]);
+      if (is_masked && __any_sync(~0u, flags & kExceptionalRows || is_any_non_finite(dp[0], dp[2]))) [[unlikely]]
+        clear_products_without_weight(scores, dp);
 #pragma unroll
       for (int i = 0; i < kTileQ / 8; i++) {
         const float2 delta = *reinterpret_cast<const float2*>(stats + kStatRows + stat_offset(i));

@@ -15,6 +15,7 @@
 #include "../ptx/tma.cuh"
 #include "../ptx/wgmma.cuh"
 #include "backward_config.cuh"
+#include "backward_exceptional.cuh"
 #include "backward_key_stream.cuh"
 #include "backward_mask.cuh"
 #include "backward_products.cuh"
@@ -133,6 +134,8 @@ __device__ __forceinline__ void multiply_queries(const QueryGradientMaps& maps, 
       lse[r] = stats.x, delta[r] = stats.y;
       if (lane % 4 == 0) store_row_stats(plan, head, query, stats);
     }
+    const int tile_flags = __any_sync(~0u, is_exact_stat(lse[0]) || is_exact_stat(lse[1])) ? kExceptionalRows : 0;
+    const bool has_bad_rows = !is_finite(lse[0]) || !is_finite(lse[1]);
 #pragma unroll
     for (int i = 0; i < kD / 2; i++) dq[i] = 0.f;
     pin(dq);
@@ -155,20 +158,42 @@ __device__ __forceinline__ void multiply_queries(const QueryGradientMaps& maps, 
       for (;;) {  // on entry S, dP and dQ of the block before are in flight
         wgmma_wait<2>();
         pin(scores);
+        const bool is_masked = block.flags & mask_flag;
+        float zero = 0.f;  // NaN where something in the block must not reach masked pairs
 #pragma unroll
         for (int i = 0; i < kTileKv / 2; i++) scores[i] = fmaf(scores[i], scale_log2, -lse[i / 2 % 2]);
-        if (block.flags & mask_flag) {
-          const int column = 2 * (lane % 4);
-          const int first_key = block.key_tile * kTileKv + column;
-          hide_by_intervals<kTileKv>(scores, rows, first_key);
-          if (block.flags & kHiddenByIds)
-            hide_by_ids<kTileKv>(scores, row_id,
-                                 p.segments.key_ids + int64_t(tile.batch) * p.segments.pitch_key + first_key);
+        if ((block.flags | tile_flags) & (mask_flag | kExceptionalRows)) {
+          if (tile_flags) [[unlikely]] {
+            const float* g_lse = p.lse + int64_t(head) * p.shape.query_length + tile.query_tile * kTileQ + row_in_tile;
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+              if (!is_exact_stat(lse[r])) continue;
+              const float natural_lse = g_lse[8 * r];
+#pragma unroll
+              for (int i = 0; i < kTileKv / 4; i++) {
+                float& exponent = scores[i / 2 * 4 + 2 * r + i % 2];
+                exponent = exact_exponent(plan, exponent, lse[r], natural_lse);
+              }
+            }
+          }
+          if (is_masked) {
+            zero = zero_if_finite(scores);
+            const int column = 2 * (lane % 4);
+            const int first_key = block.key_tile * kTileKv + column;
+            hide_by_intervals<kTileKv>(scores, rows, first_key);
+            if (block.flags & kHiddenByIds)
+              hide_by_ids<kTileKv>(scores, row_id,
+                                   p.segments.key_ids + int64_t(tile.batch) * p.segments.pitch_key + first_key);
+          }
         }
 #pragma unroll
         for (int i = 0; i < kTileKv / 2; i++) scores[i] = exp2_approx(scores[i]);
         wgmma_wait<1>();
         pin(dp);
+        if (is_masked && __any_sync(~0u, zero + zero_if_finite(dp) != 0.f || has_bad_rows)) [[unlikely]] {
+          clear_keys<Element, kTileKv, Config::kPanels, kPanel>(s.k[ring.stage], 0);
+          clear_products_without_weight(scores, dp);
+        }
         arrive(s.v_free[ring.stage]);
 #pragma unroll
         for (int i = 0; i < kTileKv / 2; i++) scores[i] *= dp[i] - delta[i / 2 % 2];

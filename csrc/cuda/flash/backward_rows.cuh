@@ -8,27 +8,17 @@
 #include "../ptx/launch.cuh"
 #include "../ptx/transpose.cuh"
 #include "backward_config.cuh"
+#include "backward_exceptional.cuh"
 #include "backward_visible.cuh"
 
 namespace selfattn::cuda {
-
-template <class Element>
-__device__ __forceinline__ float2 unpack(uint32_t packed);
-template <>
-__device__ __forceinline__ float2 unpack<__nv_bfloat16>(uint32_t packed) {
-  return {__uint_as_float(packed << 16), __uint_as_float(packed & 0xffff0000u)};
-}
-template <>
-__device__ __forceinline__ float2 unpack<__half>(uint32_t packed) {
-  return __half22float2(*reinterpret_cast<const __half2*>(&packed));
-}
 
 template <class Element>
 __device__ __forceinline__ float dot(const uint4& a, const uint4& b) {
   float sum = 0.f;
 #pragma unroll
   for (int i = 0; i < 4; i++) {
-    const float2 x = unpack<Element>((&a.x)[i]), y = unpack<Element>((&b.x)[i]);
+    const float2 x = ptx::unpack<Element>((&a.x)[i]), y = ptx::unpack<Element>((&b.x)[i]);
     sum = fmaf(x.x, y.x, fmaf(x.y, y.y, sum));
   }
   return sum;
@@ -41,13 +31,14 @@ __device__ __forceinline__ char* row_address(const TensorView& view, int batch, 
          kRowElementBytes * (batch * view.stride_batch + token * view.stride_token + head * view.stride_head);
 }
 
-// lse * log2(e) and delta of a row, from its lse (-inf past the end) and its sum of dO * O; `head` counts over all
-// batches. Rows that see no key get lse = +inf, which makes every P of theirs zero.
+// The statistic of a row that stands for its lse (backward_exceptional.cuh) and its delta, from its lse (-inf past the
+// end) and its sum of dO * O; `head` counts over all batches. Rows that see no key, or whose sink has all the weight,
+// get +inf, which makes every P of theirs zero; rows that are not finite get NaN.
 __device__ __forceinline__ float2 row_stats(const BackwardParams& p, int head, int row, float lse, float sum) {
-  constexpr float kLog2E = 1.4426950408889634f, kLargest = 3.4028234e38f;
-  if (lse == -INFINITY) return {INFINITY, 0.f};
+  if (fabsf(lse) == INFINITY) return {INFINITY, 0.f};
   const float delta = p.grad_lse ? sum - p.grad_lse[int64_t(head) * p.shape.query_length + row] : sum;
-  return {fmaxf(lse * kLog2E, -kLargest), delta};  // -inf would make NaN of a hidden logit
+  if (!is_finite(lse) || !is_finite(delta)) return {NAN, 0.f};
+  return {finite_stat(lse), delta};
 }
 
 __device__ __forceinline__ void store_row_stats(const BackwardPlan& plan, int head, int row, float2 stats) {

@@ -6,6 +6,7 @@
 #include "../ptx/mbarrier.cuh"
 #include "../ptx/tma.cuh"
 #include "backward_config.cuh"
+#include "backward_exceptional.cuh"
 #include "backward_visible.cuh"
 
 namespace selfattn::cuda {
@@ -154,17 +155,19 @@ struct QueryStream {
     const int64_t row = int64_t(batch) * p.shape.num_heads + head;
     const uint32_t q_full = shared_address(&s.q_full[ring.stage]),
                    grad_out_full = shared_address(&s.grad_out_full[ring.stage]);
+    const float* g_stats = plan.row_stats + row * plan.stat_groups * kStatFloats + int64_t(pending_tile) * (2 * kTileQ);
+    const BlockStats<kTileQ> stats(g_stats);  // they come while this waits for the consumers
     mbarrier_wait(shared_address(&s.q_free[ring.stage]), ring.parity ^ 1);
+    const int exceptional = stats.has_exceptional_rows() ? kExceptionalRows : 0;
     if (lane == 0) {
       const int patch_row = int(row * plan.patch_rows) + pending_tile * Config::kPatchRowsOfTile;
-      s.block[ring.stage] = {pending_tile, flags & kAllHidden ? -1 : patch_row, flags};
+      s.block[ring.stage] = {pending_tile, flags & kAllHidden ? -1 : patch_row, flags | exceptional,
+                             static_cast<int>(row)};
       const bool wants_ids = flags & kHiddenByIds;
       constexpr int kStatBytes = 2 * kTileQ * 4, kIdBytes = kTileQ * 4;
       mbarrier_arrive_expect(q_full, Config::kQueryBytes + kStatBytes + (wants_ids ? kIdBytes : 0));
       load_panels(&maps.q, q_full, shared_address(s.q[ring.stage]), kTileQ, pending_tile * kTileQ, head);
-      bulk_load(q_full, shared_address(s.row_stats[ring.stage]),
-                plan.row_stats + row * plan.stat_groups * kStatFloats + int64_t(pending_tile) * (2 * kTileQ),
-                kStatBytes);
+      bulk_load(q_full, shared_address(s.row_stats[ring.stage]), g_stats, kStatBytes);
       if (wants_ids) {
         bulk_load(q_full, shared_address(s.query_ids[ring.stage]),
                   p.segments.query_ids + int64_t(batch) * p.segments.pitch_query + pending_tile * kTileQ, kIdBytes);

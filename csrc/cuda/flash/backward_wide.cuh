@@ -13,6 +13,7 @@
 #include "../ptx/tma.cuh"
 #include "../ptx/wgmma.cuh"
 #include "backward_config.cuh"
+#include "backward_exceptional.cuh"
 #include "backward_mask.cuh"
 #include "backward_patch.cuh"
 #include "backward_products.cuh"
@@ -105,6 +106,12 @@ __device__ __forceinline__ void multiply_wide(const BackwardMaps& maps, const Ba
     hide_pairs<kOwnQueries>(scores, p, rows, block.flags, s.tile[0].batch, first_key,
                             block.query_tile * kTileQ + column, &s.query_ids[ring.stage][column]);
   };
+  // Clears what a masked pair of this block would bring into a sum: rows of Q and dO, and of the warp's 16 keys.
+  const auto clear_rows = [&](bool has_bad_keys) {
+    clear_queries<kTileQ, Config::kPanels, kPanelBytes>(s.q[ring.stage], s.grad_out[ring.stage],
+                                                        s.row_stats[ring.stage]);
+    if (has_bad_keys) clear_keys<Element, 16, Config::kPanels, kPanelBytes>(s.k[0], warp * 16);
+  };
   // This warpgroup's columns of dK or dV: into panels of shared memory, on to global memory, memory freed.
   const auto store = [&](const CUtensorMap* map, float (&d)[kOwnColumns / 2], float factor, uint32_t s_panels,
                          const TileInfo& tile, uint64_t& freed) {
@@ -151,18 +158,22 @@ __device__ __forceinline__ void multiply_wide(const BackwardMaps& maps, const Ba
       const BlockInfo& block = s.block[ring.stage];
       const float* stats = &s.row_stats[ring.stage][warpgroup * kOwnQueries + 2 * (lane % 4)];
       const int flags = block.flags;
+      const bool is_masked = flags & (kMaskWarpgroup0 << warpgroup);
       wgmma_wait<2>();
       pin(scores);
       if (read_stage >= 0) arrive(s.q_free[read_stage]), arrive(s.grad_out_free[read_stage]);
-#pragma unroll
-      for (int i = 0; i < kOwnQueries / 8; i++) {
-        const float2 lse = *reinterpret_cast<const float2*>(stats + 8 * i);
-        scores[4 * i] = fmaf(scores[4 * i], scale_log2, -lse.x),
-                   scores[4 * i + 1] = fmaf(scores[4 * i + 1], scale_log2, -lse.y);
-        scores[4 * i + 2] = fmaf(scores[4 * i + 2], scale_log2, -lse.x),
-                       scores[4 * i + 3] = fmaf(scores[4 * i + 3], scale_log2, -lse.y);
+      take_exponents<kOwnQueries>(scores, stats, scale_log2);
+      if (flags & (kMaskWarpgroup0 << warpgroup | kExceptionalRows)) {
+        if (flags & kExceptionalRows) [[unlikely]]
+          refine_exponents<kOwnQueries>(scores, p, plan, stats, block.head,
+                                        block.query_tile * kTileQ + warpgroup * kOwnQueries + 2 * (lane % 4));
+        if (is_masked) {
+          const bool has_bad_keys = __any_sync(~0u, is_any_non_finite(scores[0], scores[2]));
+          if (has_bad_keys || flags & kExceptionalRows) [[unlikely]]
+            clear_rows(has_bad_keys);
+          hide_masked(block);
+        }
       }
-      if (flags & (kMaskWarpgroup0 << warpgroup)) hide_masked(block);
       const uint32_t out = score_out + buffer * Config::kScoreBytes;
 #pragma unroll
       for (int i = 0; i < kOwnQueries / 16; i++) {
@@ -174,6 +185,8 @@ __device__ __forceinline__ void multiply_wide(const BackwardMaps& maps, const Ba
       }
       wgmma_wait<1>();
       pin(dp);
+      if (is_masked && __any_sync(~0u, flags & kExceptionalRows || is_any_non_finite(dp[0], dp[2]))) [[unlikely]]
+        clear_products_without_weight(scores, dp);
 #pragma unroll
       for (int i = 0; i < kOwnQueries / 16; i++) {
         uint32_t packed[4];

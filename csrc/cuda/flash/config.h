@@ -74,6 +74,7 @@ struct ForwardConfig : ForwardPlan<kDimQk_, kDimV_> {
   static constexpr int kTileQuery = Plan::kWarpgroups * kWarpgroupRows;
   static constexpr int kThreads = (Plan::kWarpgroups + 1) * kWarpgroupSize;
   static constexpr int kConsumerWarps = Plan::kWarpgroups * 4;
+  static constexpr int kRepairBarrier = Plan::kWarpgroups + 1;  // named; those of the warpgroups' turns come before
   // The first S of a tile is multiplied together with the last P V of the tile before: needs the next Q in time.
   static constexpr bool kOverlapsTiles = Plan::kQueryStages > 1;
 
@@ -91,8 +92,9 @@ struct ForwardConfig : ForwardPlan<kDimQk_, kDimV_> {
   static constexpr int kRowTableOffset = kValueOffset + Plan::kValueStages * kValueBytes;
   static constexpr int kRowTableBytes = kMask == MaskKind::kMasked ? kTileQuery * 4 : 0;  // one int a query row
   static constexpr int kBarrierOffset = kRowTableOffset + 2 * Plan::kQueryStages * kRowTableBytes;
-  static constexpr int kSharedBytes = kBarrierOffset + 512;
+  static constexpr int kSharedBytes = kBarrierOffset + 512;  // barriers, tiles, messages (forward_shared.cuh)
 
+  static_assert(kDimQk % 32 == 0 && kDimV % 32 == 0, "whole steps of wgmma and of matrix stores");
   static_assert(kPanelsV <= kPanelsQk, "O leaves through the buffer of Q");
   static_assert(Plan::kTileKey % 8 == 0 && Plan::kTileKey <= 128, "a row's mask is 32 bits a lane");
   static_assert(kSharedBytes <= 227 * 1024);
@@ -113,7 +115,7 @@ struct ForwardBarriers {
   __device__ uint32_t key_empty(int stage) const { return base + 8 * (2 * kQ + kQ * kW + kK + stage); }
   __device__ uint32_t value_full(int stage) const { return base + 8 * (2 * kQ + kQ * kW + 2 * kK + stage); }
   __device__ uint32_t value_empty(int stage) const { return base + 8 * (2 * kQ + kQ * kW + 2 * kK + kV + stage); }
-  static constexpr int kBytes = 8 * (2 * kQ + kQ * kW + 2 * kK + 2 * kV);
+  static constexpr int kCount = 2 * kQ + kQ * kW + 2 * kK + 2 * kV, kBytes = 8 * kCount;
 };
 
 }  // namespace selfattn::cuda

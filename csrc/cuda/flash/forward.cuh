@@ -2,11 +2,13 @@
 //
 // A persistent thread block has one warpgroup that moves data (warp 0 loads Q, K and V; one warp a consumer stores its
 // part of the output) and 2 or 3 consumer warpgroups of 64 query rows each. K and V run through separate rings of
-// stages; Q has one or two buffers, through which the output leaves as well.
+// stages; Q has one or two buffers, through which the output leaves as well. Tiles that a NaN in V has reached, or that
+// have huge logits, are computed once more at the end (forward_repair.cuh).
 #pragma once
 #include "../ptx/register.cuh"
 #include "forward_load.cuh"
 #include "forward_multiply.cuh"
+#include "forward_repair.cuh"
 
 namespace selfattn::cuda {
 
@@ -47,6 +49,33 @@ __device__ __forceinline__ void store_tiles(const ForwardKernelParams& p, const 
   }
 }
 
+// The warps that move data, and those that multiply: all tiles of a pass.
+template <class Config, bool kIsRepair>
+__device__ __forceinline__ void move_tiles(const ForwardKernelParams& p, const ForwardShared<Config>& s, int warp) {
+  if (warp == 0)
+    load_tiles<Config, kIsRepair>(p, s);
+  else if (warp <= Config::kWarpgroups && threadIdx.x % kWarpSize == 0)
+    store_tiles(p, s, warp - 1);
+  __syncwarp();
+}
+
+// Between the passes, by all threads: whether there is a second one. If so, the tiles of the stages go on the list,
+// too, and the barriers are set up again.
+template <class Config>
+__device__ __forceinline__ bool begin_repair(const ForwardKernelParams& p, const ForwardShared<Config>& s) {
+  constexpr int kAllThreads = 0;  // the barrier; roles reach it in their own branches
+  ptx::barrier_sync(kAllThreads, Config::kThreads);
+  if (!s.is_any_marked()) return false;
+  ptx::bulk_wait<0>();  // what this thread has sent out must not come after the repaired tile
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < Config::kQueryStages; stage++) list_if_marked(p, s, stage);
+    for (int i = 0; i < ForwardBarriers<Config>::kCount; i++) ptx::mbarrier_invalidate(s.barriers.base + 8 * i);
+    init_barriers(s.barriers);
+  }
+  ptx::barrier_sync(kAllThreads, Config::kThreads);
+  return true;
+}
+
 template <class Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
     flash_attention_forward_kernel(const __grid_constant__ ForwardKernelParams p) {
@@ -55,19 +84,23 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   if (threadIdx.x == 0) {
     for (const CUtensorMap* map : {&p.query, &p.key, &p.value, &p.out}) ptx::prefetch_tensor_map(map);
     init_barriers(s.barriers);
+    for (int stage = 0; stage < Config::kQueryStages; stage++) s.is_marked(stage) = 0;
+    s.is_any_marked() = 0, s.repair_list() = kEndOfList;
   }
   __syncthreads();
   const int warp = __shfl_sync(~0u, threadIdx.x / kWarpSize, 0);
 
   if (warp < 4) {
     ptx::lower_registers<Config::kProducerRegisters>();
-    if (warp == 0)
-      load_tiles(p, s);
-    else if (warp <= Config::kWarpgroups && threadIdx.x % kWarpSize == 0)
-      store_tiles(p, s, warp - 1);
+    move_tiles<Config, false>(p, s, warp);
+    if (begin_repair(p, s)) move_tiles<Config, true>(p, s, warp);
   } else {
     ptx::raise_registers<Config::kConsumerRegisters>();
-    multiply_tiles(p, s, warp / 4 - 1);
+    multiply_tiles<Config, false>(p, s, warp / 4 - 1);
+    if (begin_repair(p, s)) {
+      const ForwardShared<Config> again(s_memory + ptx::forget(0));
+      multiply_tiles<Config, true>(p, again, ptx::forget(warp) / 4 - 1);
+    }
   }
 }
 

@@ -38,6 +38,7 @@ cudaError_t launch_forward_kernel(const ForwardParams& params, cudaStream_t stre
                             Config::kTileKey);
   p.out = make_tensor_map(params.out, params.element, shape.batch, shape.query_length, shape.num_heads, shape.dim_v,
                           kWarpgroupRows);
+  p.repair_list = params.repair_list;
   p.shape = shape;
   p.window = params.window;
   p.scale = params.scale;

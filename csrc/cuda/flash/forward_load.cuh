@@ -2,6 +2,7 @@
 #pragma once
 #include "../ptx/launch.cuh"
 #include "../ptx/tma.cuh"
+#include "forward_repair.cuh"
 #include "forward_shared.cuh"
 #include "key_blocks.cuh"
 #include "mask.cuh"
@@ -17,11 +18,13 @@ __device__ __forceinline__ int last_block_in_window(const ForwardKernelParams& p
   return max(end - 1, 0) / Config::kTileKey;
 }
 
-// Tile number `number` of the schedule and the range of key blocks in reach of its rows. All lanes write the same.
-template <class Config>
+// The tile of a number and the range of key blocks in reach of its rows. All lanes write the same. The first pass
+// counts the schedule, the repair counts as its list does.
+template <class Config, bool kIsRepair>
 __device__ __forceinline__ void describe_tile(const ForwardKernelParams& p, int number, QueryTile& s_tile) {
-  const TilePlace place = find_tile(p.schedule, number);
-  const int b = place.head / p.shape.num_heads, tiles = p.schedule.tiles_a_head;
+  const int tiles = p.schedule.tiles_a_head;
+  const TilePlace place = kIsRepair ? TilePlace{number / tiles, 0, false} : find_tile(p.schedule, number);
+  const int b = place.head / p.shape.num_heads;
   QueryTile tile{place.rank, place.head, 0, 0, kNoSegments};
   if (Config::kMask == MaskKind::kCausal) tile.index = tiles - 1 - place.rank;
   if (Config::kMask == MaskKind::kMasked) {
@@ -31,6 +34,7 @@ __device__ __forceinline__ void describe_tile(const ForwardKernelParams& p, int 
     } else if (p.window.right < AttentionWindow::kUnbounded)
       tile.index = tiles - 1 - place.rank;
   }
+  if (kIsRepair) tile.index = number % tiles;
   const int first_row = tile.index * Config::kTileQuery, offset = p.shape.key_length - p.shape.query_length;
   const int last_row = min(first_row + Config::kTileQuery, p.shape.query_length) - 1;
   KeyInterval keys{0, p.shape.key_length};
@@ -53,7 +57,7 @@ __device__ __forceinline__ void describe_tile(const ForwardKernelParams& p, int 
 }
 
 // The whole warp walks together; lane 0 issues.
-template <class Config>
+template <class Config, bool kIsRepair>
 __device__ __forceinline__ void load_tiles(const ForwardKernelParams& p, const ForwardShared<Config>& s) {
   constexpr bool kMasked = Config::kMask == MaskKind::kMasked;
   const int lane = threadIdx.x % kWarpSize, group = p.shape.num_heads / p.shape.num_kv_heads;
@@ -101,7 +105,8 @@ __device__ __forceinline__ void load_tiles(const ForwardKernelParams& p, const F
     v.advance();
   };
   int number = blockIdx.x, early_block = -1;
-  if constexpr (kMasked) {
+  if (kIsRepair) number = __shfl_sync(~0u, lane == 0 ? take_listed(p, s) : 0, 0);
+  if constexpr (kMasked && !kIsRepair) {
     // Under a causal mask the first tile and its rightmost block are known before the kernel ahead has made the tables.
     const TilePlace place = find_tile(p.schedule, number);
     if (p.segments.mode && p.window.right == 0 && !place.is_last_section) {
@@ -111,7 +116,7 @@ __device__ __forceinline__ void load_tiles(const ForwardKernelParams& p, const F
     }
     ptx::wait_for_previous_kernel();
   }
-  if (number < p.schedule.tiles) describe_tile<Config>(p, number, s.upcoming());
+  if (number < p.schedule.tiles) describe_tile<Config, kIsRepair>(p, number, s.upcoming());
   // Loads the tiles in the order of use: K_n, (Q), V_{n+1}, ...
   while (number < p.schedule.tiles) {
     const QueryTile tile = s.upcoming();
@@ -132,7 +137,12 @@ __device__ __forceinline__ void load_tiles(const ForwardKernelParams& p, const F
       if (lane == 0) {
         // The next tile is taken late: a tile reserved behind a long one is what the other thread blocks would wait
         // for.
-        if (block.is_last) number = p.counters ? gridDim.x + atomicAdd(p.counters, 1) : p.schedule.tiles;
+        if (block.is_last) {
+          if (kIsRepair)
+            number = take_listed(p, s);
+          else
+            number = p.counters ? gridDim.x + atomicAdd(p.counters, 1) : p.schedule.tiles;
+        }
         const bool is_copied = is_first && early_block >= 0;
         if (!is_copied) ptx::mbarrier_wait(s.barriers.key_empty(k.stage), k.parity ^ 1);
         announce_key(block);
@@ -141,6 +151,7 @@ __device__ __forceinline__ void load_tiles(const ForwardKernelParams& p, const F
         value_block = block.index, value_b = b, value_h = kv_head;
         if (is_first) {
           if (!is_copied) ptx::mbarrier_wait(s.barriers.query_empty(q.stage), q.parity ^ 1);
+          list_if_marked(p, s, q.stage);
           announce_query(tile, b);
           if (!is_copied) copy_query(tile.index, b, h);
           q.advance();
@@ -152,11 +163,12 @@ __device__ __forceinline__ void load_tiles(const ForwardKernelParams& p, const F
     }
     early_block = -1;
     number = __shfl_sync(~0u, number, 0);
-    if (number < p.schedule.tiles) describe_tile<Config>(p, number, s.upcoming());
+    if (number < p.schedule.tiles) describe_tile<Config, kIsRepair>(p, number, s.upcoming());
   }
   if (lane == 0) {
     load_value();
     ptx::mbarrier_wait(s.barriers.query_empty(q.stage), q.parity ^ 1);
+    list_if_marked(p, s, q.stage);
     s.tile(q.stage).index = -1;
     ptx::mbarrier_arrive(s.barriers.query_full(q.stage));
   }

@@ -12,7 +12,9 @@
 #include "../ptx/barrier.cuh"
 #include "../ptx/fence.cuh"
 #include "../ptx/matrix.cuh"
+#include "../ptx/register.cuh"
 #include "../ptx/wgmma.cuh"
+#include "forward_repair.cuh"
 #include "forward_shared.cuh"
 #include "key_blocks.cuh"
 #include "mask.cuh"
@@ -21,7 +23,8 @@
 
 namespace selfattn::cuda {
 
-template <class Config>
+// kIsRepair: the second pass over tiles that the first could not get right (forward_repair.cuh).
+template <class Config, bool kIsRepair>
 __device__ __forceinline__ void multiply_tiles(const ForwardKernelParams& p, const ForwardShared<Config>& s, int w) {
   constexpr int kTileKey = Config::kTileKey, kDimQk = Config::kDimQk, kDimV = Config::kDimV;
   constexpr int kGroups = kTileKey / 8, kEarly = kGroups * Config::kEarlySixteenths / 16;
@@ -29,7 +32,8 @@ __device__ __forceinline__ void multiply_tiles(const ForwardKernelParams& p, con
   constexpr int kTurnThreads = 2 * kWarpgroupSize;
   using ScoreProduct = ptx::Wgmma<typename Config::Element, kTileKey>;
   using OutProduct = ptx::Wgmma<typename Config::Element, kDimV>;
-  const int warp = threadIdx.x / kWarpSize % 4, lane = threadIdx.x % kWarpSize;
+  const int thread = kIsRepair ? ptx::forget(threadIdx.x) : threadIdx.x;
+  const int warp = thread / kWarpSize % 4, lane = thread % kWarpSize;
   const int offset = p.shape.key_length - p.shape.query_length;
 
   Ring<Config::kKeyStages> k;
@@ -161,11 +165,13 @@ __device__ __forceinline__ void multiply_tiles(const ForwardKernelParams& p, con
   };
   struct OutFactors {
     float of_row[2];
+    bool is_good_enough;
   };
   // The sums of a tile's rows are complete: writes lse, returns what their outputs are multiplied by.
   const auto finish_rows = [&](int stage) -> OutFactors {
     const int head = s.tile(stage).head, first_row = s.tile(stage).index * Config::kTileQuery + row_in_tile;
     OutFactors factors;
+    factors.is_good_enough = softmax.is_good_enough(0) && softmax.is_good_enough(1);
 #pragma unroll
     for (int r = 0; r < 2; r++) {
       float sum = softmax.state.sum[r];
@@ -180,14 +186,24 @@ __device__ __forceinline__ void multiply_tiles(const ForwardKernelParams& p, con
     }
     return factors;
   };
-  // Writes the output over this warpgroup's rows of Q and hands it to the storing warp.
+  // Writes the output over this warpgroup's rows of Q and hands it to the storing warp. The first pass marks the tile
+  // where a row has huge logits, or is not finite though the sum of its weights is.
   const auto send_out = [&](int stage, const OutFactors& factors) {
     const float f0 = factors.of_row[0], f1 = factors.of_row[1];
-    const auto packed = [&](int i, float f) { return ptx::pack<typename Config::Element>(out[i] * f, out[i + 1] * f); };
+    ptx::FiniteTest<typename Config::Element> test0, test1;
+    const auto packed = [&](int i, float f, auto& test) {
+      const uint32_t pair = ptx::pack<typename Config::Element>(out[i] * f, out[i + 1] * f);
+      if (!kIsRepair) test.add(pair);
+      return pair;
+    };
 #pragma unroll
-    for (int i = 0; i < kDimV / 16; i++)
-      ptx::store_matrix_x4(s.query(stage, w) + lane_row + chunk(i), packed(8 * i, f0), packed(8 * i + 2, f1),
-                           packed(8 * i + 4, f0), packed(8 * i + 6, f1));
+    for (int i = 0; i < kDimV / 16; i++) {
+      const uint32_t o0 = packed(8 * i, f0, test0), o1 = packed(8 * i + 2, f1, test1),
+                     o2 = packed(8 * i + 4, f0, test0), o3 = packed(8 * i + 6, f1, test1);
+      ptx::store_matrix_x4(s.query(stage, w) + lane_row + chunk(i), o0, o1, o2, o3);
+    }
+    const bool is_spoilt = (!test0.all_finite() && f0 == f0) || (!test1.all_finite() && f1 == f1);
+    if constexpr (!kIsRepair) s.mark_if(is_spoilt || !factors.is_good_enough, stage);
     ptx::fence_proxy_async_shared();
     ptx::mbarrier_arrive(s.barriers.out_full(stage, w));
   };
@@ -210,7 +226,7 @@ __device__ __forceinline__ void multiply_tiles(const ForwardKernelParams& p, con
     ptx::pin(scores);
     release_key();
     mask_scores();
-    softmax.template take_max<kIsFirst>(scores);
+    softmax.template take_max<kIsFirst, kIsRepair>(scores);
     softmax.template exponentiate<0, kEarly>(scores);
     wait_value(v.next());
     finish_out();
@@ -219,6 +235,7 @@ __device__ __forceinline__ void multiply_tiles(const ForwardKernelParams& p, con
     softmax.template take_sum<kIsFirst>();
     pack_weights();
     if (kIsFirst) clear_out();
+    if constexpr (kIsRepair) take_out_non_finite_values(s, v.stage, scores, out);
   };
   // A tile's first block with nothing to run beside it.
   const auto first_step = [&] {
@@ -229,12 +246,13 @@ __device__ __forceinline__ void multiply_tiles(const ForwardKernelParams& p, con
     ptx::pin(scores);
     release_key();
     mask_scores();
-    softmax.template take_max<true>(scores);
+    softmax.template take_max<true, kIsRepair>(scores);
     softmax.template exponentiate<0, kGroups>(scores);
     softmax.template take_sum<true>();
     wait_value(v);
     pack_weights();
     clear_out();
+    if constexpr (kIsRepair) take_out_non_finite_values(s, v.stage, scores, out);
   };
   const auto last_step = [&](int closing) {
     softmax.rescale(out);
@@ -244,7 +262,7 @@ __device__ __forceinline__ void multiply_tiles(const ForwardKernelParams& p, con
     send_out(closing, factors);
   };
 
-  if (w == Config::kWarpgroups - 1) pass_turn();
+  if (!kIsRepair && w == Config::kWarpgroups - 1) pass_turn();  // nobody has taken the last turn of the first pass
   bool is_open = open_tile();
   if (Config::kOverlapsTiles && is_open) first_step();
   while (is_open) {

@@ -41,6 +41,7 @@ struct ForwardParams {
   const float* sinks;      // (num_heads,) one more logit a head in the denominator, or null
   SegmentTables segments;  // filled by launch_prepare_segments in the same stream, or all null
   int* counters;           // kTileCounters ints of scratch; segments.counters where there are segments
+  int* repair_list;        // scratch, an int for each query tile of each head
 };
 
 constexpr int kTileCounters = 4;

@@ -8,8 +8,25 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// A predicated store, never a branch.
+__device__ __forceinline__ void store_shared_if(bool condition, uint32_t s_destination, int value) {
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.b32 p, %0, 0;\n"
+      "@p st.shared.b32 [%1], %2;\n"
+      "}\n" ::"r"(static_cast<int>(condition)),
+      "r"(s_destination), "r"(value)
+      : "memory");
+}
+
 __device__ __forceinline__ void mbarrier_init(uint32_t barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+// Before the memory is used for another one.
+__device__ __forceinline__ void mbarrier_invalidate(uint32_t barrier) {
+  asm volatile("mbarrier.inval.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
 // Makes initialised barriers visible to the copy engine; once, before the __syncthreads that ends the setup.

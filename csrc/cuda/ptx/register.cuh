@@ -14,4 +14,11 @@ __device__ __forceinline__ void lower_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
+// The same value, of which the compiler knows nothing: what depends on it is computed where it is used, instead of
+// being kept in registers from an earlier use on.
+__device__ __forceinline__ int forget(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
 }  // namespace selfattn::ptx

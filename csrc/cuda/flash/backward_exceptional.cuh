@@ -1,0 +1,155 @@
+// What the backward kernels do about rows out of the ordinary: logits so large that float32 has few bits left for their
+// differences, and NaN or infinity in rows that others may not attend to. Every block asks one question about its rows'
+// statistics, every masked block two more; all else is off the fast path.
+//
+// Large logits. The exponent of P, score * c - lse * log2(e), has the rounding of its last term, half an ulp of a large
+// number. From kFirstExactStat on it is taken again: score * scale is rounded as the forward pass rounded it for lse,
+// so that the difference from lse is exactly 0 for a key that has all the weight. The score itself is gone by then, but
+// the exponent is an exact difference up to its own last bit, which in float64 gives it back.
+// The loading warp looks at the statistics and flags the block (kExceptionalRows).
+//
+// Isolation. A masked pair has P = 0, and three sums would multiply it by what stands in the other token's row:
+//   dV_j += P_ij dO_i    dK_j += dS_ij Q_i    dQ_i += dS_ij K_j    with    dS_ij = P_ij (dP_ij - delta_i)
+// A query i whose Q, dO or O is not finite, or that may attend to a key that is not, has lse or delta not finite; its
+// statistic is NaN then, so that P and dS are NaN for every pair that is allowed, whatever its rows hold. A query that
+// attends to nothing has infinity there, and P = 0. The rows of both kinds can thus be cleared where a block is masked,
+// and so can those of a key that is not finite: whoever may attend to it has NaN for a statistic. Masked pairs are then
+// left with dP alone, which is cleared, too.
+#pragma once
+#include "../ptx/fence.cuh"
+#include "backward_config.cuh"
+#include "online_softmax.cuh"
+#include "operand_rows.cuh"
+
+namespace selfattn::cuda {
+
+constexpr float kFirstExactStat = kExactFrom;
+
+__device__ __forceinline__ bool is_finite(float x) { return fabsf(x) < infinity(); }
+
+__device__ __forceinline__ bool is_exact_stat(float stat) { return fabsf(stat) >= kFirstExactStat && is_finite(stat); }
+
+// lse * log2(e) of a row with finite lse, kept finite.
+__device__ __forceinline__ float finite_stat(float lse) {
+  constexpr float kLargest = 3.4028234e38f;
+  return fminf(fmaxf(lse * kLog2E, -kLargest), kLargest);
+}
+
+// The better exponent of a row with an exact statistic.
+__device__ __forceinline__ float exact_exponent(const BackwardPlan& plan, float exponent, float stat, float lse) {
+  const double logit = (static_cast<double>(exponent) + static_cast<double>(stat)) * plan.logit_of_exponent;
+  return (__double2float_rn(logit) - lse) * kLog2E;
+}
+
+// Where the statistic of row `row` of a block stands among those of the block.
+__device__ __forceinline__ int stat_index(int row) { return row / kStatRows * kStatFloats + row % kStatRows; }
+
+// The exponents of P in a block whose rows are keys and whose columns are kColumns queries; s_stats from this lane's
+// first column on.
+template <int kColumns>
+__device__ __forceinline__ void take_exponents(float (&scores)[kColumns / 2], const float* s_stats, float scale_log2) {
+#pragma unroll
+  for (int i = 0; i < kColumns / 2; i += 4) {
+    const float2 stats = *reinterpret_cast<const float2*>(s_stats + stat_index(2 * i));
+    scores[i] = fmaf(scores[i], scale_log2, -stats.x), scores[i + 1] = fmaf(scores[i + 1], scale_log2, -stats.y);
+    scores[i + 2] = fmaf(scores[i + 2], scale_log2, -stats.x),
+               scores[i + 3] = fmaf(scores[i + 3], scale_log2, -stats.y);
+  }
+}
+
+// The same for columns with exact statistics, behind it. first_query: this lane's first column.
+template <int kColumns>
+__device__ __forceinline__ void refine_exponents(float (&exponents)[kColumns / 2], const BackwardParams& p,
+                                                 const BackwardPlan& plan, const float* s_stats, int head,
+                                                 int first_query) {
+  const float* g_lse = p.lse + int64_t(head) * p.shape.query_length + first_query;
+#pragma unroll
+  for (int i = 0; i < kColumns / 8; i++)
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+      const float stat = s_stats[stat_index(8 * i) + j];
+      if (!is_exact_stat(stat)) continue;
+      const float lse = g_lse[8 * i + j];
+#pragma unroll
+      for (int r = 0; r < 2; r++) {
+        float& exponent = exponents[4 * i + 2 * r + j];
+        exponent = exact_exponent(plan, exponent, stat, lse);
+      }
+    }
+}
+
+// A lane's share of the statistics of a tile of queries, out of global memory.
+template <int kRows>
+struct BlockStats {
+  float2 of_lane[kRows / kStatRows];
+
+  __device__ __forceinline__ explicit BlockStats(const float* g_stats) {
+#pragma unroll
+    for (int i = 0; i < kRows / kStatRows; i++)
+      of_lane[i] = *reinterpret_cast<const float2*>(g_stats + i * kStatFloats + 2 * (threadIdx.x % 32));
+  }
+
+  // Whether some row has a statistic that is not finite, or exact. By a warp.
+  __device__ __forceinline__ bool has_exceptional_rows() const {
+    bool is_ordinary = true;
+#pragma unroll
+    for (const float2& stats : of_lane)  // the comparisons are false of NaN, too
+      is_ordinary &= fabsf(stats.x) < kFirstExactStat && fabsf(stats.y) < kFirstExactStat;
+    return __any_sync(~0u, !is_ordinary);
+  }
+};
+
+// Whether one of a lane's two products of whole rows came out non-finite. Both rows of a pair must be finite for a
+// finite product, so one column tells of all rows.
+__device__ __forceinline__ bool is_any_non_finite(float x, float y) { return !is_finite(x) || !is_finite(y); }
+
+// 0 where the first of a lane's two rows is finite in all its columns, else NaN. In a block whose columns are keys,
+// that tells of all keys.
+template <int kCount>
+__device__ __forceinline__ float zero_if_finite(const float (&products)[kCount]) {
+  float sums[4] = {};  // chains that do not wait for each other
+#pragma unroll
+  for (int i = 0; i < kCount; i += 4) {
+    sums[i / 4 % 2 * 2] = fmaf(products[i], 0.f, sums[i / 4 % 2 * 2]);
+    sums[i / 4 % 2 * 2 + 1] = fmaf(products[i + 1], 0.f, sums[i / 4 % 2 * 2 + 1]);
+  }
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
+// The rows of Q and dO with no finite statistic. Every warp does it for itself before it multiplies them, so that none
+// need wait for another.
+template <int kRows, int kPanels, int kPanelBytes>
+__device__ __forceinline__ void clear_queries(unsigned char* s_q, unsigned char* s_grad_out, const float* s_stats) {
+#pragma unroll 1
+  for (int base = 0; base < kRows; base += 32) {
+    const bool is_bad = !is_finite(s_stats[stat_index(base + threadIdx.x % 32)]);
+#pragma unroll 1
+    for (unsigned left = __ballot_sync(~0u, is_bad); left; left &= left - 1) {
+      const int row = base + __ffs(left) - 1;
+      clear_row<kPanels, kPanelBytes>(s_q, row);
+      clear_row<kPanels, kPanelBytes>(s_grad_out, row);
+    }
+  }
+  ptx::fence_proxy_async_shared();
+  __syncwarp();
+}
+
+// Rows [first, first + kRows) of K.
+template <class Element, int kRows, int kPanels, int kPanelBytes>
+__device__ __forceinline__ void clear_keys(unsigned char* s_k, int first) {
+#pragma unroll 1
+  for (int row = first; row < first + kRows; row++)
+    if (!is_row_finite<Element, kPanels, kPanelBytes>(s_k, row)) clear_row<kPanels, kPanelBytes>(s_k, row);
+  ptx::fence_proxy_async_shared();
+  __syncwarp();
+}
+
+// dP of pairs without weight, so that dS = P (dP - delta) is 0 there.
+template <int kCount>
+__device__ __forceinline__ void clear_products_without_weight(const float (&weights)[kCount], float (&dp)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; i++)
+    if (weights[i] == 0.f) dp[i] = 0.f;
+}
+
+}  // namespace selfattn::cuda

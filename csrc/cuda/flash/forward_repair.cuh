@@ -1,0 +1,91 @@
+// Tiles that the fast pass could not get right, computed once more by the same roles with more care.
+//
+// What the fast pass leaves to the second one:
+//   - A masked weight is 0, but the tensor cores multiply it all the same, and 0 times a NaN or an infinity in V is
+//   NaN:
+//     one such V reaches every query of the tile, in another document, in padding, in the future. Rows that come out
+//     non-finite though the sum of their weights is finite show it.
+//   - Rows whose logits are so large that max * scale has no digits left for the differences (online_softmax.cuh).
+// A consumer that finds such a row marks the tile's stage; the loading warp, when it takes the stage for another tile,
+// puts the marked tile on the thread block's list in global memory. After the last tile all roles start once more, on
+// the tiles of the list. The repairing consumers take maxima off the scores, clear what is not finite in V before they
+// multiply, and add the products of such elements one by one, for the pairs that are allowed. Whatever is finite comes
+// out with the bits that it would have without its neighbours.
+#pragma once
+#include "../ptx/barrier.cuh"
+#include "../ptx/fence.cuh"
+#include "forward_shared.cuh"
+#include "online_softmax.cuh"
+#include "operand_rows.cuh"
+
+namespace selfattn::cuda {
+
+constexpr int kEndOfList = -1;
+
+// By one thread: takes notice of a stage whose tile is done. The tile's number is that of repair_list.
+template <class Config>
+__device__ __forceinline__ void list_if_marked(const ForwardKernelParams& p, const ForwardShared<Config>& s,
+                                               int stage) {
+  if (!s.is_marked(stage)) return;
+  s.is_marked(stage) = 0;
+  const QueryTile& tile = s.tile(stage);
+  const int number = tile.head * p.schedule.tiles_a_head + tile.index;
+  p.repair_list[number] = s.repair_list();
+  s.repair_list() = number;
+}
+
+// The next tile of the list, or the number past all tiles.
+template <class Config>
+__device__ __forceinline__ int take_listed(const ForwardKernelParams& p, const ForwardShared<Config>& s) {
+  const int number = s.repair_list();
+  if (number == kEndOfList) return p.schedule.tiles;
+  s.repair_list() = p.repair_list[number];
+  return number;
+}
+
+// By the consumers of all warpgroups together, behind a block's P in `weights` (accumulator layout, 0 where a pair is
+// masked) and its V in `stage`: adds the products of what is not finite in V to the output of the allowed pairs, and
+// clears it for the tensor cores. The output may still wait for its rescaling; that leaves NaN and infinity as they
+// are.
+template <class Config, int kScores, int kOutputs>
+__device__ __forceinline__ void take_out_non_finite_values(const ForwardShared<Config>& s, int stage,
+                                                           const float (&weights)[kScores], float (&out)[kOutputs]) {
+  using Element = typename Config::Element;
+  constexpr int kTileKey = Config::kTileKey, kWords = (kTileKey + kWarpSize - 1) / kWarpSize;
+  const int lane = threadIdx.x % kWarpSize;
+  unsigned char* s_value = s.memory + Config::kValueOffset + stage * Config::kValueBytes;
+  unsigned bad_keys[kWords] = {};
+#pragma unroll 1
+  for (int key = 0; key < kTileKey; key++) {
+    if (is_row_finite<Element, Config::kPanelsV, Config::kKeyPanelBytes>(s_value, key)) continue;
+#pragma unroll
+    for (int word = 0; word < kWords; word++)
+      if (key / kWarpSize == word) bad_keys[word] |= 1u << key % kWarpSize;
+    // The weights of the lane's two rows with this key, from the lane of the four that has them.
+    float weight[2] = {};
+#pragma unroll
+    for (int i = 0; i < kScores; i++)
+      if (i / 4 == key / 8 && i % 2 == key % 2) weight[i / 2 % 2] = weights[i];
+#pragma unroll
+    for (int r = 0; r < 2; r++) weight[r] = __shfl_sync(~0u, weight[r], lane / 4 * 4 + key % 8 / 2);
+#pragma unroll
+    for (int i = 0; i < kOutputs; i++) {
+      const int column = i / 4 * 8 + 2 * (lane % 4) + i % 2;
+      const int chunk = column % kPanelColumns / 8 ^ key % 8;
+      const unsigned char* s_element =
+          s_value + column / kPanelColumns * Config::kKeyPanelBytes + key * kPanelRowBytes + chunk * 16;
+      const float value = static_cast<float>(reinterpret_cast<const Element*>(s_element)[column % 8]);
+      if (!(fabsf(value) < infinity()) && weight[i / 2 % 2] != 0.f) out[i] += weight[i / 2 % 2] * value;
+    }
+  }
+  ptx::barrier_sync(Config::kRepairBarrier, Config::kWarpgroups * kWarpgroupSize);  // all have read these rows
+#pragma unroll
+  for (int word = 0; word < kWords; word++)
+#pragma unroll 1
+    for (unsigned left = bad_keys[word]; left; left &= left - 1)
+      clear_non_finite<Element, Config::kPanelsV, Config::kKeyPanelBytes>(s_value, word * kWarpSize + __ffs(left) - 1);
+  ptx::fence_proxy_async_shared();
+  __syncwarp();
+}
+
+}  // namespace selfattn::cuda
