@@ -316,9 +316,7 @@ def test_no_synchronisation(id_type: torch.dtype) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_softcap_and_scale_are_refused() -> None:
+def test_softcap_is_refused() -> None:
     q, k, v = random_qkv(torch.bfloat16, (64, 64), 64, 64)
     with pytest.raises(NotImplementedError, match="softcap"):
         torch.ops.selfattn.flash_attention(q, k, v, softcap=1.0)
-    with pytest.raises(NotImplementedError, match="qk_scale"):
-        torch.ops.selfattn.flash_attention(q, k, v, qk_scale=-0.5)
