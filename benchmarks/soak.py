@@ -1,0 +1,272 @@
+"""Thousands of random small problems on the GPU, in many fresh processes, several at a time: looks for errors that come
+once in many runs.
+
+    SELFATTN_LIBRARY=build/libselfattn.so PYTHONPATH=. python benchmarks/soak.py --problems 20000 --at-once 12
+
+Each process draws its problems from its own seed (shapes, head dimensions, ids of every pattern and layout, windows,
+sinks, scales of every sign, dtypes, deterministic mode), fills free memory with NaN, runs forward and
+backward twice, and compares with the formula in float64: no error may exceed twice that of the formula in the same
+precision, and the forward pass must give the same bits again. Appends one record with what was run and what failed.
+``--worker SEED --problems N`` repeats one process.
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from measure import add_record_options, describe_run
+from torch import Tensor
+
+DTYPES = (torch.bfloat16, torch.float16)
+NAN = float("nan")
+
+
+def draw_ids(rng: random.Random, batch: int, length: int, dtype: torch.dtype) -> Tensor:
+    kind = rng.choice(["packed", "short", "padded", "shuffled", "blocks", "distinct", "one", "none"])
+    if kind in ("packed", "short", "padded"):
+        ids = (torch.rand(batch, length) < (1 / 90 if kind != "short" else 1 / 5)).cumsum(1)
+        if kind == "padded":
+            ids[:, length - length // 3 :] = -1
+            ids[0, : length // 5] = -7
+    elif kind == "shuffled":
+        ids = torch.randint(-1, 4, (batch, length))
+    elif kind == "blocks":
+        ids = torch.randint(0, 5, (batch, length // 50 + 1)).repeat_interleave(50, 1)[:, :length]
+    elif kind == "distinct":
+        ids = torch.stack([torch.randperm(length) for _ in range(batch)])
+    else:
+        ids = torch.full((batch, length), 3 if kind == "one" else -1)
+    ids = ids.to("cuda", dtype)
+    layout = rng.choice(["plain", "transposed", "strided", "expanded"])
+    if layout == "transposed":
+        return ids.t().contiguous().t()
+    if layout == "strided":
+        wide = torch.full((batch, 3 * length), -5, dtype=dtype, device="cuda")
+        wide[:, 1::3] = ids
+        return wide[:, 1::3]
+    return ids[:1].expand(batch, length) if layout == "expanded" else ids
+
+
+def draw_rows(rng: random.Random, batch: int, length: int, heads: int, dim: int, dtype: torch.dtype) -> Tensor:
+    rows = torch.randn(batch, length, heads, dim, device="cuda").to(dtype)
+    layout = rng.choice(["plain", "plain", "bnsd", "padded", "odd"])
+    if layout == "bnsd":
+        return rows.transpose(1, 2).contiguous().transpose(1, 2)
+    if layout in ("padded", "odd"):
+        wide = torch.full(
+            (batch, length, heads, dim + (8 if layout == "padded" else 3)), NAN, dtype=dtype, device="cuda"
+        )
+        wide[..., :dim] = rows
+        return wide[..., :dim]
+    return rows
+
+
+def draw_problem(rng: random.Random) -> dict:
+    """The arguments of one call; tensors from torch's generator, which the worker seeds."""
+    dtype = rng.choice(DTYPES)
+    batch, kv_heads = rng.randint(1, 4), rng.randint(1, 3)
+    heads = kv_heads * rng.choice([1, 1, 2, 4])
+    queries = rng.choice(
+        [rng.randint(1, 80), rng.randint(60, 400), rng.choice([64, 128, 192, 256, 333]), rng.randint(600, 1500)]
+    )
+    keys = queries if rng.random() < 0.7 else rng.randint(1, 500)
+    dim = rng.choice([64, 64, 128, 128, 256, 96, 192, 8, 40, 72, 136, 248])
+    value_dim = dim if rng.random() < 0.8 else rng.choice([64, 128, 32, 256])
+    call = {
+        "q": draw_rows(rng, batch, queries, heads, dim, dtype),
+        "k": draw_rows(rng, batch, keys, kv_heads, dim, dtype),
+        "v": draw_rows(rng, batch, keys, kv_heads, value_dim, dtype),
+        "causal": rng.random() < 0.6,
+        "qk_scale": rng.choice([None, None, None, 0.3, -0.2, 0.0]),
+    }
+    if rng.random() < 0.75:
+        id_dtype = rng.choice([torch.int32, torch.int64])
+        call["segment_ids"] = draw_ids(rng, batch, queries, id_dtype)
+        if keys != queries or rng.random() < 0.1:
+            call["kv_segment_ids"] = draw_ids(rng, batch, keys, id_dtype)
+    if rng.random() < 0.2:
+        call["window_left"] = rng.randint(0, 200)
+    if rng.random() < 0.1:
+        call["window_right"] = rng.randint(0, 200)
+    if rng.random() < 0.2:
+        call["sinks"] = torch.randn(heads, device="cuda")
+    return call
+
+
+def allowed_pairs(call: dict) -> Tensor:
+    q, k = call["q"], call["k"]
+    i = torch.arange(q.shape[1], device="cuda")[:, None] + k.shape[1] - q.shape[1]
+    j = torch.arange(k.shape[1], device="cuda")[None]
+    allowed = torch.ones(q.shape[0], q.shape[1], k.shape[1], dtype=torch.bool, device="cuda")
+    if call["causal"]:
+        allowed &= j <= i
+    if call.get("window_left", -1) >= 0:
+        allowed &= j >= i - call["window_left"]
+    if call.get("window_right", -1) >= 0:
+        allowed &= j <= i + call["window_right"]
+    if "segment_ids" in call:
+        ids = call["segment_ids"]
+        key_ids = call.get("kv_segment_ids", ids)
+        allowed &= (ids[:, :, None] == key_ids[:, None]) & (ids >= 0)[:, :, None] & (key_ids >= 0)[:, None]
+    return allowed[:, None]
+
+
+def formula(call: dict, grad: Tensor, precision: torch.dtype, rounding: torch.dtype) -> dict[str, Tensor]:
+    """out, lse, dq, dk, dv by the formula in ``precision``, with P, dS, out and gradients rounded to ``rounding``."""
+    q, k, v = call["q"], call["k"], call["v"]
+    group, allowed = q.shape[2] // k.shape[2], allowed_pairs(call)
+    scale = q.shape[-1] ** -0.5 if call["qk_scale"] is None else call["qk_scale"]
+    q, grad = (tensor.to(precision).transpose(1, 2) for tensor in (q, grad))
+    k, v = (tensor.to(precision).transpose(1, 2).repeat_interleave(group, 1) for tensor in (k, v))
+    logits = (scale * (q @ k.transpose(-1, -2))).masked_fill(~allowed, -math.inf)
+    counted = logits
+    if "sinks" in call:
+        sinks = call["sinks"].to(precision).view(1, -1, 1, 1).expand(*logits.shape[:3], 1)
+        counted = torch.cat([logits, sinks], -1)
+    lse = counted.logsumexp(-1)
+    p = (logits - lse[..., None]).exp().masked_fill(~allowed, 0.0)
+
+    def rounded(tensor: Tensor) -> Tensor:
+        return tensor.to(rounding).to(precision)
+
+    out = rounded(rounded(p) @ v)
+    ds = rounded((p * (grad @ v.transpose(-1, -2) - (grad * out).sum(-1, keepdim=True))).masked_fill(~allowed, 0.0))
+    dk = (scale * (ds.transpose(-1, -2) @ q)).unflatten(1, (-1, group)).sum(2)
+    dv = (rounded(p).transpose(-1, -2) @ grad).unflatten(1, (-1, group)).sum(2)
+    results = {"out": out, "dq": rounded(scale * (ds @ k)), "dk": rounded(dk), "dv": rounded(dv)}
+    return {"lse": lse, **{name: tensor.transpose(1, 2) for name, tensor in results.items()}}
+
+
+def poison_memory() -> None:
+    tensors = [torch.full((size // 4,), NAN, device="cuda") for size in (1 << 25, *[1 << 21] * 6, *[1 << 17] * 12)]
+    del tensors
+
+
+def run(call: dict, grad: Tensor) -> dict[str, Tensor]:
+    poison_memory()
+    leaves = {name: call[name].detach().requires_grad_() for name in ("q", "k", "v")}
+    arguments = {**call, **leaves}
+    positional = [arguments.pop(name, None) for name in ("q", "k", "v", "segment_ids", "causal", "qk_scale")]
+    out, lse = torch.ops.selfattn.flash_attention(*positional, **arguments)
+    gradients = torch.autograd.grad(out, list(leaves.values()), grad)
+    results = dict(zip(("dq", "dk", "dv"), gradients, strict=True))
+    return {"out": out.detach(), "lse": lse.detach(), **results}
+
+
+def faults(call: dict, grad: Tensor) -> list[str]:
+    exact, same = (formula(call, grad, precision, call["q"].dtype) for precision in (torch.float64, torch.float32))
+    exact = formula(call, grad, torch.float64, torch.float64)
+    first, second = run(call, grad), run(call, grad)
+    found = []
+    for name, mine in first.items():
+        target = exact[name]
+        infinite = target == -math.inf
+        if not torch.equal(mine == -math.inf, infinite) or not mine[~infinite].isfinite().all():
+            found.append(f"{name} is not finite where it should be")
+            continue
+        scale = max(target[~infinite].abs().max().item(), 1e-2) if (~infinite).any() else 1.0
+        error, allowance = (
+            ((tensor.double() - target)[~infinite].abs().max().item() if (~infinite).any() else 0.0) / scale
+            for tensor in (mine, same[name])
+        )
+        if error > 2 * allowance + 2e-3:
+            found.append(f"{name}: error {error:.2e} of its largest element, the same formula {allowance:.2e}")
+        if not torch.equal(second[name], mine) and (
+            name in ("out", "lse") or torch.are_deterministic_algorithms_enabled()
+        ):
+            found.append(f"{name} has other bits the second time")
+    return found
+
+
+def describe(call: dict) -> dict[str, object]:
+    def of(value: object) -> object:
+        return [list(value.shape), list(value.stride()), str(value.dtype)] if isinstance(value, Tensor) else value
+
+    return {name: of(value) for name, value in call.items()}
+
+
+def work(seed: int, problems: int) -> None:
+    import selfattn  # noqa: F401
+
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    for number in range(problems):
+        call = draw_problem(rng)
+        torch.use_deterministic_algorithms(rng.random() < 0.2)
+        q, v = call["q"], call["v"]
+        grad = torch.randn(*q.shape[:3], v.shape[-1], device="cuda").to(q.dtype)
+        try:
+            found = faults(call, grad)
+        except Exception as error:  # a CUDA error ends this process's usefulness
+            print(
+                json.dumps({"seed": seed, "number": number, "error": str(error)[:300], "call": describe(call)}),
+                flush=True,
+            )
+            raise
+        for fault in found:
+            print(json.dumps({"seed": seed, "number": number, "fault": fault, "call": describe(call)}), flush=True)
+    print(json.dumps({"seed": seed, "done": problems}), flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--problems", type=int, default=20000, help="of all processes together")
+    parser.add_argument("--each", type=int, default=200, help="problems a process")
+    parser.add_argument("--at-once", type=int, default=12, help="processes on the card")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=1e9, help="starts no process later than this")
+    parser.add_argument("--worker", type=int, help="work as the process of this seed")
+    add_record_options(parser, "soak.jsonl")
+    arguments = parser.parse_args()
+    if arguments.worker is not None:
+        work(arguments.worker, arguments.problems)
+        return 0
+    start, running, lines, crashed, done, started = time.time(), {}, [], [], 0, 0
+    wanted = math.ceil(arguments.problems / arguments.each)
+    while running or (started < wanted and time.time() - start < arguments.seconds):
+        while len(running) < arguments.at_once and started < wanted and time.time() - start < arguments.seconds:
+            seed = arguments.seed + started
+            command = [sys.executable, __file__, "--worker", str(seed), "--problems", str(arguments.each)]
+            log = Path(f"/tmp/soak_{os.getpid()}_{seed}.log")
+            running[seed] = (subprocess.Popen(command, stdout=log.open("w"), stderr=subprocess.STDOUT), log)
+            started += 1
+        for seed, (process, log) in list(running.items()):
+            if process.poll() is None:
+                continue
+            text = log.read_text().splitlines()
+            records = [json.loads(line) for line in text if line.startswith('{"seed"')]
+            done += sum(record.get("done", 0) for record in records)
+            lines += [record for record in records if "done" not in record]
+            if process.returncode:
+                crashed.append({"seed": seed, "code": process.returncode, "end": text[-3:]})
+            log.unlink()
+            del running[seed]
+        time.sleep(0.05)
+    record = {
+        "problems": done,
+        "processes": started,
+        "at_once": arguments.at_once,
+        "seconds": round(time.time() - start),
+    }
+    record |= {
+        "faults": lines[:50],
+        "count_of_faults": len(lines),
+        "crashed": crashed,
+        **describe_run(arguments.commit),
+    }
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    with arguments.out.open("a") as out:
+        out.write(json.dumps(record) + "\n")
+    print(json.dumps(record, indent=1)[:6000])
+    return 1 if lines or crashed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
