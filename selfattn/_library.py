@@ -13,15 +13,18 @@ def load() -> None:
     """Registers the operators of ``torch.ops.selfattn``.
 
     The environment variable ``SELFATTN_LIBRARY`` names the library if it is set, else the one inside this package is
-    taken. A library that the process has loaded already (``torch.ops.load_library``) is left as it is.
+    taken. The same file may have been loaded before (``torch.ops.load_library``); without a file of its own the package
+    serves with whatever is loaded.
 
     Raises:
-        ImportError: there is no library, or it was built for another torch. The message says what to do.
+        ImportError: there is no library, it was built for another torch, or the process has loaded another one. The
+            message says what to do.
     """
-    if hasattr(torch.ops.selfattn, "multihead_attention"):
-        return
     chosen_by_user = os.environ.get(ENVIRONMENT_VARIABLE)
     path = Path(chosen_by_user) if chosen_by_user else PACKAGED_LIBRARY
+    if hasattr(torch.ops.selfattn, "multihead_attention"):
+        _check_loaded(path)
+        return
     if not path.is_file():
         where = f"the environment variable {ENVIRONMENT_VARIABLE} names" if chosen_by_user else "the package expects"
         raise ImportError(
@@ -36,6 +39,35 @@ def load() -> None:
         torch.ops.load_library(str(path))
     except OSError as error:
         raise ImportError(f"{_mismatch(built_for)} The loader said: {error}") from error
+
+
+def _check_loaded(path: Path) -> None:
+    """PyTorch ends the process at a second definition of an operator, so two libraries cannot live in one."""
+    loaded = _loaded_libraries()
+    if not loaded or not path.is_file() or any(os.path.samefile(path, other) for other in loaded):
+        return
+    raise ImportError(
+        f"selfattn: the process has loaded {' and '.join(loaded)}, which defines the operators of "
+        f"torch.ops.selfattn, and this package would load {path}; PyTorch can hold one of them only. Load one file "
+        f"everywhere: set {ENVIRONMENT_VARIABLE} to {loaded[0]}, or do not load that one before."
+    )
+
+
+def _loaded_libraries() -> list[str]:
+    """Files of the process that may have defined the operators: loaded through torch.ops, or named like the library."""
+    files = [file for file in torch.ops.loaded_libraries if _defines_operators(file)]
+    maps = Path("/proc/self/maps")
+    if maps.is_file():
+        mapped = [line.split(maxsplit=5)[-1] for line in maps.read_text().splitlines()]
+        files += [file for file in mapped if Path(file).name.startswith("libselfattn.") and os.path.isfile(file)]
+    return sorted({os.path.realpath(file) for file in files})
+
+
+def _defines_operators(file: str) -> bool:
+    try:
+        return b"selfattn::multihead_attention" in Path(file).read_bytes()
+    except OSError:
+        return False
 
 
 def _torch_version_of_build() -> str | None:

@@ -26,7 +26,7 @@ BAD_ROTATIONS = {
     "xk_rank": ({"xk": K[0]}, ValueError, "xk", r"\[6, 2, 8\]"),
     "xq_dtype": ({"xq": Q.int()}, TypeError, "xq", "Int"),
     "xk_dtype": ({"xk": K.long()}, TypeError, "xk", "Long"),
-    "odd_dim": ({"xq": Q[..., :7], "xk": K[..., :7]}, ValueError, "a head dimension", "7"),
+    "odd_dim": ({"xq": Q[..., :7], "xk": K[..., :7]}, ValueError, "xq", "even head dimension.*7"),
     "sin_alone": ({"freqs_sin": SIN}, ValueError, "freqs_sin and freqs_cos", "together"),
     "cos_alone": ({"freqs_cos": COS}, ValueError, "freqs_sin and freqs_cos", "together"),
     "sin_length": ({"freqs_sin": SIN[:, :5], "freqs_cos": COS}, ValueError, "freqs_sin", r"\[1, 5, 4\]"),
