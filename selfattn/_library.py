@@ -4,9 +4,20 @@ import os
 from pathlib import Path
 
 import torch
+from torch.nested._internal.nested_tensor import NestedTensor
 
 ENVIRONMENT_VARIABLE = "SELFATTN_LIBRARY"
 PACKAGED_LIBRARY = Path(__file__).parent / "lib" / "libselfattn.so"
+KERNEL_OPERATORS = (
+    "flash_attention",
+    "flash_attention_backward",
+    "flash_attention_backward.into",
+    "qk_norm_rope",
+    "qk_norm_rope_backward",
+    "qk_norm_rope_backward.in_place",
+    "qk_norm_rope_attention",
+    "qk_norm_rope_attention_backward",
+)
 
 
 def load() -> None:
@@ -24,7 +35,13 @@ def load() -> None:
     path = Path(chosen_by_user) if chosen_by_user else PACKAGED_LIBRARY
     if hasattr(torch.ops.selfattn, "multihead_attention"):
         _check_loaded(path)
-        return
+    else:
+        _load(path, chosen_by_user)
+    for name in KERNEL_OPERATORS:
+        torch.library.register_torch_dispatch(f"selfattn::{name}", NestedTensor, _refuse_jagged)
+
+
+def _load(path: Path, chosen_by_user: str | None) -> None:
     if not path.is_file():
         where = f"the environment variable {ENVIRONMENT_VARIABLE} names" if chosen_by_user else "the package expects"
         raise ImportError(
@@ -39,6 +56,20 @@ def load() -> None:
         torch.ops.load_library(str(path))
     except OSError as error:
         raise ImportError(f"{_mismatch(built_for)} The loader said: {error}") from error
+
+
+def _refuse_jagged(
+    _cls: type, operator: torch._ops.OpOverload, _types: tuple, args: tuple, kwargs: dict | None
+) -> None:
+    """In inference mode the Python class of jagged tensors comes before the kernels that refuse them by name."""
+    arguments = dict(zip((argument.name for argument in operator._schema.arguments), args, strict=False)) | (
+        kwargs or {}
+    )
+    name = next(name for name, value in arguments.items() if isinstance(value, NestedTensor))
+    raise TypeError(
+        f"selfattn: {name} must be a dense tensor; got a nested one; pack the documents into rows and give segment_ids "
+        "(segment_ids_from_cu_seqlens makes them of the offsets)"
+    )
 
 
 def _check_loaded(path: Path) -> None:

@@ -22,7 +22,7 @@ void refuse(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const auto& arguments = op.schema().arguments();
   const auto values = torch::jit::last(*stack, arguments.size());
   for (size_t i = 0; i < arguments.size(); ++i) {
-    if (values[i].isTensor() && values[i].toTensor().defined()) {
+    if (values[i].isTensor()) {
       check_dense(values[i].toTensor(), arguments[i].name().c_str());
     }
   }
@@ -33,6 +33,7 @@ void refuse(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
 }  // namespace
 
 void check_dense(const at::Tensor& tensor, const char* name) {
+  TORCH_CHECK_TYPE(tensor.defined(), "selfattn: ", name, " must be a tensor; got None");
   const auto reason = reason_against(tensor);
   TORCH_CHECK_TYPE(!reason, "selfattn: ", name, " must be a dense tensor; got ", *reason);
 }

@@ -5,8 +5,8 @@
 
 namespace selfattn {
 
-/// Throws c10::TypeError where `tensor` is nested, sparse, quantised or in MKL-DNN's layout; the message names the
-/// argument and says what to do.
+/// Throws c10::TypeError where `tensor` is nested, sparse, quantised, in MKL-DNN's layout or not there; the message
+/// names the argument and says what to do.
 void check_dense(const at::Tensor& tensor, const char* name);
 
 /// The same for an argument that may be left out.

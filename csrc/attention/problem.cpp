@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <tuple>
 #include <utility>
 
@@ -19,6 +18,14 @@ namespace {
 constexpr int64_t kWidestWindow = int64_t{1} << 40;
 /// The softmax is one-hot long before; float32 holds it, and its negative.
 constexpr double kLargestScale = 1e37;
+/// Beyond these float32 would turn a cap, or a logit over it, into 0 or infinity.
+constexpr double kLeastSoftcap = 1e-30, kLargestSoftcap = 1e30;
+
+/// The scale as float32 can hold it, and over the cap too.
+double usable_scale(double scale, double softcap) {
+  const double largest = softcap > 0.0 ? kLargestScale * std::min(softcap, 1.0) : kLargestScale;
+  return std::clamp(scale, -largest, largest);
+}
 
 void check_tensor_like_query(const at::Tensor& query, const at::Tensor& tensor, const char* name) {
   TORCH_CHECK_TYPE(tensor.scalar_type() == query.scalar_type(), "selfattn: ", name, " must have the dtype of q, ",
@@ -89,10 +96,9 @@ void check_attention_numbers(const AttentionArguments& arguments) {
   const double softcap = arguments.softcap;
   TORCH_CHECK_VALUE(std::isfinite(softcap) && softcap >= 0.0,
                     "selfattn: softcap must be finite and at least 0 (0: none); got ", softcap);
-  // Outside of it a cap would turn into 0, which is none, or into infinity.
-  constexpr double kLeast = std::numeric_limits<float>::min(), kMost = std::numeric_limits<float>::max();
-  TORCH_CHECK_VALUE(softcap == 0.0 || (softcap >= kLeast && softcap <= kMost), "selfattn: softcap must be 0 (none) or ",
-                    "a positive number of float32, ", kLeast, " to ", kMost, "; got ", softcap);
+  TORCH_CHECK_VALUE(softcap == 0.0 || (softcap >= kLeastSoftcap && softcap <= kLargestSoftcap),
+                    "selfattn: softcap must be 0 (none) or from ", kLeastSoftcap, " to ", kLargestSoftcap, "; got ",
+                    softcap);
 }
 
 void check_token_ids(const at::Tensor& ids, const char* name, const at::Tensor& tokens, const char* owner) {
@@ -130,7 +136,7 @@ AttentionProblem make_attention_problem(const at::Tensor& q, const at::Tensor& k
   problem.scale = arguments.qk_scale
                       ? *arguments.qk_scale
                       : 1.0 / std::sqrt(static_cast<double>(q.sym_size(3).guard_int(__FILE__, __LINE__)));
-  if (q.scalar_type() != at::kDouble) problem.scale = std::clamp(problem.scale, -kLargestScale, kLargestScale);
+  if (q.scalar_type() != at::kDouble) problem.scale = usable_scale(problem.scale, arguments.softcap);
   problem.window_left = std::min(arguments.window_left, kWidestWindow);
   problem.window_right = std::min(arguments.window_right, kWidestWindow);
   problem.softcap = arguments.softcap;

@@ -23,9 +23,9 @@ bool is_autocast_on(const at::Tensor& x) {
 
 void check_input(const at::Tensor& x, const at::Tensor& q_weight) {
   check_dense(x, "x");
-  TORCH_CHECK_VALUE(x.dim() == 3, "selfattn: x must have three dimensions (B, S, E); got shape ", x.sym_sizes());
   TORCH_CHECK_TYPE(is_supported_dtype(x.scalar_type()),
                    "selfattn: x must be floating point (float64, float32, bfloat16 or float16); got ", x.scalar_type());
+  TORCH_CHECK_VALUE(x.dim() == 3, "selfattn: x must have three dimensions (B, S, E); got shape ", x.sym_sizes());
   check_dense(q_weight, "q_weight");
   TORCH_CHECK_TYPE(
       x.scalar_type() == q_weight.scalar_type() || !is_supported_dtype(q_weight.scalar_type()) || is_autocast_on(x),

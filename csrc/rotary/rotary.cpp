@@ -17,8 +17,8 @@
 namespace selfattn {
 namespace {
 
-/// Below it the frequencies of a head's last pairs leave float64 behind: an angle would be infinite.
-constexpr double kLeastTheta = 1e-100;
+/// Below it the angles of a head's last pairs at far positions are beyond the digits of float64.
+constexpr double kLeastTheta = 1e-6;
 
 void check_table(const at::Tensor& table, const HeadsShape& heads, const char* name) {
   check_dense(table, name);
