@@ -1,6 +1,6 @@
 """Calls operators of torch.ops.selfattn with arguments that are wrong in every way, as a program of its own.
 
-    fuzz_operators.py LIBRARY CALLS SEED OPERATOR...
+    fuzz_operators.py CALLS SEED OPERATOR...
 
 Each call starts from good arguments, of which up to three are spoilt. It must end in a Python exception that names an
 argument, or in a result of the shapes that the Meta kernel says, finite where the inputs are. Prints each call before
@@ -8,6 +8,7 @@ it is made, so that the last line of a process that crashed tells why; exits wit
 """
 
 import copy
+import importlib
 import math
 import random
 import re
@@ -324,9 +325,9 @@ def run(name: str, schema: torch._C.FunctionSchema, generator: random.Random) ->
 
 
 def main() -> int:
-    library, calls, seed, *names = sys.argv[1:]
+    calls, seed, *names = sys.argv[1:]
     warnings.simplefilter("ignore")
-    torch.ops.load_library(library)
+    importlib.import_module("selfattn")  # registers the operators
     torch.set_num_threads(2)
     schemas = operators()
     for name in names:
