@@ -1,5 +1,6 @@
 """Finds libselfattn.so, checks that it fits the installed torch, and loads it once."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -38,7 +39,8 @@ def load() -> None:
     else:
         _load(path, chosen_by_user)
     for name in KERNEL_OPERATORS:
-        torch.library.register_torch_dispatch(f"selfattn::{name}", NestedTensor, _refuse_jagged)
+        with contextlib.suppress(RuntimeError):  # an earlier import in this process has done it
+            torch.library.register_torch_dispatch(f"selfattn::{name}", NestedTensor, _refuse_jagged)
 
 
 def _load(path: Path, chosen_by_user: str | None) -> None:

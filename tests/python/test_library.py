@@ -91,6 +91,12 @@ def test_same_library_is_loaded_twice(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_package_is_imported_twice(tmp_path: Path) -> None:
+    program = "import sys, selfattn; [sys.modules.pop(m) for m in list(sys.modules) if m.startswith('selfattn')]"
+    done = run(f"{program}; import selfattn", tmp_path, SELFATTN_LIBRARY=used_library())
+    assert done.returncode == 0, done.stderr
+
+
 def test_library_of_another_torch_is_refused_with_both_versions(tmp_path: Path) -> None:
     run("", tmp_path)
     (tmp_path / "selfattn" / "_build_info.py").write_text('TORCH_VERSION = "1.13.1+cu117"\n')
