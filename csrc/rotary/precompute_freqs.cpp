@@ -27,6 +27,8 @@ std::tuple<at::Tensor, at::Tensor> precompute_freqs(int64_t feat_dim, const Opti
     check_positions_dtype(*pos_idx, "pos_idx");
     TORCH_CHECK_VALUE(pos_idx->dim() == 1 || pos_idx->dim() == 2,
                       "selfattn: pos_idx must have the shape (S,) or (B, S); got ", pos_idx->sym_sizes());
+    TORCH_CHECK_TYPE(!device || !pos_idx->is_meta() || device->is_meta(),
+                     "selfattn: pos_idx must hold values for tables on device ", *device, "; got a tensor on meta");
     positions = device ? pos_idx->to(*device) : *pos_idx;
   } else {
     TORCH_CHECK_VALUE(*max_length >= 0, "selfattn: max_length must be at least 0; got ", *max_length);

@@ -45,10 +45,11 @@ def find_operator(name: str) -> Callable:
 # ---------------------------------------------------------------- good arguments
 
 
-def good_tensors(name: str, dtype: torch.dtype) -> dict[str, Tensor]:
+def good_tensors(name: str, dtype: torch.dtype, S: int = S, D: int = D) -> dict[str, Tensor]:
     """Tensors by the name of their argument, that fit each other in one call of the operator."""
     randn = lambda *shape: torch.randn(shape, dtype=dtype)  # noqa: E731
     ids = torch.tensor([[0, 0, 1, 1, 1, 2, -1], [3, 1, 3, 1, -2, 0, 0]], dtype=torch.int32)
+    ids = ids.repeat(1, -(-S // ids.shape[1]))[:, :S].contiguous()
     angles = torch.rand(1, S, D // 2)
     tensors = {
         "q": randn(B, S, NH, D),
@@ -61,7 +62,7 @@ def good_tensors(name: str, dtype: torch.dtype) -> dict[str, Tensor]:
         "pos_idx": torch.arange(S)[None],
         "freqs_sin": angles.sin(),
         "freqs_cos": angles.cos(),
-        "cu_seqlens": torch.tensor([0, 3, 5, S]),
+        "cu_seqlens": torch.tensor([0, min(3, S), min(5, S), S]),
     }
     if name == "segment_ids_from_positions":
         tensors["positions"] = torch.arange(B * S).view(B, S)
@@ -79,24 +80,24 @@ def good_tensors(name: str, dtype: torch.dtype) -> dict[str, Tensor]:
     return tensors | {f"d{name}": torch.empty_like(tensors[name]) for name in "qkv"}
 
 
-GOOD_NUMBERS = {"length": S, "max_segments": S, "feat_dim": D, "max_length": S, "head_dim": D}
-
-
 def good_arguments(name: str, schema: torch._C.FunctionSchema, generator: random.Random) -> dict:
-    tensors = good_tensors(name, generator.choice([torch.float32, torch.float32, torch.bfloat16, torch.float16]))
+    dtype = generator.choice([torch.float32, torch.float32, torch.bfloat16, torch.float16])
+    length, dim = generator.choice([S, S, 1, 67]), generator.choice([D, D, 2, 24, 70])
+    tensors = good_tensors(name, dtype, length, dim)
+    numbers = {"length": length, "max_segments": length, "feat_dim": dim, "max_length": length, "head_dim": dim}
     arguments = {}
     for argument in schema.arguments:
         is_optional = argument.has_default_value() or isinstance(argument.type, torch.OptionalType)
         if argument.name in tensors and not (is_optional and generator.random() < 0.5):
             arguments[argument.name] = tensors[argument.name]
-        elif argument.name in GOOD_NUMBERS and not is_optional:
-            arguments[argument.name] = GOOD_NUMBERS[argument.name]
+        elif argument.name in numbers and not is_optional:
+            arguments[argument.name] = numbers[argument.name]
         elif not argument.has_default_value():
             arguments[argument.name] = None
-    return make_consistent(name, arguments)
+    return make_consistent(name, arguments, tensors)
 
 
-def make_consistent(name: str, arguments: dict) -> dict:
+def make_consistent(name: str, arguments: dict, tensors: dict[str, Tensor]) -> dict:
     """Leaves out what must not be given beside the rest."""
     pairs = [("freqs_sin", "freqs_cos"), ("q_norm_weight", "k_norm_weight"), ("kv_segment_ids", "segment_ids")]
     for one, other in pairs:
@@ -109,7 +110,6 @@ def make_consistent(name: str, arguments: dict) -> dict:
     if name == "precompute_freqs":
         arguments |= {} if "pos_idx" in arguments else {"max_length": S}
     if name.startswith("qk_norm_rope_backward"):
-        tensors = good_tensors(name, arguments["grad_q"].dtype)
         arguments |= {"q": tensors["q"], "k": tensors["k"]}
     return arguments
 

@@ -15,6 +15,9 @@ BAD_FREQUENCIES = {
     "neither": ({"feat_dim": 8}, ValueError, "exactly one of pos_idx and max_length", "neither"),
     "both": ({"feat_dim": 8, "pos_idx": POSITIONS, "max_length": 6}, ValueError, "exactly one of pos_idx", "both"),
     "rank": ({"feat_dim": 8, "pos_idx": POSITIONS[None]}, ValueError, "pos_idx", r"\[1, 2, 6\]"),
+    "no_values": (
+        {"feat_dim": 8, "pos_idx": POSITIONS.to("meta"), "device": "cpu"}, TypeError, "pos_idx", "cpu.*meta",
+    ),
     "length": ({"feat_dim": 8, "max_length": -1}, ValueError, "max_length", "-1"),
     "theta_zero": ({"feat_dim": 8, "max_length": 4, "theta": 0.0}, ValueError, "theta", "0"),
     "theta_nan": ({"feat_dim": 8, "max_length": 4, "theta": float("nan")}, ValueError, "theta", "nan"),
