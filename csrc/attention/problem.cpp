@@ -111,7 +111,7 @@ void check_token_ids(const at::Tensor& ids, const char* name, const at::Tensor& 
 
 void check_sinks(const at::Tensor& sinks, const c10::SymInt& heads, const at::Device& device, const char* owner) {
   check_dense(sinks, "sinks");
-  TORCH_CHECK_TYPE(at::isFloatingType(sinks.scalar_type()), "selfattn: sinks must be floating point; got ",
+  TORCH_CHECK_TYPE(is_supported_dtype(sinks.scalar_type()), "selfattn: sinks must be floating point; got ",
                    sinks.scalar_type());
   TORCH_CHECK_TYPE(sinks.device() == device, "selfattn: sinks must be on the device of ", owner, ", ", device, "; got ",
                    sinks.device());

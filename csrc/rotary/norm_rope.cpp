@@ -21,7 +21,7 @@ namespace {
 void check_weight(const OptionalTensor& weight, const HeadsShape& heads, const char* name) {
   if (!weight) return;
   check_dense(*weight, name);
-  TORCH_CHECK_TYPE(at::isFloatingType(weight->scalar_type()), "selfattn: ", name, " must be floating point; got ",
+  TORCH_CHECK_TYPE(is_supported_dtype(weight->scalar_type()), "selfattn: ", name, " must be floating point; got ",
                    weight->scalar_type());
   TORCH_CHECK_TYPE(weight->device() == heads.device, "selfattn: ", name, " must be on the device of ", heads.name, ", ",
                    heads.device, "; got ", weight->device());

@@ -22,7 +22,7 @@ constexpr double kLeastTheta = 1e-6;
 
 void check_table(const at::Tensor& table, const HeadsShape& heads, const char* name) {
   check_dense(table, name);
-  TORCH_CHECK_TYPE(at::isFloatingType(table.scalar_type()), "selfattn: ", name, " must be floating point; got ",
+  TORCH_CHECK_TYPE(is_supported_dtype(table.scalar_type()), "selfattn: ", name, " must be floating point; got ",
                    table.scalar_type());
   TORCH_CHECK_TYPE(table.device() == heads.device, "selfattn: ", name, " must be on the device of ", heads.name, ", ",
                    heads.device, "; got ", table.device());
@@ -80,7 +80,7 @@ void check_theta(double theta, const char* name) {
 void check_positions_dtype(const at::Tensor& positions, const char* name) {
   check_dense(positions, name);
   const auto dtype = positions.scalar_type();
-  TORCH_CHECK_TYPE(at::isIntegralType(dtype, /*includeBool=*/false) || at::isFloatingType(dtype), "selfattn: ", name,
+  TORCH_CHECK_TYPE(at::isIntegralType(dtype, /*includeBool=*/false) || is_supported_dtype(dtype), "selfattn: ", name,
                    " must be integers or floating point; got ", dtype);
 }
 
