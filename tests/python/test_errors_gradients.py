@@ -13,7 +13,7 @@ NAMES = ("grad_out", "grad_lse", "q", "k", "v", "out", "lse")
 def make_arguments(device: str, dtype: torch.dtype = torch.float32, with_results: bool = False) -> dict[str, Tensor]:
     q, k = torch.randn(2, 6, 4, 8).to(device, dtype), torch.randn(2, 6, 2, 8).to(device, dtype)
     arguments = {"q": q, "k": k, "v": torch.randn(2, 6, 2, 16).to(device, dtype)}
-    out, lse = torch.empty(2, 6, 4, 16).to(device, dtype), torch.zeros(2, 4, 6, device=device)
+    out, lse = torch.zeros(2, 6, 4, 16).to(device, dtype), torch.zeros(2, 4, 6, device=device)
     arguments |= {"out": out, "lse": lse, "grad_out": torch.randn(2, 6, 4, 16).to(device, dtype), "grad_lse": lse + 1}
     if with_results:
         arguments |= {f"d{name}": torch.empty_like(arguments[name]) for name in "qkv"}
