@@ -72,11 +72,17 @@ coverage: $(VENV)/.packages
 	SELFATTN_LIBRARY=$(abspath build-coverage/libselfattn.so) $(BIN)/python -m pytest -q -m "not slow" $(PYTEST_ARGS)
 	$(BIN)/gcovr --root . --filter csrc/ --filter include/ --exclude-throw-branches build-coverage
 
+# Python does not link the sanitizers, so the fuzz preloads them, and what they look for when they start: C++'s exceptions.
+SANITIZER_OPTIONS := ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
+SANITIZER_LIBRARIES = $(foreach name,libasan libubsan libstdc++,$(shell $(CXX) -print-file-name=$(name).so))
+
 sanitize: $(VENV)/.packages
 	$(CONFIGURE) -B build-sanitize -DSELFATTN_TESTS=ON -DSELFATTN_CUDA=OFF -DSELFATTN_SANITIZE=address,undefined
 	$(BIN)/cmake --build build-sanitize -j $(JOBS)
-	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-	  $(BIN)/ctest --test-dir build-sanitize --output-on-failure
+	$(SANITIZER_OPTIONS) $(BIN)/ctest --test-dir build-sanitize --output-on-failure
+	$(SANITIZER_OPTIONS) LD_PRELOAD="$(SANITIZER_LIBRARIES)" OMP_NUM_THREADS=2 SELFATTN_FUZZ_CALLS=60 \
+	  SELFATTN_LIBRARY=$(abspath build-sanitize/libselfattn.so) \
+	  $(BIN)/python -m pytest -q -p no:cacheprovider tests/python/test_fuzz_operators.py
 
 lint: $(VENV)/.packages
 	$(BIN)/clang-format --dry-run --Werror $(SOURCES)

@@ -5,6 +5,8 @@
 #include <ATen/core/enum_tag.h>
 #include <torch/library.h>
 
+#include "attention/dense_tensor.h"
+
 #define SELFATTN_QKV "Tensor q, Tensor k, Tensor v"
 #define SELFATTN_PAIRS "Tensor? segment_ids=None, bool causal=True, float? qk_scale=None"
 #define SELFATTN_KEYWORDS "Tensor? kv_segment_ids=None, int window_left=-1, int window_right=-1, float softcap=0.0"
@@ -85,3 +87,23 @@ TORCH_LIBRARY(selfattn, m) {
       "bool training=False) -> Tensor",
       tags);
 }
+
+// Tensors that no kernel reads. Below the schemas, whose operators each of these lines goes through.
+#define SELFATTN_REFUSE(KEY) \
+  TORCH_LIBRARY_IMPL(selfattn, KEY, m) { selfattn::refuse_tensors_of_key(m); }
+SELFATTN_REFUSE(AutogradNestedTensor)
+SELFATTN_REFUSE(NestedTensorCPU)
+SELFATTN_REFUSE(NestedTensorCUDA)
+SELFATTN_REFUSE(NestedTensorMeta)
+SELFATTN_REFUSE(SparseCPU)
+SELFATTN_REFUSE(SparseCUDA)
+SELFATTN_REFUSE(SparseMeta)
+SELFATTN_REFUSE(SparseCsrCPU)
+SELFATTN_REFUSE(SparseCsrCUDA)
+SELFATTN_REFUSE(SparseCsrMeta)
+SELFATTN_REFUSE(QuantizedCPU)
+SELFATTN_REFUSE(QuantizedCUDA)
+SELFATTN_REFUSE(QuantizedMeta)
+SELFATTN_REFUSE(MkldnnCPU)
+SELFATTN_REFUSE(AutogradOther)  // of MKL-DNN's tensors, which have no key of autograd of their own
+#undef SELFATTN_REFUSE

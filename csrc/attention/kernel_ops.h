@@ -30,4 +30,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> flash_attention_backward_into(con
 AttentionProblem make_flash_problem(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                     const AttentionArguments& arguments);
 
+/// Throws where what a gradient is made of does not fit the call: grad_out and out of its results' shape and q's dtype,
+/// lse and grad_lse (B, NH, Sq) float32, all on q's device. Any strides. Sizes may be symbolic.
+void check_gradients(const AttentionProblem& problem, const AttentionGradients& gradients);
+
+/// Throws where the memory for the results is not contiguous, of the inputs' shapes, dtype and device, or overlaps what
+/// is still read: dq may be all of out, dk all of k and dv all of v, and nothing else.
+void check_gradient_memory(const AttentionProblem& problem, const AttentionGradients& gradients, const at::Tensor& dq,
+                           const at::Tensor& dk, const at::Tensor& dv);
+
 }  // namespace selfattn

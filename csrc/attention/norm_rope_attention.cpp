@@ -23,6 +23,7 @@ bool is_cast_between(const at::Tensor& heads) {
 NormRopeAttentionCall make_norm_rope_attention_call(NormRopeCall prologue, const at::Tensor& v,
                                                     const AttentionArguments& arguments) {
   check_norm_rope(prologue);
+  prologue.eps = eps_of_heads(prologue.eps, prologue.q);
   AttentionProblem problem = make_attention_problem(prologue.q, prologue.k, v, arguments, /*needs_lse=*/true);
   return {std::move(prologue), std::move(problem)};
 }

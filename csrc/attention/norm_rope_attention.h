@@ -72,19 +72,20 @@ NormRopeAttentionGradients attention_backward_from_schema(
     const OptionalTensor& k_weight, const OptionalTensor& freqs_sin, const OptionalTensor& freqs_cos,
     const OptionalTensor& segment_ids, double eps, double theta, c10::string_view pairing, bool causal,
     std::optional<double> qk_scale, int64_t window_left, int64_t window_right, double softcap) {
-  return kImplementation(
-      make_norm_rope_attention_call(
-          {.q = q,
-           .k = k,
-           .q_weight = q_weight,
-           .k_weight = k_weight,
-           .freqs_sin = freqs_sin,
-           .freqs_cos = freqs_cos,
-           .eps = eps,
-           .theta = theta,
-           .pairing = parse_pairing(pairing, "pairing")},
-          v, {segment_ids, causal, qk_scale, std::nullopt, window_left, window_right, softcap, std::nullopt}),
-      {grad_out, grad_lse, out, lse});
+  const NormRopeAttentionCall call = make_norm_rope_attention_call(
+      {.q = q,
+       .k = k,
+       .q_weight = q_weight,
+       .k_weight = k_weight,
+       .freqs_sin = freqs_sin,
+       .freqs_cos = freqs_cos,
+       .eps = eps,
+       .theta = theta,
+       .pairing = parse_pairing(pairing, "pairing")},
+      v, {segment_ids, causal, qk_scale, std::nullopt, window_left, window_right, softcap, std::nullopt});
+  const AttentionGradients gradients{grad_out, grad_lse, out, lse};
+  check_gradients(call.problem, gradients);
+  return kImplementation(call, gradients);
 }
 
 }  // namespace selfattn

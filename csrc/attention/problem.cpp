@@ -3,17 +3,28 @@
 #include <ATen/core/grad_mode.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <cmath>
 #include <tuple>
 #include <utility>
 
+#include "attention/dense_tensor.h"
 #include "segment/segment_ids.h"
 
 namespace selfattn {
 namespace {
 
-bool is_supported_dtype(at::ScalarType dtype) {
-  return dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kDouble;
+/// Wider than any row, and far from where a sum with a position overflows.
+constexpr int64_t kWidestWindow = int64_t{1} << 40;
+/// The softmax is one-hot long before; float32 holds it, and its negative.
+constexpr double kLargestScale = 1e37;
+/// Beyond these float32 would turn a cap, or a logit over it, into 0 or infinity.
+constexpr double kLeastSoftcap = 1e-30, kLargestSoftcap = 1e30;
+
+/// The scale as float32 can hold it, and over the cap too.
+double usable_scale(double scale, double softcap) {
+  const double largest = softcap > 0.0 ? kLargestScale * std::min(softcap, 1.0) : kLargestScale;
+  return std::clamp(scale, -largest, largest);
 }
 
 void check_tensor_like_query(const at::Tensor& query, const at::Tensor& tensor, const char* name) {
@@ -24,6 +35,7 @@ void check_tensor_like_query(const at::Tensor& query, const at::Tensor& tensor, 
 }
 
 void check_query_key_value(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
+  check_dense(q, "q"), check_dense(k, "k"), check_dense(v, "v");
   TORCH_CHECK_TYPE(is_supported_dtype(q.scalar_type()),
                    "selfattn: q must be float64, float32, bfloat16 or float16; got ", q.scalar_type());
   check_tensor_like_query(q, k, "k");
@@ -43,25 +55,6 @@ void check_query_key_value(const at::Tensor& q, const at::Tensor& k, const at::T
                     "selfattn: the heads of q must be a multiple of the heads of k; got ", qs[2], " and ", ks[2]);
 }
 
-void check_numbers(const AttentionArguments& arguments) {
-  TORCH_CHECK_VALUE(!arguments.qk_scale || std::isfinite(*arguments.qk_scale),
-                    "selfattn: qk_scale must be finite; got ", *arguments.qk_scale);
-  TORCH_CHECK_VALUE(arguments.window_left >= -1, "selfattn: window_left must be -1 (unbounded) or at least 0; got ",
-                    arguments.window_left);
-  TORCH_CHECK_VALUE(arguments.window_right >= -1, "selfattn: window_right must be -1 (unbounded) or at least 0; got ",
-                    arguments.window_right);
-  TORCH_CHECK_VALUE(std::isfinite(arguments.softcap) && arguments.softcap >= 0.0,
-                    "selfattn: softcap must be finite and at least 0 (0: none); got ", arguments.softcap);
-}
-
-void check_ids(const at::Tensor& ids, const char* name, const at::Tensor& tokens) {
-  check_segment_ids(ids, name);
-  TORCH_CHECK_TYPE(ids.device() == tokens.device(), "selfattn: ", name, " must be on the device of q, ",
-                   tokens.device(), "; got ", ids.device());
-  TORCH_CHECK_VALUE(ids.sym_size(0) == tokens.sym_size(0) && ids.sym_size(1) == tokens.sym_size(1), "selfattn: ", name,
-                    " must have the shape (B, S) = ", tokens.sym_sizes().slice(0, 2), "; got ", ids.sym_sizes());
-}
-
 /// Whether the device's kernels read the ids as given: those for CUDA do, asserting the range of int64, where both are
 /// of one type.
 bool kernels_read(const at::Tensor& query_ids, const at::Tensor& key_ids) {
@@ -74,9 +67,9 @@ void add_segment_ids(const AttentionArguments& arguments, AttentionProblem& prob
                       "selfattn: kv_segment_ids must come with segment_ids; got kv_segment_ids alone");
     return;
   }
-  check_ids(*arguments.segment_ids, "segment_ids", problem.query);
+  check_token_ids(*arguments.segment_ids, "segment_ids", problem.query, "q");
   if (arguments.kv_segment_ids) {
-    check_ids(*arguments.kv_segment_ids, "kv_segment_ids", problem.key);
+    check_token_ids(*arguments.kv_segment_ids, "kv_segment_ids", problem.key, "k");
   } else {
     TORCH_CHECK_VALUE(problem.query_length() == problem.key_length(),
                       "selfattn: kv_segment_ids must be given where q and k differ in length; got lengths ",
@@ -87,20 +80,44 @@ void add_segment_ids(const AttentionArguments& arguments, AttentionProblem& prob
   std::tie(problem.query_segment_ids, problem.key_segment_ids) = ids;
 }
 
-void add_sinks(const AttentionArguments& arguments, AttentionProblem& problem) {
-  if (!arguments.sinks) return;
-  const at::Tensor& sinks = *arguments.sinks;
-  TORCH_CHECK_TYPE(at::isFloatingType(sinks.scalar_type()), "selfattn: sinks must be floating point; got ",
-                   sinks.scalar_type());
-  TORCH_CHECK_TYPE(sinks.device() == problem.query.device(), "selfattn: sinks must be on the device of q, ",
-                   problem.query.device(), "; got ", sinks.device());
-  TORCH_CHECK_VALUE(sinks.dim() == 1 && sinks.sym_size(0) == problem.query_heads(),
-                    "selfattn: sinks must have the shape (NH,) = [", problem.query_heads(), "]; got ",
-                    sinks.sym_sizes());
-  problem.sinks = sinks;
+}  // namespace
+
+bool is_supported_dtype(at::ScalarType dtype) {
+  return dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kDouble;
 }
 
-}  // namespace
+void check_attention_numbers(const AttentionArguments& arguments) {
+  TORCH_CHECK_VALUE(!arguments.qk_scale || std::isfinite(*arguments.qk_scale),
+                    "selfattn: qk_scale must be finite; got ", *arguments.qk_scale);
+  TORCH_CHECK_VALUE(arguments.window_left >= -1, "selfattn: window_left must be -1 (unbounded) or at least 0; got ",
+                    arguments.window_left);
+  TORCH_CHECK_VALUE(arguments.window_right >= -1, "selfattn: window_right must be -1 (unbounded) or at least 0; got ",
+                    arguments.window_right);
+  const double softcap = arguments.softcap;
+  TORCH_CHECK_VALUE(std::isfinite(softcap) && softcap >= 0.0,
+                    "selfattn: softcap must be finite and at least 0 (0: none); got ", softcap);
+  TORCH_CHECK_VALUE(softcap == 0.0 || (softcap >= kLeastSoftcap && softcap <= kLargestSoftcap),
+                    "selfattn: softcap must be 0 (none) or from ", kLeastSoftcap, " to ", kLargestSoftcap, "; got ",
+                    softcap);
+}
+
+void check_token_ids(const at::Tensor& ids, const char* name, const at::Tensor& tokens, const char* owner) {
+  check_segment_ids(ids, name);
+  TORCH_CHECK_TYPE(ids.device() == tokens.device(), "selfattn: ", name, " must be on the device of ", owner, ", ",
+                   tokens.device(), "; got ", ids.device());
+  TORCH_CHECK_VALUE(ids.sym_size(0) == tokens.sym_size(0) && ids.sym_size(1) == tokens.sym_size(1), "selfattn: ", name,
+                    " must have the shape (B, S) = ", tokens.sym_sizes().slice(0, 2), "; got ", ids.sym_sizes());
+}
+
+void check_sinks(const at::Tensor& sinks, const c10::SymInt& heads, const at::Device& device, const char* owner) {
+  check_dense(sinks, "sinks");
+  TORCH_CHECK_TYPE(is_supported_dtype(sinks.scalar_type()), "selfattn: sinks must be floating point; got ",
+                   sinks.scalar_type());
+  TORCH_CHECK_TYPE(sinks.device() == device, "selfattn: sinks must be on the device of ", owner, ", ", device, "; got ",
+                   sinks.device());
+  TORCH_CHECK_VALUE(sinks.dim() == 1 && sinks.sym_size(0) == heads, "selfattn: sinks must have the shape (NH,) = [",
+                    heads, "]; got ", sinks.sym_sizes());
+}
 
 bool AttentionProblem::requires_grad() const {
   return at::GradMode::is_enabled() &&
@@ -110,16 +127,18 @@ bool AttentionProblem::requires_grad() const {
 AttentionProblem make_attention_problem(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                         const AttentionArguments& arguments, bool needs_lse) {
   check_query_key_value(q, k, v);
-  check_numbers(arguments);
+  check_attention_numbers(arguments);
   AttentionProblem problem{.query = q, .key = k, .value = v};
   add_segment_ids(arguments, problem);
-  add_sinks(arguments, problem);
+  if (arguments.sinks) check_sinks(*arguments.sinks, problem.query_heads(), q.device(), "q");
+  problem.sinks = arguments.sinks;
   problem.is_causal = arguments.is_causal;
   problem.scale = arguments.qk_scale
                       ? *arguments.qk_scale
                       : 1.0 / std::sqrt(static_cast<double>(q.sym_size(3).guard_int(__FILE__, __LINE__)));
-  problem.window_left = arguments.window_left;
-  problem.window_right = arguments.window_right;
+  if (q.scalar_type() != at::kDouble) problem.scale = usable_scale(problem.scale, arguments.softcap);
+  problem.window_left = std::min(arguments.window_left, kWidestWindow);
+  problem.window_right = std::min(arguments.window_right, kWidestWindow);
   problem.softcap = arguments.softcap;
   problem.needs_lse = needs_lse;
   return problem;

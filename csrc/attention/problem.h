@@ -57,8 +57,19 @@ struct AttentionArguments {
   OptionalTensor sinks;
 };
 
+/// float64, float32, bfloat16 or float16.
+bool is_supported_dtype(at::ScalarType dtype);
+
+// The checks of make_attention_problem that need no q, k and v yet. `owner` is the argument that the caller knows the
+// tokens and the device by, for the message.
+void check_attention_numbers(const AttentionArguments& arguments);
+/// `tokens`: (B, S, ...).
+void check_token_ids(const at::Tensor& ids, const char* name, const at::Tensor& tokens, const char* owner);
+void check_sinks(const at::Tensor& sinks, const c10::SymInt& heads, const at::Device& device, const char* owner);
+
 /// Validates a call and fills in the defaults (scale 1/sqrt(DQK), key ids = query ids). Narrows int64 ids, behind a
-/// check that they fit, where the device's kernels do not read them. Throws c10::TypeError for a wrong dtype or device,
+/// check that they fit, where the device's kernels do not read them; brings numbers that are far beyond any effect to
+/// ones that every rule and float32 can hold. Throws c10::TypeError for a wrong dtype, device or layout,
 /// c10::ValueError for a wrong rank, shape or number; each message names the argument, what was expected and what came.
 AttentionProblem make_attention_problem(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                         const AttentionArguments& arguments, bool needs_lse = false);

@@ -89,6 +89,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> flash_attention_backward_autograd
       q, k, v, {segment_ids, causal, qk_scale, kv_segment_ids, window_left, window_right, softcap, std::nullopt},
       /*needs_lse=*/true);
   const AttentionGradients gradients{grad_out, grad_lse, out, lse};
+  check_gradients(problem, gradients);
   if (any_requires_grad({grad_out, grad_lse.value_or(at::Tensor()), q, k, v, out, lse})) {
     return reference_attention_backward(problem, gradients);
   }

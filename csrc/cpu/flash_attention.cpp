@@ -7,7 +7,7 @@
 
 #include <atomic>
 
-#include "attention/problem.h"
+#include "attention/kernel_ops.h"
 #include "cpu/gemm.h"
 #include "cpu/select_kernels.h"
 
@@ -186,7 +186,7 @@ std::tuple<at::Tensor, at::Tensor> flash_attention_cpu(const at::Tensor& q, cons
                                                        const OptionalTensor& kv_segment_ids, int64_t window_left,
                                                        int64_t window_right, double softcap,
                                                        const OptionalTensor& sinks) {
-  const AttentionProblem attention = make_attention_problem(
+  const AttentionProblem attention = make_flash_problem(
       q, k, v, {segment_ids, causal, qk_scale, kv_segment_ids, window_left, window_right, softcap, sinks});
   const at::Tensor out = at::empty({q.size(0), q.size(1), q.size(2), v.size(3)}, q.options());
   const at::Tensor lse = at::empty({q.size(0), q.size(2), q.size(1)}, q.options().dtype(at::kFloat));
@@ -230,8 +230,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> flash_attention_backward_cpu(
     const at::Tensor& v, const at::Tensor& out, const at::Tensor& lse, const OptionalTensor& segment_ids, bool causal,
     std::optional<double> qk_scale, const OptionalTensor& kv_segment_ids, int64_t window_left, int64_t window_right,
     double softcap) {
-  const AttentionProblem attention = make_attention_problem(
+  const AttentionProblem attention = make_flash_problem(
       q, k, v, {segment_ids, causal, qk_scale, kv_segment_ids, window_left, window_right, softcap, std::nullopt});
+  check_gradients(attention, {grad_out, grad_lse, out, lse});
   const auto empty_like = [](const at::Tensor& tensor) { return at::empty(tensor.sizes(), tensor.options()); };
   const at::Tensor grad_query = empty_like(q), grad_key = empty_like(k), grad_value = empty_like(v);
   if (q.size(2) == 0) return {grad_query, grad_key.zero_(), grad_value.zero_()};
@@ -252,10 +253,27 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> flash_attention_backward_cpu(
   return {grad_query, grad_key, grad_value};
 }
 
+/// dq may be out, dk may be k and dv may be v: the gradients are copied when all is read.
+void flash_attention_backward_into_cpu(const at::Tensor& grad_out, const OptionalTensor& grad_lse, const at::Tensor& q,
+                                       const at::Tensor& k, const at::Tensor& v, const at::Tensor& out,
+                                       const at::Tensor& lse, const OptionalTensor& segment_ids, bool causal,
+                                       std::optional<double> qk_scale, const OptionalTensor& kv_segment_ids,
+                                       int64_t window_left, int64_t window_right, double softcap, at::Tensor& dq,
+                                       at::Tensor& dk, at::Tensor& dv) {
+  const AttentionProblem attention = make_flash_problem(
+      q, k, v, {segment_ids, causal, qk_scale, kv_segment_ids, window_left, window_right, softcap, std::nullopt});
+  check_gradient_memory(attention, {grad_out, grad_lse, out, lse}, dq, dk, dv);
+  const auto [grad_query, grad_key, grad_value] =
+      flash_attention_backward_cpu(grad_out, grad_lse, q, k, v, out, lse, segment_ids, causal, qk_scale, kv_segment_ids,
+                                   window_left, window_right, softcap);
+  dq.copy_(grad_query), dk.copy_(grad_key), dv.copy_(grad_value);
+}
+
 }  // namespace
 }  // namespace selfattn
 
 TORCH_LIBRARY_IMPL(selfattn, CPU, m) {
   m.impl("flash_attention", TORCH_FN(selfattn::flash_attention_cpu));
   m.impl("flash_attention_backward", TORCH_FN(selfattn::flash_attention_backward_cpu));
+  m.impl("flash_attention_backward.into", TORCH_FN(selfattn::flash_attention_backward_into_cpu));
 }

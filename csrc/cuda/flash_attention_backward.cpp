@@ -26,31 +26,6 @@ Tensor prepare_segments(const AttentionProblem& problem, BackwardParams& params,
   return storage;
 }
 
-void check_saved(const AttentionProblem& problem, const Tensor& grad_out, const OptionalTensor& grad_lse,
-                 const Tensor& out, const Tensor& lse) {
-  const Tensor& q = problem.query;
-  const auto check = [&](const Tensor& tensor, const char* name, at::ScalarType dtype, at::IntArrayRef sizes) {
-    TORCH_CHECK_TYPE(tensor.scalar_type() == dtype && tensor.device() == q.device(), "selfattn: ", name, " must be ",
-                     dtype, " on ", q.device(), "; got ", tensor.scalar_type(), " on ", tensor.device());
-    TORCH_CHECK_VALUE(tensor.sizes() == sizes, "selfattn: ", name, " must have the shape ", sizes, "; got ",
-                      tensor.sizes());
-  };
-  const int64_t out_sizes[] = {q.size(0), q.size(1), q.size(2), problem.value.size(3)},
-                row_sizes[] = {q.size(0), q.size(2), q.size(1)};
-  check(grad_out, "grad_out", q.scalar_type(), out_sizes);
-  check(out, "out", q.scalar_type(), out_sizes);
-  check(lse, "lse", at::kFloat, row_sizes);
-  if (grad_lse) check(*grad_lse, "grad_lse", at::kFloat, row_sizes);
-}
-
-void check_result(const Tensor& result, const char* name, const Tensor& like) {
-  TORCH_CHECK_VALUE(result.scalar_type() == like.scalar_type() && result.device() == like.device() &&
-                        result.sizes() == like.sizes() && result.is_contiguous(),
-                    "selfattn: ", name, " must be contiguous, ", like.scalar_type(), " on ", like.device(),
-                    ", of the shape ", like.sizes(), "; got ", result.scalar_type(), " on ", result.device(), ", ",
-                    result.sizes());
-}
-
 // No element of out is read once its place in dq is written, none of k once that in dk is, none of v once that in dv
 // is: a thread block that stores a tile of a gradient has read that tile of the other before, and no other block reads
 // it in this kernel or in a later one (docs/kernels/backward.md).
@@ -61,8 +36,9 @@ void flash_attention_backward_into(const Tensor& grad_out, const OptionalTensor&
                                    double softcap, Tensor& dq, Tensor& dk, Tensor& dv) {
   const AttentionProblem problem = make_flash_problem(
       q, k, v, {segment_ids, causal, qk_scale, kv_segment_ids, window_left, window_right, softcap, std::nullopt});
-  check_saved(problem, grad_out, grad_lse, out, lse);
-  check_result(dq, "dq", q), check_result(dk, "dk", k), check_result(dv, "dv", v);
+  const AttentionGradients gradients{grad_out, grad_lse, out, lse};
+  check_gradients(problem, gradients);
+  check_gradient_memory(problem, gradients, dq, dk, dv);
   const c10::cuda::CUDAGuard guard(q.device());
   const cudaStream_t stream = at::cuda::getCurrentCUDAStream();
   const ScaledQuery scaled = with_positive_scale(q, problem.scale);

@@ -2,11 +2,13 @@
 #include <ATen/autocast_mode.h>
 #include <ATen/ops/dropout.h>
 #include <ATen/ops/linear.h>
+#include <selfattn/backend.h>
 #include <selfattn/ops.h>
 #include <torch/library.h>
 
 #include <utility>
 
+#include "attention/dense_tensor.h"
 #include "attention/norm_rope_attention.h"
 #include "attention/owned_heads.h"
 #include "module/projections.h"
@@ -14,10 +16,55 @@
 namespace selfattn {
 namespace {
 
-void check_projection(const at::Tensor& weight, const at::Tensor& x, int64_t head_dim, const char* name) {
-  TORCH_CHECK_VALUE(weight.dim() == 2 && weight.sym_size(1) == x.sym_size(2) && weight.sym_size(0) % head_dim == 0,
+bool is_autocast_on(const at::Tensor& x) {
+  const auto device = x.device().type();
+  return at::autocast::is_autocast_available(device) && at::autocast::is_autocast_enabled(device);
+}
+
+void check_input(const at::Tensor& x, const at::Tensor& q_weight) {
+  check_dense(x, "x");
+  TORCH_CHECK_TYPE(is_supported_dtype(x.scalar_type()),
+                   "selfattn: x must be floating point (float64, float32, bfloat16 or float16); got ", x.scalar_type());
+  TORCH_CHECK_VALUE(x.dim() == 3, "selfattn: x must have three dimensions (B, S, E); got shape ", x.sym_sizes());
+  check_dense(q_weight, "q_weight");
+  TORCH_CHECK_TYPE(
+      x.scalar_type() == q_weight.scalar_type() || !is_supported_dtype(q_weight.scalar_type()) || is_autocast_on(x),
+      "selfattn: x must have the dtype of the weights, ", q_weight.scalar_type(), "; got ", x.scalar_type());
+  TORCH_CHECK_VALUE(q_weight.dim() != 2 || q_weight.sym_size(1) == x.sym_size(2),
+                    "selfattn: x must have the input features of q_weight, ", q_weight.sym_size(-1), "; got shape ",
+                    x.sym_sizes());
+}
+
+/// A parameter of the layer: of x's device, and of its dtype unless autocast gives both another.
+void check_parameter(const at::Tensor& parameter, const at::Tensor& x, const char* name) {
+  check_dense(parameter, name);
+  TORCH_CHECK_TYPE(is_supported_dtype(parameter.scalar_type()), "selfattn: ", name,
+                   " must be floating point (float64, float32, bfloat16 or float16); got ", parameter.scalar_type());
+  TORCH_CHECK_TYPE(parameter.device() == x.device(), "selfattn: ", name, " must be on the device of x, ", x.device(),
+                   "; got ", parameter.device());
+  TORCH_CHECK_TYPE(parameter.scalar_type() == x.scalar_type() || is_autocast_on(x), "selfattn: ", name,
+                   " must have the dtype of x, ", x.scalar_type(), "; got ", parameter.scalar_type());
+}
+
+void check_bias(const OptionalTensor& bias, const at::Tensor& weight, const at::Tensor& x, const char* name,
+                const char* weight_name) {
+  if (!bias) return;
+  check_parameter(*bias, x, name);
+  TORCH_CHECK_VALUE(bias->dim() == 1 && bias->sym_size(0) == weight.sym_size(0), "selfattn: ", name,
+                    " must have the output features of ", weight_name, ", [", weight.sym_size(0), "]; got ",
+                    bias->sym_sizes());
+}
+
+/// A projection to heads; gives their number.
+c10::SymInt check_projection(const at::Tensor& weight, const OptionalTensor& bias, const at::Tensor& x,
+                             int64_t head_dim, const char* name, const char* bias_name) {
+  check_parameter(weight, x, name);
+  TORCH_CHECK_VALUE(weight.dim() == 2 && weight.sym_size(1) == x.sym_size(2) && weight.sym_size(0) > 0 &&
+                        weight.sym_size(0) % head_dim == 0,
                     "selfattn: ", name, " must have the shape (heads * head_dim, E) with head_dim ", head_dim,
                     " and E ", x.sym_size(2), "; got ", weight.sym_sizes());
+  check_bias(bias, weight, x, bias_name, name);
+  return weight.sym_size(0) / head_dim;
 }
 
 /// (B, S, N * head_dim) -> (B, S, N, head_dim).
@@ -56,41 +103,50 @@ at::Tensor self_attention(const at::Tensor& x, const at::Tensor& q_weight, const
                           c10::string_view rope_pairing, bool causal, std::optional<double> qk_scale,
                           c10::string_view backend, int64_t window_left, int64_t window_right, double softcap,
                           double dropout_rate, bool training) {
-  TORCH_CHECK_VALUE(x.dim() == 3, "selfattn: x must have three dimensions (B, S, E); got shape ", x.sym_sizes());
-  TORCH_CHECK_TYPE(at::isFloatingType(x.scalar_type()), "selfattn: x must be floating point; got ", x.scalar_type());
-  TORCH_CHECK_TYPE(x.scalar_type() == q_weight.scalar_type() || at::autocast::is_autocast_enabled(x.device().type()),
-                   "selfattn: x must have the dtype of the weights, ", q_weight.scalar_type(), "; got ",
-                   x.scalar_type());
-  TORCH_CHECK_VALUE(q_weight.dim() != 2 || q_weight.sym_size(1) == x.sym_size(2),
-                    "selfattn: x must have the input features of q_weight, ", q_weight.sym_size(-1), "; got shape ",
-                    x.sym_sizes());
-  TORCH_CHECK_VALUE(head_dim > 0, "selfattn: head_dim must be positive; got ", head_dim);
+  check_input(x, q_weight);
+  TORCH_CHECK_VALUE(head_dim > 0 && head_dim % 2 == 0, "selfattn: head_dim must be positive and even; got ", head_dim);
   TORCH_CHECK_VALUE(dropout_rate >= 0.0 && dropout_rate < 1.0,
                     "selfattn: dropout_rate must be at least 0 and below 1; got ", dropout_rate);
+  parse_backend(backend);
+  const AttentionArguments arguments{segment_ids, causal,       qk_scale, std::nullopt,
+                                     window_left, window_right, softcap,  sinks};
+  check_attention_numbers(arguments);
+  const c10::SymInt heads = check_projection(q_weight, q_bias, x, head_dim, "q_weight", "q_bias");
+  const c10::SymInt kv_heads = check_projection(k_weight, k_bias, x, head_dim, "k_weight", "k_bias");
+  TORCH_CHECK_VALUE(heads % kv_heads == 0, "selfattn: k_weight must have heads that divide those of q_weight, ", heads,
+                    "; got ", kv_heads);
+  check_projection(v_weight, v_bias, x, head_dim, "v_weight", "v_bias");
+  TORCH_CHECK_VALUE(v_weight.sym_size(0) == k_weight.sym_size(0),
+                    "selfattn: v_weight must have the shape of k_weight, ", k_weight.sym_sizes(), "; got ",
+                    v_weight.sym_sizes());
+  check_parameter(out_weight, x, "out_weight");
+  TORCH_CHECK_VALUE(out_weight.dim() == 2 && out_weight.sym_size(1) == q_weight.sym_size(0),
+                    "selfattn: out_weight must have the shape (E, heads * head_dim) with ", q_weight.sym_size(0),
+                    " input features; got ", out_weight.sym_sizes());
+  check_bias(out_bias, out_weight, x, "out_bias", "out_weight");
   TORCH_CHECK_VALUE(q_norm_weight.has_value() == k_norm_weight.has_value(),
                     "selfattn: q_norm_weight and k_norm_weight must be given together; got one alone");
-  check_projection(q_weight, x, head_dim, "q_weight");
-  check_projection(k_weight, x, head_dim, "k_weight");
-  check_projection(v_weight, x, head_dim, "v_weight");
-  auto [query, key, value] = project_query_key_value(x, {q_weight, q_bias}, {k_weight, k_bias}, {v_weight, v_bias});
-  value = split_heads(value, head_dim);
-  NormRopeCall prologue{.q = split_heads(std::exchange(query, {}), head_dim),
-                        .k = split_heads(std::exchange(key, {}), head_dim),
-                        .q_weight = q_norm_weight,
+  NormRopeCall prologue{.q_weight = q_norm_weight,
                         .k_weight = k_norm_weight,
                         .freqs_sin = freqs_sin,
                         .freqs_cos = freqs_cos,
                         .norm = q_norm_weight.has_value(),
                         .eps = norm_eps,
                         .theta = rope_theta,
-                        .pairing = parse_pairing(rope_pairing, "pairing")};
-  const at::Tensor heads =
-      attend(std::move(prologue), value,
-             {segment_ids, causal, qk_scale, std::nullopt, window_left, window_right, softcap, sinks}, backend);
-  TORCH_CHECK_VALUE(out_weight.dim() == 2 && out_weight.sym_size(1) == heads.sym_size(2) * heads.sym_size(3),
-                    "selfattn: out_weight must have the shape (E, heads * head_dim) with ",
-                    heads.sym_size(2) * heads.sym_size(3), " input features; got ", out_weight.sym_sizes());
-  const at::Tensor out = at::linear(heads.flatten(2, 3), out_weight, out_bias);
+                        .pairing = parse_pairing(rope_pairing, "rope_pairing")};
+  const HeadsShape shape{"x", x.sym_size(0), x.sym_size(1), head_dim, x.device()};
+  check_norm_rope_options(
+      prologue, shape, shape,
+      {.q_weight = "q_norm_weight", .k_weight = "k_norm_weight", .eps = "norm_eps", .theta = "rope_theta"});
+  if (segment_ids) check_token_ids(*segment_ids, "segment_ids", x, "x");
+  if (sinks) check_sinks(*sinks, heads, x.device(), "x");
+
+  auto [query, key, value] = project_query_key_value(x, {q_weight, q_bias}, {k_weight, k_bias}, {v_weight, v_bias});
+  value = split_heads(value, head_dim);
+  prologue.q = split_heads(std::exchange(query, {}), head_dim);
+  prologue.k = split_heads(std::exchange(key, {}), head_dim);
+  const at::Tensor attended = attend(std::move(prologue), value, arguments, backend);
+  const at::Tensor out = at::linear(attended.flatten(2, 3), out_weight, out_bias);
   return dropout_rate > 0.0 && training ? at::dropout(out, dropout_rate, /*train=*/true) : out;
 }
 

@@ -8,14 +8,13 @@ namespace {
 
 NormRopeHeads apply_rotary_emb(const at::Tensor& xq, const at::Tensor& xk, const OptionalTensor& freqs_sin,
                                const OptionalTensor& freqs_cos, double theta, c10::string_view pairing) {
-  check_heads(xq, "xq");
-  check_heads(xk, "xk");
   NormRopeCall call{xq, xk};
   call.freqs_sin = freqs_sin;
   call.freqs_cos = freqs_cos;
   call.norm = false;
   call.theta = theta;
   call.pairing = parse_pairing(pairing, "pairing");
+  check_norm_rope(call, {.q = "xq", .k = "xk"});
   return qk_norm_rope(call);
 }
 

@@ -10,36 +10,32 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
+#include "attention/dense_tensor.h"
 #include "attention/function_transform.h"
 
 namespace selfattn {
 namespace {
 
-void check_weight(const OptionalTensor& weight, const at::Tensor& x, const char* name) {
+void check_weight(const OptionalTensor& weight, const HeadsShape& heads, const char* name) {
   if (!weight) return;
-  TORCH_CHECK_TYPE(at::isFloatingType(weight->scalar_type()), "selfattn: ", name, " must be floating point; got ",
+  check_dense(*weight, name);
+  TORCH_CHECK_TYPE(is_supported_dtype(weight->scalar_type()), "selfattn: ", name, " must be floating point; got ",
                    weight->scalar_type());
-  TORCH_CHECK_TYPE(weight->device() == x.device(), "selfattn: ", name, " must be on the device of the heads, ",
-                   x.device(), "; got ", weight->device());
-  TORCH_CHECK_VALUE(weight->dim() == 1 && weight->sym_size(0) == x.sym_size(3), "selfattn: ", name,
-                    " must have the shape (D,) = [", x.sym_size(3), "]; got ", weight->sym_sizes());
+  TORCH_CHECK_TYPE(weight->device() == heads.device, "selfattn: ", name, " must be on the device of ", heads.name, ", ",
+                   heads.device, "; got ", weight->device());
+  TORCH_CHECK_VALUE(weight->dim() == 1 && weight->sym_size(0) == heads.head_dim, "selfattn: ", name,
+                    " must have the shape (D,) = [", heads.head_dim, "]; got ", weight->sym_sizes());
 }
 
-/// All but q and k themselves, for heads of the shapes of `q` and `k`.
-void check_options(const NormRopeCall& call, const at::Tensor& q, const at::Tensor& k) {
-  TORCH_CHECK_VALUE(std::isfinite(call.eps) && call.eps >= 0.0, "selfattn: eps must be finite and at least 0; got ",
-                    call.eps);
-  TORCH_CHECK_VALUE(call.norm || (!call.q_weight && !call.k_weight),
-                    "selfattn: q_weight and k_weight must not be given where norm is False");
-  TORCH_CHECK_VALUE(call.rope || (!call.freqs_sin && !call.freqs_cos && !call.positions),
-                    "selfattn: freqs_sin, freqs_cos and positions must not be given where rope is False");
-  if (call.rope) {
-    check_rotation(q, call.freqs_sin, call.freqs_cos, call.positions, call.theta);
-    check_rotation(k, call.freqs_sin, call.freqs_cos, call.positions, call.theta);
-  }
-  check_weight(call.q_weight, q, "q_weight");
-  check_weight(call.k_weight, k, "k_weight");
+HeadsShape shape_of(const at::Tensor& x, const char* name) {
+  return {name, x.sym_size(0), x.sym_size(1), x.sym_size(3), x.device()};
+}
+
+void check_device(const at::Tensor& x, const char* name, const at::Tensor& other, const char* other_name) {
+  TORCH_CHECK_TYPE(x.device() == other.device(), "selfattn: ", name, " must be on the device of ", other_name, ", ",
+                   other.device(), "; got ", x.device());
 }
 
 void check_gradient(const at::Tensor& grad, const at::Tensor& x, const char* name, const char* of) {
@@ -103,8 +99,9 @@ std::pair<RotaryTables, RotaryTables> tables_of(const NormRopeCall& call, const 
 }  // namespace
 
 void check_heads(const at::Tensor& x, const char* name) {
-  TORCH_CHECK_TYPE(at::isFloatingType(x.scalar_type()), "selfattn: ", name, " must be floating point; got ",
-                   x.scalar_type());
+  check_dense(x, name);
+  TORCH_CHECK_TYPE(is_supported_dtype(x.scalar_type()), "selfattn: ", name,
+                   " must be floating point (float64, float32, bfloat16 or float16); got ", x.scalar_type());
   TORCH_CHECK_VALUE(x.dim() == 4, "selfattn: ", name, " must have four dimensions (B, S, N, D); got shape ",
                     x.sym_sizes());
 }
@@ -123,18 +120,41 @@ bool needs_composition(const NormRopeCall& call) {
                      [](const OptionalTensor& tensor) { return tensor && has_tangent(*tensor); });
 }
 
-void check_norm_rope(const NormRopeCall& call) {
-  check_heads(call.q, "q");
-  check_heads(call.k, "k");
-  check_options(call, call.q, call.k);
+void check_norm_rope_options(const NormRopeCall& call, const HeadsShape& q, const HeadsShape& k,
+                             const NormRopeNames& names) {
+  TORCH_CHECK_VALUE(std::isfinite(call.eps) && call.eps >= 0.0, "selfattn: ", names.eps,
+                    " must be finite and at least 0; got ", call.eps);
+  TORCH_CHECK_VALUE(call.norm || (!call.q_weight && !call.k_weight), "selfattn: ", names.q_weight, " and ",
+                    names.k_weight, " must not be given where norm is False");
+  TORCH_CHECK_VALUE(call.rope || (!call.freqs_sin && !call.freqs_cos && !call.positions),
+                    "selfattn: freqs_sin, freqs_cos and positions must not be given where rope is False");
+  if (call.rope) {
+    check_rotation(q, call.freqs_sin, call.freqs_cos, call.positions, call.theta, names.theta);
+    check_rotation(k, call.freqs_sin, call.freqs_cos, call.positions, call.theta, names.theta);
+  }
+  check_weight(call.q_weight, q, names.q_weight);
+  check_weight(call.k_weight, k, names.k_weight);
+}
+
+void check_norm_rope(const NormRopeCall& call, const NormRopeNames& names) {
+  check_heads(call.q, names.q);
+  check_heads(call.k, names.k);
+  check_device(call.k, names.k, call.q, names.q);
+  check_norm_rope_options(call, shape_of(call.q, names.q), shape_of(call.k, names.k), names);
 }
 
 void check_norm_rope_backward(const NormRopeCall& call, const at::Tensor& grad_q, const at::Tensor& grad_k) {
   check_heads(grad_q, "grad_q");
   check_heads(grad_k, "grad_k");
+  check_device(grad_k, "grad_k", grad_q, "grad_q");
   if (call.norm || call.q.defined()) check_gradient(grad_q, call.q, "grad_q", "q");
   if (call.norm || call.k.defined()) check_gradient(grad_k, call.k, "grad_k", "k");
-  check_options(call, grad_q, grad_k);
+  check_norm_rope_options(call, shape_of(grad_q, "grad_q"), shape_of(grad_k, "grad_k"));
+}
+
+double eps_of_heads(double eps, const at::Tensor& heads) {
+  if (heads.scalar_type() == at::kDouble || eps == 0.0) return eps;
+  return std::clamp<double>(eps, std::numeric_limits<float>::min(), std::numeric_limits<float>::max());
 }
 
 NormRopeCall make_backward_call(const at::Tensor& grad_q, const at::Tensor& grad_k, const OptionalTensor& q,
@@ -154,6 +174,7 @@ NormRopeCall make_backward_call(const at::Tensor& grad_q, const at::Tensor& grad
                     theta,
                     parse_pairing(pairing, "pairing")};
   check_norm_rope_backward(call, grad_q, grad_k);
+  call.eps = eps_of_heads(eps, grad_q);
   return call;
 }
 

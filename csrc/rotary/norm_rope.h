@@ -25,6 +25,12 @@ struct NormRopeCall {
   RotaryPairing pairing = RotaryPairing::kInterleaved;
 };
 
+/// The names under which a caller knows these arguments, for messages. The others have one name everywhere.
+struct NormRopeNames {
+  const char *q = "q", *k = "k", *q_weight = "q_weight", *k_weight = "k_weight";
+  const char *eps = "eps", *theta = "theta";
+};
+
 using NormRopeHeads = std::tuple<at::Tensor, at::Tensor>;
 /// dq, dk, dq_weight, dk_weight; the gradient of a weight that is not there has no elements.
 using NormRopeGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
@@ -40,7 +46,11 @@ void check_heads(const at::Tensor& x, const char* name);
 
 /// Throws c10::TypeError or c10::ValueError where the call is not valid; each message names the argument, what was
 /// expected and what came.
-void check_norm_rope(const NormRopeCall& call);
+void check_norm_rope(const NormRopeCall& call, const NormRopeNames& names = {});
+
+/// All of it but q and k themselves, for heads of these shapes.
+void check_norm_rope_options(const NormRopeCall& call, const HeadsShape& q, const HeadsShape& k,
+                             const NormRopeNames& names = {});
 
 /// The same for the gradient: grad_q and grad_k are of the results' shapes and dtypes.
 void check_norm_rope_backward(const NormRopeCall& call, const at::Tensor& grad_q, const at::Tensor& grad_k);
@@ -66,15 +76,19 @@ using NormRopeWeightGradients = std::tuple<at::Tensor, at::Tensor>;
 NormRopeWeightGradients qk_norm_rope_backward_in_place(const NormRopeCall& call, at::Tensor& grad_q,
                                                        at::Tensor& grad_k);
 
+/// `eps` as float32 can hold it, for heads that are computed in float32: 0 stays 0, and nothing else becomes it.
+double eps_of_heads(double eps, const at::Tensor& heads);
+
 /// An implementation of the operator with the arguments of its schema.
 template <NormRopeHeads (*kImplementation)(const NormRopeCall&)>
 NormRopeHeads from_schema(const at::Tensor& q, const at::Tensor& k, const OptionalTensor& q_weight,
                           const OptionalTensor& k_weight, const OptionalTensor& freqs_sin,
                           const OptionalTensor& freqs_cos, bool norm, double eps, bool rope,
                           const OptionalTensor& positions, double theta, c10::string_view pairing) {
-  const NormRopeCall call{q,    k,   q_weight, k_weight,  freqs_sin, freqs_cos,
-                          norm, eps, rope,     positions, theta,     parse_pairing(pairing, "pairing")};
+  NormRopeCall call{q,    k,   q_weight, k_weight,  freqs_sin, freqs_cos,
+                    norm, eps, rope,     positions, theta,     parse_pairing(pairing, "pairing")};
   check_norm_rope(call);
+  call.eps = eps_of_heads(eps, q);
   return kImplementation(call);
 }
 

@@ -12,19 +12,25 @@
 
 #include <cmath>
 
+#include "attention/dense_tensor.h"
+
 namespace selfattn {
 namespace {
 
-void check_table(const at::Tensor& table, const at::Tensor& x, const char* name) {
-  TORCH_CHECK_TYPE(at::isFloatingType(table.scalar_type()), "selfattn: ", name, " must be floating point; got ",
+/// Below it the angles of a head's last pairs at far positions are beyond the digits of float64.
+constexpr double kLeastTheta = 1e-6;
+
+void check_table(const at::Tensor& table, const HeadsShape& heads, const char* name) {
+  check_dense(table, name);
+  TORCH_CHECK_TYPE(is_supported_dtype(table.scalar_type()), "selfattn: ", name, " must be floating point; got ",
                    table.scalar_type());
-  TORCH_CHECK_TYPE(table.device() == x.device(), "selfattn: ", name, " must be on the device of the heads, ",
-                   x.device(), "; got ", table.device());
+  TORCH_CHECK_TYPE(table.device() == heads.device, "selfattn: ", name, " must be on the device of ", heads.name, ", ",
+                   heads.device, "; got ", table.device());
   const auto sizes = table.sym_sizes();
-  const bool fits = table.dim() == 3 && (sizes[0] == 1 || sizes[0] == x.sym_size(0)) && sizes[1] == x.sym_size(1) &&
-                    sizes[2] * 2 == x.sym_size(3);
-  TORCH_CHECK_VALUE(fits, "selfattn: ", name, " must have the shape (1 or B, S, D / 2) = (1 or ", x.sym_size(0), ", ",
-                    x.sym_size(1), ", ", x.sym_size(3) / 2, "); got ", sizes);
+  const bool fits = table.dim() == 3 && (sizes[0] == 1 || sizes[0] == heads.batch) && sizes[1] == heads.length &&
+                    sizes[2] * 2 == heads.head_dim;
+  TORCH_CHECK_VALUE(fits, "selfattn: ", name, " must have the shape (1 or B, S, D / 2) = (1 or ", heads.batch, ", ",
+                    heads.length, ", ", heads.head_dim / 2, ") of ", heads.name, "; got ", sizes);
 }
 
 at::ScalarType compute_dtype(const at::Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
@@ -66,26 +72,39 @@ RotaryTables rotary_tables(const at::Tensor& positions, int64_t head_dim, double
   return {at::sin(angles), at::cos(angles)};
 }
 
-void check_rotation(const at::Tensor& x, const OptionalTensor& sin, const OptionalTensor& cos,
-                    const OptionalTensor& positions, double theta) {
+void check_theta(double theta, const char* name) {
+  TORCH_CHECK_VALUE(std::isfinite(theta) && theta >= kLeastTheta, "selfattn: ", name,
+                    " must be positive and finite, at least ", kLeastTheta, "; got ", theta);
+}
+
+void check_positions_dtype(const at::Tensor& positions, const char* name) {
+  check_dense(positions, name);
+  const auto dtype = positions.scalar_type();
+  TORCH_CHECK_TYPE(at::isIntegralType(dtype, /*includeBool=*/false) || is_supported_dtype(dtype), "selfattn: ", name,
+                   " must be integers or floating point; got ", dtype);
+}
+
+void check_rotation(const HeadsShape& heads, const OptionalTensor& sin, const OptionalTensor& cos,
+                    const OptionalTensor& positions, double theta, const char* theta_name) {
   TORCH_CHECK_VALUE(sin.has_value() == cos.has_value(),
                     "selfattn: freqs_sin and freqs_cos must be given together; got one alone");
-  TORCH_CHECK_VALUE(x.sym_size(3) % 2 == 0, "selfattn: a head dimension must be even for the rotary embedding; got ",
-                    x.sym_size(3));
+  TORCH_CHECK_VALUE(heads.head_dim % 2 == 0, "selfattn: ", heads.name,
+                    " must have an even head dimension for the rotary embedding; got ", heads.head_dim);
   if (sin) {
     TORCH_CHECK_VALUE(!positions, "selfattn: positions must not be given beside freqs_sin and freqs_cos");
-    check_table(*sin, x, "freqs_sin");
-    check_table(*cos, x, "freqs_cos");
+    check_table(*sin, heads, "freqs_sin");
+    check_table(*cos, heads, "freqs_cos");
     return;
   }
-  TORCH_CHECK_VALUE(std::isfinite(theta) && theta > 0.0, "selfattn: theta must be positive and finite; got ", theta);
+  check_theta(theta, theta_name);
   if (!positions) return;
-  TORCH_CHECK_TYPE(positions->device() == x.device(), "selfattn: positions must be on the device of the heads, ",
-                   x.device(), "; got ", positions->device());
-  TORCH_CHECK_VALUE(positions->dim() == 2 && positions->sym_size(1) == x.sym_size(1) &&
-                        (positions->sym_size(0) == 1 || positions->sym_size(0) == x.sym_size(0)),
-                    "selfattn: positions must have the shape (1 or B, S) = (1 or ", x.sym_size(0), ", ", x.sym_size(1),
-                    "); got ", positions->sym_sizes());
+  check_positions_dtype(*positions, "positions");
+  TORCH_CHECK_TYPE(positions->device() == heads.device, "selfattn: positions must be on the device of ", heads.name,
+                   ", ", heads.device, "; got ", positions->device());
+  TORCH_CHECK_VALUE(positions->dim() == 2 && positions->sym_size(1) == heads.length &&
+                        (positions->sym_size(0) == 1 || positions->sym_size(0) == heads.batch),
+                    "selfattn: positions must have the shape (1 or B, S) = (1 or ", heads.batch, ", ", heads.length,
+                    ") of ", heads.name, "; got ", positions->sym_sizes());
 }
 
 RotaryTables choose_tables(const at::Tensor& x, const OptionalTensor& sin, const OptionalTensor& cos,

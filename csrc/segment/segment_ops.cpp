@@ -11,13 +11,22 @@
 #include <ATen/ops/where.h>
 #include <torch/library.h>
 
+#include "attention/dense_tensor.h"
 #include "attention/mask.h"
 #include "segment/segment_ids.h"
 
 namespace selfattn {
 namespace {
 
+constexpr int64_t kMostTokens = int64_t{1} << 30;  // of a row
+
+void check_size(int64_t size, const char* name) {
+  TORCH_CHECK_VALUE(size >= 0, "selfattn: ", name, " must be at least 0; got ", size);
+  TORCH_CHECK_VALUE(size <= kMostTokens, "selfattn: ", name, " must be at most ", kMostTokens, "; got ", size);
+}
+
 void check_integers(const at::Tensor& tensor, const char* name, int64_t dim, const char* shape) {
+  check_dense(tensor, name);
   TORCH_CHECK_TYPE(tensor.scalar_type() == at::kInt || tensor.scalar_type() == at::kLong, "selfattn: ", name,
                    " must be int32 or int64; got ", tensor.scalar_type());
   TORCH_CHECK_VALUE(tensor.dim() == dim, "selfattn: ", name, " must have the shape ", shape, "; got ",
@@ -53,7 +62,7 @@ at::Tensor segment_ids_from_positions(const at::Tensor& positions) {
 at::Tensor segment_ids_from_cu_seqlens(const at::Tensor& cu_seqlens, int64_t length) {
   check_integers(cu_seqlens, "cu_seqlens", 1, "(N + 1,)");
   TORCH_CHECK_VALUE(cu_seqlens.sym_size(0) >= 1, "selfattn: cu_seqlens must hold at least one boundary; got none");
-  TORCH_CHECK_VALUE(length >= 0, "selfattn: length must be at least 0; got ", length);
+  check_size(length, "length");
   const at::Tensor tokens = at::arange(length, cu_seqlens.options());
   const at::Tensor ids = at::searchsorted(cu_seqlens, tokens, /*out_int32=*/true, /*right=*/true) - 1;
   return at::where(ids < cu_seqlens.sym_size(0) - 1, ids, -1).to(at::kInt);
@@ -61,7 +70,7 @@ at::Tensor segment_ids_from_cu_seqlens(const at::Tensor& cu_seqlens, int64_t len
 
 at::Tensor cu_seqlens_from_segment_ids(const at::Tensor& segment_ids, int64_t max_segments) {
   check_integers(segment_ids, "segment_ids", 2, "(B, S)");
-  TORCH_CHECK_VALUE(max_segments >= 0, "selfattn: max_segments must be at least 0; got ", max_segments);
+  check_size(max_segments, "max_segments");
   const c10::SymInt batch = segment_ids.sym_size(0), length = segment_ids.sym_size(1);
   const auto options = segment_ids.options().dtype(at::kInt);
   const at::Tensor starts = run_starts(segment_ids, right_neighbours(segment_ids) != left_neighbours(segment_ids));

@@ -15,6 +15,9 @@ BAD_FREQUENCIES = {
     "neither": ({"feat_dim": 8}, ValueError, "exactly one of pos_idx and max_length", "neither"),
     "both": ({"feat_dim": 8, "pos_idx": POSITIONS, "max_length": 6}, ValueError, "exactly one of pos_idx", "both"),
     "rank": ({"feat_dim": 8, "pos_idx": POSITIONS[None]}, ValueError, "pos_idx", r"\[1, 2, 6\]"),
+    "no_values": (
+        {"feat_dim": 8, "pos_idx": POSITIONS.to("meta"), "device": "cpu"}, TypeError, "pos_idx", "cpu.*meta",
+    ),
     "length": ({"feat_dim": 8, "max_length": -1}, ValueError, "max_length", "-1"),
     "theta_zero": ({"feat_dim": 8, "max_length": 4, "theta": 0.0}, ValueError, "theta", "0"),
     "theta_nan": ({"feat_dim": 8, "max_length": 4, "theta": float("nan")}, ValueError, "theta", "nan"),
@@ -26,7 +29,7 @@ BAD_ROTATIONS = {
     "xk_rank": ({"xk": K[0]}, ValueError, "xk", r"\[6, 2, 8\]"),
     "xq_dtype": ({"xq": Q.int()}, TypeError, "xq", "Int"),
     "xk_dtype": ({"xk": K.long()}, TypeError, "xk", "Long"),
-    "odd_dim": ({"xq": Q[..., :7], "xk": K[..., :7]}, ValueError, "a head dimension", "7"),
+    "odd_dim": ({"xq": Q[..., :7], "xk": K[..., :7]}, ValueError, "xq", "even head dimension.*7"),
     "sin_alone": ({"freqs_sin": SIN}, ValueError, "freqs_sin and freqs_cos", "together"),
     "cos_alone": ({"freqs_cos": COS}, ValueError, "freqs_sin and freqs_cos", "together"),
     "sin_length": ({"freqs_sin": SIN[:, :5], "freqs_cos": COS}, ValueError, "freqs_sin", r"\[1, 5, 4\]"),

@@ -53,6 +53,50 @@ def test_library_that_was_loaded_before_is_kept(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def second_copy(tmp_path: Path, name: str) -> str:
+    """The same library as another file, which would define every operator a second time."""
+    copy = tmp_path / name
+    copy.write_bytes(Path(used_library()).read_bytes())
+    return str(copy)
+
+
+@pytest.mark.parametrize("name", ["libselfattn.so", "operators.so"])
+def test_second_copy_of_the_library_is_refused_with_both_files(name: str, tmp_path: Path) -> None:
+    copy = second_copy(tmp_path, name)
+    program = f"import torch; torch.ops.load_library({copy!r}); import selfattn"
+    done = run(program, tmp_path, SELFATTN_LIBRARY=used_library())
+    assert done.returncode == 1, done.stderr  # an exception, no abort
+    assert "ImportError: selfattn: " in done.stderr
+    assert os.path.realpath(copy) in done.stderr and used_library() in done.stderr
+
+
+def test_second_copy_that_no_python_loaded_is_refused(tmp_path: Path) -> None:
+    copy = second_copy(tmp_path, "libselfattn.so")
+    program = f"import ctypes, torch; ctypes.CDLL({copy!r}); import selfattn"
+    done = run(program, tmp_path, SELFATTN_LIBRARY=used_library())
+    assert done.returncode == 1 and "ImportError: selfattn: " in done.stderr, done.stderr
+
+
+def test_same_library_under_another_path_is_kept(tmp_path: Path) -> None:
+    link = tmp_path / "linked.so"
+    link.symlink_to(used_library())
+    program = f"import torch; torch.ops.load_library({used_library()!r}); import selfattn"
+    done = run(program, tmp_path, SELFATTN_LIBRARY=str(link))
+    assert done.returncode == 0, done.stderr
+
+
+def test_same_library_is_loaded_twice(tmp_path: Path) -> None:
+    program = f"import selfattn, torch; torch.ops.load_library({used_library()!r}); import selfattn"
+    done = run(program, tmp_path, SELFATTN_LIBRARY=used_library())
+    assert done.returncode == 0, done.stderr
+
+
+def test_package_is_imported_twice(tmp_path: Path) -> None:
+    program = "import sys, selfattn; [sys.modules.pop(m) for m in list(sys.modules) if m.startswith('selfattn')]"
+    done = run(f"{program}; import selfattn", tmp_path, SELFATTN_LIBRARY=used_library())
+    assert done.returncode == 0, done.stderr
+
+
 def test_library_of_another_torch_is_refused_with_both_versions(tmp_path: Path) -> None:
     run("", tmp_path)
     (tmp_path / "selfattn" / "_build_info.py").write_text('TORCH_VERSION = "1.13.1+cu117"\n')

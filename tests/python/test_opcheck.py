@@ -40,6 +40,14 @@ def flash_backward_samples() -> list[tuple[tuple, dict]]:
     return samples
 
 
+def flash_backward_into_samples() -> list[tuple[tuple, dict]]:
+    samples = []
+    for args, call in flash_backward_samples():
+        results = {f"d{name}": torch.empty_like(args[i]) for name, i in (("q", 2), ("k", 3), ("v", 4))}
+        samples.append((args, call | results))
+    return samples
+
+
 def norm_rope_samples() -> list[tuple[tuple, dict]]:
     q, k = random(2, 6, 4, 8), random(2, 6, 2, 8)
     return [
@@ -96,6 +104,7 @@ SAMPLES = {
     "multihead_attention_lse": attention_samples,
     "flash_attention": flash_samples,
     "flash_attention_backward": flash_backward_samples,
+    "flash_attention_backward.into": flash_backward_into_samples,
     "segment_mask": lambda: [((IDS,), {}), ((IDS, make_ids("packed", 2, 9)), {})],
     "segment_ids_from_positions": lambda: [((torch.tensor([[0, 1, 0, 1, 2, 0]]),), {})],
     "segment_ids_from_cu_seqlens": lambda: [((torch.tensor([0, 2, 5]), 7), {})],
@@ -110,6 +119,7 @@ SAMPLES = {
     ],
     "qk_norm_rope": norm_rope_samples,
     "qk_norm_rope_backward": norm_rope_backward_samples,
+    "qk_norm_rope_backward.in_place": norm_rope_backward_samples,
     "qk_norm_rope_attention": norm_rope_attention_samples,
     "qk_norm_rope_attention_backward": norm_rope_attention_backward_samples,
     "self_attention": self_attention_samples,
@@ -118,7 +128,7 @@ SAMPLES = {
 
 def test_every_operator_with_tensors_has_samples() -> None:
     registered = {
-        schema.name.removeprefix("selfattn::")
+        schema.name.removeprefix("selfattn::") + (schema.overload_name and f".{schema.overload_name}")
         for schema in torch._C._jit_get_all_schemas()
         if schema.name.startswith("selfattn::")
     }
@@ -133,6 +143,7 @@ def test_operator_is_clean(name: str) -> None:
             OPS.flash_attention(*samples[0][0])
     except NotImplementedError as refusal:
         pytest.skip(str(refusal))
-    operator = getattr(OPS, name).default
+    packet, _, overload = name.partition(".")
+    operator = getattr(getattr(OPS, packet), overload or "default")
     for args, kwargs in samples:
         torch.library.opcheck(operator, args, kwargs)

@@ -1,0 +1,48 @@
+#include "attention/dense_tensor.h"
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/stack.h>
+#include <c10/util/Exception.h>
+
+namespace selfattn {
+namespace {
+
+/// What the tensor is instead of a dense one, and the cure; nothing where it is one.
+std::optional<std::string> reason_against(const at::Tensor& tensor) {
+  if (tensor.is_nested()) {
+    return "a nested one; pack the documents into rows and give segment_ids (segment_ids_from_cu_seqlens makes them "
+           "of the offsets)";
+  }
+  if (tensor.is_quantized()) return c10::str("a quantised one, ", tensor.scalar_type(), "; call dequantize()");
+  if (tensor.layout() != at::kStrided) return c10::str("one of layout ", tensor.layout(), "; call to_dense()");
+  return std::nullopt;
+}
+
+void refuse(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  const auto& arguments = op.schema().arguments();
+  const auto values = torch::jit::last(*stack, arguments.size());
+  for (size_t i = 0; i < arguments.size(); ++i) {
+    if (values[i].isTensor()) {
+      check_dense(values[i].toTensor(), arguments[i].name().c_str());
+    }
+  }
+  TORCH_CHECK_NOT_IMPLEMENTED(false, "selfattn: ", op.schema().name(),
+                              " has no kernel for the kind of tensor given, nor for any but dense ones");
+}
+
+}  // namespace
+
+void check_dense(const at::Tensor& tensor, const char* name) {
+  TORCH_CHECK_TYPE(tensor.defined(), "selfattn: ", name, " must be a tensor; got None");
+  const auto reason = reason_against(tensor);
+  TORCH_CHECK_TYPE(!reason, "selfattn: ", name, " must be a dense tensor; got ", *reason);
+}
+
+void refuse_tensors_of_key(torch::Library& library) {
+  for (const c10::OperatorName& op : c10::Dispatcher::singleton().getAllOpNames()) {
+    if (op.getNamespace() != "selfattn") continue;
+    library.impl(c10::toString(op).c_str(), torch::CppFunction::makeFromBoxedFunction<&refuse>());
+  }
+}
+
+}  // namespace selfattn

@@ -1,0 +1,21 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <torch/library.h>
+
+namespace selfattn {
+
+/// Throws c10::TypeError where `tensor` is nested, sparse, quantised, in MKL-DNN's layout or not there; the message
+/// names the argument and says what to do.
+void check_dense(const at::Tensor& tensor, const char* name);
+
+/// The same for an argument that may be left out.
+inline void check_dense(const std::optional<at::Tensor>& tensor, const char* name) {
+  if (tensor) check_dense(*tensor, name);
+}
+
+/// Gives every operator of the library a kernel of the dispatch key that throws for the first argument that is not
+/// dense. Without it such a tensor would end in PyTorch's "Could not run ..." before any check.
+void refuse_tensors_of_key(torch::Library& library);
+
+}  // namespace selfattn
