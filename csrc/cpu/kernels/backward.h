@@ -3,7 +3,6 @@
 // Backward: P = exp(logit - lse), dS = P * (dP - delta) with dP = dO V^T and delta = rowsum(dO * O) - dlse; then
 // dV = P^T dO, dK = scale * dS^T Q, dQ = scale * dS K. Gradients of keys and values are summed up transposed, so that P
 // and dS are the right operand, in the order in which they are computed.
-#include <array>
 #include <vector>
 
 #include "cpu/kernels/score_tile.h"
@@ -70,7 +69,7 @@ class Backward {
     const QueryTile& tile = tile_of(task);
     const int64_t key_head = task / p_.tiles() % p_.key_heads, group = p_.group();
     const TileOperands operands = operands_of(task);
-    uint64_t nonfinite_queries = 0, nonfinite_grads = 0;
+    uint64_t nonfinite_grads = 0;
     for (int64_t row = 0; row < kTileRows; ++row) {
       E* query = operands.query + row * layout_.depth;
       E* grad = operands.grad_out + row * layout_.value_depth;
@@ -81,9 +80,7 @@ class Backward {
       }
       const int64_t token = (tile.first_row + row) / group;
       const int64_t query_head = key_head * group + (tile.first_row + row) % group;
-      const T* query_row = p_.query.at<const T>(tile.batch, token, query_head);
-      copy_row(query_row, p_.head_dim, layout_.depth, query);
-      nonfinite_queries |= find_nonfinite_rows(query_row, 0, 1, p_.head_dim) << row;
+      copy_row(p_.query.at<const T>(tile.batch, token, query_head), p_.head_dim, layout_.depth, query);
       const T* grad_row = p_.grad_out.at<const T>(tile.batch, token, query_head);
       copy_row(grad_row, p_.value_dim, layout_.value_depth, grad);
       const int64_t index = (tile.batch * p_.query_heads + query_head) * p_.query_length + token;
@@ -96,6 +93,7 @@ class Backward {
     }
     transpose_tile(operands.query, layout_.depth, operands.query_transposed);
     transpose_tile(operands.grad_out, layout_.value_depth, operands.grad_out_transposed);
+    const uint64_t nonfinite_queries = find_nonfinite_rows(operands.query, layout_.depth, tile.rows, p_.head_dim);
     clear_columns(nonfinite_queries, layout_.depth, operands.query_transposed);
     clear_columns(nonfinite_grads, layout_.value_depth, operands.grad_out_transposed);
     *operands.nonfinite_queries = nonfinite_queries;
@@ -295,9 +293,11 @@ class Backward {
     for (int64_t row = 0; row < tile.rows; ++row) {
       float* score = scores_ + row * kBackwardSpan;
       float* grad = grad_weights_ + row * kBackwardSpan;
-      const Span columns = is_full ? Span{0, keys.count()} : rows.columns_of(row, keys);
+      const bool is_empty = operands.lse[row] == kInfinity;
+      Span columns = is_full ? Span{0, keys.count()} : rows.columns_of(row, keys);
+      if (is_empty) columns = {};
       differentiate_row(whole_vectors(columns), operands.lse[row], operands.delta[row], score, grad);
-      if (!is_full) clear_forbidden(rows, row, key_ids_of(tile), keys, columns, {score, grad});
+      if (!is_full || is_empty) clear_forbidden(rows, row, key_ids_of(tile), keys, columns, score, grad);
     }
     if constexpr (!kIsInPlace) make_operands(tile.rows, keys.count());
   }
@@ -395,14 +395,17 @@ class Backward {
 
   /// Zeros in place of a row's P and dS, whatever they are, where the pair is not allowed.
   static void clear_forbidden(const TileRows& rows, int64_t row, const int32_t* key_ids, Span keys, Span columns,
-                              std::array<float*, 2> matrices) {
-    for (float* values : matrices) {
+                              float* __restrict weight, float* __restrict grad_score) {
+    for (float* values : {weight, grad_score}) {
       std::fill(values, values + columns.first, 0.0f);
       std::fill(values + columns.end, values + keys.count(), 0.0f);
-      if (!rows.compares_ids) continue;
-      const int32_t id = rows.id[row];
-      const int32_t* ids = key_ids + keys.first;
-      for (int64_t i = columns.first; i < columns.end; ++i) values[i] = ids[i] == id ? values[i] : 0.0f;
+    }
+    if (!rows.compares_ids) return;
+    const int32_t id = rows.id[row];
+    const int32_t* __restrict ids = key_ids + keys.first;
+    for (int64_t i = columns.first; i < columns.end; ++i) {
+      weight[i] = ids[i] == id ? weight[i] : 0.0f;
+      grad_score[i] = ids[i] == id ? grad_score[i] : 0.0f;
     }
   }
 

@@ -241,7 +241,7 @@ class Forward {
         std::fill_n(weight, count, E(0.0f));
         return;
       }
-      new_max = std::numeric_limits<float>::quiet_NaN();  // lost by `larger`, which beside a number only costs a weight
+      new_max = kNaN;  // lost by `larger`, which beside a number only costs a weight
     }
     if (new_max != max_[row] && max_[row] != -kInfinity) {
       const float decay = std::exp2((max_[row] - new_max) * rule_.factor);
@@ -290,17 +290,19 @@ class Forward {
       T* out = p_.out.at<T>(tile.batch, token, query_head);
       float& lse = p_.lse[(tile.batch * p_.query_heads + query_head) * p_.query_length + token];
       const float sink = p_.sinks ? p_.sinks[query_head] : -kInfinity, max = max_[row];
-      if (sum_[row] == 0.0f) {  // no key, or none with a logit above -inf
-        std::fill_n(out, p_.value_dim, T(0.0f));
-        lse = sink;
-        continue;
-      }
       // The sink minus the largest logit, rounded once: the logit itself would be rounded at its own size.
       const float sink_above = p_.sinks ? std::fma(-max, rule_.unit, sink) : -kInfinity;
-      const float decay = sink_above > 0.0f ? std::exp(-sink_above) : 1.0f;
-      const float sum = sink_above > 0.0f ? sum_[row] * decay + 1.0f : sum_[row] + std::exp(sink_above);
-      lse = sink_above > 0.0f ? sink + std::log(sum) : std::fma(max, rule_.unit, std::log(sum));
-      convert_scaled(out_ + row * layout_.value_columns, decay / sum, out, p_.value_dim);
+      const bool is_sink_above = sink_above > 0.0f;
+      const float decay = is_sink_above ? std::exp(-sink_above) : 1.0f;
+      const float sum = is_sink_above ? sum_[row] * decay + 1.0f : sum_[row] + std::exp(sink_above);
+      lse = is_sink_above ? sink + std::log(sum) : std::fma(max, rule_.unit, std::log(sum));
+      if (lse == kInfinity && sink != kInfinity) lse = kNaN;  // a logit too large for float is an infinite one
+      if (sum_[row] == 0.0f || std::isinf(lse)) {             // no key, or none with a weight
+        lse = sink;
+        std::fill_n(out, p_.value_dim, T(0.0f));
+      } else {
+        convert_scaled(out_ + row * layout_.value_columns, lse == lse ? decay / sum : kNaN, out, p_.value_dim);
+      }
     }
   }
 
