@@ -53,6 +53,8 @@ struct Layout {
 /// Products of packed operands.
 template <typename E>
 struct Products {
+  static constexpr int64_t kLongestChain = 64 * Operand<E>::kPair;  // dimensions of a score summed up one after another
+
   const FlashProblem& problem;
 
   void panel(int64_t m, int64_t n, int64_t k, const E* a, int64_t lda, const E* b, int64_t ldb, float* c, int64_t ldc,
@@ -71,7 +73,13 @@ struct Products {
     for (int64_t key = keys.first; key < keys.end;) {
       const int64_t block = key / kPanel, next = std::min((block + 1) * kPanel, keys.end);
       const E* b = transposed + block * kPanel * depth + (key - block * kPanel) * Operand<E>::kPair;
-      panel(m, next - key, depth, a, depth, b, kPanel, c + (key - keys.first), ldc, false);
+      // In pieces: a long chain of additions has larger rounding errors than ATen's products have.
+      const int64_t pieces = problem.matrix_unit ? 1 : (depth + kLongestChain - 1) / kLongestChain;
+      const int64_t length = round_up((depth + pieces - 1) / pieces, Operand<E>::kPair);
+      for (int64_t d = 0; d < depth; d += length) {
+        panel(m, next - key, std::min(length, depth - d), a + d, depth, b + d * kPanel, kPanel, c + (key - keys.first),
+              ldc, d > 0);
+      }
       key = next;
     }
   }
@@ -149,7 +157,7 @@ struct LogitRule {
         is_wide(!suits_float(scale) || !suits_float(softcap) || (is_capped && !suits_float(scale / softcap))),
         is_prepared(is_capped || is_wide || !(scale > 0.0)),
         unit(is_prepared ? 1.0f : static_cast<float>(scale)),
-        factor(unit * kLog2e) {}
+        factor(static_cast<float>(unit * 1.4426950408889634)) {}
 
   double scale, softcap;
   bool is_capped;
