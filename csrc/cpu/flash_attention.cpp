@@ -90,8 +90,8 @@ struct Call {
                .key_heads = key.size(2),
                .head_dim = query.size(3),
                .value_dim = value.size(3),
-               .scale = static_cast<float>(attention.scale),
-               .softcap = static_cast<float>(attention.softcap),
+               .scale = attention.scale,
+               .softcap = attention.softcap,
                .query = view_of(query),
                .key = view_of(key),
                .value = view_of(value),
@@ -126,6 +126,11 @@ struct Call {
   }
   void* rows_memory(int64_t heads, int64_t dim) {
     return memory.allocate(heads * kernels().rows_elements(problem, dim) * kernels().compute_bytes);
+  }
+
+  uint64_t* block_words(int64_t heads) {
+    const int64_t words = heads * problem.blocks();
+    return static_cast<uint64_t*>(memory.allocate(words * static_cast<int64_t>(sizeof(uint64_t))));
   }
 
   at::Tensor query, key, value, query_ids, key_ids;
@@ -169,6 +174,7 @@ void run_forward(Call& call, ForwardProblem& problem) {
   if (packs_ahead) {
     problem.key_transposed = call.transposed_memory(wave, problem.head_dim);
     problem.value_rows = call.rows_memory(wave, problem.value_dim);
+    problem.nonfinite_values = call.block_words(wave);
   }
   const int64_t workspace_bytes = kernels.forward_workspace_bytes(problem);
   for (int64_t first = 0; first < heads; first += wave) {
@@ -213,6 +219,7 @@ void run_backward(Call& call, BackwardProblem& problem) {
   problem.key_transposed = call.transposed_memory(wave, problem.head_dim);
   problem.value_transposed = call.transposed_memory(wave, problem.value_dim);
   problem.key_rows = call.rows_memory(wave, problem.head_dim);
+  problem.nonfinite_keys = call.block_words(wave);
   problem.query_tiles = static_cast<char*>(call.memory.allocate(wave * tiles * kernels.query_tile_bytes(problem)));
   const int64_t workspace_bytes = kernels.backward_workspace_bytes(problem);
   for (int64_t first = 0; first < problem.heads(); first += wave) {

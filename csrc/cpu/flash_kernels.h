@@ -31,7 +31,7 @@ constexpr int64_t kColumns = 16;  // products compute multiples of this many col
 /// A call's shapes, options and inputs.
 struct FlashProblem {
   int64_t batch, query_length, key_length, query_heads, key_heads, head_dim, value_dim;
-  float scale, softcap;
+  double scale, softcap;
   TokenView query, key, value;
   const int32_t *query_ids, *key_ids;  // (B, Sq), (B, Skv) or null
   const PairPlan* plan;
@@ -56,6 +56,7 @@ struct ForwardProblem : FlashProblem {
   // Packed, of the heads from first_head on; null: each task packs what it reads.
   int64_t first_head = 0;
   void *key_transposed = nullptr, *value_rows = nullptr;
+  uint64_t* nonfinite_values = nullptr;  // (heads, blocks): the bits of find_nonfinite_rows
   // The keys of a tile are split into parts, each of which leaves its state, to be merged.
   int64_t splits = 1;
   float* parts = nullptr;  // (heads, tiles, splits, part_floats); null where splits == 1
@@ -68,7 +69,8 @@ struct BackwardProblem : FlashProblem {
   // Packed, of the heads from first_head on.
   int64_t first_head = 0;
   void *key_transposed = nullptr, *value_transposed = nullptr, *key_rows = nullptr;
-  char* query_tiles = nullptr;  // (heads, tiles, query_tile_bytes)
+  uint64_t* nonfinite_keys = nullptr;  // (heads, blocks): the bits of find_nonfinite_rows
+  char* query_tiles = nullptr;         // (heads, tiles, query_tile_bytes)
 };
 
 /// The kernels of one instruction set, for one storage type (of the tensors) and compute type (of the products).

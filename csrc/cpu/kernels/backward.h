@@ -1,6 +1,6 @@
 #pragma once
 
-// Backward: P = exp2(logit - lse), dS = P * (dP - delta) with dP = dO V^T and delta = rowsum(dO * O) - dlse; then
+// Backward: P = exp(logit - lse), dS = P * (dP - delta) with dP = dO V^T and delta = rowsum(dO * O) - dlse; then
 // dV = P^T dO, dK = scale * dS^T Q, dQ = scale * dS K. Gradients of keys and values are summed up transposed, so that P
 // and dS are the right operand, in the order in which they are computed.
 #include <vector>
@@ -55,7 +55,11 @@ class Backward {
     const auto key = as_operand(p_.key.at<const T>(batch, first, key_head), p_.key.token_stride, count, p_.head_dim,
                                 layout_.depth, staging);
     pack_transposed(key, count, layout_.depth, key_transposed(head) + first * layout_.depth);
-    pack_rows(key, count, p_.head_dim, first, layout_.tokens, key_rows(head));
+    const uint64_t nonfinite =
+        find_nonfinite_rows(p_.key.at<const T>(batch, first, key_head), p_.key.token_stride, count, p_.head_dim);
+    nonfinite_keys(head)[first / kPanel] = nonfinite;
+    pack_rows(nonfinite ? without_rows(nonfinite, key, count, p_.head_dim, staging) : key, count, p_.head_dim, first,
+              layout_.tokens, key_rows(head));
     const auto value = as_operand(p_.value.at<const T>(batch, first, key_head), p_.value.token_stride, count,
                                   p_.value_dim, layout_.value_depth, staging);
     pack_transposed(value, count, layout_.value_depth, value_transposed(head) + first * layout_.value_depth);
@@ -65,6 +69,7 @@ class Backward {
     const QueryTile& tile = tile_of(task);
     const int64_t key_head = task / p_.tiles() % p_.key_heads, group = p_.group();
     const TileOperands operands = operands_of(task);
+    uint64_t nonfinite_grads = 0;
     for (int64_t row = 0; row < kTileRows; ++row) {
       E* query = operands.query + row * layout_.depth;
       E* grad = operands.grad_out + row * layout_.value_depth;
@@ -79,13 +84,20 @@ class Backward {
       const T* grad_row = p_.grad_out.at<const T>(tile.batch, token, query_head);
       copy_row(grad_row, p_.value_dim, layout_.value_depth, grad);
       const int64_t index = (tile.batch * p_.query_heads + query_head) * p_.query_length + token;
-      operands.delta[row] = dot(p_.out.at<const T>(tile.batch, token, query_head), grad_row, p_.value_dim) -
-                            (p_.grad_lse ? p_.grad_lse[index] : 0.0f);
+      const float product = dot(p_.out.at<const T>(tile.batch, token, query_head), grad_row, p_.value_dim);
+      operands.delta[row] = product - (p_.grad_lse ? p_.grad_lse[index] : 0.0f);
+      // Only where the product is not finite can the gradient be so.
+      if (!std::isfinite(product)) nonfinite_grads |= find_nonfinite_rows(grad_row, 0, 1, p_.value_dim) << row;
       // A row that attends to nothing: every weight is exp2(-inf) = 0.
-      operands.lse[row] = p_.lse[index] == -kInfinity ? kInfinity : p_.lse[index] * kLog2e;
+      operands.lse[row] = p_.lse[index] == -kInfinity ? kInfinity : p_.lse[index];
     }
     transpose_tile(operands.query, layout_.depth, operands.query_transposed);
     transpose_tile(operands.grad_out, layout_.value_depth, operands.grad_out_transposed);
+    const uint64_t nonfinite_queries = find_nonfinite_rows(operands.query, layout_.depth, tile.rows, p_.head_dim);
+    clear_columns(nonfinite_queries, layout_.depth, operands.query_transposed);
+    clear_columns(nonfinite_grads, layout_.value_depth, operands.grad_out_transposed);
+    *operands.nonfinite_queries = nonfinite_queries;
+    *operands.nonfinite_grads = nonfinite_grads;
   }
 
   /// Bytes of the workspace of head_gradients.
@@ -104,6 +116,7 @@ class Backward {
     of_head.key_transposed = operands.key_transposed;
     of_head.value_transposed = operands.value_transposed;
     of_head.key_rows = operands.key_rows;
+    of_head.nonfinite_keys = operands.nonfinite_keys;
     of_head.query_tiles = operands.query_tiles;
     Backward(of_head, static_cast<char*>(workspace) + space.bytes()).all_gradients(head, operands.grad_queries);
   }
@@ -131,10 +144,12 @@ class Backward {
         : key_transposed(space.take<E>(Layout<E>::transposed_elements(problem, problem.head_dim))),
           value_transposed(space.take<E>(Layout<E>::transposed_elements(problem, problem.value_dim))),
           key_rows(space.take<E>(Layout<E>::rows_elements(problem, problem.head_dim))),
+          nonfinite_keys(space.take<uint64_t>(problem.blocks())),
           query_tiles(space.take<char>(problem.tiles() * query_tile_bytes(problem))),
           grad_queries(space.take<float>(problem.tiles() * kTileRows * Layout<E>(problem).columns)) {}
 
     E *key_transposed, *value_transposed, *key_rows;
+    uint64_t* nonfinite_keys;
     char* query_tiles;
     float* grad_queries;  // (tiles, kTileRows, columns)
   };
@@ -165,11 +180,14 @@ class Backward {
           grad_out(space.take<E>(kTileRows * layout.value_depth)),
           grad_out_transposed(space.take<E>(kTileRows * layout.value_depth)),
           lse(space.take<float>(kTileRows)),
-          delta(space.take<float>(kTileRows)) {}
+          delta(space.take<float>(kTileRows)),
+          nonfinite_queries(space.take<uint64_t>(1)),
+          nonfinite_grads(space.take<uint64_t>(1)) {}
 
-    E *query, *query_transposed;        // (kTileRows, depth), (depth, kTileRows)
-    E *grad_out, *grad_out_transposed;  // (kTileRows, value_depth), (value_depth, kTileRows)
-    float *lse, *delta;                 // lse in units of log2
+    E *query, *query_transposed;                    // (kTileRows, depth), (depth, kTileRows)
+    E *grad_out, *grad_out_transposed;              // (kTileRows, value_depth), (value_depth, kTileRows)
+    float *lse, *delta;                             // lse +inf where every weight is 0
+    uint64_t *nonfinite_queries, *nonfinite_grads;  // the bits of find_nonfinite_rows
   };
 
   const QueryTile& tile_of(int64_t index) const {
@@ -187,6 +205,17 @@ class Backward {
   }
   E* key_rows(int64_t head) const {
     return static_cast<E*>(p_.key_rows) + (head - p_.first_head) * layout_.tokens * layout_.columns;
+  }
+  uint64_t* nonfinite_keys(int64_t head) const { return p_.nonfinite_keys + (head - p_.first_head) * p_.blocks(); }
+  const int32_t* key_ids_of(const QueryTile& tile) const {
+    return p_.key_ids ? p_.key_ids + tile.batch * p_.key_length : nullptr;
+  }
+
+  /// Zeros in the columns of a transposed tile whose bit is set.
+  static void clear_columns(uint64_t bits, int64_t depth, E* transposed) {
+    for_each_nonfinite(&bits, {0, kTileRows}, [&](int64_t row) {
+      for (int64_t i = 0; i < depth; ++i) transposed[i * kTileRows + row] = E(0.0f);
+    });
   }
 
   static void copy_row(const T* src, int64_t dim, int64_t depth, E* dst) {
@@ -236,7 +265,7 @@ class Backward {
       }
       add_to_keys(tile, rows, operands, keys, begin - first, is_full);
     }
-    if (grad_query) add_to_queries(tile, rows, head, keys, is_full, grad_query, is_touched);
+    if (grad_query) add_to_queries(tile, rows, operands, head, keys, is_full, grad_query, is_touched);
     return true;
   }
 
@@ -261,17 +290,14 @@ class Backward {
                                 operands.grad_out + group.first * layout_.value_depth, value_transposed(head),
                                 group_keys, grad_weights_ + at, kBackwardSpan);
     });
-    const int32_t* key_ids = p_.key_ids ? p_.key_ids + tile.batch * p_.key_length : nullptr;
     for (int64_t row = 0; row < tile.rows; ++row) {
       float* score = scores_ + row * kBackwardSpan;
       float* grad = grad_weights_ + row * kBackwardSpan;
-      if (rule_.is_capped) keep_slopes(keys.count(), score);
-      const Span span = mask_row(rows, row, key_ids, keys, is_full, rule_, score);
-      differentiate_row(span, operands.lse[row], operands.delta[row], score, grad);
-      for (float* values : {score, grad}) {
-        std::fill(values, values + span.first, 0.0f);
-        std::fill(values + span.end, values + keys.count(), 0.0f);
-      }
+      const bool is_empty = operands.lse[row] == kInfinity;
+      Span columns = is_full ? Span{0, keys.count()} : rows.columns_of(row, keys);
+      if (is_empty) columns = {};
+      differentiate_row(whole_vectors(columns), operands.lse[row], operands.delta[row], score, grad);
+      if (!is_full || is_empty) clear_forbidden(rows, row, key_ids_of(tile), keys, columns, score, grad);
     }
     if constexpr (!kIsInPlace) make_operands(tile.rows, keys.count());
   }
@@ -293,10 +319,27 @@ class Backward {
       products_.panel(layout_.depth, width, used.count(), operands.query_transposed + used.first, kTileRows,
                       grad_scores, stride, grad_key_ + offset + column, kBackwardSpan, true);
     }
+    const auto add_row = [&](const float* weights, int64_t row, const E* values, int64_t dim, float* grad) {
+      if (operands.lse[row] == kInfinity) return;
+      for (int64_t key = keys.first; key < keys.end; ++key) {
+        if (!rows.allows(row, key, key_ids_of(tile))) continue;
+        const int64_t column = key - keys.first;
+        const float weight = weights[row * kBackwardSpan + column];
+        for (int64_t i = 0; i < dim; ++i) {
+          grad[i * kBackwardSpan + offset + column] += weight * static_cast<float>(values[i]);
+        }
+      }
+    };
+    for_each_nonfinite(operands.nonfinite_grads, {0, tile.rows}, [&](int64_t row) {
+      add_row(scores_, row, operands.grad_out + row * layout_.value_depth, p_.value_dim, grad_value_);
+    });
+    for_each_nonfinite(operands.nonfinite_queries, {0, tile.rows}, [&](int64_t row) {
+      add_row(grad_weights_, row, operands.query + row * layout_.depth, p_.head_dim, grad_key_);
+    });
   }
 
-  void add_to_queries(const QueryTile& tile, const TileRows& rows, int64_t head, Span keys, bool is_full,
-                      float* grad_query, bool is_touched) {
+  void add_to_queries(const QueryTile& tile, const TileRows& rows, const TileOperands& operands, int64_t head,
+                      Span keys, bool is_full, float* grad_query, bool is_touched) {
     const E* grad_scores = grad_scores_rows_;
     if constexpr (kIsInPlace) grad_scores = grad_weights_;
     for_each_group(tile, rows, keys, is_full, [&](Span group, Span group_keys) {
@@ -308,6 +351,15 @@ class Backward {
       products_.with_rows(group.count(), layout_.columns,
                           grad_scores + group.first * kBackwardSpan + group_keys.first - keys.first, kBackwardSpan,
                           key_rows(head), layout_.tokens, group_keys, dst, is_touched);
+    });
+    for_each_nonfinite(nonfinite_keys(head), keys, [&](int64_t key) {
+      const T* values = p_.key.at<const T>(tile.batch, key, head % p_.key_heads);
+      for (int64_t row = 0; row < tile.rows; ++row) {
+        if (operands.lse[row] == kInfinity || !rows.allows(row, key, key_ids_of(tile))) continue;
+        const float weight = grad_weights_[row * kBackwardSpan + key - keys.first];
+        float* dst = grad_query + row * layout_.columns;
+        for (int64_t i = 0; i < p_.head_dim; ++i) dst[i] += weight * static_cast<float>(values[i]);
+      }
     });
   }
 
@@ -327,22 +379,33 @@ class Backward {
     }
   }
 
-  /// The derivative of the cap, 1 - tanh^2.
-  void keep_slopes(int64_t count, const float* score) {
-    for (int64_t i = 0; i < count; i += kLanes) {
-      const Vec tanh = (load(score + i) * Vec(rule_.inner)).tanh();
-      (Vec(1.0f) - tanh * tanh).store(slopes_ + i);
-    }
-  }
-
+  /// Scores of whole vectors become P, and their dP becomes dS.
   void differentiate_row(Span span, float lse, float delta, float* score, float* grad) {
-    const Vec factor(rule_.factor), minus_lse(-lse), r_delta(delta);
+    if (rule_.is_prepared) rule_.prepare(score, span, slopes_);
+    const Vec unit(rule_.unit), log2e(kLog2e), r_lse(lse), r_delta(delta);
     for (int64_t i = span.first; i < span.end; i += kLanes) {
-      const Vec weight = exp2(at::vec::fmadd(load(score + i), factor, minus_lse));
+      // The logit is rounded before lse is subtracted, as lse was: where one key has all the weight, it is exactly 1.
+      const Vec weight = exp2((load(score + i) * unit - r_lse) * log2e);
       Vec grad_score = weight * (load(grad + i) - r_delta);
       if (rule_.is_capped) grad_score = grad_score * load(slopes_ + i);
       weight.store(score + i);
       grad_score.store(grad + i);
+    }
+  }
+
+  /// Zeros in place of a row's P and dS, whatever they are, where the pair is not allowed.
+  static void clear_forbidden(const TileRows& rows, int64_t row, const int32_t* key_ids, Span keys, Span columns,
+                              float* __restrict weight, float* __restrict grad_score) {
+    for (float* values : {weight, grad_score}) {
+      std::fill(values, values + columns.first, 0.0f);
+      std::fill(values + columns.end, values + keys.count(), 0.0f);
+    }
+    if (!rows.compares_ids) return;
+    const int32_t id = rows.id[row];
+    const int32_t* __restrict ids = key_ids + keys.first;
+    for (int64_t i = columns.first; i < columns.end; ++i) {
+      weight[i] = ids[i] == id ? weight[i] : 0.0f;
+      grad_score[i] = ids[i] == id ? grad_score[i] : 0.0f;
     }
   }
 
@@ -378,20 +441,25 @@ class Backward {
     const int64_t count = std::min(kBackwardSpan, p_.key_length - first);
     store_transposed(p_.grad_key.at<T>(batch, first, key_head), p_.grad_key.token_stride, count, p_.head_dim, p_.scale,
                      grad_key_);
-    store_transposed(p_.grad_value.at<T>(batch, first, key_head), p_.grad_value.token_stride, count, p_.value_dim, 1.0f,
+    store_transposed(p_.grad_value.at<T>(batch, first, key_head), p_.grad_value.token_stride, count, p_.value_dim, 1.0,
                      grad_value_);
   }
 
   /// dst[count][dim] = factor * the transpose of src[dim][kBackwardSpan]; zeros where nothing was summed up.
-  void store_transposed(T* dst, int64_t stride, int64_t count, int64_t dim, float factor, const float* src) {
+  void store_transposed(T* dst, int64_t stride, int64_t count, int64_t dim, double factor, const float* src) {
     if (!is_first_) transpose_words(src, kBackwardSpan, dim, count, staging_, dim);
     for (int64_t token = 0; token < count; ++token) {
       if (is_first_) {
         std::fill_n(dst + token * stride, dim, T(0.0f));
       } else {
-        convert_scaled(staging_ + token * dim, factor, dst + token * stride, dim);
+        store_scaled(staging_ + token * dim, factor, dst + token * stride, dim);
       }
     }
+  }
+
+  void store_scaled(const float* src, double factor, T* dst, int64_t count) const {
+    if (!rule_.is_wide) return convert_scaled(src, static_cast<float>(factor), dst, count);
+    for (int64_t i = 0; i < count; ++i) dst[i] = static_cast<T>(static_cast<float>(src[i] * factor));
   }
 
   void store_query_gradients(int64_t index, const float* grad_query, bool is_touched) {
@@ -401,7 +469,7 @@ class Backward {
       T* dst = p_.grad_query.at<T>(tile.batch, (tile.first_row + row) / group,
                                    key_head * group + (tile.first_row + row) % group);
       if (is_touched) {
-        convert_scaled(grad_query + row * layout_.columns, p_.scale, dst, p_.head_dim);
+        store_scaled(grad_query + row * layout_.columns, p_.scale, dst, p_.head_dim);
       } else {
         std::fill_n(dst, p_.head_dim, T(0.0f));
       }

@@ -31,6 +31,7 @@ class Forward {
     max_ = space_.take<float>(kTileRows);
     sum_ = space_.take<float>(kTileRows);
     if (!problem.key_transposed) {
+      local_nonfinite_ = space_.take<uint64_t>(kForwardSpan / kPanel);
       local_key_ = space_.take<E>(kForwardSpan * layout_.depth);
       local_value_ = space_.take<E>(kForwardSpan * layout_.value_columns);
     }
@@ -53,6 +54,7 @@ class Forward {
     of_head.first_head = head;
     of_head.key_transposed = operands.key_transposed;
     of_head.value_rows = operands.value_rows;
+    of_head.nonfinite_values = operands.nonfinite_values;
     Forward forward(of_head, static_cast<char*>(workspace) + space.bytes());
     for (int64_t block = 0; block < problem.blocks(); ++block) forward.pack(head * problem.blocks() + block);
     for (int64_t tile = 0; tile < problem.tiles(); ++tile) forward.attend(head * problem.tiles() + tile);
@@ -63,7 +65,8 @@ class Forward {
   /// Packs one key block.
   void pack(int64_t task) {
     const int64_t first = task % p_.blocks() * kPanel, head = task / p_.blocks();
-    pack_block(head, first, key_of(head) + first * layout_.depth, first, layout_.tokens, value_of(head));
+    nonfinite_of(head)[first / kPanel] =
+        pack_block(head, first, key_of(head) + first * layout_.depth, first, layout_.tokens, value_of(head));
   }
 
   void attend(int64_t task) {
@@ -95,14 +98,17 @@ class Forward {
   struct HeadOperands {
     HeadOperands(Workspace& space, const FlashProblem& problem)
         : key_transposed(space.take<E>(Layout<E>::transposed_elements(problem, problem.head_dim))),
-          value_rows(space.take<E>(Layout<E>::rows_elements(problem, problem.value_dim))) {}
+          value_rows(space.take<E>(Layout<E>::rows_elements(problem, problem.value_dim))),
+          nonfinite_values(space.take<uint64_t>(problem.blocks())) {}
 
     E *key_transposed, *value_rows;
+    uint64_t* nonfinite_values;
   };
 
   /// Packed keys and values, of a whole head or of one span only, whose first token is `origin`.
   struct KeyOperands {
     const E *key, *value;
+    const uint64_t* nonfinite_values;
     int64_t tokens, origin;
   };
 
@@ -115,16 +121,21 @@ class Forward {
   E* value_of(int64_t head) const {
     return static_cast<E*>(p_.value_rows) + (head - p_.first_head) * layout_.tokens * layout_.value_columns;
   }
+  uint64_t* nonfinite_of(int64_t head) const { return p_.nonfinite_values + (head - p_.first_head) * p_.blocks(); }
 
-  void pack_block(int64_t head, int64_t first, E* key, int64_t value_first, int64_t value_tokens, E* value) {
+  /// Packs a block and returns which of its values are not finite (see find_nonfinite_rows): they are packed as zeros.
+  uint64_t pack_block(int64_t head, int64_t first, E* key, int64_t value_first, int64_t value_tokens, E* value) {
     const int64_t batch = head / p_.key_heads, key_head = head % p_.key_heads;
     const int64_t count = std::min(kPanel, p_.key_length - first);
     const auto key_rows = as_operand(p_.key.at<const T>(batch, first, key_head), p_.key.token_stride, count,
                                      p_.head_dim, layout_.depth, staging_);
     pack_transposed(key_rows, count, layout_.depth, key);
-    const auto value_rows = as_operand(p_.value.at<const T>(batch, first, key_head), p_.value.token_stride, count,
-                                       p_.value_dim, p_.value_dim, staging_);
+    const T* values = p_.value.at<const T>(batch, first, key_head);
+    const uint64_t nonfinite = find_nonfinite_rows(values, p_.value.token_stride, count, p_.value_dim);
+    auto value_rows = as_operand(values, p_.value.token_stride, count, p_.value_dim, p_.value_dim, staging_);
+    if (nonfinite) value_rows = without_rows(nonfinite, value_rows, count, p_.value_dim, staging_);
     pack_rows(value_rows, count, p_.value_dim, value_first, value_tokens, value);
+    return nonfinite;
   }
 
   /// Reads the queries of a tile.
@@ -160,13 +171,14 @@ class Forward {
   }
 
   void attend_span(const QueryTile& tile, const TileRows& rows, int64_t head, Span keys) {
-    KeyOperands operands{local_key_, local_value_, kForwardSpan, keys.first};
+    KeyOperands operands{local_key_, local_value_, local_nonfinite_, kForwardSpan, keys.first};
     if (p_.key_transposed) {
-      operands = {key_of(head), value_of(head), layout_.tokens, 0};
+      operands = {key_of(head), value_of(head), nonfinite_of(head), layout_.tokens, 0};
     } else {
       for (int64_t token = keys.first; token < keys.end; token += kPanel) {
-        pack_block(head, token, local_key_ + (token - keys.first) * layout_.depth, token - keys.first, kForwardSpan,
-                   local_value_);
+        const int64_t local = token - keys.first;
+        local_nonfinite_[local / kPanel] =
+            pack_block(head, token, local_key_ + local * layout_.depth, local, kForwardSpan, local_value_);
       }
     }
     const bool is_full = p_.plan->is_full(tile, keys.first, keys.end);
@@ -174,14 +186,14 @@ class Forward {
     for (int64_t row = 0; row < tile.rows; row += group) {
       const Span group_rows{row, std::min<int64_t>(row + group, tile.rows)};
       const Span group_keys = is_full ? keys : rows.keys_of(group_rows, keys);
-      attend_rows(tile, rows, operands, group_rows, group_keys, is_full);
+      attend_rows(tile, rows, head, operands, group_rows, group_keys, is_full);
     }
     is_first_ = false;
   }
 
   /// Scores, their softmax and its product with the values, of some rows and keys.
-  void attend_rows(const QueryTile& tile, const TileRows& rows, const KeyOperands& operands, Span group, Span keys,
-                   bool is_full) {
+  void attend_rows(const QueryTile& tile, const TileRows& rows, int64_t head, const KeyOperands& operands, Span group,
+                   Span keys, bool is_full) {
     float* out = out_ + group.first * layout_.value_columns;
     if (keys.is_empty()) {
       if (is_first_) std::fill_n(out, group.count() * layout_.value_columns, 0.0f);
@@ -198,6 +210,17 @@ class Forward {
     }
     products_.with_rows(group.count(), layout_.value_columns, weights(0), kForwardSpan, operands.value, operands.tokens,
                         local, out, !is_first_);
+    for_each_nonfinite(operands.nonfinite_values, local, [&](int64_t token) {
+      const int64_t key = token + operands.origin;
+      const T* value = p_.value.at<const T>(tile.batch, key, head % p_.key_heads);
+      for (int64_t row = group.first; row < group.end; ++row) {
+        if (!rows.allows(row, key, key_ids)) continue;
+        const float weight = static_cast<float>(weights(row - group.first)[key - keys.first]);
+        for (int64_t i = 0; i < p_.value_dim; ++i) {
+          out_[row * layout_.value_columns + i] += weight * static_cast<float>(value[i]);
+        }
+      }
+    });
   }
 
   E* weights(int64_t row) {
@@ -212,26 +235,26 @@ class Forward {
   void add_to_softmax(int64_t row, Span span, int64_t count, const float* score, E* weight) {
     Vec r_max(-kInfinity);
     for (int64_t i = span.first; i < span.end; i += kLanes) r_max = larger(r_max, load(score + i));
-    float new_max = std::max(largest(r_max) * rule_.factor, max_[row]);  // in this order, NaN wins
+    float new_max = std::max(largest(r_max), max_[row]);  // in this order, NaN wins
     if (new_max == -kInfinity) {
       if (std::none_of(score + span.first, score + span.end, [](float x) { return x != x; })) {
         std::fill_n(weight, count, E(0.0f));
         return;
       }
-      new_max = std::numeric_limits<float>::quiet_NaN();  // lost by `larger`, which beside a number only costs a weight
+      new_max = kNaN;  // lost by `larger`, which beside a number only costs a weight
     }
     if (new_max != max_[row] && max_[row] != -kInfinity) {
-      const float decay = std::exp2(max_[row] - new_max);
+      const float decay = std::exp2((max_[row] - new_max) * rule_.factor);
       sum_[row] *= decay;
       float* out = out_ + row * layout_.value_columns;
       for (int64_t i = 0; i < layout_.value_columns; i += kLanes) (load(out + i) * Vec(decay)).store(out + i);
     }
     max_[row] = new_max;
-    const Vec factor(rule_.factor), minus_max(-new_max);
+    const Vec factor(rule_.factor), r_new_max(new_max);
     Vec r_sum(0.0f);
     std::fill_n(weight, span.first, E(0.0f));
     for (int64_t i = span.first; i < span.end; i += kLanes) {
-      const Vec r_weight = exp2(at::vec::fmadd(load(score + i), factor, minus_max));
+      const Vec r_weight = exp2((load(score + i) - r_new_max) * factor);
       r_sum = r_sum + r_weight;
       store_operand(r_weight, weight + i);
     }
@@ -249,7 +272,7 @@ class Forward {
     std::fill_n(out, columns, 0.0f);
     for (int64_t split = 0; split < p_.splits; ++split) {
       if (maxima[split * stride] == -kInfinity) continue;  // its output was never written
-      const float decay = std::exp2(maxima[split * stride] - max_[row]);
+      const float decay = std::exp2((maxima[split * stride] - max_[row]) * rule_.factor);  // NaN of a NaN
       sum_[row] += decay * sums[split * stride];
       const float* part = parts + split * stride + row * columns;
       for (int64_t i = 0; i < columns; i += kLanes) {
@@ -266,17 +289,20 @@ class Forward {
       const int64_t query_head = head % p_.key_heads * group + in_group;
       T* out = p_.out.at<T>(tile.batch, token, query_head);
       float& lse = p_.lse[(tile.batch * p_.query_heads + query_head) * p_.query_length + token];
-      const float sink = p_.sinks ? p_.sinks[query_head] * kLog2e : -kInfinity;
-      const float max = std::max(max_[row], sink);
-      if (max_[row] == -kInfinity) {
+      const float sink = p_.sinks ? p_.sinks[query_head] : -kInfinity, max = max_[row];
+      // The sink minus the largest logit, rounded once: the logit itself would be rounded at its own size.
+      const float sink_above = p_.sinks ? std::fma(-max, rule_.unit, sink) : -kInfinity;
+      const bool is_sink_above = sink_above > 0.0f;
+      const float decay = is_sink_above ? std::exp(-sink_above) : 1.0f;
+      const float sum = is_sink_above ? sum_[row] * decay + 1.0f : sum_[row] + std::exp(sink_above);
+      lse = is_sink_above ? sink + std::log(sum) : std::fma(max, rule_.unit, std::log(sum));
+      if (lse == kInfinity && sink != kInfinity) lse = kNaN;  // a logit too large for float is an infinite one
+      if (sum_[row] == 0.0f || std::isinf(lse)) {             // no key, or none with a weight
+        lse = sink;
         std::fill_n(out, p_.value_dim, T(0.0f));
-        lse = p_.sinks ? p_.sinks[query_head] : -kInfinity;
-        continue;
+      } else {
+        convert_scaled(out_ + row * layout_.value_columns, lse == lse ? decay / sum : kNaN, out, p_.value_dim);
       }
-      const float decay = std::exp2(max_[row] - max);
-      const float sum = sum_[row] * decay + std::exp2(sink - max);
-      lse = (max + std::log2(sum)) * kLn2;
-      convert_scaled(out_ + row * layout_.value_columns, decay / sum, out, p_.value_dim);
     }
   }
 
@@ -287,6 +313,7 @@ class Forward {
   Workspace space_;
   E *staging_, *query_, *weights_;
   E *local_key_ = nullptr, *local_value_ = nullptr;
+  uint64_t* local_nonfinite_ = nullptr;
   float *scores_, *out_, *max_, *sum_;
   bool is_first_ = true;
 };

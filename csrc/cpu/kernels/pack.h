@@ -2,12 +2,20 @@
 
 // Operands in the layouts of the products (see FlashKernels).
 #include <algorithm>
+#include <bit>
 #include <cstring>
 
 #include "cpu/kernels/panel_gemm.h"
 
 namespace selfattn::cpu {
 inline namespace CPU_CAPABILITY {
+
+/// Columns or rows of a tile.
+struct Span {
+  int64_t first = 0, end = 0;
+  bool is_empty() const { return first >= end; }
+  int64_t count() const { return end - first; }
+};
 
 /// Rows of E somewhere in memory.
 template <typename E>
@@ -32,6 +40,73 @@ Rows<E> as_operand(const T* src, int64_t stride, int64_t count, int64_t dim, int
     std::fill(dst + dim, dst + depth, E(0.0f));
   }
   return {scratch, depth};
+}
+
+// Operands whose rows are summed up with weights hold zeros in place of rows with an element that is NaN or infinite: a
+// pair that is not allowed has weight 0, and 0 times NaN would reach it. What those rows give to pairs that are allowed
+// is added one by one.
+
+/// Bit i of the result: row i, of at most 64, has an element that is NaN or infinite.
+template <typename T>
+uint64_t find_nonfinite_rows(const T* src, int64_t stride, int64_t count, int64_t dim) {
+  using Bits = std::conditional_t<sizeof(T) == 4, int32_t, int16_t>;
+  using BitsVec = at::vec::Vectorized<Bits>;
+  constexpr Bits kMagnitude = std::numeric_limits<Bits>::max();
+  const T infinity = std::numeric_limits<T>::infinity();
+  Bits infinity_bits;
+  std::memcpy(&infinity_bits, &infinity, sizeof(T));
+  const auto largest_of = [&](int64_t first, int64_t end) {
+    BitsVec r_largest(0);
+    Bits largest = 0;
+    for (int64_t row = first; row < end; ++row) {
+      const T* p = src + row * stride;
+      int64_t i = 0;
+      for (; i + BitsVec::size() <= dim; i += BitsVec::size()) {
+        r_largest = at::vec::maximum(r_largest, BitsVec::loadu(p + i) & BitsVec(kMagnitude));
+      }
+      for (; i < dim; ++i) {
+        Bits bits;
+        std::memcpy(&bits, p + i, sizeof(T));
+        largest = std::max<Bits>(largest, bits & kMagnitude);
+      }
+    }
+    alignas(64) Bits lanes[BitsVec::size()];
+    r_largest.store(lanes);
+    return std::max(largest, *std::max_element(lanes, lanes + BitsVec::size()));
+  };
+  if (largest_of(0, count) < infinity_bits) return 0;
+  uint64_t found = 0;
+  for (int64_t row = 0; row < count; ++row) {
+    if (largest_of(row, row + 1) >= infinity_bits) found |= uint64_t{1} << row;
+  }
+  return found;
+}
+
+/// The rows with zeros in place of those whose bit is set, in scratch, where the rows may already be.
+template <typename E>
+Rows<E> without_rows(uint64_t bits, Rows<E> rows, int64_t count, int64_t dim, E* scratch) {
+  const int64_t stride = rows.data == scratch ? rows.stride : dim;
+  for (int64_t row = 0; row < count; ++row) {
+    E* dst = scratch + row * stride;
+    if (bits >> row & 1) {
+      std::fill_n(dst, dim, E(0.0f));
+    } else if (rows.data != scratch) {
+      std::copy_n(rows.data + row * rows.stride, dim, dst);
+    }
+  }
+  return {scratch, stride};
+}
+
+/// Calls apply(token) for the tokens whose bit is set in the words of kPanel tokens each.
+template <typename Do>
+void for_each_nonfinite(const uint64_t* words, Span tokens, const Do& apply) {
+  static_assert(kPanel == 64 && kTileRows == 64);
+  for (int64_t word = tokens.first / kPanel; word * kPanel < tokens.end; ++word) {
+    for (uint64_t bits = words[word]; bits; bits &= bits - 1) {
+      const int64_t token = word * kPanel + std::countr_zero(bits);
+      if (tokens.first <= token && token < tokens.end) apply(token);
+    }
+  }
 }
 
 /// The transpose of a matrix of 4-byte words.

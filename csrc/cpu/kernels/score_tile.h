@@ -50,16 +50,11 @@ struct Layout {
   }
 };
 
-/// Columns or rows of a tile.
-struct Span {
-  int64_t first = 0, end = 0;
-  bool is_empty() const { return first >= end; }
-  int64_t count() const { return end - first; }
-};
-
 /// Products of packed operands.
 template <typename E>
 struct Products {
+  static constexpr int64_t kLongestChain = 64 * Operand<E>::kPair;  // dimensions of a score summed up one after another
+
   const FlashProblem& problem;
 
   void panel(int64_t m, int64_t n, int64_t k, const E* a, int64_t lda, const E* b, int64_t ldb, float* c, int64_t ldc,
@@ -78,7 +73,13 @@ struct Products {
     for (int64_t key = keys.first; key < keys.end;) {
       const int64_t block = key / kPanel, next = std::min((block + 1) * kPanel, keys.end);
       const E* b = transposed + block * kPanel * depth + (key - block * kPanel) * Operand<E>::kPair;
-      panel(m, next - key, depth, a, depth, b, kPanel, c + (key - keys.first), ldc, false);
+      // In pieces: a long chain of additions has larger rounding errors than ATen's products have.
+      const int64_t pieces = problem.matrix_unit ? 1 : (depth + kLongestChain - 1) / kLongestChain;
+      const int64_t length = round_up((depth + pieces - 1) / pieces, Operand<E>::kPair);
+      for (int64_t d = 0; d < depth; d += length) {
+        panel(m, next - key, std::min(length, depth - d), a + d, depth, b + d * kPanel, kPanel, c + (key - keys.first),
+              ldc, d > 0);
+      }
       key = next;
     }
   }
@@ -109,6 +110,16 @@ struct TileRows {
     }
   }
 
+  bool allows(int64_t row, int64_t key, const int32_t* key_ids) const {
+    return first_key[row] <= key && key < end_key[row] && (!compares_ids || key_ids[key] == id[row]);
+  }
+
+  /// The columns of `keys` that the row may attend to, its id permitting.
+  Span columns_of(int64_t row, Span keys) const {
+    return {std::clamp<int64_t>(first_key[row] - keys.first, 0, keys.count()),
+            std::clamp<int64_t>(end_key[row] - keys.first, 0, keys.count())};
+  }
+
   /// The keys among `keys` that some of the rows may attend to, in whole steps from the first of `keys` on.
   Span keys_of(Span rows, Span keys) const {
     Span found{keys.end, keys.first};
@@ -135,49 +146,77 @@ struct TileRows {
   }
 };
 
-/// Logits in units of log2: how scores (products of queries and keys) become them.
+/// How scores (products of queries and keys) become logits. Scores that are only scaled, by a positive number, stay as
+/// they are: the row's maximum is subtracted first and the difference scaled, so that the weight of the largest is
+/// exactly 1 however large the logits are. Others are prepared: they become logits before the maximum is taken.
 struct LogitRule {
   explicit LogitRule(const FlashProblem& problem)
-      : is_capped(problem.softcap > 0.0f),
-        // Scores that are only scaled, by a positive number, are scaled on the fly, after the mask.
-        is_prepared(is_capped || !(problem.scale > 0.0f)),
-        factor(is_prepared ? 1.0f : problem.scale * kLog2e),
-        inner(is_capped ? problem.scale / problem.softcap : problem.scale * kLog2e),
-        outer(problem.softcap * kLog2e) {}
+      : scale(problem.scale),
+        softcap(problem.softcap),
+        is_capped(softcap > 0.0),
+        is_wide(!suits_float(scale) || !suits_float(softcap) || (is_capped && !suits_float(scale / softcap))),
+        is_prepared(is_capped || is_wide || !(scale > 0.0)),
+        unit(is_prepared ? 1.0f : static_cast<float>(scale)),
+        factor(static_cast<float>(unit * 1.4426950408889634)) {}
 
-  bool is_capped, is_prepared;
-  float factor;        // of prepared scores
-  float inner, outer;  // logit = outer * tanh(inner * score), or inner * score
+  double scale, softcap;
+  bool is_capped;
+  bool is_wide;  // the numbers, or products with them, may not fit in float: double is used, at its cost
+  bool is_prepared;
+  float unit;    // logit = unit * score, where the score is prepared if it has to be
+  float factor;  // the same in units of log2
 
-  void prepare(float* score, int64_t first, int64_t end) const {
-    for (int64_t i = first; i < end; i += kLanes) {
-      const Vec scaled = load(score + i) * Vec(inner);
-      (is_capped ? scaled.tanh() * Vec(outer) : scaled).store(score + i);
+  /// Prepares the scores of whole vectors; where slopes are given, also the derivative of the cap, 1 - tanh^2.
+  void prepare(float* score, Span columns, float* slope = nullptr) const {
+    if (is_wide) return prepare_wide(score, columns, slope);
+    if (!is_capped) {
+      for (int64_t i = columns.first; i < columns.end; i += kLanes) {
+        (load(score + i) * Vec(static_cast<float>(scale))).store(score + i);
+      }
+      return;
+    }
+    const Vec inner(static_cast<float>(scale / softcap)), outer(static_cast<float>(softcap));
+    for (int64_t i = columns.first; i < columns.end; i += kLanes) {
+      const Vec tanh = (load(score + i) * inner).tanh();
+      (tanh * outer).store(score + i);
+      if (slope) (Vec(1.0f) - tanh * tanh).store(slope + i);
+    }
+  }
+
+ private:
+  /// Whether products with a number are as good in float as they are with 1.
+  static bool suits_float(double x) { return x == 0.0 || (1e-30 <= std::abs(x) && std::abs(x) <= 1e30); }
+
+  void prepare_wide(float* score, Span columns, float* slope) const {
+    for (int64_t i = columns.first; i < columns.end; ++i) {
+      const double logit = score[i] * scale;
+      const double tanh = is_capped ? std::tanh(logit / softcap) : 0.0;
+      score[i] = static_cast<float>(is_capped ? softcap * tanh : logit);
+      if (slope) slope[i] = static_cast<float>(1.0 - tanh * tanh);
     }
   }
 };
 
-/// Turns a row's scores of the keys into what LogitRule::factor makes logits: -inf where the pair is not allowed. Only
-/// the columns that it returns, whole vectors, are defined; elsewhere no pair is allowed.
+/// Columns as whole vectors.
+inline Span whole_vectors(Span columns) { return {columns.first / kLanes * kLanes, round_up(columns.end, kLanes)}; }
+
+/// Prepares a row's scores of the keys and makes those -inf where the pair is not allowed. Only the columns that it
+/// returns, whole vectors, are defined; elsewhere no pair is allowed.
 inline Span mask_row(const TileRows& rows, int64_t row, const int32_t* key_ids, Span keys, bool is_full,
                      const LogitRule& rule, float* score) {
-  if (is_full) {
-    if (rule.is_prepared) rule.prepare(score, 0, keys.count());
-    return {0, keys.count()};
-  }
-  const int64_t first = std::clamp<int64_t>(rows.first_key[row] - keys.first, 0, keys.count());
-  const int64_t end = std::clamp<int64_t>(rows.end_key[row] - keys.first, 0, keys.count());
-  if (first >= end) return {};
-  const Span span{first / kLanes * kLanes, round_up(end, kLanes)};
-  if (rule.is_prepared) rule.prepare(score, span.first, span.end);
-  std::fill(score + span.first, score + first, -kInfinity);
-  std::fill(score + end, score + span.end, -kInfinity);
+  const Span columns = is_full ? Span{0, keys.count()} : rows.columns_of(row, keys);
+  if (columns.is_empty()) return {};
+  const Span vectors = whole_vectors(columns);
+  if (rule.is_prepared) rule.prepare(score, vectors);
+  if (is_full) return vectors;
+  std::fill(score + vectors.first, score + columns.first, -kInfinity);
+  std::fill(score + columns.end, score + vectors.end, -kInfinity);
   if (rows.compares_ids) {
     const int32_t id = rows.id[row];
     const int32_t* ids = key_ids + keys.first;
-    for (int64_t i = first; i < end; ++i) score[i] = ids[i] == id ? score[i] : -kInfinity;
+    for (int64_t i = columns.first; i < columns.end; ++i) score[i] = ids[i] == id ? score[i] : -kInfinity;
   }
-  return span;
+  return vectors;
 }
 
 }  // namespace CPU_CAPABILITY
