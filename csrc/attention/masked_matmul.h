@@ -12,7 +12,8 @@ namespace selfattn {
 // every torch.func transform and in forward mode, where no C++ autograd function may run, they are plain products and
 // promise nothing of the kind.
 //
-// `allowed` is bool and broadcasts to (..., Sq, Skv); nothing: every pair is allowed. Leading dimensions broadcast.
+// `allowed` is bool and broadcasts to (..., Sq, Skv); nothing: every pair is allowed. The leading dimensions of
+// key and value broadcast to those of query and weight.
 // On finite values the results are those of the plain products, bit by bit.
 
 /// query (..., Sq, D), key (..., Skv, D) -> (..., Sq, Skv): query key^T at the allowed pairs, and 0 elsewhere.

@@ -258,6 +258,27 @@ def test_second_derivatives_of_the_reference_are_isolated(name: str, poison: flo
         assert torch.equal(actual[free], expected[free])
 
 
+def test_compiled_graph_of_the_reference_isolates() -> None:
+    # A graph is made without a look at the values.
+    torch.compiler.reset()
+    problem = Problem(Call("compiled", "document", ids="mixed_padding"), torch.float32, "cpu")
+
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return selfattn.multihead_attention(q, k, v, problem.query_ids, backend="reference")
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+
+    def run(tensors: dict[str, Tensor]) -> list[Tensor]:
+        leaves = [tensors[name].clone().requires_grad_() for name in ("q", "k", "v")]
+        out = compiled(*leaves)
+        return [out.detach(), *torch.autograd.grad(out, leaves, problem.tensors["grad_out"])]
+
+    free = ~(problem.query_ids == problem.query_ids.max())
+    for name in ("q", "k", "v"):
+        for actual, expected in zip(run(problem.poisoned(name, math.nan)), run(problem.tensors), strict=True):
+            assert torch.equal(actual[free], expected[free])
+
+
 def test_legal_infinities_come_to_what_the_formula_gives() -> None:
     # Through at::matmul where every pair is allowed, through the selection where one is not.
     q, k, v = (torch.randn(1, 6, 1, 8, dtype=torch.float64) for _ in range(3))
