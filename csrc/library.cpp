@@ -24,6 +24,8 @@ TORCH_LIBRARY(selfattn, m) {
   m.def("multihead_attention(" SELFATTN_CALL ") -> Tensor", tags);
   m.def("multihead_attention_lse(" SELFATTN_CALL ") -> (Tensor out, Tensor lse)", tags);
   m.def("explain_backend(" SELFATTN_CALL ") -> str", tags);
+  m.def("merge_attention(Tensor out, Tensor lse, Tensor other_out, Tensor other_lse) -> (Tensor out, Tensor lse)",
+        tags);
   m.def("flash_attention(" SELFATTN_QKV ", " SELFATTN_PAIRS ", *, " SELFATTN_KEYWORDS
         ", Tensor? sinks=None) -> (Tensor out, Tensor lse)",
         tags);

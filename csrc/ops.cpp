@@ -46,6 +46,14 @@ std::string explain_backend(const at::Tensor& q, const at::Tensor& k, const at::
   return call_attention(op, q, k, v, options);
 }
 
+std::tuple<at::Tensor, at::Tensor> merge_attention(const at::Tensor& out, const at::Tensor& lse,
+                                                   const at::Tensor& other_out, const at::Tensor& other_lse) {
+  using Schema =
+      std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&);
+  static const auto op = find_op<Schema>("selfattn::merge_attention");
+  return op.call(out, lse, other_out, other_lse);
+}
+
 at::Tensor segment_mask(const at::Tensor& segment_ids, const OptionalTensor& kv_segment_ids) {
   static const auto op = find_op<at::Tensor(const at::Tensor&, const OptionalTensor&)>("selfattn::segment_mask");
   return op.call(segment_ids, kv_segment_ids);

@@ -86,7 +86,7 @@ def multihead_attention_lse(
 ) -> tuple[Tensor, Tensor]:
     """``multihead_attention`` that also returns the logarithm of the softmax's denominator, with its gradient.
 
-    Two results over disjoint keys merge exactly: lse = logaddexp(lse1, lse2), out = the sum of exp(lse_i - lse) out_i.
+    Results over disjoint keys are merged into the result over all of them by ``merge_attention``.
 
     Args:
         As ``multihead_attention``.
@@ -153,6 +153,30 @@ def explain_backend(
         softcap=softcap,
         sinks=sinks,
     )
+
+
+def merge_attention(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Two partial results of ``multihead_attention_lse`` over disjoint keys as the result over all of them.
+
+    With lse = log(exp(lse_1) + exp(lse_2)), out is the sum of exp(lse_i - lse) out_i (FlashAttention-2,
+    arXiv:2307.08691, section 2.3.1), computed in float32 or wider and differentiable any number of times. A row
+    without keys (lse -inf) adds nothing, whatever stands in its out; without keys in both parts it gives 0 and -inf.
+    An lse of +inf takes all the weight, two of them half each. Of parts of one attention with sinks, one alone may
+    have been given the sinks.
+
+    Args:
+        out: (B, Sq, NH, DV), float32, bfloat16, float16 or float64.
+        lse: (B, NH, Sq) float32 or float64.
+        other_out: of out's shape, dtype and device.
+        other_lse: of lse's shape, dtype and device.
+
+    Returns:
+        out and lse over the keys of both, of the dtypes of ``out`` and ``lse``.
+
+    Raises:
+        TypeError, ValueError: a bad argument.
+    """
+    return torch.ops.selfattn.merge_attention(out, lse, other_out, other_lse)
 
 
 def segment_mask(segment_ids: Tensor, kv_segment_ids: Tensor | None = None) -> Tensor:

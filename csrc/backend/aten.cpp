@@ -1,5 +1,6 @@
 // at::scaled_dot_product_attention, with a mask only where one is needed: dense causal and full attention reach ATen's
 // own fast kernels.
+#include <ATen/ops/_scaled_dot_product_attention_math.h>
 #include <ATen/ops/_scaled_dot_product_efficient_attention.h>
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/repeat_interleave.h>
@@ -10,6 +11,7 @@
 
 #include "attention/mask.h"
 #include "attention/select_backend.h"
+#include "backend/kernel_inputs.h"
 
 namespace selfattn {
 namespace {
@@ -34,41 +36,55 @@ bool suits_efficient_attention(const AttentionProblem& problem) {
   return problem.query.scalar_type() != at::kDouble && problem.head_dim() % 8 == 0 && problem.value_head_dim() % 8 == 0;
 }
 
+/// Whether a CUDA kernel can be launched: heads and batch are the second and third dimension of the grid, in the
+/// memory-efficient kernel and its gradient as in PyTorch's other kernels.
+bool fits_launch_grid(const AttentionProblem& problem) {
+  constexpr int64_t kMaxBlocks = 65535;
+  return problem.query_heads() <= kMaxBlocks && problem.batch() <= kMaxBlocks;
+}
+
+/// scaled_dot_product_attention of (B, N, S, D) tensors, under a mask or under causality.
+at::Tensor plain_attention(const AttentionProblem& problem, const std::optional<at::Tensor>& allowed, bool is_causal) {
+  const at::Tensor query = problem.query.transpose(1, 2);
+  const at::Tensor key = problem.key.transpose(1, 2);
+  const at::Tensor value = problem.value.transpose(1, 2);
+  if (query.is_cuda() && !fits_launch_grid(problem)) {  // it would choose a kernel all the same
+    return std::get<0>(at::_scaled_dot_product_attention_math(query, key, value, allowed, 0.0, is_causal,
+                                                              /*dropout_mask=*/std::nullopt, problem.scale,
+                                                              /*enable_gqa=*/true));
+  }
+  return at::scaled_dot_product_attention(query, key, value, allowed, 0.0, is_causal, problem.scale,
+                                          /*enable_gqa=*/true);
+}
+
 /// Attention under a mask with at least one allowed pair a row. On CUDA the kernel is named where cuDNN could serve,
 /// since the choice inside scaled_dot_product_attention may fall on it, and its gradients under a dense mask can be
 /// NaN.
-at::Tensor masked_attention(const AttentionProblem& problem, const at::Tensor& query, at::Tensor key, at::Tensor value,
-                            const at::Tensor& allowed) {
-  if (!problem.query.is_cuda() || !suits_efficient_attention(problem)) {
-    return at::scaled_dot_product_attention(query, key, value, allowed, 0.0, /*is_causal=*/false, problem.scale,
-                                            /*enable_gqa=*/true);
+at::Tensor masked_attention(const AttentionProblem& problem, const at::Tensor& allowed) {
+  if (!problem.query.is_cuda() || !suits_efficient_attention(problem) || !fits_launch_grid(problem)) {
+    return plain_attention(problem, allowed, /*is_causal=*/false);
   }
+  at::Tensor key = problem.key.transpose(1, 2), value = problem.value.transpose(1, 2);
   if (problem.query_heads() != problem.key_heads()) {
     const c10::SymInt group = problem.query_heads() / problem.key_heads();
     key = at::repeat_interleave_symint(key, group, 1);
     value = at::repeat_interleave_symint(value, group, 1);
   }
-  return std::get<0>(at::_scaled_dot_product_efficient_attention(query, key, value, aligned_bias(problem, allowed),
-                                                                 problem.requires_grad(), 0.0, /*is_causal=*/false,
-                                                                 problem.scale));
+  return std::get<0>(at::_scaled_dot_product_efficient_attention(
+      problem.query.transpose(1, 2), key, value, aligned_bias(problem, allowed), problem.requires_grad(), 0.0,
+      /*is_causal=*/false, problem.scale));
 }
 
-std::tuple<at::Tensor, at::Tensor> call(const AttentionProblem& problem) {
-  const at::Tensor query = problem.query.transpose(1, 2);
-  const at::Tensor key = problem.key.transpose(1, 2);
-  const at::Tensor value = problem.value.transpose(1, 2);
+std::tuple<at::Tensor, at::Tensor> call(const AttentionProblem& original) {
+  const AttentionProblem problem = adapted_to_pytorch_kernels(original);
   const bool is_plain_causal = problem.is_causal && !problem.has_segments() && !problem.has_window() &&
                                problem.query_length() == problem.key_length();
   const auto mask = is_plain_causal ? std::nullopt : attention_mask(problem);
-  if (!mask) {
-    const at::Tensor out = at::scaled_dot_product_attention(query, key, value, std::nullopt, 0.0, is_plain_causal,
-                                                            problem.scale, /*enable_gqa=*/true);
-    return {out.transpose(1, 2), at::Tensor()};
-  }
+  if (!mask) return {plain_attention(problem, std::nullopt, is_plain_causal).transpose(1, 2), at::Tensor()};
   // A row without an allowed pair attends to every key and is cleared afterwards: kernels differ on what they make of
   // such a row, and a cleared output sends back a zero gradient.
   const at::Tensor is_empty = mask->any(-1, /*keepdim=*/true).logical_not();
-  const at::Tensor out = masked_attention(problem, query, key, value, mask->logical_or(is_empty));
+  const at::Tensor out = masked_attention(problem, mask->logical_or(is_empty));
   return {out.masked_fill(is_empty, 0.0).transpose(1, 2), at::Tensor()};
 }
 

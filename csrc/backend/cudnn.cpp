@@ -6,6 +6,7 @@
 
 #include "attention/device.h"
 #include "attention/select_backend.h"
+#include "backend/kernel_inputs.h"
 
 namespace selfattn {
 namespace {
@@ -75,7 +76,8 @@ constexpr Constraint kConstraints[] = {
     square_if_causal, no_empty_tensor,   more_than_one_token,   no_softcap,         no_sinks,
     no_lse_output,    not_deterministic, no_function_transform, no_forward_mode_ad};
 
-std::tuple<at::Tensor, at::Tensor> call(const AttentionProblem& problem) {
+std::tuple<at::Tensor, at::Tensor> call(const AttentionProblem& original) {
+  const AttentionProblem problem = adapted_to_pytorch_kernels(original);
   const auto results = at::_scaled_dot_product_cudnn_attention(
       problem.query.transpose(1, 2), problem.key.transpose(1, 2), problem.value.transpose(1, 2),
       /*attn_bias=*/std::nullopt, /*compute_log_sumexp=*/problem.requires_grad(), /*dropout_p=*/0.0, problem.is_causal,

@@ -6,13 +6,15 @@
 #include <ATen/ops/cat.h>
 #include <ATen/ops/exp.h>
 #include <ATen/ops/log.h>
-#include <ATen/ops/matmul.h>
+#include <ATen/ops/logical_and.h>
 #include <ATen/ops/tanh.h>
+#include <ATen/ops/where.h>
 #include <ATen/ops/zeros_like.h>
 
 #include <limits>
 
 #include "attention/mask.h"
+#include "attention/masked_matmul.h"
 #include "attention/select_backend.h"
 
 namespace selfattn {
@@ -43,23 +45,35 @@ at::Tensor group_rows(const AttentionProblem& problem, const at::Tensor& tensor)
 /// (B, NKV, NH / NKV, S, D) -> (B, S, NH, D).
 at::Tensor ungroup_heads(const at::Tensor& tensor) { return tensor.permute({0, 3, 1, 2, 4}).flatten(2, 3); }
 
-/// Scaled and capped scores (B, NKV, NH / NKV, Sq, Skv) before the mask.
-at::Tensor scores(const AttentionProblem& problem, const at::Tensor& query, const at::Tensor& key) {
-  const at::Tensor scaled = at::matmul(query * problem.scale, key.transpose(-1, -2));
+/// The allowed pairs, broadcastable to the scores; nothing where all are allowed.
+OptionalTensor allowed_pairs(const AttentionProblem& problem) {
+  const auto mask = attention_mask(problem);
+  return mask ? OptionalTensor(mask->unsqueeze(2)) : std::nullopt;
+}
+
+/// Scaled and capped scores (B, NKV, NH / NKV, Sq, Skv); those of the other pairs mean nothing.
+at::Tensor scores(const AttentionProblem& problem, const at::Tensor& query, const at::Tensor& key,
+                  const OptionalTensor& allowed) {
+  const at::Tensor scaled = masked_scores(query * problem.scale, key, allowed);
   return problem.softcap > 0.0 ? at::tanh(scaled / problem.softcap) * problem.softcap : scaled;
 }
 
-/// The pairs that are not allowed, broadcastable to the scores; nothing where all are allowed.
-std::optional<at::Tensor> forbidden_pairs(const AttentionProblem& problem) {
-  const auto mask = attention_mask(problem);
-  return mask ? std::optional(mask->logical_not().unsqueeze(2)) : std::nullopt;
+at::Tensor fill_other_pairs(const at::Tensor& tensor, const OptionalTensor& allowed, double number) {
+  return allowed ? tensor.masked_fill(allowed->logical_not(), number) : tensor;
 }
 
-/// (NH,) -> one column of logits (B, NKV, NH / NKV, Sq, 1).
-at::Tensor sink_logits(const AttentionProblem& problem, const at::Tensor& score) {
+/// (NH,) -> (1, NKV, NH / NKV, 1, 1).
+at::Tensor group_sinks(const AttentionProblem& problem, const at::Tensor& score) {
   const auto sizes = score.sym_sizes();
-  return problem.sinks->to(score.scalar_type())
-      .view_symint({1, sizes[1], sizes[2], 1, 1})
+  return problem.sinks->to(score.scalar_type()).view_symint({1, sizes[1], sizes[2], 1, 1});
+}
+
+/// The sinks as one column of logits (B, NKV, NH / NKV, Sq, 1). An infinite one takes no part in the sums: -inf is no
+/// sink, whose gradient is 0, and what +inf does is known without them.
+at::Tensor sink_logits(const at::Tensor& sinks, const at::Tensor& score) {
+  const auto sizes = score.sym_sizes();
+  return sinks.masked_fill(sinks == kInfinity, 0.0)
+      .masked_fill(sinks == -kInfinity, -kInfinity)  // stops the gradient
       .expand_symint({sizes[0], sizes[1], sizes[2], sizes[3], 1});
 }
 
@@ -69,10 +83,13 @@ std::tuple<at::Tensor, at::Tensor> call(const AttentionProblem& problem) { retur
 
 std::tuple<at::Tensor, at::Tensor> reference_attention(const AttentionProblem& problem) {
   const at::Tensor value = group_heads(problem, problem.value);
-  at::Tensor score = scores(problem, group_heads(problem, problem.query), group_heads(problem, problem.key));
-  if (const auto forbidden = forbidden_pairs(problem)) score = score.masked_fill(*forbidden, -kInfinity);
+  const OptionalTensor allowed = allowed_pairs(problem);
+  const at::Tensor score =
+      fill_other_pairs(scores(problem, group_heads(problem, problem.query), group_heads(problem, problem.key), allowed),
+                       allowed, -kInfinity);
 
-  const at::Tensor logits = problem.sinks ? at::cat({score, sink_logits(problem, score)}, -1) : score;
+  const at::Tensor sinks = problem.sinks ? group_sinks(problem, score) : at::Tensor();
+  const at::Tensor logits = problem.sinks ? at::cat({score, sink_logits(sinks, score)}, -1) : score;
   const bool has_columns = problem.sinks || problem.key_length() != 0;
   at::Tensor row_max =
       has_columns ? at::amax(logits.detach(), -1, /*keepdim=*/true) : at::zeros_like(score.sum(-1, /*keepdim=*/true));
@@ -83,9 +100,14 @@ std::tuple<at::Tensor, at::Tensor> reference_attention(const AttentionProblem& p
   const at::Tensor safe_sum = row_sum.masked_fill(is_empty, 1.0);
 
   const at::Tensor probability = weights.narrow_symint(-1, 0, problem.key_length()) / safe_sum;
-  const at::Tensor out = ungroup_heads(at::matmul(probability, value)).to(problem.query.scalar_type());
-  const at::Tensor lse = (at::log(safe_sum) + row_max).masked_fill(is_empty, -kInfinity).squeeze(-1).flatten(1, 2);
-  return {out, lse.to(at::kFloat)};
+  at::Tensor out = masked_product(probability, value, allowed).masked_fill(is_empty, 0.0);
+  at::Tensor lse = (at::log(safe_sum) + row_max).masked_fill(is_empty, -kInfinity);
+  if (problem.sinks) {  // one of +inf takes all the weight
+    const at::Tensor takes_all = sinks == kInfinity;
+    out = out.masked_fill(takes_all, 0.0);
+    lse = at::where(takes_all, sinks, lse);
+  }
+  return {ungroup_heads(out).to(problem.query.scalar_type()), lse.squeeze(-1).flatten(1, 2).to(at::kFloat)};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> reference_attention_backward(const AttentionProblem& problem,
@@ -94,33 +116,41 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> reference_attention_backward(cons
   const at::Tensor key = group_heads(problem, problem.key);
   const at::Tensor value = group_heads(problem, problem.value);
   const at::Tensor grad_out = group_heads(problem, gradients.grad_out);
-  const at::Tensor score = scores(problem, query, key);
+  const OptionalTensor allowed = allowed_pairs(problem);
+  const at::Tensor score = scores(problem, query, key, allowed);
 
   const at::Tensor lse = group_rows(problem, gradients.lse.to(score.scalar_type()));
   const at::Tensor is_empty = lse == -kInfinity;
   at::Tensor probability = at::exp(score - lse.masked_fill(is_empty, 0.0));
-  probability = probability.masked_fill(is_empty, 0.0);
-  if (const auto forbidden = forbidden_pairs(problem)) probability = probability.masked_fill(*forbidden, 0.0);
+  probability = fill_other_pairs(probability.masked_fill(is_empty, 0.0), allowed, 0.0);
 
   at::Tensor row_term = -(grad_out * group_heads(problem, gradients.out)).sum(-1, /*keepdim=*/true);
   if (gradients.grad_lse) row_term = row_term + group_rows(problem, gradients.grad_lse->to(score.scalar_type()));
-  at::Tensor grad_score = probability * (at::matmul(grad_out, value.transpose(-1, -2)) + row_term);
+  at::Tensor grad_score = probability * (masked_scores(grad_out, value, allowed) + row_term);
   if (problem.softcap > 0.0) grad_score = grad_score * (1.0 - (score / problem.softcap).square());
-  grad_score = grad_score * problem.scale;
+  // Selected and not multiplied by a probability of 0: the row's term may be NaN.
+  grad_score = fill_other_pairs(grad_score.masked_fill(is_empty, 0.0), allowed, 0.0) * problem.scale;
 
-  const at::Tensor grad_query = at::matmul(grad_score, key);
-  const at::Tensor grad_key = at::matmul(grad_score.transpose(-1, -2), query).sum(2, /*keepdim=*/true);
-  const at::Tensor grad_value = at::matmul(probability.transpose(-1, -2), grad_out).sum(2, /*keepdim=*/true);
+  const auto by_key = allowed ? OptionalTensor(allowed->transpose(-1, -2)) : std::nullopt;
+  const at::Tensor grad_query = masked_product(grad_score, key, allowed);
+  const at::Tensor grad_key = masked_product(grad_score.transpose(-1, -2), query, by_key).sum(2, /*keepdim=*/true);
+  const at::Tensor grad_value =
+      masked_product(probability.transpose(-1, -2), grad_out, by_key).sum(2, /*keepdim=*/true);
   const auto dtype = problem.query.scalar_type();
   return {ungroup_heads(grad_query).to(dtype), ungroup_heads(grad_key).to(dtype), ungroup_heads(grad_value).to(dtype)};
 }
 
 at::Tensor sinks_gradient(const at::Tensor& sinks, const AttentionGradients& gradients) {
-  const at::Tensor& lse = gradients.lse;  // (B, NH, Sq)
-  at::Tensor row_term = -(gradients.grad_out.to(lse.scalar_type()) * gradients.out).sum(-1).transpose(1, 2);
+  const at::Tensor& lse = gradients.lse;  // (B, NH, Sq), float32 or wider, as is everything here
+  const at::Tensor sink = sinks.to(lse.scalar_type()).view({1, -1, 1});
+  at::Tensor row_term = -(gradients.grad_out.to(lse.scalar_type()) * gradients.out).sum(-1);
+  // A row without keys has an output of 0 that no gradient goes through, whatever bits the gradient has there.
+  row_term = row_term.masked_fill(gradients.out.any(-1).logical_not(), 0.0).transpose(1, 2);
   if (gradients.grad_lse) row_term = row_term + *gradients.grad_lse;
-  const at::Tensor probability = at::exp(sinks.to(lse.scalar_type()).view({1, -1, 1}) - lse);
-  return (probability * row_term).sum(at::IntArrayRef{0, 2}).to(sinks.scalar_type());
+  // Of an infinite sink and an equal lse the difference is 0: a sink of +inf has all the weight.
+  const at::Tensor logit = (sink - lse).masked_fill(at::logical_and(sink.isinf(), sink == lse), 0.0);
+  const at::Tensor gradient = (at::exp(logit) * row_term).masked_fill(sink == -kInfinity, 0.0);
+  return gradient.sum(at::IntArrayRef{0, 2}).to(sinks.scalar_type());
 }
 
 const AttentionBackend& reference_backend() {

@@ -8,6 +8,8 @@ namespace selfattn {
 
 /// softmax(scale * Q K^T) V over the allowed pairs, in ATen operators, differentiable any number of times. Scores,
 /// softmax and lse are float32, or float64 for float64 inputs. Memory O(B * NH * Sq * Skv).
+/// What a query may not attend to has no influence, whatever its bits (attention/masked_matmul.h says where not).
+/// A sink of -inf is none, one of +inf takes all the weight: out 0, lse +inf.
 /// -> out (B, Sq, NH, DV) in q's dtype; lse (B, NH, Sq) float32, -inf for a row without an allowed pair.
 std::tuple<at::Tensor, at::Tensor> reference_attention(const AttentionProblem& problem);
 
@@ -26,7 +28,8 @@ struct AttentionGradients {
 std::tuple<at::Tensor, at::Tensor, at::Tensor> reference_attention_backward(const AttentionProblem& problem,
                                                                             const AttentionGradients& gradients);
 
-/// d loss / d sinks (NH,): a sink is a logit without a value, so dS of its column is P * (dlse - rowsum(dO * O)).
+/// d loss / d sinks (NH,): a sink is a logit without a value, so dS of its column is P * (dlse - rowsum(dO * O)). Of a
+/// sink of -inf it is 0, of one of +inf the sum of dlse.
 at::Tensor sinks_gradient(const at::Tensor& sinks, const AttentionGradients& gradients);
 
 }  // namespace selfattn

@@ -52,6 +52,13 @@ SELFATTN_API std::tuple<at::Tensor, at::Tensor> multihead_attention_lse(const at
 SELFATTN_API std::string explain_backend(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                          const AttentionOptions& options = {});
 
+/// Two partial results of multihead_attention_lse over disjoint keys as the result over all of them: out, other_out
+/// (B, Sq, NH, DV), lse, other_lse (B, NH, Sq) -> out in its dtype, lse. Differentiable any number of times; rows
+/// without keys (lse -inf) in either part or both are merged too. Sinks may be counted in one part alone.
+SELFATTN_API std::tuple<at::Tensor, at::Tensor> merge_attention(const at::Tensor& out, const at::Tensor& lse,
+                                                                const at::Tensor& other_out,
+                                                                const at::Tensor& other_lse);
+
 /// (B, Sq), (B, Skv) -> bool (B, 1, Sq, Skv): True where ids are equal and not negative.
 SELFATTN_API at::Tensor segment_mask(const at::Tensor& segment_ids,
                                      const std::optional<at::Tensor>& kv_segment_ids = std::nullopt);

@@ -45,7 +45,10 @@ def attention(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """out (B, Sq, NH, DV) and lse (B, NH, Sq), differentiable, in float64 on the CPU."""
+    """out (B, Sq, NH, DV) and lse (B, NH, Sq), differentiable, in float64 on the CPU.
+
+    A sink of -inf is none; one of +inf takes all the weight.
+    """
     q, k, v = (tensor.to("cpu", torch.float64) for tensor in (q, k, v))
     sinks = None if sinks is None else sinks.to("cpu", torch.float64)
     batch, num_queries, num_heads, dim = q.shape
@@ -67,14 +70,16 @@ def attention(
             ]
             for head in range(num_heads):
                 kv_head = head // (num_heads // num_kv_heads)
-                if not keys:
-                    outs.append(v[b, keys, kv_head].sum(dim=0))  # of no values: 0
-                    lses.append(torch.tensor(-math.inf, dtype=torch.float64) if sinks is None else sinks[head])
+                has_sink = sinks is not None and sinks[head] != -math.inf
+                if not keys or (has_sink and sinks[head] == math.inf):
+                    nothing = v[b, [], kv_head].sum(dim=0)  # of no values: 0
+                    outs.append(nothing)
+                    lses.append(sinks[head] if has_sink else nothing.sum() - math.inf)
                     continue
                 logits = scale * (k[b, keys, kv_head] @ q[b, i, head])
                 if softcap > 0:
                     logits = softcap * torch.tanh(logits / softcap)
-                counted = logits if sinks is None else torch.cat([logits, sinks[head : head + 1]])
+                counted = torch.cat([logits, sinks[head : head + 1]]) if has_sink else logits
                 lse = torch.logsumexp(counted, dim=0)
                 outs.append(torch.exp(logits - lse) @ v[b, keys, kv_head])
                 lses.append(lse)

@@ -11,6 +11,7 @@ FUNCTIONS = [
     "apply_rotary_emb",
     "cu_seqlens_from_segment_ids",
     "explain_backend",
+    "merge_attention",
     "multihead_attention",
     "multihead_attention_lse",
     "precompute_freqs",

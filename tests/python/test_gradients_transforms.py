@@ -36,6 +36,17 @@ def test_vmap_over_ids_equals_a_loop(backend: str) -> None:
     torch.testing.assert_close(torch.vmap(function)(many), torch.stack([function(one) for one in many]))
 
 
+def test_batched_gradients_of_the_reference_equal_a_loop() -> None:
+    q, k, v, ids = make_inputs()
+    leaves = [tensor.requires_grad_() for tensor in (q, k, v)]
+    out = selfattn.multihead_attention(*leaves, ids, backend="reference")
+    grads = torch.randn(3, *out.shape)
+    batched = torch.autograd.grad(out, leaves, grads, is_grads_batched=True, retain_graph=True)
+    each = [torch.autograd.grad(out, leaves, grad, retain_graph=True) for grad in grads]
+    for actual, expected in zip(batched, zip(*each, strict=True), strict=True):
+        torch.testing.assert_close(actual, torch.stack(expected))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_func_grad_equals_autograd(backend: str) -> None:
     q, k, v, ids = make_inputs()

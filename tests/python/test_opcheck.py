@@ -48,6 +48,16 @@ def flash_backward_into_samples() -> list[tuple[tuple, dict]]:
     return samples
 
 
+def merge_samples() -> list[tuple[tuple, dict]]:
+    lse, other_lse = random(2, 4, 6), random(2, 4, 6)
+    empty = torch.where(torch.rand(2, 4, 6) < 0.5, -float("inf"), 0.0)
+    return [
+        ((random(2, 6, 4, 8), lse, random(2, 6, 4, 8), other_lse), {}),
+        ((random(2, 6, 4, 8), empty, random(2, 6, 4, 8), empty.flip(0)), {}),
+        ((random(2, 6, 4, 8).detach().bfloat16(), lse.detach(), torch.zeros(2, 6, 4, 8).bfloat16(), empty), {}),
+    ]
+
+
 def norm_rope_samples() -> list[tuple[tuple, dict]]:
     q, k = random(2, 6, 4, 8), random(2, 6, 2, 8)
     return [
@@ -102,6 +112,7 @@ def self_attention_samples() -> list[tuple[tuple, dict]]:
 SAMPLES = {
     "multihead_attention": attention_samples,
     "multihead_attention_lse": attention_samples,
+    "merge_attention": merge_samples,
     "flash_attention": flash_samples,
     "flash_attention_backward": flash_backward_samples,
     "flash_attention_backward.into": flash_backward_into_samples,
