@@ -34,7 +34,9 @@ class FlashAttention : public torch::autograd::Function<FlashAttention> {
     const auto saved = context->get_saved_variables();
     if (!grads[0].defined() && !grads[1].defined()) return variable_list(5);
     GradientMemory memory;
-    if (context->saved_data["owns_heads"].toBool()) memory = memory_of_heads(saved[0], saved[1], saved[2], saved[6]);
+    if (context->saved_data["owns_heads"].toBool() && OwnedHeads::are_free(grads)) {
+      memory = memory_of_heads(saved[0], saved[1], saved[2], saved[6]);
+    }
     AttentionProblem problem{.query = saved[0], .key = saved[1], .value = saved[2]};
     problem.query_segment_ids = as_optional(saved[4]);
     problem.key_segment_ids = as_optional(saved[5]);

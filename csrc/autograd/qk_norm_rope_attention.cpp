@@ -40,7 +40,8 @@ class QkNormRopeAttention : public torch::autograd::Function<QkNormRopeAttention
     if (!grads[0].defined() && !grads[1].defined()) return variable_list(7);
     const auto saved = context->get_saved_variables();
     const auto& data = context->saved_data;
-    const bool owns_heads = data.at("owns_heads").toBool() && !at::GradMode::is_enabled();
+    const bool owns_heads =
+        data.at("owns_heads").toBool() && !at::GradMode::is_enabled() && OwnedHeads::are_free(grads);
     GradientMemory memory;
     if (owns_heads) {
       memory = memory_of_heads(saved[0], saved[1], saved[2], saved[9]);
