@@ -67,6 +67,8 @@ class QueryKeyValueProjections : public torch::autograd::Function<QueryKeyValueP
   }
 };
 
+namespace {
+
 /// An ordinary tensor in memory, outside of any tracing: subclasses and modes are given at::linear to interpret.
 bool is_plain(const at::Tensor& tensor, const at::Tensor& like) {
   return tensor.layout() == at::kStrided && !tensor.unsafeGetTensorImpl()->is_python_dispatch() &&
