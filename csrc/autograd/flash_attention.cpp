@@ -6,11 +6,11 @@
 #include "attention/owned_heads.h"
 
 namespace selfattn {
-namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
+/// With a name that other files could see: it is what profilers and grad_fn show.
 class FlashAttention : public torch::autograd::Function<FlashAttention> {
  public:
   static variable_list forward(AutogradContext* context, const at::Tensor& query, const at::Tensor& key,
@@ -58,6 +58,8 @@ class FlashAttention : public torch::autograd::Function<FlashAttention> {
     return {grad_query, grad_key, grad_value, grad_sinks, at::Tensor()};
   }
 };
+
+namespace {
 
 std::tuple<at::Tensor, at::Tensor> flash_attention_autograd(const at::Tensor& q, const at::Tensor& k,
                                                             const at::Tensor& v, const OptionalTensor& segment_ids,

@@ -7,11 +7,11 @@
 #include "attention/owned_heads.h"
 
 namespace selfattn {
-namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
+/// With a name that other files could see: it is what profilers and grad_fn show.
 class QkNormRopeAttention : public torch::autograd::Function<QkNormRopeAttention> {
  public:
   static variable_list forward(AutogradContext* context, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
@@ -85,6 +85,8 @@ class QkNormRopeAttention : public torch::autograd::Function<QkNormRopeAttention
             at::Tensor()};
   }
 };
+
+namespace {
 
 AttentionResults qk_norm_rope_attention_autograd(const NormRopeAttentionCall& call) {
   const NormRopeCall& prologue = call.prologue;
