@@ -85,7 +85,7 @@ constexpr Constraint kConstraints[] = {has_kernel,
                                        positive_scale_on_cuda,
                                        rows_fit_metadata,
                                        no_empty_tensor,
-                                       no_function_transform,
+                                       no_differentiation_transform,
                                        no_forward_mode_ad};
 
 std::tuple<at::Tensor, at::Tensor> call(const AttentionProblem& problem) { return flash_attention(problem); }

@@ -54,6 +54,11 @@ NormRopeHeads compose_norm_rope(const NormRopeCall& call);
 NormRopeGradients compose_norm_rope_backward(const NormRopeCall& call, const at::Tensor& grad_q,
                                              const at::Tensor& grad_k);
 
+/// The same with the weights' gradients of each of `parts` equal parts of the batch, (parts, D). Here and in
+/// compose_norm_rope a weight may also be (B, 1, 1, D), one of each row.
+NormRopeGradients compose_norm_rope_backward(const NormRopeCall& call, const at::Tensor& grad_q,
+                                             const at::Tensor& grad_k, const std::optional<c10::SymInt>& parts);
+
 /// selfattn::qk_norm_rope and selfattn::qk_norm_rope_backward through the dispatcher.
 NormRopeHeads qk_norm_rope(const NormRopeCall& call);
 NormRopeGradients qk_norm_rope_backward(const NormRopeCall& call, const at::Tensor& grad_q, const at::Tensor& grad_k);
@@ -65,6 +70,9 @@ using NormRopeWeightGradients = std::tuple<at::Tensor, at::Tensor>;
 /// which are contiguous. Not differentiable.
 NormRopeWeightGradients qk_norm_rope_backward_in_place(const NormRopeCall& call, at::Tensor& grad_q,
                                                        at::Tensor& grad_k);
+
+/// That operator through the one that gives tensors of its own: for what has no kernel that works in place.
+NormRopeWeightGradients copy_norm_rope_backward(const NormRopeCall& call, at::Tensor& grad_q, at::Tensor& grad_k);
 
 /// An implementation of the operator with the arguments of its schema.
 template <NormRopeHeads (*kImplementation)(const NormRopeCall&)>
