@@ -16,7 +16,12 @@ std::vector<std::string> reasons_against(const AttentionBackend& backend, const 
 
 std::optional<std::string> no_function_transform(const AttentionProblem&) {
   if (!is_function_transform_active()) return std::nullopt;
-  return "a torch.func transform (vmap, grad, jvp, ...) is active; only reference supports those";
+  return "a torch.func transform (vmap, grad, jvp, ...) is active; only reference supports all of those";
+}
+
+std::optional<std::string> no_differentiation_transform(const AttentionProblem&) {
+  if (!is_differentiation_transform_active()) return std::nullopt;
+  return "a torch.func transform other than vmap (grad, jvp, ...) is active; only reference supports those";
 }
 
 std::optional<std::string> no_forward_mode_ad(const AttentionProblem& problem) {

@@ -29,6 +29,7 @@ std::vector<std::string> reasons_against(const AttentionBackend& backend, const 
 
 // Facts that several backends need.
 std::optional<std::string> no_function_transform(const AttentionProblem& problem);
+std::optional<std::string> no_differentiation_transform(const AttentionProblem& problem);
 std::optional<std::string> no_forward_mode_ad(const AttentionProblem& problem);
 std::optional<std::string> no_softcap(const AttentionProblem& problem);
 std::optional<std::string> no_sinks(const AttentionProblem& problem);

@@ -5,7 +5,10 @@
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/graph_task.h>
 
+#include <algorithm>
 #include <utility>
+
+#include "attention/function_transform.h"
 
 namespace selfattn {
 namespace {
@@ -36,6 +39,13 @@ OwnedHeads::~OwnedHeads() { heads_are_owned = before_; }
 bool OwnedHeads::are(const at::Tensor& heads) {
   return heads_are_owned && heads.layout() == at::kStrided && !heads.unsafeGetTensorImpl()->is_python_dispatch() &&
          !c10::impl::TorchDispatchModeTLS::any_modes_set() && !at::SavedTensorDefaultHooks::get_hooks();
+}
+
+bool OwnedHeads::are_free(at::TensorList grads) {
+  return !c10::impl::TorchDispatchModeTLS::any_modes_set() && !is_function_transform_active() &&
+         std::none_of(grads.begin(), grads.end(), [](const at::Tensor& grad) {
+           return grad.defined() && (is_wrapped_by_transform(grad) || grad.unsafeGetTensorImpl()->is_python_dispatch());
+         });
 }
 
 GradientMemory memory_of_heads(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,

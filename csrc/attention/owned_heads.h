@@ -17,6 +17,10 @@ class OwnedHeads {
   /// Whether one lives, and plain memory is at work: no tracing, no hooks that may keep what is saved.
   static bool are(const at::Tensor& heads);
 
+  /// Whether a backward pass that got these gradients may write over owned heads: not where a gradient stands for many
+  /// (is_grads_batched, vmap) or for something else, since then the heads are read again or cannot take the result.
+  static bool are_free(at::TensorList grads);
+
  private:
   bool before_;
 };

@@ -6,11 +6,11 @@
 #include "attention/owned_heads.h"
 
 namespace selfattn {
-namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
+/// With a name that other files could see: it is what profilers and grad_fn show.
 class FlashAttention : public torch::autograd::Function<FlashAttention> {
  public:
   static variable_list forward(AutogradContext* context, const at::Tensor& query, const at::Tensor& key,
@@ -34,7 +34,9 @@ class FlashAttention : public torch::autograd::Function<FlashAttention> {
     const auto saved = context->get_saved_variables();
     if (!grads[0].defined() && !grads[1].defined()) return variable_list(5);
     GradientMemory memory;
-    if (context->saved_data["owns_heads"].toBool()) memory = memory_of_heads(saved[0], saved[1], saved[2], saved[6]);
+    if (context->saved_data["owns_heads"].toBool() && OwnedHeads::are_free(grads)) {
+      memory = memory_of_heads(saved[0], saved[1], saved[2], saved[6]);
+    }
     AttentionProblem problem{.query = saved[0], .key = saved[1], .value = saved[2]};
     problem.query_segment_ids = as_optional(saved[4]);
     problem.key_segment_ids = as_optional(saved[5]);
@@ -56,6 +58,8 @@ class FlashAttention : public torch::autograd::Function<FlashAttention> {
     return {grad_query, grad_key, grad_value, grad_sinks, at::Tensor()};
   }
 };
+
+namespace {
 
 std::tuple<at::Tensor, at::Tensor> flash_attention_autograd(const at::Tensor& q, const at::Tensor& k,
                                                             const at::Tensor& v, const OptionalTensor& segment_ids,

@@ -7,11 +7,11 @@
 #include "rotary/norm_rope.h"
 
 namespace selfattn {
-namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
+/// With a name that other files could see: it is what profilers and grad_fn show.
 class QkNormRope : public torch::autograd::Function<QkNormRope> {
  public:
   static variable_list forward(AutogradContext* context, const at::Tensor& q, const at::Tensor& k,
@@ -46,6 +46,8 @@ class QkNormRope : public torch::autograd::Function<QkNormRope> {
     return {dq, dk, call.q_weight ? dq_weight : at::Tensor(), call.k_weight ? dk_weight : at::Tensor(), at::Tensor()};
   }
 };
+
+namespace {
 
 NormRopeHeads qk_norm_rope_autograd(const NormRopeCall& call) {
   if (needs_composition(call)) return compose_norm_rope(call);

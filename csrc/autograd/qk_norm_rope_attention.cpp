@@ -7,11 +7,11 @@
 #include "attention/owned_heads.h"
 
 namespace selfattn {
-namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
+/// With a name that other files could see: it is what profilers and grad_fn show.
 class QkNormRopeAttention : public torch::autograd::Function<QkNormRopeAttention> {
  public:
   static variable_list forward(AutogradContext* context, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
@@ -40,7 +40,8 @@ class QkNormRopeAttention : public torch::autograd::Function<QkNormRopeAttention
     if (!grads[0].defined() && !grads[1].defined()) return variable_list(7);
     const auto saved = context->get_saved_variables();
     const auto& data = context->saved_data;
-    const bool owns_heads = data.at("owns_heads").toBool() && !at::GradMode::is_enabled();
+    const bool owns_heads =
+        data.at("owns_heads").toBool() && !at::GradMode::is_enabled() && OwnedHeads::are_free(grads);
     GradientMemory memory;
     if (owns_heads) {
       memory = memory_of_heads(saved[0], saved[1], saved[2], saved[9]);
@@ -84,6 +85,8 @@ class QkNormRopeAttention : public torch::autograd::Function<QkNormRopeAttention
             at::Tensor()};
   }
 };
+
+namespace {
 
 AttentionResults qk_norm_rope_attention_autograd(const NormRopeAttentionCall& call) {
   const NormRopeCall& prologue = call.prologue;

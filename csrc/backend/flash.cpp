@@ -80,9 +80,16 @@ Reason rows_fit_metadata(const AttentionProblem& problem) {
                   problem.query_length(), " and ", problem.key_length());
 }
 
-constexpr Constraint kConstraints[] = {
-    has_kernel,        hopper,          supported_dtype,       supported_head_dim, no_softcap_on_cuda, rows_fit_kernels,
-    rows_fit_metadata, no_empty_tensor, no_function_transform, no_forward_mode_ad};
+constexpr Constraint kConstraints[] = {has_kernel,
+                                       hopper,
+                                       supported_dtype,
+                                       supported_head_dim,
+                                       no_softcap_on_cuda,
+                                       rows_fit_kernels,
+                                       rows_fit_metadata,
+                                       no_empty_tensor,
+                                       no_differentiation_transform,
+                                       no_forward_mode_ad};
 
 std::tuple<at::Tensor, at::Tensor> call(const AttentionProblem& problem) { return flash_attention(problem); }
 

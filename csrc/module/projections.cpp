@@ -12,16 +12,20 @@
 #include "rotary/norm_rope.h"
 
 namespace selfattn {
-namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
+
+namespace {
 
 constexpr size_t kProjections = 3;
 
 /// (B, S, F) -> (B * S, F); a view wherever strides allow.
 at::Tensor as_rows(const at::Tensor& x) { return x.reshape({x.size(0) * x.size(1), x.size(2)}); }
 
+}  // namespace
+
+/// With a name that other files could see: it is what profilers and grad_fn show.
 class QueryKeyValueProjections : public torch::autograd::Function<QueryKeyValueProjections> {
  public:
   // Places of the inputs. Those of the biases among the node's edges count only biases that are there.
@@ -52,11 +56,13 @@ class QueryKeyValueProjections : public torch::autograd::Function<QueryKeyValueP
       const at::Tensor grad = as_rows(grads[i]);
       if (context->needs_input_grad(kX)) {
         const at::Tensor& weight = saved[kWeights + i];
-        // In place: the library of matrix products adds in its accumulator, where autograd would add tensors.
-        if (dx.defined()) {
-          dx.addmm_(grad, weight);
-        } else {
+        if (!dx.defined()) {
           dx = grad.mm(weight);
+        } else if (is_wrapped_by_transform(grad) || is_wrapped_by_transform(dx)) {
+          dx = dx + grad.mm(weight);  // a transform has no rule for what follows
+        } else {
+          // In place: the library of matrix products adds in its accumulator, where autograd would add tensors.
+          dx.addmm_(grad, weight);
         }
       }
       if (context->needs_input_grad(kWeights + i)) results[kWeights + i] = grad.t().mm(x_rows);
@@ -66,6 +72,8 @@ class QueryKeyValueProjections : public torch::autograd::Function<QueryKeyValueP
     return results;
   }
 };
+
+namespace {
 
 /// An ordinary tensor in memory, outside of any tracing: subclasses and modes are given at::linear to interpret.
 bool is_plain(const at::Tensor& tensor, const at::Tensor& like) {

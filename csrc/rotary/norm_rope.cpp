@@ -67,10 +67,19 @@ at::Tensor as_result(const at::Tensor& heads, const at::Tensor& x) {
   return result.is_same(x) ? x.clone() : result;
 }
 
+/// (B, S, N, D) -> (D,), or (parts, D), the sum of each part of the batch.
+at::Tensor sum_of_heads(const at::Tensor& heads, const std::optional<c10::SymInt>& parts) {
+  if (!parts) return heads.sum(at::IntArrayRef{0, 1, 2});
+  const auto sizes = heads.sym_sizes();
+  const c10::SymInt batch = *parts == 0 ? c10::SymInt(0) : sizes[0] / *parts;
+  return heads.reshape_symint({*parts, batch * sizes[1] * sizes[2], sizes[3]}).sum(1);
+}
+
 /// The gradients of one of the two: dx in its dtype, and of its weight.
 std::pair<at::Tensor, at::Tensor> gradients_of_one(const NormRopeCall& call, const at::Tensor& grad,
                                                    const at::Tensor& x, const OptionalTensor& weight,
-                                                   const RotaryTables& tables) {
+                                                   const RotaryTables& tables,
+                                                   const std::optional<c10::SymInt>& parts) {
   const auto dtype = compute_dtype(grad);
   // A rotation's transpose turns the other way.
   const at::Tensor turned = call.rope ? rotate(grad, {-tables.sin, tables.cos}, call.pairing) : grad.to(dtype);
@@ -80,7 +89,7 @@ std::pair<at::Tensor, at::Tensor> gradients_of_one(const NormRopeCall& call, con
   const at::Tensor of_normed = weighted(turned, weight);
   const at::Tensor along = (of_normed * normed).mean(-1, /*keepdim=*/true);
   return {as_result(rstd * (of_normed - normed * along), grad),
-          weight ? (turned * normed).sum(at::IntArrayRef{0, 1, 2}).to(weight->scalar_type()) : no_gradient(grad)};
+          weight ? sum_of_heads(turned * normed, parts).to(weight->scalar_type()) : no_gradient(grad)};
 }
 
 at::Tensor heads_of_one(const NormRopeCall& call, const at::Tensor& x, const OptionalTensor& weight,
@@ -184,11 +193,16 @@ NormRopeHeads compose_norm_rope(const NormRopeCall& call) {
 }
 
 NormRopeGradients compose_norm_rope_backward(const NormRopeCall& call, const at::Tensor& grad_q,
-                                             const at::Tensor& grad_k) {
+                                             const at::Tensor& grad_k, const std::optional<c10::SymInt>& parts) {
   const auto [of_q, of_k] = tables_of(call, grad_q, grad_k);
-  auto [dq, dq_weight] = gradients_of_one(call, grad_q, call.q, call.q_weight, of_q);
-  auto [dk, dk_weight] = gradients_of_one(call, grad_k, call.k, call.k_weight, of_k);
+  auto [dq, dq_weight] = gradients_of_one(call, grad_q, call.q, call.q_weight, of_q, parts);
+  auto [dk, dk_weight] = gradients_of_one(call, grad_k, call.k, call.k_weight, of_k, parts);
   return {dq, dk, dq_weight, dk_weight};
+}
+
+NormRopeGradients compose_norm_rope_backward(const NormRopeCall& call, const at::Tensor& grad_q,
+                                             const at::Tensor& grad_k) {
+  return compose_norm_rope_backward(call, grad_q, grad_k, std::nullopt);
 }
 
 NormRopeHeads qk_norm_rope(const NormRopeCall& call) {
@@ -223,9 +237,6 @@ NormRopeWeightGradients qk_norm_rope_backward_in_place(const NormRopeCall& call,
                  call.freqs_cos, call.norm, call.eps, call.rope, call.positions, call.theta, to_string(call.pairing));
 }
 
-namespace {
-
-/// For what has no kernel that works in place.
 NormRopeWeightGradients copy_norm_rope_backward(const NormRopeCall& call, at::Tensor& grad_q, at::Tensor& grad_k) {
   const auto [dq, dk, dq_weight, dk_weight] = qk_norm_rope_backward(call, grad_q, grad_k);
   grad_q.copy_(dq);
@@ -233,17 +244,12 @@ NormRopeWeightGradients copy_norm_rope_backward(const NormRopeCall& call, at::Te
   return {dq_weight, dk_weight};
 }
 
-}  // namespace
 }  // namespace selfattn
 
-// Any device without kernels; and vmap, whose batched tensors only ATen's operators know.
+// Any device without kernels.
 TORCH_LIBRARY_IMPL(selfattn, CompositeExplicitAutograd, m) {
   m.impl("qk_norm_rope", TORCH_FN((selfattn::from_schema<selfattn::compose_norm_rope>)));
   m.impl("qk_norm_rope_backward", TORCH_FN((selfattn::backward_from_schema<selfattn::compose_norm_rope_backward>)));
   m.impl("qk_norm_rope_backward.in_place",
          TORCH_FN((selfattn::backward_in_place_from_schema<selfattn::copy_norm_rope_backward>)));
-}
-TORCH_LIBRARY_IMPL(selfattn, FuncTorchBatched, m) {
-  m.impl("qk_norm_rope", TORCH_FN((selfattn::from_schema<selfattn::compose_norm_rope>)));
-  m.impl("qk_norm_rope_backward", TORCH_FN((selfattn::backward_from_schema<selfattn::compose_norm_rope_backward>)));
 }

@@ -64,6 +64,11 @@ NormRopeHeads compose_norm_rope(const NormRopeCall& call);
 NormRopeGradients compose_norm_rope_backward(const NormRopeCall& call, const at::Tensor& grad_q,
                                              const at::Tensor& grad_k);
 
+/// The same with the weights' gradients of each of `parts` equal parts of the batch, (parts, D). Here and in
+/// compose_norm_rope a weight may also be (B, 1, 1, D), one of each row.
+NormRopeGradients compose_norm_rope_backward(const NormRopeCall& call, const at::Tensor& grad_q,
+                                             const at::Tensor& grad_k, const std::optional<c10::SymInt>& parts);
+
 /// selfattn::qk_norm_rope and selfattn::qk_norm_rope_backward through the dispatcher.
 NormRopeHeads qk_norm_rope(const NormRopeCall& call);
 NormRopeGradients qk_norm_rope_backward(const NormRopeCall& call, const at::Tensor& grad_q, const at::Tensor& grad_k);
@@ -78,6 +83,9 @@ NormRopeWeightGradients qk_norm_rope_backward_in_place(const NormRopeCall& call,
 
 /// `eps` as float32 can hold it, for heads that are computed in float32: 0 stays 0, and nothing else becomes it.
 double eps_of_heads(double eps, const at::Tensor& heads);
+
+/// That operator through the one that gives tensors of its own: for what has no kernel that works in place.
+NormRopeWeightGradients copy_norm_rope_backward(const NormRopeCall& call, at::Tensor& grad_q, at::Tensor& grad_k);
 
 /// An implementation of the operator with the arguments of its schema.
 template <NormRopeHeads (*kImplementation)(const NormRopeCall&)>

@@ -14,13 +14,14 @@ namespace selfattn {
 
 bool has_readable_values(const at::Tensor& tensor) {
   return tensor.is_cpu() && !tensor.unsafeGetTensorImpl()->is_python_dispatch() &&
-         !c10::impl::TorchDispatchModeTLS::any_modes_set() && !is_function_transform_active();
+         !c10::impl::TorchDispatchModeTLS::any_modes_set() && !is_differentiation_transform_active();
 }
 
-void check_values(const at::Tensor& condition, const std::string& message) {
+void check_values(const at::Tensor& mapped_condition, const std::string& message) {
+  const at::Tensor condition = without_maps(mapped_condition);
   if (has_readable_values(condition)) {
     TORCH_CHECK_VALUE(condition.all().item<bool>(), message);
-  } else if (!condition.is_meta() && !is_function_transform_active()) {
+  } else if (!condition.is_meta() && !is_differentiation_transform_active()) {
     at::_assert_async(condition.all(), message);
   }
 }

@@ -1,4 +1,5 @@
-"""Function transforms and higher derivatives go through the reference, also where "auto" has to find it."""
+"""Function transforms and higher derivatives go through the reference, also where "auto" has to find it; vmap alone
+goes through the kernels too."""
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ from cases import error, make_ids
 import selfattn
 
 BACKENDS = ["reference", "auto"]
+BACKENDS_OF_VMAP = [*BACKENDS, "flash"]
 
 
 def make_inputs(length: int = 6) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -14,7 +16,7 @@ def make_inputs(length: int = 6) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
     return q, k, v, make_ids("shuffled", 2, length)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS_OF_VMAP)
 def test_vmap_equals_a_loop(backend: str) -> None:
     q, k, v, ids = make_inputs()
     many = torch.stack([q, 2 * q, q - 1])
@@ -25,7 +27,7 @@ def test_vmap_equals_a_loop(backend: str) -> None:
     torch.testing.assert_close(torch.vmap(function)(many), torch.stack([function(one) for one in many]))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS_OF_VMAP)
 def test_vmap_over_ids_equals_a_loop(backend: str) -> None:
     q, k, v, _ = make_inputs()
     many = torch.stack([make_ids(kind, 2, 6) for kind in ("shuffled", "packed", "mixed_padding")])
@@ -92,6 +94,24 @@ def test_backend_without_forward_mode_names_the_one_that_has_it(backend: str) ->
         dual = torch.autograd.forward_ad.make_dual(q, q)
         with pytest.raises(NotImplementedError, match=rf"^selfattn: .*{backend}.*forward-mode.*reference"):
             selfattn.multihead_attention(dual, k, v, ids, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["aten", "flash"])
+def test_backend_without_function_transforms_names_the_one_that_has_them(backend: str) -> None:
+    q, k, v, ids = make_inputs()
+
+    def loss(q: torch.Tensor) -> torch.Tensor:
+        return selfattn.multihead_attention(q, k, v, ids, backend=backend).sum()
+
+    transformed = [
+        torch.func.grad(loss),
+        torch.vmap(torch.func.grad(loss)),
+        torch.func.grad(lambda q: torch.vmap(loss)(q).sum()),
+        lambda q: torch.func.jvp(loss, (q,), (q,)),
+    ]
+    for function, argument in zip(transformed, (q, q[None], q[None], q), strict=True):
+        with pytest.raises(NotImplementedError, match=rf"^selfattn: .*{backend}.*torch.func transform.*reference"):
+            function(argument)
 
 
 def test_double_backward_through_the_reference() -> None:

@@ -1,0 +1,60 @@
+// vmap of qk_norm_rope_attention: the map becomes part of the batch where all that is mapped has one; its parts, which
+// have rules of their own, serve the rest.
+#include <torch/library.h>
+
+#include "attention/norm_rope_attention.h"
+#include "functorch/vmap.h"
+
+namespace selfattn {
+namespace {
+
+/// nothing where a mapped tensor has no batch.
+std::optional<AttentionResults> attend_folded(const Vmap& vmap, const NormRopeAttentionCall& call) {
+  const c10::impl::ExcludeDispatchKeyGuard not_again(vmap.key());
+  if (!vmap.has_mapped()) return qk_norm_rope_attention(call);
+  const NormRopeCall& prologue = call.prologue;
+  const AttentionProblem& problem = call.problem;
+  if (vmap.maps(prologue.q_weight) || vmap.maps(prologue.k_weight) || vmap.maps(problem.sinks) || vmap.size() == 0) {
+    return std::nullopt;
+  }
+  NormRopeAttentionCall folded = call;
+  folded.prologue.q = vmap.fold(prologue.q);
+  folded.prologue.k = vmap.fold(prologue.k);
+  folded.prologue.freqs_sin = vmap.fold_rows(prologue.freqs_sin, problem.batch());
+  folded.prologue.freqs_cos = vmap.fold_rows(prologue.freqs_cos, problem.batch());
+  folded.problem.value = vmap.fold(problem.value);
+  folded.problem.query_segment_ids = vmap.fold(problem.query_segment_ids);
+  const auto [out, lse] = qk_norm_rope_attention(folded);
+  return AttentionResults(vmap.unfold(out, problem.batch()), vmap.unfold(lse, problem.batch()));
+}
+
+template <typename Map>
+AttentionResults qk_norm_rope_attention_batched(const NormRopeAttentionCall& call) {
+  const NormRopeCall& prologue = call.prologue;
+  const AttentionProblem& problem = call.problem;
+  const Map map({prologue.q, prologue.k, problem.value, prologue.q_weight, prologue.k_weight, prologue.freqs_sin,
+                 prologue.freqs_cos, problem.query_segment_ids, problem.sinks});
+  auto results = attend_folded(map, call);
+  return results ? std::move(*results) : norm_rope_then_attend(call);
+}
+
+// Where gradients alone are mapped, which is the usual case, its parts make the turned q and k once for all.
+NormRopeAttentionGradients backward_batched(const NormRopeAttentionCall& call, const AttentionGradients& gradients) {
+  return attend_backward_then_norm_rope(call, gradients);
+}
+
+void register_gradient(torch::Library& m) {
+  m.impl("qk_norm_rope_attention_backward", TORCH_FN(attention_backward_from_schema<backward_batched>));
+}
+
+template <typename Map>
+void register_rules(torch::Library& m) {
+  m.impl("qk_norm_rope_attention", TORCH_FN(attention_from_schema<qk_norm_rope_attention_batched<Map>>));
+  register_gradient(m);
+}
+
+}  // namespace
+}  // namespace selfattn
+
+TORCH_LIBRARY_IMPL(selfattn, FuncTorchBatched, m) { selfattn::register_rules<selfattn::FunctorchVmap>(m); }
+TORCH_LIBRARY_IMPL(selfattn, Batched, m) { selfattn::register_rules<selfattn::BatchedGradientsVmap>(m); }
