@@ -69,6 +69,7 @@ FEATURES: dict[str, Callable[[Call], bool]] = {
     "empty tensors": lambda call: (
         0 in (call.batch, call.num_queries, call.num_keys, call.num_heads, call.num_kv_heads, call.value_dim)
     ),
+    "`torch.func` transforms": lambda call: call.transform is not None,
     "`torch.func` transforms but vmap": lambda call: call.transform not in (None, "vmap"),
     "forward mode": lambda call: call.has_tangent,
 }
@@ -99,8 +100,10 @@ class Limits:
         return not any(FEATURES[name](call) for name in self.refuses)
 
 
-FIRST_ORDER = ("empty tensors", "`torch.func` transforms but vmap", "forward mode")
-"""What kernels leave to ``reference``."""
+KERNELS_LEAVE = ("empty tensors", "`torch.func` transforms", "forward mode")
+"""What PyTorch's kernels leave to ``reference``."""
+OUR_KERNELS_LEAVE = ("empty tensors", "`torch.func` transforms but vmap", "forward mode")
+"""What this project's kernels leave to ``reference``."""
 CUDNN = Limits(
     dtypes=HALF,
     min_capability=(8, 0),
@@ -115,19 +118,19 @@ CUDNN = Limits(
         "causal with Sq != Skv",
         "one query or one key",
         "gradients in deterministic mode",
-        *FIRST_ORDER,
+        *KERNELS_LEAVE,
     ),
 )
-ATEN = Limits(refuses=("softcap", "sinks", "lse", *FIRST_ORDER))
+ATEN = Limits(refuses=("softcap", "sinks", "lse", *KERNELS_LEAVE))
 TABLE: dict[tuple[str, str], Limits] = {
-    ("flash", "cpu"): Limits(dtypes=(torch.float32, *HALF), max_dim=512, refuses=FIRST_ORDER),
+    ("flash", "cpu"): Limits(dtypes=(torch.float32, *HALF), max_dim=512, refuses=OUR_KERNELS_LEAVE),
     ("flash", "cuda"): Limits(
         dtypes=HALF,
         min_capability=(9, 0),
         max_capability=(9, 0),
         dim_multiple=8,
         max_dim=256,
-        refuses=("softcap", "rows of more than 524,288 tokens with segment ids", *FIRST_ORDER),
+        refuses=("softcap", "rows of more than 524,288 tokens with segment ids", *OUR_KERNELS_LEAVE),
     ),
     ("cudnn", "cuda"): CUDNN,
     ("aten", "cpu"): ATEN,
