@@ -20,6 +20,8 @@ ORDER = ("flash", "cudnn", "aten", "reference")
 ALIASES = {"pallas_triton": "flash", "triton": "flash", "xla": "aten"}
 MOST_TOKENS_WITH_IDS = 524_288
 """Of a row on CUDA: what the kernel that prepares segments holds in shared memory."""
+MOST_TOKENS = 2**29
+"""Of a row on CUDA: positions and windows are counted in 32 bits."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ FEATURES: dict[str, Callable[[Call], bool]] = {
     "rows of more than 524,288 tokens with segment ids": lambda call: (
         call.has_ids and max(call.num_queries, call.num_keys) > MOST_TOKENS_WITH_IDS
     ),
+    "rows of more than 2^29 tokens": lambda call: max(call.num_queries, call.num_keys) > MOST_TOKENS,
     "windows": lambda call: call.window_left >= 0 or call.window_right >= 0,
     "softcap": lambda call: call.softcap > 0,
     "sinks": lambda call: call.has_sinks,
@@ -130,7 +133,12 @@ TABLE: dict[tuple[str, str], Limits] = {
         max_capability=(9, 0),
         dim_multiple=8,
         max_dim=256,
-        refuses=("softcap", "rows of more than 524,288 tokens with segment ids", *OUR_KERNELS_LEAVE),
+        refuses=(
+            "softcap",
+            "rows of more than 524,288 tokens with segment ids",
+            "rows of more than 2^29 tokens",
+            *OUR_KERNELS_LEAVE,
+        ),
     ),
     ("cudnn", "cuda"): CUDNN,
     ("aten", "cpu"): ATEN,

@@ -9,7 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from serving_table import DTYPES, FEATURES, ORDER, Call, chosen, describe, must_serve, render, serving
+from serving_table import (
+    DTYPES,
+    FEATURES,
+    MOST_TOKENS,
+    MOST_TOKENS_WITH_IDS,
+    ORDER,
+    Call,
+    chosen,
+    describe,
+    must_serve,
+    render,
+    serving,
+)
 from torch import Tensor
 
 import selfattn
@@ -191,10 +203,19 @@ def test_explanations_of_meta_tensors_are_those_of_the_cpu() -> None:
 
 
 @pytest.mark.gpu
-def test_rows_that_hold_more_tokens_than_a_gpu_takes() -> None:
-    for num_queries, num_keys in itertools.product((1, 524_288, 524_289), repeat=2):
-        base = base_call("cuda").with_(num_queries=num_queries, num_keys=num_keys, batch=1, num_heads=1)
-        check_explanations([base.with_(num_kv_heads=1, dim=8, value_dim=8, has_ids=has_ids) for has_ids in (0, 1)])
+@pytest.mark.parametrize("most", [MOST_TOKENS_WITH_IDS, MOST_TOKENS])
+def test_rows_that_hold_more_tokens_than_a_gpu_takes(most: int) -> None:
+    """Of one element in memory, seen many times."""
+    one = torch.zeros(1, 1, 1, 1, device="cuda", dtype=torch.bfloat16)
+    id_of_all = torch.zeros(1, 1, device="cuda", dtype=torch.int32)
+    for num_queries, num_keys, has_ids in itertools.product((1, most, most + 1), (1, most, most + 1), (False, True)):
+        q, k = (one.expand(1, length, 1, 8) for length in (num_queries, num_keys))
+        lengths = {"segment_ids": num_queries, "kv_segment_ids": num_keys}
+        ids = {name: id_of_all.expand(1, length) for name, length in lengths.items()} if has_ids else {}
+        call = describe(q, k, k, **ids)
+        said = verdicts(selfattn.explain_backend(q, k, k, **ids))
+        assert [name for name in ORDER if not said[name].startswith("cannot")] == serving(call), call
+        assert said[chosen(call)] == "chosen"
 
 
 OPTIONS: tuple[dict[str, Any], ...] = (
@@ -266,7 +287,7 @@ def test_every_feature_and_limit_of_the_table_is_tried() -> None:
         calls = [Call(device=device).with_(**option) for option in OPTIONS]
         calls += [call.with_(wants_lse=True) for call in calls]
         for name, has in FEATURES.items():
-            assert any(has(call) for call in calls) or "524,288" in name, name  # that one has a test of its own
+            assert any(has(call) for call in calls) or "tokens" in name, name  # long rows have a test of their own
         for backend in ORDER[:-1]:
             found = {must_serve(backend, call) for call in calls}
             assert found == {True, False} or (backend, device) == ("cudnn", "cpu")
