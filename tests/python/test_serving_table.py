@@ -26,6 +26,7 @@ from torch import Tensor
 
 import selfattn
 
+OPS = torch.ops.selfattn
 SEMANTICS = Path(__file__).resolve().parents[2] / "docs" / "semantics.md"
 
 DIMS = {
@@ -271,6 +272,53 @@ def test_refusal_gives_the_reasons_of_the_explanation(device: str) -> None:
             with pytest.raises(NotImplementedError) as raised:
                 ask(call, selfattn.multihead_attention, backend=backend)
             assert str(raised.value).splitlines()[0] == f"selfattn: backend '{backend}' {said[backend]}"
+
+
+def attention_of(q: Tensor, k: Tensor, v: Tensor, ids: dict, sinks: Tensor | None, options: dict) -> None:
+    OPS.flash_attention(q, k, v, **ids, **options, sinks=sinks)
+
+
+def attention_backward_of(q: Tensor, k: Tensor, v: Tensor, ids: dict, sinks: Tensor | None, options: dict) -> None:
+    out, lse = q.new_zeros(*q.shape[:3], v.shape[3]), q.new_zeros(q.shape[0], q.shape[2], q.shape[1]).float()
+    OPS.flash_attention_backward(out, None, q, k, v, out, lse, **ids, **options)
+
+
+def norm_rope_attention_of(q: Tensor, k: Tensor, v: Tensor, ids: dict, sinks: Tensor | None, options: dict) -> None:
+    ids = {name: tensor for name, tensor in ids.items() if name == "segment_ids"}
+    OPS.qk_norm_rope_attention(q, k, v, **ids, **options, sinks=sinks)
+
+
+def norm_rope_attention_backward_of(
+    q: Tensor, k: Tensor, v: Tensor, ids: dict, sinks: Tensor | None, options: dict
+) -> None:
+    ids = {name: tensor for name, tensor in ids.items() if name == "segment_ids"}
+    out, lse = q.new_zeros(*q.shape[:3], v.shape[3]), q.new_zeros(q.shape[0], q.shape[2], q.shape[1]).float()
+    OPS.qk_norm_rope_attention_backward(out, None, q, k, v, out, lse, **ids, **options)
+
+
+@pytest.mark.parametrize(
+    "operator",
+    [attention_of, attention_backward_of, norm_rope_attention_of, norm_rope_attention_backward_of],
+    ids=lambda function: function.__name__,
+)
+@pytest.mark.parametrize("where", ["cpu", "meta", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_operators_below_flash_refuse_what_flash_refuses(operator, where: str) -> None:
+    """By dtype, head dimensions and options. (Empty tensors they take: their results are empty or zero.)"""
+    for call in samples(where):
+        joins_norm = operator in (norm_rope_attention_of, norm_rope_attention_backward_of)
+        if FEATURES["empty tensors"](call) or call.transform is not None or call.has_tangent:
+            continue
+        if joins_norm and (call.dim % 2 != 0 or call.num_queries != call.num_keys):
+            continue
+        call = call.with_(requires_grad=False)
+        tensors = tensors_of(call)
+        q, k, v = (tensors.pop(name) for name in "qkv")
+        arguments = (q, k, v, {name: tensors[name] for name in tensors if name != "sinks"}, tensors.get("sinks"))
+        if must_serve("flash", call):
+            operator(*arguments, options_of(call))
+            continue
+        with pytest.raises(NotImplementedError, match=r"^selfattn: .*cannot serve this call: \w"):
+            operator(*arguments, options_of(call))
 
 
 def test_facts_of_a_call_are_read_from_its_arguments(device: str) -> None:
