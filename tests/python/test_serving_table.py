@@ -43,6 +43,7 @@ MODES = (
     {"requires_grad": True, "is_deterministic": True},
     {"is_deterministic": True},
     {"has_tangent": True},
+    {"transform": "vmap"},
     {"transform": "grad"},
     {"transform": "jvp"},
 )
@@ -259,7 +260,7 @@ def test_backend_computes_or_raises_as_the_table_says(backend: str, wants_lse: b
 
 @pytest.mark.parametrize("backend", ["flash", "reference", "auto"])
 def test_backend_computes_under_vmap(backend: str, device: str) -> None:
-    """explain_backend gives a string, so that vmap has no rule for it: a backend is seen to serve by its results."""
+    """Every sample, mapped over three."""
     for call in samples(device):
         if call.transform is None and not call.has_tangent and must_serve(backend, call.with_(transform="vmap")):
             ask(call.with_(transform="vmap"), selfattn.multihead_attention, backend=backend)
