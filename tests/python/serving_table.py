@@ -226,6 +226,13 @@ def is_refused(backend: str, call: Call, function: Callable[[], Any]) -> bool:
     return True
 
 
+def skip_refused(refusal: NotImplementedError, backend: str, call: Call) -> None:
+    """For a test that met ``refusal``: leaves the case out where ``backend`` must refuse ``call``, else fails."""
+    if must_serve(backend, call):
+        raise refusal
+    pytest.skip(f"by the serving table {backend} does not serve this case")
+
+
 def skip_unless_flash_serves(device: str, dtype: torch.dtype, dim: int) -> None:
     """For tests of what only ``flash`` does, on a GPU that its kernels are not for."""
     call = describe(*(torch.zeros(1, 8, 2, dim, device=device, dtype=dtype) for _ in range(3)), wants_lse=True)
