@@ -18,7 +18,10 @@ def test_two_halves_of_the_keys_merge_into_the_whole(backend: str, kind: str) ->
             q, k[:, keys], v[:, keys], ids, False, backend=backend, kv_segment_ids=ids[:, keys]
         )
 
-    whole = selfattn.multihead_attention(q, k, v, ids, False, backend=backend)
+    try:
+        whole = selfattn.multihead_attention(q, k, v, ids, False, backend=backend)
+    except NotImplementedError:
+        pytest.skip(f"{backend} cannot serve this call here")
     (left, left_lse), (right, right_lse) = part(slice(0, 7)), part(slice(7, 16))
     lse = torch.logaddexp(left_lse, right_lse)
     empty = lse.isneginf()
