@@ -1,6 +1,6 @@
 """Builds the package: CMake compiles libselfattn.so against the installed torch, the wheel carries it as it is.
 
-CMakeLists.txt holds the one list of sources. Options for it go into the environment variable SELFATTN_CMAKE_ARGS,
+CMakeLists.txt says what is compiled and how. Options for it go into the environment variable SELFATTN_CMAKE_ARGS,
 e.g. SELFATTN_CMAKE_ARGS="-DSELFATTN_CUDA=OFF".
 """
 

@@ -9,6 +9,7 @@ from selfattn._library import load as _load
 _load()
 
 from selfattn.config import AttentionBackend, ParallelConfig, SelfAttentionConfig  # noqa: E402
+from selfattn.flops import register as _register_flops  # noqa: E402
 from selfattn.functional import (  # noqa: E402
     apply_rotary_emb,
     cu_seqlens_from_segment_ids,
@@ -23,6 +24,8 @@ from selfattn.functional import (  # noqa: E402
     segment_mask,
 )
 from selfattn.module import SelfAttention  # noqa: E402
+
+_register_flops()
 
 __all__ = [
     "AttentionBackend",

@@ -110,8 +110,9 @@ class _ValidatedConfig:
 class ParallelConfig(_ValidatedConfig):
     """How a model is spread over devices.
 
-    The fields are held, validated and serialised. A layer that is built on one device refuses any axis that needs
-    more (see ``require_single_device``): nothing here is ignored in silence.
+    The fields are held, validated and serialised, as JAX code bases write them. No layer here is spread over devices
+    yet: one that is built refuses every field that asks for it (see ``require_single_device``), so that nothing is
+    ignored in silence. The names of the axes ask for nothing by themselves.
     """
 
     data_axis_name: str = "dp"
@@ -128,9 +129,13 @@ class ParallelConfig(_ValidatedConfig):
     fsdp_modules: Sequence[str] = ()
     """Names of the modules whose weights the fsdp axis shards."""
     fsdp_min_weight_size: int = 2**18
+    """Elements of the smallest weight that the fsdp axis shards."""
     fsdp_gather_dtype: str | None = None
+    """In which sharded weights are gathered; None is their own."""
     fsdp_grad_scatter_dtype: str | None = None
+    """In which their gradients are added up and scattered; None is their own."""
     tp_async_dense: bool = False
+    """Whether communication of the model axis runs beside the matrix products."""
 
     def __post_init__(self) -> None:
         axes = ("data", "fsdp", "pipeline", "model")
@@ -162,13 +167,21 @@ class ParallelConfig(_ValidatedConfig):
         self._check_bool("tp_async_dense")
 
     def require_single_device(self, module_name: str) -> None:
-        """Raises NotImplementedError where this configuration asks ``module_name`` for what one device cannot do."""
+        """Raises NotImplementedError where this configuration asks ``module_name`` for anything that it does not do:
+        an axis over several devices, activations computed again, weights sharded or gathered in another dtype, a
+        threshold for sharding, communication beside the products. What it asks of other modules is theirs."""
         for axis in ("data", "fsdp", "pipeline", "model"):
             size = getattr(self, f"{axis}_axis_size")
             if size not in ((-1, 1) if axis == "data" else (1,)):
                 self._fail(NotImplementedError, f"{axis}_axis_size", f"1, the only size that {module_name} has yet")
         if module_name in self.remat:
             self._fail(NotImplementedError, "remat", f"no {module_name}, which does not recompute activations yet")
+        if module_name in self.fsdp_modules:
+            self._fail(NotImplementedError, "fsdp_modules", f"no {module_name}, which does not shard its weights yet")
+        for name in ("fsdp_min_weight_size", "fsdp_gather_dtype", "fsdp_grad_scatter_dtype", "tp_async_dense"):
+            neutral = type(self).__dataclass_fields__[name].default
+            if getattr(self, name) != neutral:
+                self._fail(NotImplementedError, name, f"{neutral!r}, the only value that {module_name} has yet")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -84,9 +84,9 @@ class SelfAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """q, k, v: normal, std sqrt(2 / (5 E)) (Nguyen and Salazar 2019, "Transformers without Tears", small init);
-        out: normal, std 2 / (2 num_layers) / sqrt(E) (Wang and Komatsuzaki 2021, mesh-transformer-jax, two blocks a
-        layer). Biases and sinks zero, norm weights one."""
+        """q, k, v: normal with standard deviation sqrt(2 / (5 E)) (small init: Nguyen and Salazar, arXiv:1910.05895);
+        out: normal with 2 / (2 num_layers) / sqrt(E), two residual blocks a layer (Wang and Komatsuzaki 2021,
+        mesh-transformer-jax). Both as GPT-NeoX has them (arXiv:2204.06745). Biases and sinks 0, norm weights 1."""
         std = math.sqrt(2 / (5 * self.embedding_dim))
         for projection in (self.q_proj, self.k_proj, self.v_proj):
             nn.init.normal_(projection.weight, std=std)

@@ -65,8 +65,9 @@ class SELFATTN_API SelfAttentionImpl : public torch::nn::Cloneable<SelfAttention
   /// Makes every parameter anew; may be called again.
   void reset() override;
 
-  /// q, k, v: normal with standard deviation sqrt(2 / (5 E)); out: 2 / (2 num_layers) / sqrt(E), i.e. wang init
-  /// (GPT-NeoX, arXiv:2204.06745, section 2.1); biases and sinks 0, norm weights 1.
+  /// q, k, v: normal with standard deviation sqrt(2 / (5 E)) (small init: Nguyen and Salazar, arXiv:1910.05895); out:
+  /// normal with 2 / (2 num_layers) / sqrt(E), two residual blocks a layer (Wang and Komatsuzaki 2021,
+  /// mesh-transformer-jax). Both as GPT-NeoX has them (arXiv:2204.06745). Biases and sinks 0, norm weights 1.
   void reset_parameters();
 
   /// x (B, S, E) -> (B, S, E). freqs_sin, freqs_cos (1 or B, S, head_dim / 2): rotary tables; positions 0 .. S - 1

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Generator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,6 +41,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU, and there is none"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A backend's refusal skips no test: what must serve, and what may be left out, stands in serving_table.py."""
+    report = yield
+    if report.skipped and "cannot serve this call" in str(report.longrepr):
+        report.outcome = "failed"
+        report.longrepr = f"skipped because a backend refused, which the serving table alone may say: {report.longrepr}"
+    return report
 
 
 @pytest.fixture(autouse=True)

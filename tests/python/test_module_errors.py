@@ -38,6 +38,28 @@ def test_remat_of_the_module_is_not_built_yet() -> None:
 
 
 @pytest.mark.parametrize(
+    "field",
+    [
+        {"fsdp_modules": ["Block", "SelfAttention"]},
+        {"fsdp_min_weight_size": 0},
+        {"fsdp_gather_dtype": "bfloat16"},
+        {"fsdp_grad_scatter_dtype": "float32"},
+        {"tp_async_dense": True},
+    ],
+)
+def test_parallel_field_without_effect_is_refused(field: dict) -> None:
+    """What the configuration holds and validates, but the layer does not do yet."""
+    (name,) = field
+    with pytest.raises(NotImplementedError, match=rf"ParallelConfig.{name}: expected .*SelfAttention.*, got "):
+        SelfAttention(128, SelfAttentionConfig(parallel=ParallelConfig(**field)))
+
+
+def test_parallel_fields_for_other_modules_are_not_this_ones() -> None:
+    names = {f"{axis}_axis_name": axis for axis in ("data", "fsdp", "pipeline", "model")}
+    SelfAttention(128, SelfAttentionConfig(parallel=ParallelConfig(fsdp_modules=["Block"], remat=["Block"], **names)))
+
+
+@pytest.mark.parametrize(
     ("arguments", "error", "name"),
     [
         ((X[0],), ValueError, "x"),

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from cases import make_ids
+from serving_table import skip_unless_flash_serves
 from torch import Tensor
 
 import selfattn
@@ -42,9 +43,7 @@ def test_nothing_else_is_kept(qk_norm: bool, has_freqs: bool, device: str) -> No
     module = make_module(device, qk_norm=qk_norm)
     x = torch.randn(BATCH, LENGTH, EMBEDDING, device=device).bfloat16().requires_grad_()
     ids = make_ids("packed", BATCH, LENGTH).to(device)
-    explanation = selfattn.explain_backend(*(torch.zeros(1, 8, 2, DIM, device=device).bfloat16() for _ in range(3)))
-    if "flash: chosen" not in explanation:
-        pytest.skip(explanation)
+    skip_unless_flash_serves(device, torch.bfloat16, DIM)
     freqs = tuple(t.to(device) for t in selfattn.precompute_freqs(DIM, max_length=LENGTH)) if has_freqs else None
     found, out = saved_bytes(module, x, freqs=freqs, segment_ids=ids)
     tokens = BATCH * LENGTH

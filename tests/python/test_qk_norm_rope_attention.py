@@ -3,6 +3,7 @@
 import pytest
 import torch
 from cases import error, make_ids
+from serving_table import skip_unless_flash_serves
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 
@@ -34,17 +35,10 @@ def as_one(q, k, v, q_weight, k_weight, sinks=None, segment_ids=None, freqs=(Non
     return OPS.qk_norm_rope_attention(q, k, v, q_weight, k_weight, *freqs, segment_ids, sinks=sinks, **options)
 
 
-def serves(device: str, dtype: torch.dtype) -> bool:
-    return "flash: chosen" in selfattn.explain_backend(
-        *(torch.zeros(1, 8, 2, 32, device=device, dtype=dtype) for _ in range(3))
-    )
-
-
 @pytest.mark.parametrize("has_sinks", [False, True])
 @pytest.mark.parametrize("options", OPTIONS)
 def test_results_and_gradients_are_those_of_the_parts(options: str, has_sinks: bool, device: str) -> None:
-    if not serves(device, torch.bfloat16):
-        pytest.skip("flash does not serve here")
+    skip_unless_flash_serves(device, torch.bfloat16, 32)
     tensors = make(device)
     if not has_sinks:
         del tensors["sinks"]
@@ -88,8 +82,7 @@ MODULES = {"plain": {}, "sinks": {"sinks": True}, "half": {"rope_pairing": "half
 
 @pytest.mark.parametrize("config", MODULES)
 def test_module_trains_as_with_another_backend(config: str, device: str) -> None:
-    if not serves(device, torch.bfloat16):
-        pytest.skip("flash does not serve here")
+    skip_unless_flash_serves(device, torch.bfloat16, 32)
     config = selfattn.SelfAttentionConfig(head_dim=32, qk_norm=True, **MODULES[config])
     module = selfattn.SelfAttention(128, config, device=device)
     ids = make_ids("packed", 2, 40).to(device)

@@ -1,0 +1,103 @@
+"""What ``torch.utils.flop_counter.FlopCounterMode`` counts for the operators of ``torch.ops.selfattn``.
+
+The convention is PyTorch's own for scaled_dot_product_attention (``sdpa_flop`` and ``sdpa_backward_flop`` of that
+module): the matrix products that the shapes say, 2 m n k each, and nothing else. Forward these are two, Q K^T and P V;
+backward five, Q K^T once more and those of dP, dV, dQ and dK. Neither causality nor a window halves them, and segment
+ids, which are values, cannot be read: of packed rows the count is that of one document a row, an upper bound. Grouped
+heads count as query heads. What has no matrix product (``qk_norm_rope``, rotary embedding, converters) counts 0.
+
+``multihead_attention``, ``multihead_attention_lse`` and ``self_attention`` are made of other operators and are counted
+as these: projections as matrix products, attention as here, or as PyTorch counts the operators of ``aten``, ``cudnn``
+and ``reference``. (PyTorch has no formula for its own attention kernels on the CPU: ``aten`` without a mask counts 0
+there.)
+
+Importing ``selfattn`` is enough. ``torch.utils.flop_counter`` imports Triton, so the formulas are registered when a
+program imports it, and at once where it has done so before.
+"""
+
+import importlib.abc
+import importlib.util
+import sys
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+import torch
+
+FLOP_COUNTER = "torch.utils.flop_counter"
+
+Shape = Sequence[int]
+
+
+def attention_flops(query: Shape, key: Shape, value: Shape) -> int:
+    """Of Q K^T and P V. Shapes (B, Sq, NH, DQK), (B, Skv, NKV, DQK), (B, Skv, NKV, DV)."""
+    return _pairs(query, key) * 2 * (query[3] + value[3])
+
+
+def attention_backward_flops(query: Shape, key: Shape, value: Shape) -> int:
+    """Of Q K^T, dO V^T, P^T dO, dS K and dS^T Q."""
+    return _pairs(query, key) * 2 * (3 * query[3] + 2 * value[3])
+
+
+def _pairs(query: Shape, key: Shape) -> int:
+    """Of a query and a key, all heads together, as if every pair were allowed."""
+    return query[0] * query[2] * query[1] * key[1]
+
+
+def _forward_formula(q: Shape, k: Shape, v: Shape, *arguments: Any, out_shape: Any = None, **options: Any) -> int:
+    return attention_flops(q, k, v)
+
+
+def _backward_formula(
+    grad_out: Shape,
+    grad_lse: Shape | None,
+    q: Shape,
+    k: Shape,
+    v: Shape,
+    *arguments: Any,
+    out_shape: Any = None,
+    **options: Any,
+) -> int:
+    return attention_backward_flops(q, k, v)
+
+
+def _register(flop_counter: ModuleType) -> None:
+    """The formulas of every operator whose work are matrix products, all overloads together."""
+    formulas = {
+        torch.ops.selfattn.flash_attention: _forward_formula,
+        torch.ops.selfattn.qk_norm_rope_attention: _forward_formula,
+        torch.ops.selfattn.flash_attention_backward: _backward_formula,
+        torch.ops.selfattn.qk_norm_rope_attention_backward: _backward_formula,
+    }
+    for operator, formula in formulas.items():
+        if operator not in flop_counter.flop_registry:
+            flop_counter.register_flop_formula(operator)(formula)
+
+
+class _RegisterOnImport(importlib.abc.MetaPathFinder):
+    """Registers the formulas after the flop counter's own code has run, once."""
+
+    def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name != FLOP_COUNTER:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.loader is None:
+            return spec
+        run = spec.loader.exec_module
+
+        def run_and_register(module: ModuleType) -> None:
+            run(module)
+            _register(module)
+
+        spec.loader.exec_module = run_and_register
+        return spec
+
+
+def register() -> None:
+    """Registers the formulas now, or when ``torch.utils.flop_counter`` is imported."""
+    if FLOP_COUNTER in sys.modules:
+        _register(sys.modules[FLOP_COUNTER])
+    elif not any(isinstance(finder, _RegisterOnImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _RegisterOnImport())
