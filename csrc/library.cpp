@@ -107,5 +107,4 @@ SELFATTN_REFUSE(QuantizedCPU)
 SELFATTN_REFUSE(QuantizedCUDA)
 SELFATTN_REFUSE(QuantizedMeta)
 SELFATTN_REFUSE(MkldnnCPU)
-SELFATTN_REFUSE(AutogradOther)  // of MKL-DNN's tensors, which have no key of autograd of their own
 #undef SELFATTN_REFUSE

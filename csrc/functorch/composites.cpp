@@ -16,6 +16,7 @@ void call_parts(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::
 
 constexpr const char* kComposites[] = {"multihead_attention",
                                        "multihead_attention_lse",
+                                       "merge_attention",
                                        "explain_backend",
                                        "self_attention",
                                        "segment_mask",

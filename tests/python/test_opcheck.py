@@ -148,12 +148,7 @@ def test_every_operator_with_tensors_has_samples() -> None:
 
 @pytest.mark.parametrize("name", SAMPLES)
 def test_operator_is_clean(name: str) -> None:
-    try:
-        samples = SAMPLES[name]()
-        if name == "flash_attention":
-            OPS.flash_attention(*samples[0][0])
-    except NotImplementedError as refusal:
-        pytest.skip(str(refusal))
+    samples = SAMPLES[name]()
     packet, _, overload = name.partition(".")
     operator = getattr(getattr(OPS, packet), overload or "default")
     for args, kwargs in samples:

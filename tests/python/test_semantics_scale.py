@@ -4,6 +4,7 @@ import pytest
 import reference
 import torch
 from cases import PLACES, ROUNDING, Case, error
+from serving_table import describe, skip_refused
 
 import selfattn
 
@@ -35,7 +36,7 @@ def test_results_and_gradients_equal_the_oracle(
     try:
         out = selfattn.multihead_attention(**tensors, causal=causal, qk_scale=scale, backend=backend)
     except NotImplementedError as refusal:
-        pytest.skip(str(refusal))
+        skip_refused(refusal, backend, describe(**tensors, causal=causal, qk_scale=scale))
     assert error(out, expected) < ROUNDING[dtype]
     actual = torch.autograd.grad(out, leaves, grad_out.to(device))
     for gradient, oracle in zip(actual, reference.gradients(expected, leaves, grad_out), strict=True):
@@ -51,7 +52,7 @@ def test_tiny_scale_of_large_products_counts(device: str, backend: str, scale: f
     try:
         out = selfattn.multihead_attention(q, k, v, qk_scale=scale, backend=backend)
     except NotImplementedError as refusal:
-        pytest.skip(str(refusal))
+        skip_refused(refusal, backend, describe(q, k, v, qk_scale=scale))
     assert error(out, reference.attention(q, k, v, qk_scale=scale)[0]) < 1e-4
 
 
@@ -78,7 +79,8 @@ def test_layer_takes_the_scale(device: str, backend: str, causal: bool, scale: f
             backend=backend,
         )
     except NotImplementedError as refusal:
-        pytest.skip(str(refusal))
+        heads = (leaf.detach().new_empty(1, 7, number, 16) for number in (4, 2, 2))
+        skip_refused(refusal, backend, describe(*heads, causal=causal, qk_scale=scale))
     grad_out = torch.randn(expected.shape, dtype=torch.float64).to(dtype)
     (gradient,) = torch.autograd.grad(out, leaf, grad_out.to(device))
     (oracle,) = torch.autograd.grad(expected, oracle_x, grad_out.double())

@@ -6,6 +6,7 @@ import pytest
 import reference
 import torch
 from cases import PLACES, ROUNDING, Case, error
+from serving_table import describe, skip_refused
 from torch import Tensor
 
 import selfattn
@@ -46,7 +47,7 @@ def test_infinite_sinks_equal_the_oracle(
     try:
         out, lse = selfattn.multihead_attention_lse(**tensors, **case.options, backend=backend)
     except NotImplementedError as refusal:
-        pytest.skip(str(refusal))
+        skip_refused(refusal, backend, describe(**tensors, **case.options, wants_lse=True))
     expected, expected_lse = reference.attention(**tensors, **case.options)
     assert error(out, expected) < ROUNDING[dtype]
     assert error(lse, expected_lse) < max(ROUNDING[dtype], 1e-6)
@@ -93,7 +94,7 @@ def test_gradient_of_half_precision_sinks_is_summed_in_float32(device: str, back
     try:
         _, lse = selfattn.multihead_attention_lse(q, k, v, ids, sinks=sinks, backend=backend)
     except NotImplementedError as refusal:
-        pytest.skip(str(refusal))
+        skip_refused(refusal, backend, describe(q, k, v, ids, sinks=sinks, wants_lse=True))
     _, expected = selfattn.multihead_attention_lse(
         q.double(), k.double(), v.double(), ids, sinks=wide, backend="reference"
     )
@@ -124,7 +125,7 @@ def test_row_of_logits_of_minus_infinity_is_a_row_without_keys(
     try:
         out, lse = selfattn.multihead_attention_lse(q, k, v, ids, sinks=sinks, backend=backend)
     except NotImplementedError as refusal:
-        pytest.skip(str(refusal))
+        skip_refused(refusal, backend, describe(q, k, v, ids, sinks=sinks, wants_lse=True))
     padded = ids.masked_fill(ids == 1, -1)
     expected, expected_lse = reference.attention(q, k, v, padded, sinks=sinks)
     assert error(out, expected) < ROUNDING[dtype]
@@ -147,7 +148,7 @@ def test_logit_of_plus_infinity_is_nan_in_its_row_alone(
     try:
         out, lse = selfattn.multihead_attention_lse(q, k, v, ids, sinks=sinks, backend=backend)
     except NotImplementedError as refusal:
-        pytest.skip(str(refusal))
+        skip_refused(refusal, backend, describe(q, k, v, ids, sinks=sinks, wants_lse=True))
     document = ids == 1
     assert out[document].isnan().all()
     assert not lse.transpose(1, 2)[document].isfinite().any()
