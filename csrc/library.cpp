@@ -108,3 +108,4 @@ SELFATTN_REFUSE(QuantizedCUDA)
 SELFATTN_REFUSE(QuantizedMeta)
 SELFATTN_REFUSE(MkldnnCPU)
 #undef SELFATTN_REFUSE
+TORCH_LIBRARY_IMPL(selfattn, AutogradOther, m) { selfattn::check_tensors_of_other_keys(m); }

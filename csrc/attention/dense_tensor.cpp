@@ -4,6 +4,8 @@
 #include <ATen/core/stack.h>
 #include <c10/util/Exception.h>
 
+#include "attention/composite_operators.h"
+
 namespace selfattn {
 namespace {
 
@@ -18,14 +20,21 @@ std::optional<std::string> reason_against(const at::Tensor& tensor) {
   return std::nullopt;
 }
 
-void refuse(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+void check_dense_arguments(const c10::OperatorHandle& op, const torch::jit::Stack& stack) {
   const auto& arguments = op.schema().arguments();
-  const auto values = torch::jit::last(*stack, arguments.size());
+  const auto values = torch::jit::last(stack, arguments.size());
   for (size_t i = 0; i < arguments.size(); ++i) {
-    if (values[i].isTensor()) {
-      check_dense(values[i].toTensor(), arguments[i].name().c_str());
-    }
+    if (values[i].isTensor()) check_dense(values[i].toTensor(), arguments[i].name().c_str());
   }
+}
+
+void check_then_call_parts(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  check_dense_arguments(op, *stack);
+  op.callBoxedForDispatchKey(c10::DispatchKey::CompositeImplicitAutograd, *stack);
+}
+
+void refuse(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  check_dense_arguments(op, *stack);
   TORCH_CHECK_NOT_IMPLEMENTED(false, "selfattn: ", op.schema().name(),
                               " has no kernel for the kind of tensor given, nor for any but dense ones");
 }
@@ -43,6 +52,11 @@ void refuse_tensors_of_key(torch::Library& library) {
     if (op.getNamespace() != "selfattn") continue;
     library.impl(c10::toString(op).c_str(), torch::CppFunction::makeFromBoxedFunction<&refuse>());
   }
+}
+
+void check_tensors_of_other_keys(torch::Library& library) {
+  for (const char* name : kCompositeOperators)
+    library.impl(name, torch::CppFunction::makeFromBoxedFunction<&check_then_call_parts>());
 }
 
 }  // namespace selfattn

@@ -18,4 +18,8 @@ inline void check_dense(const std::optional<at::Tensor>& tensor, const char* nam
 /// dense. Without it such a tensor would end in PyTorch's "Could not run ..." before any check.
 void refuse_tensors_of_key(torch::Library& library);
 
+/// For autograd's key of all tensors that have none of their own, dense ones among them (meta tensors under a
+/// transform): the operators that are made of others check that their arguments are dense, and go on.
+void check_tensors_of_other_keys(torch::Library& library);
+
 }  // namespace selfattn

@@ -9,6 +9,8 @@
 #include <limits>
 #include <tuple>
 
+#include "attention/dense_tensor.h"
+
 namespace selfattn {
 namespace {
 
@@ -36,6 +38,8 @@ void check_lse(const at::Tensor& lse, const char* name, const at::Tensor& out) {
 
 void check_arguments(const at::Tensor& out, const at::Tensor& lse, const at::Tensor& other_out,
                      const at::Tensor& other_lse) {
+  check_dense(out, "out"), check_dense(lse, "lse");
+  check_dense(other_out, "other_out"), check_dense(other_lse, "other_lse");
   check_out(out);
   check_lse(lse, "lse", out);
   TORCH_CHECK_TYPE(other_out.scalar_type() == out.scalar_type(), "selfattn: other_out must have the dtype of out, ",

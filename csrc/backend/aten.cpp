@@ -19,15 +19,18 @@ namespace {
 constexpr Constraint kConstraints[] = {no_function_transform, no_forward_mode_ad, no_softcap, no_sinks,
                                        no_lse_output,         no_empty_tensor};
 
+/// 0 where a pair is allowed, -inf elsewhere, in q's dtype.
+at::Tensor bias_of(const AttentionProblem& problem, const at::Tensor& allowed) {
+  return at::zeros_symint(allowed.sym_sizes(), problem.query.options().requires_grad(false))
+      .masked_fill(allowed.logical_not(), -std::numeric_limits<double>::infinity());
+}
+
 /// The memory-efficient kernel reads a bias whose rows start at multiples of 16 bytes, in q's dtype.
 at::Tensor aligned_bias(const AttentionProblem& problem, const at::Tensor& allowed) {
   constexpr int64_t kAlignment = 8;
-  const auto sizes = allowed.sym_sizes();
   const c10::SymInt keys = problem.key_length();
   const c10::SymInt padding = (kAlignment - keys % kAlignment) % kAlignment;
-  const at::Tensor bias = at::zeros_symint(sizes, problem.query.options().requires_grad(false))
-                              .masked_fill(allowed.logical_not(), -std::numeric_limits<double>::infinity());
-  return at::constant_pad_nd_symint(bias, {c10::SymInt(0), padding})
+  return at::constant_pad_nd_symint(bias_of(problem, allowed), {c10::SymInt(0), padding})
       .narrow_symint(-1, 0, keys)
       .expand_symint({problem.batch(), problem.query_heads(), problem.query_length(), keys});
 }
@@ -49,7 +52,9 @@ at::Tensor plain_attention(const AttentionProblem& problem, const std::optional<
   const at::Tensor key = problem.key.transpose(1, 2);
   const at::Tensor value = problem.value.transpose(1, 2);
   if (query.is_cuda() && !fits_launch_grid(problem)) {  // it would choose a kernel all the same
-    return std::get<0>(at::_scaled_dot_product_attention_math(query, key, value, allowed, 0.0, is_causal,
+    // That one adds its mask, where scaled_dot_product_attention turns a boolean one into a bias first.
+    const auto bias = allowed ? std::optional(bias_of(problem, *allowed)) : std::nullopt;
+    return std::get<0>(at::_scaled_dot_product_attention_math(query, key, value, bias, 0.0, is_causal,
                                                               /*dropout_mask=*/std::nullopt, problem.scale,
                                                               /*enable_gqa=*/true));
   }

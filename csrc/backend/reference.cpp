@@ -9,6 +9,7 @@
 #include <ATen/ops/logical_and.h>
 #include <ATen/ops/tanh.h>
 #include <ATen/ops/where.h>
+#include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 
 #include <limits>
@@ -143,14 +144,19 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> reference_attention_backward(cons
 at::Tensor sinks_gradient(const at::Tensor& sinks, const AttentionGradients& gradients) {
   const at::Tensor& lse = gradients.lse;  // (B, NH, Sq), float32 or wider, as is everything here
   const at::Tensor sink = sinks.to(lse.scalar_type()).view({1, -1, 1});
+  const at::Tensor zero = at::zeros({}, lse.options().requires_grad(false));
+  // Of an infinite sink and an equal lse the difference is 0: a sink of +inf has all the weight, one of -inf none.
+  const at::Tensor logit = at::where(at::logical_and(sink.isinf(), sink == lse), zero, sink - lse);
+  const at::Tensor weight = at::where(sink == -kInfinity, zero, at::exp(logit));
   at::Tensor row_term = -(gradients.grad_out.to(lse.scalar_type()) * gradients.out).sum(-1);
-  // A row without keys has an output of 0 that no gradient goes through, whatever bits the gradient has there.
-  row_term = row_term.masked_fill(gradients.out.any(-1).logical_not(), 0.0).transpose(1, 2);
+  // A row without keys has an output of 0 that no gradient goes through, whatever bits the gradient has there. (Of
+  // batched gradients, whose NaN nobody promises to keep apart, PyTorch has no rule for a selection.)
+  if (!gradients.grad_out.key_set().has(c10::DispatchKey::Batched)) {
+    row_term = at::where(gradients.out.any(-1), row_term, zero);
+  }
+  row_term = row_term.transpose(1, 2);
   if (gradients.grad_lse) row_term = row_term + *gradients.grad_lse;
-  // Of an infinite sink and an equal lse the difference is 0: a sink of +inf has all the weight.
-  const at::Tensor logit = (sink - lse).masked_fill(at::logical_and(sink.isinf(), sink == lse), 0.0);
-  const at::Tensor gradient = (at::exp(logit) * row_term).masked_fill(sink == -kInfinity, 0.0);
-  return gradient.sum(at::IntArrayRef{0, 2}).to(sinks.scalar_type());
+  return (weight * row_term).sum(at::IntArrayRef{0, 2}).to(sinks.scalar_type());
 }
 
 const AttentionBackend& reference_backend() {

@@ -3,6 +3,8 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
+#include "attention/composite_operators.h"
+
 namespace selfattn {
 namespace {
 
@@ -14,23 +16,11 @@ void call_parts(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::
   op.callBoxedForDispatchKey(has_cast ? cast : c10::DispatchKey::CompositeImplicitAutograd, *stack);
 }
 
-constexpr const char* kComposites[] = {"multihead_attention",
-                                       "multihead_attention_lse",
-                                       "merge_attention",
-                                       "explain_backend",
-                                       "self_attention",
-                                       "segment_mask",
-                                       "segment_ids_from_positions",
-                                       "apply_rotary_emb",
-                                       "precompute_freqs",
-                                       "segment_ids_from_cu_seqlens",
-                                       "cu_seqlens_from_segment_ids"};
-
 }  // namespace
 }  // namespace selfattn
 
 TORCH_LIBRARY_IMPL(selfattn, FuncTorchBatched, m) {
-  for (const char* name : selfattn::kComposites) {
+  for (const char* name : selfattn::kCompositeOperators) {
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<selfattn::call_parts>());
   }
 }

@@ -77,6 +77,7 @@ def good_tensors(name: str, dtype: torch.dtype, S: int = S, D: int = D) -> dict[
     tensors |= {"out": randn(B, S, NH, D), "grad_out": randn(B, S, NH, D)}
     # A logsumexp that no row exceeds by much, whatever its keys are.
     tensors |= {"lse": 9.0 + torch.rand(B, NH, S), "grad_lse": torch.randn(B, NH, S)}
+    tensors |= {"other_out": randn(B, S, NH, D), "other_lse": 9.0 + torch.rand(B, NH, S)}
     return tensors | {f"d{name}": torch.empty_like(tensors[name]) for name in "qkv"}
 
 

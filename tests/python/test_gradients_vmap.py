@@ -249,7 +249,7 @@ def test_maps_and_derivatives_nest(map_outside: bool, device: str) -> None:
 
 def test_hessian_equals_second_derivatives() -> None:
     # The gradient of the gradient is a formula of PyTorch's operators, of which is_grads_batched does not know all.
-    warnings.filterwarnings("ignore", message=".*batching rule for aten::masked_fill")
+    warnings.filterwarnings("ignore", message=".*batching rule for aten::(masked_fill|matmul)")
     q, k, v, ids = inputs("cpu", batch=1, length=3).values()
 
     def loss(q: Tensor, backend: str = "auto") -> Tensor:

@@ -224,7 +224,9 @@ def compare(problem: Problem, backend: str, dtype: torch.dtype) -> None:
                 if problem.device == "cpu":
                     assert torch.equal(actual[free], clean[result][free]), what
                 else:  # the rows that are computed once more may be added in another order
-                    assert error(actual[free], oracle[result][free]) < TOLERANCE[dtype], what
+                    # The gradient of the sinks is computed from lse, which is float32.
+                    tolerance = max(TOLERANCE[dtype], 1e-6) if result in ("lse", "dsinks") else TOLERANCE[dtype]
+                    assert error(actual[free], oracle[result][free]) < tolerance, what
 
 
 @pytest.mark.parametrize(

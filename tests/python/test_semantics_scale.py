@@ -84,6 +84,6 @@ def test_layer_takes_the_scale(device: str, backend: str, causal: bool, scale: f
     grad_out = torch.randn(expected.shape, dtype=torch.float64).to(dtype)
     (gradient,) = torch.autograd.grad(out, leaf, grad_out.to(device))
     (oracle,) = torch.autograd.grad(expected, oracle_x, grad_out.double())
-    tolerance = 2e-5 if dtype == torch.float32 else 5e-2
+    tolerance = 2e-5 if dtype == torch.float32 else 8e-2
     assert error(out, expected) < tolerance
     assert error(gradient, oracle) < tolerance

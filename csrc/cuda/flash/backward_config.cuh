@@ -106,6 +106,7 @@ struct BackwardConfig {
     TileInfo tile[kKeyBuffers];
     SideJob side_job[kSideBuffers];
     float side_sums[kSideRows];
+    unsigned side_bits[kSideRows];
     uint64_t q_full[kStages], q_free[kStages], grad_out_full[kStages], grad_out_free[kStages];
     uint64_t k_full[kKeyBuffers], k_free[kKeyBuffers], v_full[kKeyBuffers], v_free[kKeyBuffers];
     uint64_t grad_s_full[2], grad_s_free[2];  // narrow

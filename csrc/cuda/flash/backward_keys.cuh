@@ -56,6 +56,17 @@ __device__ __forceinline__ void multiply_keys(const BackwardMaps& maps, const Ba
     multiply_rows<Element, kD, kKvPanel, kQPanel>(dp, v_rows + key_ring.stage * (Config::kKeyBytes / 16),
                                                   do_rows + ring.stage * (Config::kQueryBytes / 16), v_held);
   };
+  const auto pack_score_gradients = [&](const float* stats) {  // dS = P (dP - delta)
+#pragma unroll
+    for (int i = 0; i < kTileQ / 8; i++) {
+      const float2 delta = *reinterpret_cast<const float2*>(stats + kStatRows + 8 * i);
+#pragma unroll
+      for (int r = 0; r < 2; r++) {
+        const int at = 4 * i + 2 * r;
+        ds_packed[2 * i + r] = pack<Element>(scores[at] * (dp[at] - delta.x), scores[at + 1] * (dp[at + 1] - delta.y));
+      }
+    }
+  };
   const auto arrive = [&](uint64_t& barrier) {
     __syncwarp();  // what all lanes have read may be written over
     if (lane == 0) mbarrier_arrive(shared_address(&barrier));
@@ -133,21 +144,19 @@ __device__ __forceinline__ void multiply_keys(const BackwardMaps& maps, const Ba
         pin(scores);
         take_exponents<kTileQ>(scores, stats, scale_log2);
         if (block.flags & (mask_flag | kExceptionalRows)) {
+          const int column = 2 * (lane % 4), first_query = block.query_tile * kTileQ + column;
           if (is_exceptional) [[unlikely]] {
             wgmma_wait<0>();  // V's registers are free for what follows
             pin(dp);
-            refine_exponents<kTileQ>(scores, p, plan, stats, block.head, block.query_tile * kTileQ + 2 * (lane % 4));
-            hold_values();
-          }
-          if (is_masked) {
-            if (is_exceptional) [[unlikely]] {
+            refine_exponents<kTileQ>(scores, p, plan, stats, block.head, first_query);
+            if (is_masked)
               clear_queries<kTileQ, Config::kPanels, kQPanel>(s.q[ring.stage], s.grad_out[ring.stage],
                                                               s.row_stats[ring.stage]);
-            }
-            const int column = 2 * (lane % 4);
-            hide_pairs<kTileQ>(scores, p, rows, block.flags, tile.batch, first_key, block.query_tile * kTileQ + column,
-                               &s.query_ids[ring.stage][column]);
+            hold_values();
           }
+          if (is_masked)
+            hide_pairs<kTileQ>(scores, p, rows, block.flags, tile.batch, first_key, first_query,
+                               &s.query_ids[ring.stage][column]);
         }
 #pragma unroll
         for (int i = 0; i < kTileQ / 2; i += 2) {
@@ -159,16 +168,7 @@ __device__ __forceinline__ void multiply_keys(const BackwardMaps& maps, const Ba
         pin(dp);
         if (is_masked && __any_sync(~0u, is_exceptional || is_any_non_finite(dp[0], dp[2]))) [[unlikely]]
           clear_products_without_weight(scores, dp);
-#pragma unroll
-        for (int i = 0; i < kTileQ / 8; i++) {
-          const float2 delta = *reinterpret_cast<const float2*>(stats + kStatRows + 8 * i);
-#pragma unroll
-          for (int r = 0; r < 2; r++) {
-            const int at = 4 * i + 2 * r;
-            ds_packed[2 * i + r] =
-                pack<Element>(scores[at] * (dp[at] - delta.x), scores[at + 1] * (dp[at + 1] - delta.y));
-          }
-        }
+        pack_score_gradients(stats);
         accumulate<Element, kTileQ>(dk, ds_packed, q_summed + ring.stage * (Config::kQueryBytes / 16));
         stage = ring.stage;
         is_last = block.flags & kLastOfTile;

@@ -113,6 +113,17 @@ __device__ __forceinline__ void multiply_narrow(const BackwardMaps& maps, const 
     hide_pairs<kTileQ>(scores, p, rows, block.flags, s.tile[0].batch, first_key, block.query_tile * kTileQ + column,
                        &s.query_ids[ring.stage][column]);
   };
+  const auto pack_score_gradients = [&](const float* stats) {  // dS = P (dP - delta)
+#pragma unroll
+    for (int i = 0; i < kTileQ / 8; i++) {
+      const float2 delta = *reinterpret_cast<const float2*>(stats + kStatRows + stat_offset(i));
+#pragma unroll
+      for (int r = 0; r < 2; r++) {
+        const int at = 4 * i + 2 * r;
+        ds_packed[2 * i + r] = pack<Element>(scores[at] * (dp[at] - delta.x), scores[at + 1] * (dp[at + 1] - delta.y));
+      }
+    }
+  };
   // Clears what a masked pair of this block would bring into a sum: rows of Q and dO, and of this warp's keys.
   const auto clear_rows = [&](bool has_bad_keys) {
     clear_queries<kTileQ, Config::kPanels, kQPanel>(s.q[ring.stage], s.grad_out[ring.stage], s.row_stats[ring.stage]);
@@ -172,17 +183,15 @@ __device__ __forceinline__ void multiply_narrow(const BackwardMaps& maps, const 
       pin(scores);
       take_exponents<kTileQ>(scores, stats, scale_log2);
       if (flags & (kMaskWarpgroup0 << warpgroup | kExceptionalRows)) {
-        if (flags & kExceptionalRows) [[unlikely]] {
+        const bool has_bad_keys = __any_sync(~0u, is_masked && is_any_non_finite(scores[0], scores[2]));
+        if (is_masked) hide_masked(block);
+        if (has_bad_keys || flags & kExceptionalRows) [[unlikely]] {
           wgmma_wait<0>();  // V's registers are free for what follows
           pin(dp);
-          refine_exponents<kTileQ>(scores, p, plan, stats, block.head, block.query_tile * kTileQ + 2 * (lane % 4));
+          if (flags & kExceptionalRows)
+            refine_exponents<kTileQ>(scores, p, plan, stats, block.head, block.query_tile * kTileQ + 2 * (lane % 4));
+          if (is_masked) clear_rows(has_bad_keys);
           hold_values();
-        }
-        if (is_masked) {
-          const bool has_bad_keys = __any_sync(~0u, is_any_non_finite(scores[0], scores[2]));
-          if (has_bad_keys || flags & kExceptionalRows) [[unlikely]]
-            clear_rows(has_bad_keys);
-          hide_masked(block);
         }
       }
 #pragma unroll
@@ -196,16 +205,7 @@ __device__ __forceinline__ void multiply_narrow(const BackwardMaps& maps, const 
       if (flags & kLastOfTile) arrive(s.v_free[0]);
       if (is_masked && __any_sync(~0u, flags & kExceptionalRows || is_any_non_finite(dp[0], dp[2]))) [[unlikely]]
         clear_products_without_weight(scores, dp);
-#pragma unroll
-      for (int i = 0; i < kTileQ / 8; i++) {
-        const float2 delta = *reinterpret_cast<const float2*>(stats + kStatRows + stat_offset(i));
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-          const int at = 4 * i + 2 * r;
-          ds_packed[2 * i + r] =
-              pack<Element>(scores[at] * (dp[at] - delta.x), scores[at + 1] * (dp[at + 1] - delta.y));
-        }
-      }
+      pack_score_gradients(stats);
       mbarrier_wait(shared_address(&s.grad_s_free[ds.stage]), ds.parity ^ 1);
 #pragma unroll
       for (int i = 0; i < kTileQ / 16; i++) {

@@ -94,6 +94,7 @@ __device__ __forceinline__ void multiply_queries(const QueryGradientMaps& maps, 
     for (int i = 0; i < kD / 16; i++) load_matrix_x4(shared_address(s.q) + lane_row + chunk(i), q + 4 * i);
     const int head = tile.batch * p.shape.num_heads + tile.head;
     float lse[2], delta[2] = {};
+    uint32_t out_bits[2] = {};
     RowsInSight rows;
     int row_id[2];
 #pragma unroll
@@ -120,6 +121,7 @@ __device__ __forceinline__ void multiply_queries(const QueryGradientMaps& maps, 
       load_matrix_x4(s_grad_out + chunk(i), grad_out);
 #pragma unroll
       for (int j = 0; j < 4; j++) {
+        out_bits[j % 2] |= out[j] & 0x7fff7fffu;
         const float2 x = unpack<Element>(out[j]), y = unpack<Element>(grad_out[j]);
         delta[j % 2] = fmaf(x.x, y.x, fmaf(x.y, y.y, delta[j % 2]));
       }
@@ -129,8 +131,10 @@ __device__ __forceinline__ void multiply_queries(const QueryGradientMaps& maps, 
     for (int r = 0; r < 2; r++) {
       delta[r] += __shfl_xor_sync(~0u, delta[r], 1);
       delta[r] += __shfl_xor_sync(~0u, delta[r], 2);
+      out_bits[r] |= __shfl_xor_sync(~0u, out_bits[r], 1);
+      out_bits[r] |= __shfl_xor_sync(~0u, out_bits[r], 2);
       const int query = tile.query_tile * kTileQ + row_in_tile + 8 * r;
-      const float2 stats = row_stats(p, head, query, lse[r], delta[r]);
+      const float2 stats = row_stats<Element>(p, head, query, lse[r], delta[r], out_bits[r] == 0);
       lse[r] = stats.x, delta[r] = stats.y;
       if (lane % 4 == 0) store_row_stats(plan, head, query, stats);
     }
@@ -163,6 +167,15 @@ __device__ __forceinline__ void multiply_queries(const QueryGradientMaps& maps, 
 #pragma unroll
         for (int i = 0; i < kTileKv / 2; i++) scores[i] = fmaf(scores[i], scale_log2, -lse[i / 2 % 2]);
         if ((block.flags | tile_flags) & (mask_flag | kExceptionalRows)) {
+          if (is_masked) {
+            zero = zero_if_finite(scores);
+            const int column = 2 * (lane % 4);
+            const int first_key = block.key_tile * kTileKv + column;
+            hide_by_intervals<kTileKv>(scores, rows, first_key);
+            if (block.flags & kHiddenByIds)
+              hide_by_ids<kTileKv>(scores, row_id,
+                                   p.segments.key_ids + int64_t(tile.batch) * p.segments.pitch_key + first_key);
+          }
           if (tile_flags) [[unlikely]] {
             const float* g_lse = p.lse + int64_t(head) * p.shape.query_length + tile.query_tile * kTileQ + row_in_tile;
 #pragma unroll
@@ -176,32 +189,24 @@ __device__ __forceinline__ void multiply_queries(const QueryGradientMaps& maps, 
               }
             }
           }
-          if (is_masked) {
-            zero = zero_if_finite(scores);
-            const int column = 2 * (lane % 4);
-            const int first_key = block.key_tile * kTileKv + column;
-            hide_by_intervals<kTileKv>(scores, rows, first_key);
-            if (block.flags & kHiddenByIds)
-              hide_by_ids<kTileKv>(scores, row_id,
-                                   p.segments.key_ids + int64_t(tile.batch) * p.segments.pitch_key + first_key);
-          }
         }
 #pragma unroll
         for (int i = 0; i < kTileKv / 2; i++) scores[i] = exp2_approx(scores[i]);
         wgmma_wait<1>();
         pin(dp);
-        if (is_masked && __any_sync(~0u, zero + zero_if_finite(dp) != 0.f || has_bad_rows)) [[unlikely]] {
+        const bool is_spoilt = __any_sync(~0u, is_masked && (zero + zero_if_finite(dp) != 0.f || has_bad_rows));
+        arrive(s.v_free[ring.stage]);
+#pragma unroll
+        for (int i = 0; i < kTileKv / 2; i++) dp[i] = scores[i] * (dp[i] - delta[i / 2 % 2]);  // dS
+        if (is_spoilt) [[unlikely]] {
           clear_keys<Element, kTileKv, Config::kPanels, kPanel>(s.k[ring.stage], 0);
           clear_products_without_weight(scores, dp);
         }
-        arrive(s.v_free[ring.stage]);
-#pragma unroll
-        for (int i = 0; i < kTileKv / 2; i++) scores[i] *= dp[i] - delta[i / 2 % 2];
         wgmma_wait<0>();
         pin(dq);
         if (read_stage >= 0) arrive(s.k_free[read_stage]);
 #pragma unroll
-        for (int i = 0; i < kTileKv / 4; i++) ds_packed[i] = pack<Element>(scores[2 * i], scores[2 * i + 1]);
+        for (int i = 0; i < kTileKv / 4; i++) ds_packed[i] = pack<Element>(dp[2 * i], dp[2 * i + 1]);
         stage = ring.stage;
         is_last = block.flags & kLastOfTile;
         ring.advance();

@@ -31,13 +31,34 @@ __device__ __forceinline__ char* row_address(const TensorView& view, int batch, 
          kRowElementBytes * (batch * view.stride_batch + token * view.stride_token + head * view.stride_head);
 }
 
+// Any bit but the signs': whether a chunk of a row is not zero.
+__device__ __forceinline__ unsigned magnitude_bits(const uint4& chunk) {
+  return (chunk.x | chunk.y | chunk.z | chunk.w) & 0x7fff7fffu;
+}
+
+template <class Element>
+__device__ __forceinline__ bool is_query_finite(const BackwardParams& p, int head, int row) {
+  const char* g_row = row_address(p.q, head / p.shape.num_heads, row, head % p.shape.num_heads);
+  ptx::FiniteTest<Element> test;
+#pragma unroll 1
+  for (int i = 0; i < p.shape.dim_qk * kRowElementBytes; i += sizeof(uint4)) {
+    const uint4 chunk = *reinterpret_cast<const uint4*>(g_row + i);
+    test.add(chunk.x), test.add(chunk.y), test.add(chunk.z), test.add(chunk.w);
+  }
+  return test.all_finite();
+}
+
 // The statistic of a row that stands for its lse (backward_exceptional.cuh) and its delta, from its lse (-inf past the
 // end) and its sum of dO * O; `head` counts over all batches. Rows that see no key, or whose sink has all the weight,
-// get +inf, which makes every P of theirs zero; rows that are not finite get NaN.
-__device__ __forceinline__ float2 row_stats(const BackwardParams& p, int head, int row, float lse, float sum) {
+// get +inf, which makes every P of theirs zero; rows that are not finite get NaN. Where a sink hides that a row sees no
+// key, its output is zero: only then need its query be looked at, which lse otherwise tells of.
+template <class Element>
+__device__ __forceinline__ float2 row_stats(const BackwardParams& p, int head, int row, float lse, float sum,
+                                            bool is_out_zero) {
   if (fabsf(lse) == INFINITY) return {INFINITY, 0.f};
   const float delta = p.grad_lse ? sum - p.grad_lse[int64_t(head) * p.shape.query_length + row] : sum;
   if (!is_finite(lse) || !is_finite(delta)) return {NAN, 0.f};
+  if (is_out_zero && !is_query_finite<Element>(p, head, row)) return {NAN, 0.f};
   return {finite_stat(lse), delta};
 }
 
@@ -110,12 +131,16 @@ __device__ __forceinline__ void prepare_rows(const BackwardParams& p, const Back
 #pragma unroll
   for (int i = 0; i < kRounds; i++) {
     float sum = dot<typename Config::Element>(out[i], grad_out[i]);
+    unsigned bits = magnitude_bits(out[i]);
 #pragma unroll
-    for (int distance = kLanes / 2; distance; distance /= 2) sum += __shfl_xor_sync(~0u, sum, distance);
+    for (int distance = kLanes / 2; distance; distance /= 2) {
+      sum += __shfl_xor_sync(~0u, sum, distance);
+      bits |= __shfl_xor_sync(~0u, bits, distance);
+    }
     if (column == 0) {
       const int row = first_row + i * kRowsAtOnce;
       const float lse = row < p.shape.query_length ? p.lse[int64_t(head) * p.shape.query_length + row] : -INFINITY;
-      store_row_stats(plan, head, row, row_stats(p, head, row, lse, sum));
+      store_row_stats(plan, head, row, row_stats<typename Config::Element>(p, head, row, lse, sum, bits == 0));
     }
   }
   if (p.is_deterministic && threadIdx.x == 0 && patch_row < plan.patch_rows &&

@@ -139,19 +139,25 @@ struct SideJobs {
       const int row = base + lane / kLanes;
       const unsigned char* s_chunk = s.side[ring.stage] + row * 128 + ((lane % kLanes) ^ (row % 8)) * 16;
       float sum = 0.f;
+      unsigned bits = 0;
 #pragma unroll
       for (int panel = 0; panel < Config::kPanels; panel++) {
+        const uint4 out = *reinterpret_cast<const uint4*>(s_chunk + panel * (kRows * 128));
         sum += dot<typename Config::Element>(
-            *reinterpret_cast<const uint4*>(s_chunk + panel * (kRows * 128)),
-            *reinterpret_cast<const uint4*>(s_chunk + panel * (kRows * 128) + kBufferBytes / 2));
+            out, *reinterpret_cast<const uint4*>(s_chunk + panel * (kRows * 128) + kBufferBytes / 2));
+        bits |= magnitude_bits(out);
       }
 #pragma unroll
-      for (int distance = kLanes / 2; distance; distance /= 2) sum += __shfl_xor_sync(~0u, sum, distance);
-      if (lane % kLanes == 0) s.side_sums[row] = sum;
+      for (int distance = kLanes / 2; distance; distance /= 2) {
+        sum += __shfl_xor_sync(~0u, sum, distance);
+        bits |= __shfl_xor_sync(~0u, bits, distance);
+      }
+      if (lane % kLanes == 0) s.side_sums[row] = sum, s.side_bits[row] = bits;
     }
     __syncwarp();
     if (lane < kWorkerRows) {
-      const float2 stats = row_stats(p, job.head, row_of_lane, lse, s.side_sums[first + lane]);
+      const float2 stats = row_stats<typename Config::Element>(p, job.head, row_of_lane, lse, s.side_sums[first + lane],
+                                                               s.side_bits[first + lane] == 0);
       store_row_stats(plan, job.head, row_of_lane, stats);
     }
     __syncwarp();

@@ -106,6 +106,22 @@ __device__ __forceinline__ void multiply_wide(const BackwardMaps& maps, const Ba
     hide_pairs<kOwnQueries>(scores, p, rows, block.flags, s.tile[0].batch, first_key,
                             block.query_tile * kTileQ + column, &s.query_ids[ring.stage][column]);
   };
+  const auto store_score_gradients = [&](const float* stats, uint32_t out) {  // dS = P (dP - delta)
+#pragma unroll
+    for (int i = 0; i < kOwnQueries / 16; i++) {
+      uint32_t packed[4];
+#pragma unroll
+      for (int j = 0; j < 2; j++) {
+        const float2 delta = *reinterpret_cast<const float2*>(stats + kTileQ + 16 * i + 8 * j);
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+          const int at = 8 * i + 4 * j + 2 * r;
+          packed[2 * j + r] = pack<Element>(scores[at] * (dp[at] - delta.x), scores[at + 1] * (dp[at + 1] - delta.y));
+        }
+      }
+      store_matrix_x4(s_ds + out + score_chunk(i), packed[0], packed[1], packed[2], packed[3]);
+    }
+  };
   // Clears what a masked pair of this block would bring into a sum: rows of Q and dO, and of the warp's 16 keys.
   const auto clear_rows = [&](bool has_bad_keys) {
     clear_queries<kTileQ, Config::kPanels, kPanelBytes>(s.q[ring.stage], s.grad_out[ring.stage],
@@ -164,14 +180,13 @@ __device__ __forceinline__ void multiply_wide(const BackwardMaps& maps, const Ba
       if (read_stage >= 0) arrive(s.q_free[read_stage]), arrive(s.grad_out_free[read_stage]);
       take_exponents<kOwnQueries>(scores, stats, scale_log2);
       if (flags & (kMaskWarpgroup0 << warpgroup | kExceptionalRows)) {
-        if (flags & kExceptionalRows) [[unlikely]]
-          refine_exponents<kOwnQueries>(scores, p, plan, stats, block.head,
-                                        block.query_tile * kTileQ + warpgroup * kOwnQueries + 2 * (lane % 4));
-        if (is_masked) {
-          const bool has_bad_keys = __any_sync(~0u, is_any_non_finite(scores[0], scores[2]));
-          if (has_bad_keys || flags & kExceptionalRows) [[unlikely]]
-            clear_rows(has_bad_keys);
-          hide_masked(block);
+        const bool has_bad_keys = __any_sync(~0u, is_masked && is_any_non_finite(scores[0], scores[2]));
+        if (is_masked) hide_masked(block);
+        if (has_bad_keys || flags & kExceptionalRows) [[unlikely]] {
+          if (flags & kExceptionalRows)
+            refine_exponents<kOwnQueries>(scores, p, plan, stats, block.head,
+                                          block.query_tile * kTileQ + warpgroup * kOwnQueries + 2 * (lane % 4));
+          if (is_masked) clear_rows(has_bad_keys);
         }
       }
       const uint32_t out = score_out + buffer * Config::kScoreBytes;
@@ -185,21 +200,12 @@ __device__ __forceinline__ void multiply_wide(const BackwardMaps& maps, const Ba
       }
       wgmma_wait<1>();
       pin(dp);
-      if (is_masked && __any_sync(~0u, flags & kExceptionalRows || is_any_non_finite(dp[0], dp[2]))) [[unlikely]]
+      const bool is_spoilt =
+          __any_sync(~0u, is_masked && (flags & kExceptionalRows || is_any_non_finite(dp[0], dp[2])));
+      store_score_gradients(stats, out);
+      if (is_spoilt) [[unlikely]] {
         clear_products_without_weight(scores, dp);
-#pragma unroll
-      for (int i = 0; i < kOwnQueries / 16; i++) {
-        uint32_t packed[4];
-#pragma unroll
-        for (int j = 0; j < 2; j++) {
-          const float2 delta = *reinterpret_cast<const float2*>(stats + kTileQ + 16 * i + 8 * j);
-#pragma unroll
-          for (int r = 0; r < 2; r++) {
-            const int at = 8 * i + 4 * j + 2 * r;
-            packed[2 * j + r] = pack<Element>(scores[at] * (dp[at] - delta.x), scores[at + 1] * (dp[at + 1] - delta.y));
-          }
-        }
-        store_matrix_x4(s_ds + out + score_chunk(i), packed[0], packed[1], packed[2], packed[3]);
+        store_score_gradients(stats, out);
       }
       fence_proxy_async_shared();
       wgmma_wait<0>();

@@ -1,0 +1,19 @@
+#pragma once
+
+namespace selfattn {
+
+/// The operators that call others (CompositeImplicitAutograd). Keys that come before that one, and would hide it, have
+/// to know them by name: when a key's kernels are registered, those of other files may not be.
+constexpr const char* kCompositeOperators[] = {"multihead_attention",
+                                               "multihead_attention_lse",
+                                               "merge_attention",
+                                               "explain_backend",
+                                               "self_attention",
+                                               "segment_mask",
+                                               "segment_ids_from_positions",
+                                               "segment_ids_from_cu_seqlens",
+                                               "cu_seqlens_from_segment_ids",
+                                               "apply_rotary_emb",
+                                               "precompute_freqs"};
+
+}  // namespace selfattn
