@@ -3,14 +3,13 @@
 
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/amax.h>
-#include <ATen/ops/cat.h>
 #include <ATen/ops/exp.h>
 #include <ATen/ops/log.h>
 #include <ATen/ops/logical_and.h>
+#include <ATen/ops/maximum.h>
 #include <ATen/ops/tanh.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
-#include <ATen/ops/zeros_like.h>
 
 #include <limits>
 
@@ -69,13 +68,10 @@ at::Tensor group_sinks(const AttentionProblem& problem, const at::Tensor& score)
   return problem.sinks->to(score.scalar_type()).view_symint({1, sizes[1], sizes[2], 1, 1});
 }
 
-/// The sinks as one column of logits (B, NKV, NH / NKV, Sq, 1). An infinite one takes no part in the sums: -inf is no
-/// sink, whose gradient is 0, and what +inf does is known without them.
-at::Tensor sink_logits(const at::Tensor& sinks, const at::Tensor& score) {
-  const auto sizes = score.sym_sizes();
-  return sinks.masked_fill(sinks == kInfinity, 0.0)
-      .masked_fill(sinks == -kInfinity, -kInfinity)  // stops the gradient
-      .expand_symint({sizes[0], sizes[1], sizes[2], sizes[3], 1});
+/// The logits of the sinks. An infinite one takes no part in the sums: -inf is no sink, whose gradient is 0, and what
+/// +inf does is known without them.
+at::Tensor finite_sinks(const at::Tensor& sinks) {
+  return sinks.masked_fill(sinks == kInfinity, 0.0).masked_fill(sinks == -kInfinity, -kInfinity);  // stops the gradient
 }
 
 std::tuple<at::Tensor, at::Tensor> call(const AttentionProblem& problem) { return reference_attention(problem); }
@@ -89,18 +85,21 @@ std::tuple<at::Tensor, at::Tensor> reference_attention(const AttentionProblem& p
       fill_other_pairs(scores(problem, group_heads(problem, problem.query), group_heads(problem, problem.key), allowed),
                        allowed, -kInfinity);
 
+  at::Tensor row_max = problem.key_length() != 0 ? at::amax(score.detach(), -1, /*keepdim=*/true)
+                                                 : score.detach().sum(-1, /*keepdim=*/true) - kInfinity;
   const at::Tensor sinks = problem.sinks ? group_sinks(problem, score) : at::Tensor();
-  const at::Tensor logits = problem.sinks ? at::cat({score, sink_logits(sinks, score)}, -1) : score;
-  const bool has_columns = problem.sinks || problem.key_length() != 0;
-  at::Tensor row_max =
-      has_columns ? at::amax(logits.detach(), -1, /*keepdim=*/true) : at::zeros_like(score.sum(-1, /*keepdim=*/true));
+  const at::Tensor sink_logits = problem.sinks ? finite_sinks(sinks) : at::Tensor();
+  if (problem.sinks) row_max = at::maximum(row_max, sink_logits.detach());
   row_max = row_max.masked_fill(row_max == -kInfinity, 0.0);  // a row without an allowed pair: exp(-inf - 0) = 0
-  const at::Tensor weights = at::exp(logits - row_max);
-  const at::Tensor row_sum = weights.sum(-1, /*keepdim=*/true);
+
+  const at::Tensor weights = at::exp(score - row_max);
+  at::Tensor row_sum = weights.sum(-1, /*keepdim=*/true);
+  // Added to the sum, and no column of the weights: their rows stay dense for the product with the values.
+  if (problem.sinks) row_sum = row_sum + at::exp(sink_logits - row_max);
   const at::Tensor is_empty = row_sum == 0.0;
   const at::Tensor safe_sum = row_sum.masked_fill(is_empty, 1.0);
 
-  const at::Tensor probability = weights.narrow_symint(-1, 0, problem.key_length()) / safe_sum;
+  const at::Tensor probability = weights / safe_sum;
   at::Tensor out = masked_product(probability, value, allowed).masked_fill(is_empty, 0.0);
   at::Tensor lse = (at::log(safe_sum) + row_max).masked_fill(is_empty, -kInfinity);
   if (problem.sinks) {  // one of +inf takes all the weight

@@ -37,7 +37,8 @@ def test_results_and_gradients_equal_the_oracle(
         out = selfattn.multihead_attention(**tensors, causal=causal, qk_scale=scale, backend=backend)
     except NotImplementedError as refusal:
         skip_refused(refusal, backend, describe(**tensors, causal=causal, qk_scale=scale))
-    assert error(out, expected) < ROUNDING[dtype]
+    # A GPU's float32 products add in another order: of scores of 15 and more a last bit is 1e-6 of the weight.
+    assert error(out, expected) < max(ROUNDING[dtype], 1e-5 if device == "cuda" else 0.0)
     actual = torch.autograd.grad(out, leaves, grad_out.to(device))
     for gradient, oracle in zip(actual, reference.gradients(expected, leaves, grad_out), strict=True):
         assert error(gradient, oracle) < GRADIENT_TOLERANCE[dtype]
