@@ -4,16 +4,10 @@
 #include <ATen/ops/arange.h>
 #include <ATen/ops/logical_and.h>
 
-#include <algorithm>
-#include <limits>
-
 #include "segment/segment_ids.h"
 
 namespace selfattn {
 namespace {
-
-/// A window's reach as an offset that can be added to any index: beyond it every key is within reach anyway.
-at::Scalar offset(int64_t window) { return std::min(window, std::numeric_limits<int64_t>::max() / 4); }
 
 void intersect(std::optional<at::Tensor>& mask, const at::Tensor& rule) {
   mask = mask ? at::logical_and(*mask, rule) : rule;
@@ -35,8 +29,8 @@ std::optional<at::Tensor> attention_mask(const AttentionProblem& problem) {
     const at::Tensor query = (at::arange(problem.query_length(), indices) + at::Scalar(shift)).unsqueeze(1);  // (Sq, 1)
     const at::Tensor key = at::arange(problem.key_length(), indices).unsqueeze(0);  // (1, Skv)
     if (problem.is_causal) intersect(mask, key <= query);
-    if (problem.window_left >= 0) intersect(mask, key >= query - offset(problem.window_left));
-    if (problem.window_right >= 0) intersect(mask, key <= query + offset(problem.window_right));
+    if (problem.window_left >= 0) intersect(mask, key >= query - at::Scalar(problem.window_left));
+    if (problem.window_right >= 0) intersect(mask, key <= query + at::Scalar(problem.window_right));
     mask = mask->unsqueeze(0).unsqueeze(0);
   }
   if (problem.has_segments()) {
