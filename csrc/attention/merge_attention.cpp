@@ -10,6 +10,7 @@
 #include <tuple>
 
 #include "attention/dense_tensor.h"
+#include "attention/problem.h"
 
 namespace selfattn {
 namespace {
@@ -17,9 +18,8 @@ namespace {
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
 void check_out(const at::Tensor& out) {
-  const auto dtype = out.scalar_type();
-  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kDouble,
-                   "selfattn: out must be float64, float32, bfloat16 or float16; got ", dtype);
+  TORCH_CHECK_TYPE(is_supported_dtype(out.scalar_type()),
+                   "selfattn: out must be float64, float32, bfloat16 or float16; got ", out.scalar_type());
   TORCH_CHECK_VALUE(out.dim() == 4, "selfattn: out must have four dimensions (B, Sq, NH, DV); got shape ",
                     out.sym_sizes());
 }
