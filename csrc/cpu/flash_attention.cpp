@@ -232,32 +232,42 @@ void run_backward(Call& call, BackwardProblem& problem) {
   }
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> flash_attention_backward_cpu(
-    const at::Tensor& grad_out, const OptionalTensor& grad_lse, const at::Tensor& q, const at::Tensor& k,
-    const at::Tensor& v, const at::Tensor& out, const at::Tensor& lse, const OptionalTensor& segment_ids, bool causal,
-    std::optional<double> qk_scale, const OptionalTensor& kv_segment_ids, int64_t window_left, int64_t window_right,
-    double softcap) {
-  const AttentionProblem attention = make_flash_problem(
-      q, k, v, {segment_ids, causal, qk_scale, kv_segment_ids, window_left, window_right, softcap, std::nullopt});
-  check_gradients(attention, {grad_out, grad_lse, out, lse});
+using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+
+/// dq, dk and dv of a problem whose gradients are checked.
+Gradients attend_backward(const AttentionProblem& attention, const AttentionGradients& gradients) {
   const auto empty_like = [](const at::Tensor& tensor) { return at::empty(tensor.sizes(), tensor.options()); };
-  const at::Tensor grad_query = empty_like(q), grad_key = empty_like(k), grad_value = empty_like(v);
-  if (q.size(2) == 0) return {grad_query, grad_key.zero_(), grad_value.zero_()};
+  const at::Tensor grad_query = empty_like(attention.query), grad_key = empty_like(attention.key),
+                   grad_value = empty_like(attention.value);
+  if (attention.query.size(2) == 0) return {grad_query, grad_key.zero_(), grad_value.zero_()};
 
   Call call(attention);
-  const at::Tensor grad_rows = with_contiguous_rows(grad_out.to(q.scalar_type()));
-  const at::Tensor out_rows = with_contiguous_rows(out);
-  const at::Tensor lse_floats = contiguous_floats(lse), grad_lse_floats = contiguous_floats(grad_lse);
+  const at::Tensor grad_rows = with_contiguous_rows(gradients.grad_out);
+  const at::Tensor out_rows = with_contiguous_rows(gradients.out);
+  const at::Tensor lse = gradients.lse.contiguous();
+  const at::Tensor grad_lse = gradients.grad_lse ? gradients.grad_lse->contiguous() : at::Tensor();
   BackwardProblem problem{call.problem};
   problem.out = view_of(out_rows);
   problem.grad_out = view_of(grad_rows);
-  problem.lse = lse_floats.const_data_ptr<float>();
-  problem.grad_lse = grad_lse_floats.defined() ? grad_lse_floats.const_data_ptr<float>() : nullptr;
+  problem.lse = lse.const_data_ptr<float>();
+  problem.grad_lse = grad_lse.defined() ? grad_lse.const_data_ptr<float>() : nullptr;
   problem.grad_query = view_of(grad_query);
   problem.grad_key = view_of(grad_key);
   problem.grad_value = view_of(grad_value);
   run_backward(call, problem);
   return {grad_query, grad_key, grad_value};
+}
+
+Gradients flash_attention_backward_cpu(const at::Tensor& grad_out, const OptionalTensor& grad_lse, const at::Tensor& q,
+                                       const at::Tensor& k, const at::Tensor& v, const at::Tensor& out,
+                                       const at::Tensor& lse, const OptionalTensor& segment_ids, bool causal,
+                                       std::optional<double> qk_scale, const OptionalTensor& kv_segment_ids,
+                                       int64_t window_left, int64_t window_right, double softcap) {
+  const AttentionProblem problem = make_flash_problem(
+      q, k, v, {segment_ids, causal, qk_scale, kv_segment_ids, window_left, window_right, softcap, std::nullopt});
+  const AttentionGradients gradients{grad_out, grad_lse, out, lse};
+  check_gradients(problem, gradients);
+  return attend_backward(problem, gradients);
 }
 
 /// dq may be out, dk may be k and dv may be v: the gradients are copied when all is read.
@@ -267,12 +277,12 @@ void flash_attention_backward_into_cpu(const at::Tensor& grad_out, const Optiona
                                        std::optional<double> qk_scale, const OptionalTensor& kv_segment_ids,
                                        int64_t window_left, int64_t window_right, double softcap, at::Tensor& dq,
                                        at::Tensor& dk, at::Tensor& dv) {
-  const AttentionProblem attention = make_flash_problem(
+  const AttentionProblem problem = make_flash_problem(
       q, k, v, {segment_ids, causal, qk_scale, kv_segment_ids, window_left, window_right, softcap, std::nullopt});
-  check_gradient_memory(attention, {grad_out, grad_lse, out, lse}, dq, dk, dv);
-  const auto [grad_query, grad_key, grad_value] =
-      flash_attention_backward_cpu(grad_out, grad_lse, q, k, v, out, lse, segment_ids, causal, qk_scale, kv_segment_ids,
-                                   window_left, window_right, softcap);
+  const AttentionGradients gradients{grad_out, grad_lse, out, lse};
+  check_gradients(problem, gradients);
+  check_gradient_memory(problem, gradients, dq, dk, dv);
+  const auto [grad_query, grad_key, grad_value] = attend_backward(problem, gradients);
   dq.copy_(grad_query), dk.copy_(grad_key), dv.copy_(grad_value);
 }
 
