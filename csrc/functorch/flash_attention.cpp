@@ -1,5 +1,4 @@
 // vmap of flash_attention and of its gradient: the map becomes part of the batch.
-#include <ATen/ops/stack.h>
 #include <torch/library.h>
 
 #include "attention/kernel_ops.h"
@@ -36,24 +35,13 @@ AttentionProblem element_of_problem(const Vmap& vmap, const AttentionProblem& pr
   return element;
 }
 
-/// Sinks are a logit a head, the same in every row of a batch: where each element of the map has its own, it has its
-/// own call.
-Results attend_one_by_one(const Vmap& vmap, const AttentionProblem& problem) {
-  std::vector<at::Tensor> outs, lses;
-  const int64_t count = vmap.size().guard_int(__FILE__, __LINE__);
-  for (int64_t i = 0; i < count; ++i) {
-    auto [out, lse] = flash_attention(element_of_problem(vmap, problem, i));
-    outs.push_back(std::move(out));
-    lses.push_back(std::move(lse));
-  }
-  return {vmap.put_in(at::stack(outs)), vmap.put_in(at::stack(lses))};
-}
-
 Results attend(const Vmap& vmap, const AttentionProblem& problem) {
   const c10::impl::ExcludeDispatchKeyGuard not_again(vmap.key());
   if (!vmap.has_mapped()) return flash_attention(problem);
-  const bool is_empty = vmap.size() == 0;  // which the kernels do not serve
-  if (vmap.maps(problem.sinks) && !is_empty) return attend_one_by_one(vmap, problem);
+  const bool is_empty = vmap.size() == 0;       // which the kernels do not serve
+  if (vmap.maps(problem.sinks) && !is_empty) {  // a logit a head, the same in every row of a batch
+    return call_one_by_one(vmap, [&](int64_t i) { return flash_attention(element_of_problem(vmap, problem, i)); });
+  }
   AttentionProblem folded = fold_problem(vmap, problem);
   if (vmap.maps(problem.sinks)) folded.sinks = vmap.take_out(*problem.sinks).sum(0);  // of none: any will do
   const auto [out, lse] = is_empty ? reference_attention(folded) : flash_attention(folded);

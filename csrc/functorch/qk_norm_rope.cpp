@@ -1,5 +1,4 @@
 // vmap of qk_norm_rope and of its gradient: the map becomes part of the batch.
-#include <ATen/ops/stack.h>
 #include <torch/library.h>
 
 #include "functorch/vmap.h"
@@ -47,21 +46,12 @@ bool folds(const Vmap& vmap, const NormRopeCall& call, const at::Tensor& q, cons
   return !maps_angles || q.sym_size(0) == k.sym_size(0);
 }
 
-NormRopeHeads turn_one_by_one(const Vmap& vmap, const NormRopeCall& call) {
-  std::vector<at::Tensor> qs, ks;
-  const int64_t count = vmap.size().guard_int(__FILE__, __LINE__);
-  for (int64_t i = 0; i < count; ++i) {
-    auto [q, k] = qk_norm_rope(element_of_call(vmap, call, i));
-    qs.push_back(std::move(q));
-    ks.push_back(std::move(k));
-  }
-  return {vmap.put_in(at::stack(qs)), vmap.put_in(at::stack(ks))};
-}
-
 NormRopeHeads turn(const Vmap& vmap, const NormRopeCall& call) {
   const c10::impl::ExcludeDispatchKeyGuard not_again(vmap.key());
   if (!vmap.has_mapped()) return qk_norm_rope(call);
-  if (!folds(vmap, call, call.q, call.k)) return turn_one_by_one(vmap, call);
+  if (!folds(vmap, call, call.q, call.k)) {
+    return call_one_by_one(vmap, [&](int64_t i) { return qk_norm_rope(element_of_call(vmap, call, i)); });
+  }
   const c10::SymInt batch_q = call.q.sym_size(0), batch_k = call.k.sym_size(0);
   const NormRopeCall folded = fold_call(vmap, call, batch_q, batch_k);
   const bool maps_weights = vmap.maps(call.q_weight) || vmap.maps(call.k_weight);
@@ -75,29 +65,17 @@ NormRopeHeads qk_norm_rope_batched(const NormRopeCall& call) {
               call);
 }
 
-NormRopeGradients turn_back_one_by_one(const Vmap& vmap, const NormRopeCall& call, const at::Tensor& grad_q,
-                                       const at::Tensor& grad_k) {
-  std::vector<at::Tensor> dqs, dks, dq_weights, dk_weights;
-  const int64_t count = vmap.size().guard_int(__FILE__, __LINE__);
-  for (int64_t i = 0; i < count; ++i) {
-    auto [dq, dk, dq_weight, dk_weight] =
-        qk_norm_rope_backward(element_of_call(vmap, call, i), vmap.element(grad_q, i), vmap.element(grad_k, i));
-    dqs.push_back(std::move(dq));
-    dks.push_back(std::move(dk));
-    dq_weights.push_back(std::move(dq_weight));
-    dk_weights.push_back(std::move(dk_weight));
-  }
-  return {vmap.put_in(at::stack(dqs)), vmap.put_in(at::stack(dks)), vmap.put_in(at::stack(dq_weights)),
-          vmap.put_in(at::stack(dk_weights))};
-}
-
 /// The kernels sum a weight's gradient over the whole batch: where each element of the map wants its own sum, the
 /// composition gives them.
 NormRopeGradients turn_back(const Vmap& vmap, const NormRopeCall& call, const at::Tensor& grad_q,
                             const at::Tensor& grad_k) {
   const c10::impl::ExcludeDispatchKeyGuard not_again(vmap.key());
   if (!vmap.has_mapped()) return qk_norm_rope_backward(call, grad_q, grad_k);
-  if (!folds(vmap, call, grad_q, grad_k)) return turn_back_one_by_one(vmap, call, grad_q, grad_k);
+  if (!folds(vmap, call, grad_q, grad_k)) {
+    return call_one_by_one(vmap, [&](int64_t i) {
+      return qk_norm_rope_backward(element_of_call(vmap, call, i), vmap.element(grad_q, i), vmap.element(grad_k, i));
+    });
+  }
   const c10::SymInt batch_q = grad_q.sym_size(0), batch_k = grad_k.sym_size(0);
   const NormRopeCall folded = fold_call(vmap, call, batch_q, batch_k);
   const at::Tensor folded_q = vmap.fold(grad_q), folded_k = vmap.fold(grad_k);

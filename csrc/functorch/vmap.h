@@ -1,11 +1,15 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/stack.h>
 #include <c10/core/SymInt.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <initializer_list>
 #include <optional>
+#include <tuple>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "attention/problem.h"
@@ -52,6 +56,26 @@ class Vmap {
 
   std::optional<c10::SymInt> size_;
 };
+
+/// Calls `function` with the index of each element of the map and stacks the tuples of tensors that it returns, mapped:
+/// for what has no batch to fold the map into. M is at least 1.
+template <typename Function>
+auto call_one_by_one(const Vmap& vmap, const Function& function) {
+  using Results = std::invoke_result_t<Function, int64_t>;
+  std::vector<std::vector<at::Tensor>> results(std::tuple_size_v<Results>);
+  const int64_t count = vmap.size().guard_int(__FILE__, __LINE__);
+  for (int64_t i = 0; i < count; ++i) {
+    std::apply(
+        [&](auto&&... tensors) {
+          size_t place = 0;
+          (results[place++].push_back(std::move(tensors)), ...);
+        },
+        function(i));
+  }
+  size_t place = 0;
+  const auto next = [&] { return vmap.put_in(at::stack(results[place++])); };
+  return std::apply([&](const auto&... tensors) { return Results{((void)tensors, next())...}; }, Results{});
+}
 
 /// Of torch.func.vmap: tensors of the key FuncTorchBatched, at the level of the innermost transform.
 class FunctorchVmap final : public Vmap {
