@@ -1,0 +1,133 @@
+"""compute-sanitizer's tools over small problems of every form of the CUDA kernels; appends a record for each tool.
+
+    SELFATTN_LIBRARY=build/libselfattn.so PYTHONPATH=. python benchmarks/sanitizers.py memcheck racecheck
+
+Forms: each tile of head dimensions; no ids, documents, ids in any order; finite values, NaN in a row of every tensor
+and logits so large that their rows are repaired; deterministic mode; a negative scale; and, in memcheck alone for its
+length, rows of 1,700 tokens. The tools run at the same time. Only kernels of this library are looked at.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from measure import add_record_options, describe_run
+
+TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
+OURS = ["--kernel-name", "kernel_substring=selfattn"]
+LENGTH = 200
+
+
+def call(dim: int, length: int = LENGTH, ids: str = "none", values: str = "finite", **options: object) -> None:
+    """One forward and one backward pass over bf16 rows of two query heads and one key head."""
+
+    def normal(heads: int) -> torch.Tensor:
+        return torch.randn(1, length, heads, dim, device="cuda").bfloat16()
+
+    factor = 60 if values == "large" else 1  # logits of several thousand: their rows go through the repair
+    q, k, v, grad = factor * normal(2), factor * normal(1), normal(1), normal(2)
+    segment_ids = {
+        "none": lambda: None,
+        "documents": lambda: (torch.arange(length, device="cuda") // 70).int()[None],
+        "any": lambda: torch.randint(-1, 3, (1, length), device="cuda").int(),
+    }[ids]()
+    if values == "nan":
+        for tensor in (q, k, v, grad):
+            tensor[:, length // 2] = float("nan")
+    leaves = [tensor.requires_grad_() for tensor in (q, k, v)]
+    out, _ = torch.ops.selfattn.flash_attention(*leaves, segment_ids, **options)
+    torch.autograd.grad(out, leaves, grad)
+    torch.cuda.synchronize()
+
+
+def run_forms(tool: str) -> int:
+    """Every form once; the number of problems."""
+    import selfattn  # noqa: F401
+
+    torch.manual_seed(0)
+    problems = [
+        dict(dim=dim, ids=ids, values=values, causal=True)
+        for dim in (64, 128, 256)
+        for ids in ("none", "documents", "any")
+        for values in ("finite", "nan")
+    ]
+    problems += [dict(dim=dim, length=130, values="large", causal=True) for dim in (64, 128, 256)]
+    problems += [dict(dim=128, length=90, causal=True, qk_scale=-0.3), dict(dim=72, ids="documents", causal=False)]
+    if tool == "memcheck":
+        problems += [dict(dim=dim, length=1700, values="nan", causal=False) for dim in (64, 128, 256)]
+    for problem in problems:
+        call(**problem)
+    torch.use_deterministic_algorithms(True)
+    for dim in (64, 128, 256):
+        call(dim, causal=False)
+    return len(problems) + 3
+
+
+def start(tool: str, log: Path) -> subprocess.Popen:
+    options = {
+        "racecheck": ["--racecheck-report", "analysis", *OURS],
+        "initcheck": [],  # must see who else writes
+    }.get(tool, OURS)
+    command = ["compute-sanitizer", "--tool", tool, "--show-backtrace", "no", "--print-limit", "10000", *options]
+    command += [sys.executable, __file__, "--worker", tool]
+    with log.open("w") as out:
+        return subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
+
+
+def summarise(tool: str, text: str) -> dict[str, object]:
+    """What a tool reported: its findings by kind and place, its own summary, the problems that ran."""
+    lines = [line.removeprefix("=========").strip() for line in text.splitlines() if line.startswith("=========")]
+    findings: dict[str, int] = {}
+    for line, after in zip(lines, [*lines[1:], ""], strict=True):
+        if not re.match(r"(Invalid|Error|Warning|Uninitialized|Barrier|Divergent|Program hit|Race)", line):
+            continue
+        place = after if after.startswith(("at ", "and ")) else ""
+        kind = line.split(" at ")[0] if " access at " in line else line
+        kernels = re.findall(r"(\w+_kernel)\b", line + place)
+        files = re.findall(r"(\w+\.cuh?:\d+)", line + place)
+        if tool == "initcheck" and kernels and "selfattn" not in place:
+            kernels = ["a kernel of another library"]
+        key = " | ".join([re.sub(r"0x[0-9a-f]+|\b\d+\b", "N", kind)[:120], *dict.fromkeys(kernels), *files])
+        findings[key] = findings.get(key, 0) + 1
+    summary = next((line for line in lines if "SUMMARY" in line), "none: stopped for time, or the tool failed")
+    ran = re.search(r"^problems (\d+)$", text, re.MULTILINE)
+    return {"tool": tool, "problems": int(ran[1]) if ran else 0, "summary": summary, "findings": findings}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("tools", nargs="*", default=TOOLS, help=f"of {', '.join(TOOLS)}; all by default")
+    parser.add_argument("--worker", choices=TOOLS, help="run the problems; for the tools")
+    parser.add_argument("--seconds", type=float, default=500, help="for all tools together")
+    parser.add_argument("--logs", type=Path, help="a folder for what the tools print")
+    add_record_options(parser, "sanitizers.jsonl")
+    arguments = parser.parse_args()
+    if arguments.worker:
+        print("problems", run_forms(arguments.worker))
+        return 0
+    logs = arguments.logs or Path(tempfile.mkdtemp())
+    running = {tool: start(tool, logs / f"{tool}.log") for tool in arguments.tools}
+    deadline, bad = time.time() + arguments.seconds, 0
+    for tool, process in running.items():
+        try:
+            process.wait(max(1.0, deadline - time.time()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+        text = (logs / f"{tool}.log").read_text()
+        record = {**summarise(tool, text), **describe_run(arguments.commit)}
+        bad += bool(record["findings"]) or record["problems"] == 0
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        with arguments.out.open("a") as out:
+            out.write(json.dumps(record) + "\n")
+        print(json.dumps(record, indent=1))
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
