@@ -25,6 +25,13 @@ PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
   return encoder;
 }
 
+// Gives this thread the context of its device, which the driver wants and a thread has only from its first use of the
+// runtime on. An autograd thread may come here first.
+bool bind_context() {
+  int device;
+  return cudaGetDevice(&device) == cudaSuccess && cudaSetDevice(device) == cudaSuccess;
+}
+
 }  // namespace
 
 CUtensorMap make_tensor_map(const TensorView& view, ElementType element, int batch, int length, int heads, int dim,
@@ -46,13 +53,9 @@ CUtensorMap make_tensor_map(const TensorView& view, ElementType element, int bat
         view.data, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
         CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   };
-  CUresult status = encode();
-  // A thread has a context, which the driver wants, only from its first use of the runtime on: this may come before.
-  int device;
-  if (status == CUDA_ERROR_INVALID_CONTEXT && cudaGetDevice(&device) == cudaSuccess &&
-      cudaSetDevice(device) == cudaSuccess) {
-    status = encode();
-  }
+  thread_local const bool is_bound = bind_context();
+  CUresult status = is_bound ? encode() : CUDA_ERROR_INVALID_CONTEXT;
+  if (status == CUDA_ERROR_INVALID_CONTEXT && bind_context()) status = encode();  // somebody took it away
   if (status != CUDA_SUCCESS) {
     throw std::runtime_error("selfattn: cuTensorMapEncodeTiled failed with status " + std::to_string(int(status)) +
                              " for sizes (" + std::to_string(batch) + ", " + std::to_string(length) + ", " +
