@@ -74,7 +74,8 @@ struct ForwardConfig : ForwardPlan<kDimQk_, kDimV_> {
   static constexpr int kTileQuery = Plan::kWarpgroups * kWarpgroupRows;
   static constexpr int kThreads = (Plan::kWarpgroups + 1) * kWarpgroupSize;
   static constexpr int kConsumerWarps = Plan::kWarpgroups * 4;
-  static constexpr int kRepairBarrier = Plan::kWarpgroups + 1;  // named; those of the warpgroups' turns come before
+  // Named barriers of the repair, for the consumers and for all threads; those of the warpgroups' turns come before.
+  static constexpr int kRepairBarrier = Plan::kWarpgroups + 1, kPassBarrier = Plan::kWarpgroups + 2;
   // The first S of a tile is multiplied together with the last P V of the tile before: needs the next Q in time.
   static constexpr bool kOverlapsTiles = Plan::kQueryStages > 1;
 

@@ -59,21 +59,12 @@ __device__ __forceinline__ void move_tiles(const ForwardKernelParams& p, const F
   __syncwarp();
 }
 
-// Between the passes, by all threads: whether there is a second one. If so, the tiles of the stages go on the list,
-// too, and the barriers are set up again.
 template <class Config>
-__device__ __forceinline__ bool begin_repair(const ForwardKernelParams& p, const ForwardShared<Config>& s) {
-  constexpr int kAllThreads = 0;  // the barrier; roles reach it in their own branches
-  ptx::barrier_sync(kAllThreads, Config::kThreads);
-  if (!s.is_any_marked()) return false;
-  ptx::bulk_wait<0>();  // what this thread has sent out must not come after the repaired tile
-  if (threadIdx.x == 0) {
-    for (int stage = 0; stage < Config::kQueryStages; stage++) list_if_marked(p, s, stage);
+__device__ __forceinline__ bool begin_forward_repair(const ForwardKernelParams& p, const ForwardShared<Config>& s) {
+  return begin_repair<Config::kPassBarrier, Config::kThreads>(s.repair(), p.repair_list, false, [&] {
     for (int i = 0; i < ForwardBarriers<Config>::kCount; i++) ptx::mbarrier_invalidate(s.barriers.base + 8 * i);
     init_barriers(s.barriers);
-  }
-  ptx::barrier_sync(kAllThreads, Config::kThreads);
-  return true;
+  });
 }
 
 template <class Config>
@@ -84,8 +75,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   if (threadIdx.x == 0) {
     for (const CUtensorMap* map : {&p.query, &p.key, &p.value, &p.out}) ptx::prefetch_tensor_map(map);
     init_barriers(s.barriers);
-    for (int stage = 0; stage < Config::kQueryStages; stage++) s.is_marked(stage) = 0;
-    s.is_any_marked() = 0, s.repair_list() = kEndOfList;
+    s.repair().clear();
   }
   __syncthreads();
   const int warp = __shfl_sync(~0u, threadIdx.x / kWarpSize, 0);
@@ -93,11 +83,11 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   if (warp < 4) {
     ptx::lower_registers<Config::kProducerRegisters>();
     move_tiles<Config, false>(p, s, warp);
-    if (begin_repair(p, s)) move_tiles<Config, true>(p, s, warp);
+    if (begin_forward_repair(p, s)) move_tiles<Config, true>(p, s, warp);
   } else {
     ptx::raise_registers<Config::kConsumerRegisters>();
     multiply_tiles<Config, false>(p, s, warp / 4 - 1);
-    if (begin_repair(p, s)) {
+    if (begin_forward_repair(p, s)) {
       const ForwardShared<Config> again(s_memory + ptx::forget(0));
       multiply_tiles<Config, true>(p, again, ptx::forget(warp) / 4 - 1);
     }

@@ -105,7 +105,7 @@ __device__ __forceinline__ void load_tiles(const ForwardKernelParams& p, const F
     v.advance();
   };
   int number = blockIdx.x, early_block = -1;
-  if (kIsRepair) number = __shfl_sync(~0u, lane == 0 ? take_listed(p, s) : 0, 0);
+  if (kIsRepair) number = __shfl_sync(~0u, lane == 0 ? s.repair().take(p.repair_list, p.schedule.tiles) : 0, 0);
   if constexpr (kMasked && !kIsRepair) {
     // Under a causal mask the first tile and its rightmost block are known before the kernel ahead has made the tables.
     const TilePlace place = find_tile(p.schedule, number);
@@ -139,7 +139,7 @@ __device__ __forceinline__ void load_tiles(const ForwardKernelParams& p, const F
         // for.
         if (block.is_last) {
           if (kIsRepair)
-            number = take_listed(p, s);
+            number = s.repair().take(p.repair_list, p.schedule.tiles);
           else
             number = p.counters ? gridDim.x + atomicAdd(p.counters, 1) : p.schedule.tiles;
         }
@@ -151,7 +151,7 @@ __device__ __forceinline__ void load_tiles(const ForwardKernelParams& p, const F
         value_block = block.index, value_b = b, value_h = kv_head;
         if (is_first) {
           if (!is_copied) ptx::mbarrier_wait(s.barriers.query_empty(q.stage), q.parity ^ 1);
-          list_if_marked(p, s, q.stage);
+          s.repair().take_stage(q.stage, tile.head * p.schedule.tiles_a_head + tile.index, p.repair_list);
           announce_query(tile, b);
           if (!is_copied) copy_query(tile.index, b, h);
           q.advance();
@@ -168,7 +168,6 @@ __device__ __forceinline__ void load_tiles(const ForwardKernelParams& p, const F
   if (lane == 0) {
     load_value();
     ptx::mbarrier_wait(s.barriers.query_empty(q.stage), q.parity ^ 1);
-    list_if_marked(p, s, q.stage);
     s.tile(q.stage).index = -1;
     ptx::mbarrier_arrive(s.barriers.query_full(q.stage));
   }

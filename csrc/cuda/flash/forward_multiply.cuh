@@ -191,19 +191,16 @@ __device__ __forceinline__ void multiply_tiles(const ForwardKernelParams& p, con
   const auto send_out = [&](int stage, const OutFactors& factors) {
     const float f0 = factors.of_row[0], f1 = factors.of_row[1];
     ptx::FiniteTest<typename Config::Element> test0, test1;
-    const auto packed = [&](int i, float f, auto& test) {
-      const uint32_t pair = ptx::pack<typename Config::Element>(out[i] * f, out[i + 1] * f);
-      if (!kIsRepair) test.add(pair);
-      return pair;
-    };
+    const auto packed = [&](int i, float f) { return ptx::pack<typename Config::Element>(out[i] * f, out[i + 1] * f); };
 #pragma unroll
     for (int i = 0; i < kDimV / 16; i++) {
-      const uint32_t o0 = packed(8 * i, f0, test0), o1 = packed(8 * i + 2, f1, test1),
-                     o2 = packed(8 * i + 4, f0, test0), o3 = packed(8 * i + 6, f1, test1);
+      const uint32_t o0 = packed(8 * i, f0), o1 = packed(8 * i + 2, f1), o2 = packed(8 * i + 4, f0),
+                     o3 = packed(8 * i + 6, f1);
+      if (!kIsRepair) test0.add_roughly(o0, o2), test1.add_roughly(o1, o3);
       ptx::store_matrix_x4(s.query(stage, w) + lane_row + chunk(i), o0, o1, o2, o3);
     }
     const bool is_spoilt = (!test0.all_finite() && f0 == f0) || (!test1.all_finite() && f1 == f1);
-    if constexpr (!kIsRepair) s.mark_if(is_spoilt || !factors.is_good_enough, stage);
+    if constexpr (!kIsRepair) s.repair().mark_if(is_spoilt || !factors.is_good_enough, stage);
     ptx::fence_proxy_async_shared();
     ptx::mbarrier_arrive(s.barriers.out_full(stage, w));
   };

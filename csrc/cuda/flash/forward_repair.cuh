@@ -6,11 +6,9 @@
 //     one such V reaches every query of the tile, in another document, in padding, in the future. Rows that come out
 //     non-finite though the sum of their weights is finite show it.
 //   - Rows whose logits are so large that max * scale has no digits left for the differences (online_softmax.cuh).
-// A consumer that finds such a row marks the tile's stage; the loading warp, when it takes the stage for another tile,
-// puts the marked tile on the thread block's list in global memory. After the last tile all roles start once more, on
-// the tiles of the list. The repairing consumers take maxima off the scores, clear what is not finite in V before they
-// multiply, and add the products of such elements one by one, for the pairs that are allowed. Whatever is finite comes
-// out with the bits that it would have without its neighbours.
+// A consumer that finds such a row marks the tile (repair_list.cuh). The repairing consumers take maxima off the
+// scores, clear what is not finite in V before they multiply, and add the products of such elements one by one, for the
+// pairs that are allowed. Whatever is finite comes out with the bits that it would have without its neighbours.
 #pragma once
 #include "../ptx/barrier.cuh"
 #include "../ptx/fence.cuh"
@@ -20,29 +18,6 @@
 
 namespace selfattn::cuda {
 
-constexpr int kEndOfList = -1;
-
-// By one thread: takes notice of a stage whose tile is done. The tile's number is that of repair_list.
-template <class Config>
-__device__ __forceinline__ void list_if_marked(const ForwardKernelParams& p, const ForwardShared<Config>& s,
-                                               int stage) {
-  if (!s.is_marked(stage)) return;
-  s.is_marked(stage) = 0;
-  const QueryTile& tile = s.tile(stage);
-  const int number = tile.head * p.schedule.tiles_a_head + tile.index;
-  p.repair_list[number] = s.repair_list();
-  s.repair_list() = number;
-}
-
-// The next tile of the list, or the number past all tiles.
-template <class Config>
-__device__ __forceinline__ int take_listed(const ForwardKernelParams& p, const ForwardShared<Config>& s) {
-  const int number = s.repair_list();
-  if (number == kEndOfList) return p.schedule.tiles;
-  s.repair_list() = p.repair_list[number];
-  return number;
-}
-
 // By the consumers of all warpgroups together, behind a block's P in `weights` (accumulator layout, 0 where a pair is
 // masked) and its V in `stage`: adds the products of what is not finite in V to the output of the allowed pairs, and
 // clears it for the tensor cores. The output may still wait for its rescaling; that leaves NaN and infinity as they
@@ -51,16 +26,12 @@ template <class Config, int kScores, int kOutputs>
 __device__ __forceinline__ void take_out_non_finite_values(const ForwardShared<Config>& s, int stage,
                                                            const float (&weights)[kScores], float (&out)[kOutputs]) {
   using Element = typename Config::Element;
-  constexpr int kTileKey = Config::kTileKey, kWords = (kTileKey + kWarpSize - 1) / kWarpSize;
+  constexpr int kTileKey = Config::kTileKey;
   const int lane = threadIdx.x % kWarpSize;
   unsigned char* s_value = s.memory + Config::kValueOffset + stage * Config::kValueBytes;
-  unsigned bad_keys[kWords] = {};
 #pragma unroll 1
   for (int key = 0; key < kTileKey; key++) {
     if (is_row_finite<Element, Config::kPanelsV, Config::kKeyPanelBytes>(s_value, key)) continue;
-#pragma unroll
-    for (int word = 0; word < kWords; word++)
-      if (key / kWarpSize == word) bad_keys[word] |= 1u << key % kWarpSize;
     // The weights of the lane's two rows with this key, from the lane of the four that has them.
     float weight[2] = {};
 #pragma unroll
@@ -78,14 +49,13 @@ __device__ __forceinline__ void take_out_non_finite_values(const ForwardShared<C
       if (!(fabsf(value) < infinity()) && weight[i / 2 % 2] != 0.f) out[i] += weight[i / 2 % 2] * value;
     }
   }
-  ptx::barrier_sync(Config::kRepairBarrier, Config::kWarpgroups * kWarpgroupSize);  // all have read these rows
-#pragma unroll
-  for (int word = 0; word < kWords; word++)
+  constexpr int kConsumers = Config::kWarpgroups * kWarpgroupSize;
+  ptx::barrier_sync(Config::kRepairBarrier, kConsumers);  // all have read these rows
 #pragma unroll 1
-    for (unsigned left = bad_keys[word]; left; left &= left - 1)
-      clear_non_finite<Element, Config::kPanelsV, Config::kKeyPanelBytes>(s_value, word * kWarpSize + __ffs(left) - 1);
+  for (int key = threadIdx.x / kWarpSize % Config::kConsumerWarps; key < kTileKey; key += Config::kConsumerWarps)
+    clear_non_finite<Element, Config::kPanelsV, Config::kKeyPanelBytes>(s_value, key);
   ptx::fence_proxy_async_shared();
-  __syncwarp();
+  ptx::barrier_sync(Config::kRepairBarrier, kConsumers);  // and each has cleared its share of them
 }
 
 }  // namespace selfattn::cuda

@@ -2,6 +2,7 @@
 #pragma once
 #include "../ptx/mbarrier.cuh"
 #include "config.h"
+#include "repair_list.cuh"
 #include "scheduler.cuh"
 
 namespace selfattn::cuda {
@@ -14,7 +15,7 @@ struct ForwardKernelParams {
   float* lse;          // (batch, num_heads, query_length)
   const float* sinks;  // (num_heads,) or null
   SegmentTables segments;
-  int* repair_list;  // (tiles) of each tile that is on a list, the tile behind it (forward_repair.cuh)
+  int* repair_list;  // (tiles) for RepairList
   int* counters;     // [0]: tiles taken after each thread block's first; null where there are no others
   TileSchedule schedule;
 };
@@ -53,17 +54,9 @@ struct ForwardShared {
   __device__ int& block_message(int stage) const {
     return reinterpret_cast<int*>(&tile(Config::kQueryStages + 1))[stage];
   }
-  // For tiles that are computed once more (forward_repair.cuh): whether that of a stage is one of them, whether any is,
-  // and the first of the list.
-  __device__ int& is_marked(int stage) const { return (&block_message(Config::kKeyStages))[stage]; }
-  __device__ int& is_any_marked() const { return is_marked(Config::kQueryStages); }
-  // Without a branch: behind one that lanes may take apart, ptxas no longer keeps matrix descriptors in uniform
-  // registers.
-  __device__ void mark_if(bool condition, int stage) const {
-    ptx::store_shared_if(condition, ptx::shared_address(&is_marked(stage)), 1);
-    ptx::store_shared_if(condition, ptx::shared_address(&is_any_marked()), 1);
+  __device__ RepairList<Config::kQueryStages>& repair() const {
+    return reinterpret_cast<RepairList<Config::kQueryStages>&>(block_message(Config::kKeyStages));
   }
-  __device__ int& repair_list() const { return is_marked(Config::kQueryStages + 1); }
 };
 
 }  // namespace selfattn::cuda

@@ -4,6 +4,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <type_traits>
 
 namespace selfattn::ptx {
 
@@ -46,24 +47,40 @@ __device__ __forceinline__ float2 unpack<__half>(uint32_t packed) {
   return __half22float2(*reinterpret_cast<const __half2*>(&packed));
 }
 
-// Whether all of many packed pairs are finite, at one instruction a pair: 0 times NaN or infinity is NaN, and NaN
-// stays.
+// d += a * b in both halves, in Element's precision.
+template <class Element>
+__device__ __forceinline__ void fma_packed(uint32_t& d, uint32_t a, uint32_t b);
+
+template <>
+__device__ __forceinline__ void fma_packed<__nv_bfloat16>(uint32_t& d, uint32_t a, uint32_t b) {
+  asm("fma.rn.bf16x2 %0, %1, %2, %0;" : "+r"(d) : "r"(a), "r"(b));
+}
+
+template <>
+__device__ __forceinline__ void fma_packed<__half>(uint32_t& d, uint32_t a, uint32_t b) {
+  asm("fma.rn.f16x2 %0, %1, %2, %0;" : "+r"(d) : "r"(a), "r"(b));
+}
+
+// Whether all of many packed elements are finite: products and sums with NaN or infinity are not.
 template <class Element>
 struct FiniteTest {
-  uint32_t sum = 0;  // two zeros as long as it holds
+  static constexpr bool kHasRangeOfFloat = std::is_same_v<Element, __nv_bfloat16>;
+  uint32_t sum = 0;
 
-  __device__ __forceinline__ void add(uint32_t packed);
-  __device__ __forceinline__ bool all_finite() const { return (sum & 0x7fff7fffu) == 0; }
+  __device__ __forceinline__ void add(uint32_t packed) { fma_packed<Element>(sum, packed, 0); }
+
+  // Two at the price of one, where a false alarm may be raised: by products beyond 1e38.
+  __device__ __forceinline__ void add_roughly(uint32_t packed, uint32_t other) {
+    if (kHasRangeOfFloat)
+      fma_packed<Element>(sum, packed, other);
+    else
+      add(packed), add(other);
+  }
+
+  __device__ __forceinline__ bool all_finite() const {
+    constexpr uint32_t kExponent = kHasRangeOfFloat ? 0x7f80u : 0x7c00u;
+    return (sum & kExponent) != kExponent && (sum >> 16 & kExponent) != kExponent;
+  }
 };
-
-template <>
-__device__ __forceinline__ void FiniteTest<__nv_bfloat16>::add(uint32_t packed) {
-  asm("fma.rn.bf16x2 %0, %1, %2, %0;" : "+r"(sum) : "r"(packed), "r"(0));
-}
-
-template <>
-__device__ __forceinline__ void FiniteTest<__half>::add(uint32_t packed) {
-  asm("fma.rn.f16x2 %0, %1, %2, %0;" : "+r"(sum) : "r"(packed), "r"(0));
-}
 
 }  // namespace selfattn::ptx

@@ -21,4 +21,10 @@ __device__ __forceinline__ int forget(int value) {
   return value;
 }
 
+template <class T>
+__device__ __forceinline__ T* forget(T* pointer) {
+  asm volatile("" : "+l"(pointer));
+  return pointer;
+}
+
 }  // namespace selfattn::ptx
