@@ -175,6 +175,8 @@ BackwardPlan make_backward_plan(const BackwardParams& p, char** end) {
   take(plan.grad_q_sum, heads_summed * plan.patch_rows * Config::kPanels * kPatchFloats);
   take(plan.row_stats, heads * plan.stat_groups * kStatFloats);
   take(plan.turns, p.is_deterministic ? heads * plan.query_tiles : 0);
+  const int64_t split_tiles = std::max<int64_t>(heads * (plan.stat_groups * kStatRows / kStatTile), plan.work_tiles());
+  take(plan.repair_list, plan.form == BackwardForm::kFused ? 0 : split_tiles);
   take(plan.counters, plan.count_of_counters());
   *end = at;
   return plan;

@@ -4,6 +4,7 @@
 
 #include "backward.h"
 #include "pipeline.cuh"
+#include "repair_list.cuh"
 #include "tensor_map.h"
 
 namespace selfattn::cuda {
@@ -52,7 +53,7 @@ struct TileInfo {
   int key_tile, head, batch, section;  // key_tile < 0: no more
 };
 
-enum NamedBarrier : int { kConsumers = 1, kWarpgroup0 = 2, kWarpgroup1 = 3 };
+enum NamedBarrier : int { kConsumers = 1, kWarpgroup0 = 2, kWarpgroup1 = 3, kPasses = 4 };
 
 // kHeadDim 64, 128: narrow; P and dS reach dV and dK from registers, a warpgroup owns 64 of 128 keys.
 // kHeadDim 256: wide; P and dS go through shared memory, a warpgroup owns 128 of 256 columns of dK, dV and dQ.
@@ -145,6 +146,7 @@ struct KeyGradientConfig {
     int query_ids[kStages][kTileQ];
     BlockInfo block[kStages];
     TileInfo tile[kKeyBuffers];
+    RepairList<kKeyBuffers> repair;
     uint64_t q_full[kStages], q_free[kStages], grad_out_full[kStages], grad_out_free[kStages];
     uint64_t k_full[kKeyBuffers], k_free[kKeyBuffers], v_full[kKeyBuffers], v_free[kKeyBuffers];
   };
@@ -182,6 +184,7 @@ struct QueryGradientConfig {
     int rows[2][kTileQ];  // runs: first key and end of each query's run; ids: [0] the ids of the queries
     KeyBlock block[kStages];
     Tile tile;
+    RepairList<2> repair;  // by buffers of dO
     uint64_t q_full, q_free, grad_out_free[2];
     uint64_t k_full[kStages], k_free[kStages], v_full[kStages], v_free[kStages];
   };
@@ -219,11 +222,12 @@ struct BackwardPlan {
   float* row_stats;          // (batch, num_heads, stat_groups, kStatFloats)
   float* grad_q_sum;         // (batch, num_heads, patch_rows, kPanels, kPatchFloats)
   int* turns;                // (batch, num_heads, query_tiles): key tiles added to dQ so far; deterministic mode only
-  int* counters;  // next tile, next side job, next query tile (split form), and for every section: query rows
-                  // prepared, key tiles done
+  int* repair_list;          // (the more of query and key tiles, batch, heads) for RepairList; split form
+  int* counters;  // next tile, next side job, next query tile and whether there are exact statistics (split form), and
+                  // for every section: query rows prepared, key tiles done
 
   __host__ __device__ int work_tiles() const { return pairs * key_tiles; }
-  __host__ __device__ int count_of_counters() const { return 3 + 2 * sections; }
+  __host__ __device__ int count_of_counters() const { return 4 + 2 * sections; }
   __host__ __device__ int pairs_in(int section) const {
     const int rest = pairs - section * pairs_of_section;
     return rest < pairs_of_section ? rest : pairs_of_section;
@@ -238,9 +242,10 @@ struct BackwardPlan {
   __device__ int* next_tile() const { return counters; }
   __device__ int* next_side_job() const { return counters + 1; }
   __device__ int* next_query_tile() const { return counters + 2; }
-  __device__ int* rows_prepared(int section) const { return counters + 3 + section; }
+  __device__ int* has_exact_stats() const { return counters + 3; }
+  __device__ int* rows_prepared(int section) const { return counters + 4 + section; }
   __device__ int* tiles_done(int section) const {
-    return counters + 3 + sections + section;
+    return counters + 4 + sections + section;
   }  // by every multiplying warp
 };
 

@@ -1,12 +1,10 @@
 // What the backward kernels do about rows out of the ordinary: logits so large that float32 has few bits left for their
-// differences, and NaN or infinity in rows that others may not attend to. Every block asks one question about its rows'
-// statistics, every masked block two more; all else is off the fast path.
+// differences, and NaN or infinity in rows that others may not attend to.
 //
 // Large logits. The exponent of P, score * c - lse * log2(e), has the rounding of its last term, half an ulp of a large
 // number. From kFirstExactStat on it is taken again: score * scale is rounded as the forward pass rounded it for lse,
 // so that the difference from lse is exactly 0 for a key that has all the weight. The score itself is gone by then, but
 // the exponent is an exact difference up to its own last bit, which in float64 gives it back.
-// The loading warp looks at the statistics and flags the block (kExceptionalRows).
 //
 // Isolation. A masked pair has P = 0, and three sums would multiply it by what stands in the other token's row:
 //   dV_j += P_ij dO_i    dK_j += dS_ij Q_i    dQ_i += dS_ij K_j    with    dS_ij = P_ij (dP_ij - delta_i)
@@ -14,7 +12,14 @@
 // statistic is NaN then, so that P and dS are NaN for every pair that is allowed, whatever its rows hold. A query that
 // attends to nothing has infinity there, and P = 0. The rows of both kinds can thus be cleared where a block is masked,
 // and so can those of a key that is not finite: whoever may attend to it has NaN for a statistic. Masked pairs are then
-// left with dP alone, which is cleared, too.
+// left with dP alone: their dS is made 0.
+//
+// How it is found out. The fused form adds to dQ as it goes, so every block must be right at once: the loading warp
+// looks at the statistics of its rows and flags it (kExceptionalRows), and every masked block asks two questions about
+// its keys. The split form computes its tiles a second time where it must (repair_list.cuh), and looks at results only.
+// Its kernel for dQ sees what went wrong in dQ; it also gives delta NaN to queries that are not finite or whose Q is
+// not, so that no dS of theirs is finite and all of a key's row of dK shows it; and says whether there are exact
+// statistics, on which the kernel for dK and dV makes all of its tiles with care.
 #pragma once
 #include "../ptx/fence.cuh"
 #include "backward_config.cuh"
@@ -57,25 +62,31 @@ __device__ __forceinline__ void take_exponents(float (&scores)[kColumns / 2], co
   }
 }
 
-// The same for columns with exact statistics, behind it. first_query: this lane's first column.
+// The same for columns with exact statistics, behind it. first_query: this lane's first column. The exponents go round
+// in a loop instead of being unrolled: what the main loop has to jump over costs it time, executed or not.
 template <int kColumns>
 __device__ __forceinline__ void refine_exponents(float (&exponents)[kColumns / 2], const BackwardParams& p,
                                                  const BackwardPlan& plan, const float* s_stats, int head,
                                                  int first_query) {
+  constexpr int kGroup = 4;  // two columns of two rows
   const float* g_lse = p.lse + int64_t(head) * p.shape.query_length + first_query;
+#pragma unroll 1
+  for (int column = 0; column < kColumns; column += 8) {
+    float group[kGroup];
 #pragma unroll
-  for (int i = 0; i < kColumns / 8; i++)
+    for (int i = 0; i < kGroup; i++) group[i] = exponents[i];
 #pragma unroll
     for (int j = 0; j < 2; j++) {
-      const float stat = s_stats[stat_index(8 * i) + j];
+      const float stat = s_stats[stat_index(column) + j];
       if (!is_exact_stat(stat)) continue;
-      const float lse = g_lse[8 * i + j];
-#pragma unroll
-      for (int r = 0; r < 2; r++) {
-        float& exponent = exponents[4 * i + 2 * r + j];
-        exponent = exact_exponent(plan, exponent, stat, lse);
-      }
+      const float lse = g_lse[column + j];
+      group[j] = exact_exponent(plan, group[j], stat, lse),
+      group[2 + j] = exact_exponent(plan, group[2 + j], stat, lse);
     }
+#pragma unroll
+    for (int i = 0; i < kColumns / 2; i++)
+      exponents[i] = i < kColumns / 2 - kGroup ? exponents[i + kGroup] : group[i % kGroup];
+  }
 }
 
 // A lane's share of the statistics of a tile of queries, out of global memory.
@@ -97,6 +108,12 @@ struct BlockStats {
       is_ordinary &= fabsf(stats.x) < kFirstExactStat && fabsf(stats.y) < kFirstExactStat;
     return __any_sync(~0u, !is_ordinary);
   }
+};
+
+// Stands in for them where a second pass cares for such rows.
+struct OrdinaryStats {
+  __device__ __forceinline__ explicit OrdinaryStats(const float*) {}
+  __device__ __forceinline__ bool has_exceptional_rows() const { return false; }
 };
 
 // Whether one of a lane's two products of whole rows came out non-finite. Both rows of a pair must be finite for a

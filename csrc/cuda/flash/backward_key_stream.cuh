@@ -14,7 +14,8 @@ struct QueryGradientMaps {
 };
 
 // The loading warp: which key tiles a tile of queries meets, with which mask.
-template <class Config>
+// kIsRepair: the second pass, over the tiles of the list.
+template <class Config, bool kIsRepair>
 struct KeyStream {
   static constexpr int kTileQ = Config::kTileQ, kTileKv = Config::kTileKv;
   static constexpr unsigned kAllLanes = ~0u;
@@ -38,6 +39,11 @@ struct KeyStream {
   __device__ __forceinline__ void run() {
     const int work_tiles = plan.pairs * plan.group * tiles_of_head();
     int work = blockIdx.x;
+    if (kIsRepair) {
+      claim_next();
+      work = __shfl_sync(kAllLanes, next_work, 0);
+      next_work = -1;
+    }
     while (work < work_tiles) {
       take_tile(work);
       load_queries();
@@ -57,12 +63,13 @@ struct KeyStream {
   __device__ __forceinline__ void take_tile(int work) {
     const int tiles = tiles_of_head(), tiles_of_section = plan.pairs_of_section * plan.group * tiles;
     const int section = work / tiles_of_section, rest = work % tiles_of_section, heads = plan.heads_in(section);
-    const int rank = rest / heads, row = plan.first_head_of(section) + rest % heads;
+    const int rank = rest / heads, row = kIsRepair ? work / tiles : plan.first_head_of(section) + rest % heads;
     batch = row / p.shape.num_heads, head = row % p.shape.num_heads;
     const bool has_segments = p.segments.mode != nullptr;
     is_general = has_segments && p.segments.mode[batch] == kGeneral;
     is_contiguous = has_segments && !is_general;
     query_tile = has_segments ? p.segments.query_order[int64_t(batch) * tiles + rank] : tiles - 1 - rank;
+    if (kIsRepair) query_tile = work % tiles;
   }
 
   __device__ __forceinline__ void load_queries() {
@@ -71,6 +78,8 @@ struct KeyStream {
     mbarrier_wait(shared_address(&s.q_free), tile_parity ^ 1);
     mbarrier_wait(shared_address(&s.grad_out_free[grad_out_ring.stage]), grad_out_ring.parity ^ 1);
     if (lane == 0) {
+      s.repair.take_stage(grad_out_ring.stage, (batch * p.shape.num_heads + head) * tiles_of_head() + query_tile,
+                          plan.repair_list);
       const int first = query_tile * kTileQ;
       constexpr int kRowBytes = kTileQ * 4;
       s.tile = {query_tile, head, batch, is_contiguous ? kContiguous : is_general ? kGeneral : -1};
@@ -172,7 +181,11 @@ struct KeyStream {
   // Not earlier than a few tiles before the end: a tile that is claimed but waits behind a long one ends late.
   static constexpr int kTilesAhead = 4;
   __device__ __forceinline__ void claim_next() {
-    if (lane == 0 && next_work < 0) next_work = gridDim.x + atomicAdd(plan.next_query_tile(), 1);
+    if (lane != 0 || next_work >= 0) return;
+    if (kIsRepair)
+      next_work = s.repair.take(plan.repair_list, plan.pairs * plan.group * tiles_of_head());
+    else
+      next_work = gridDim.x + atomicAdd(plan.next_query_tile(), 1);
   }
 
   __device__ __forceinline__ void announce(int flag) {

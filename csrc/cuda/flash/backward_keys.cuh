@@ -2,6 +2,8 @@
 // tiles that see them (backward_stream.cuh). S^T = K Q^T, dP^T = V dO^T; P^T and dS^T are register operands of
 // dV += P^T dO and dK += dS^T Q. The warpgroups share nothing but the stages, so each skips the blocks that its keys do
 // not meet, and goes on to the next tile alone: K and V have two buffers.
+//
+// What is out of the ordinary is left to a second pass over the tiles in question (backward_exceptional.cuh).
 #pragma once
 #include "../ptx/arithmetic.cuh"
 #include "../ptx/barrier.cuh"
@@ -20,21 +22,21 @@
 
 namespace selfattn::cuda {
 
-template <class Config>
+template <class Config, bool kIsRepair>
 __device__ __forceinline__ void multiply_keys(const BackwardMaps& maps, const BackwardParams& p,
                                               const BackwardPlan& plan, typename Config::SharedStorage& s) {
   using namespace ptx;
   using Element = typename Config::Element;
   constexpr int kD = Config::kHeadDim, kTileQ = Config::kTileQ, kTileKv = Config::kTileKv;
   constexpr int kQPanel = kTileQ * 128, kKvPanel = kTileKv * 128;  // bytes
-  const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0) - 1, warp = threadIdx.x / 32 % 4,
-            lane = threadIdx.x % 32;
+  const int thread = kIsRepair ? forget(threadIdx.x) : threadIdx.x;
+  const int warpgroup = __shfl_sync(~0u, thread / 128, 0) - 1, warp = thread / 32 % 4, lane = thread % 32;
   const float scale_log2 = p.scale * 1.4426950408889634f;
   const int own_row = warpgroup * 64 + warp * 16;
 
   float dk[kD / 2], dv[kD / 2], scores[kTileQ / 2], dp[kTileQ / 2];
   uint32_t p_packed[kTileQ / 4], ds_packed[kTileQ / 4];
-  HeldRows<Config::kHeldSteps> v_held;
+  HeldRows<kIsRepair ? 0 : Config::kHeldSteps> v_held;  // the repair wants its registers
   Ring<Config::kStages> ring;
   Ring<Config::kKeyBuffers> key_ring;
 
@@ -45,9 +47,6 @@ __device__ __forceinline__ void multiply_keys(const BackwardMaps& maps, const Ba
   const uint64_t q_rows = matrix_descriptor(s_q), do_rows = matrix_descriptor(s_do);
   const uint64_t q_summed = matrix_descriptor(s_q, kQPanel), do_summed = matrix_descriptor(s_do, kQPanel);
 
-  const auto hold_values = [&] {
-    v_held.template load<kKvPanel>(shared_address(s.v[key_ring.stage]) + (own_row + lane % 16) * 128, lane);
-  };
   const auto issue_scores = [&] {
     multiply_rows<Element, kD, kKvPanel, kQPanel>(scores, k_rows + key_ring.stage * (Config::kKeyBytes / 16),
                                                   q_rows + ring.stage * (Config::kQueryBytes / 16));
@@ -56,14 +55,17 @@ __device__ __forceinline__ void multiply_keys(const BackwardMaps& maps, const Ba
     multiply_rows<Element, kD, kKvPanel, kQPanel>(dp, v_rows + key_ring.stage * (Config::kKeyBytes / 16),
                                                   do_rows + ring.stage * (Config::kQueryBytes / 16), v_held);
   };
-  const auto pack_score_gradients = [&](const float* stats) {  // dS = P (dP - delta)
+  const auto score_gradient = [&](int i, float delta) {  // dS = P (dP - delta)
+    return kIsRepair && scores[i] == 0.f ? 0.f : scores[i] * (dp[i] - delta);
+  };
+  const auto pack_score_gradients = [&](const float* stats) {
 #pragma unroll
     for (int i = 0; i < kTileQ / 8; i++) {
       const float2 delta = *reinterpret_cast<const float2*>(stats + kStatRows + 8 * i);
 #pragma unroll
       for (int r = 0; r < 2; r++) {
         const int at = 4 * i + 2 * r;
-        ds_packed[2 * i + r] = pack<Element>(scores[at] * (dp[at] - delta.x), scores[at + 1] * (dp[at + 1] - delta.y));
+        ds_packed[2 * i + r] = pack<Element>(score_gradient(at, delta.x), score_gradient(at + 1, delta.y));
       }
     }
   };
@@ -104,7 +106,7 @@ __device__ __forceinline__ void multiply_keys(const BackwardMaps& maps, const Ba
     for (int i = 0; i < kD / 2; i++) dk[i] = dv[i] = 0.f;
     pin(dk), pin(dv);
     mbarrier_wait(shared_address(&s.v_full[key_ring.stage]), key_ring.parity);
-    hold_values();
+    v_held.template load<kKvPanel>(shared_address(s.v[key_ring.stage]) + (own_row + lane % 16) * 128, lane);
     const int first_key = tile.key_tile * kTileKv + own_row + lane / 4;
     RowsInSight rows;
     bool is_open = false;
@@ -139,25 +141,20 @@ __device__ __forceinline__ void multiply_keys(const BackwardMaps& maps, const Ba
 #pragma unroll 1
       for (;;) {  // on entry S and dP are in flight
         const float* stats = &s.row_stats[ring.stage][2 * (lane % 4)];
-        const bool is_masked = block.flags & mask_flag, is_exceptional = block.flags & kExceptionalRows;
+        const bool is_masked = block.flags & mask_flag;
+        const int column = 2 * (lane % 4), first_query = block.query_tile * kTileQ + column;
         wgmma_wait<1>();
         pin(scores);
         take_exponents<kTileQ>(scores, stats, scale_log2);
-        if (block.flags & (mask_flag | kExceptionalRows)) {
-          const int column = 2 * (lane % 4), first_query = block.query_tile * kTileQ + column;
-          if (is_exceptional) [[unlikely]] {
-            wgmma_wait<0>();  // V's registers are free for what follows
-            pin(dp);
-            refine_exponents<kTileQ>(scores, p, plan, stats, block.head, first_query);
-            if (is_masked)
-              clear_queries<kTileQ, Config::kPanels, kQPanel>(s.q[ring.stage], s.grad_out[ring.stage],
-                                                              s.row_stats[ring.stage]);
-            hold_values();
-          }
+        if constexpr (kIsRepair) {
+          refine_exponents<kTileQ>(scores, p, plan, stats, block.head, first_query);
           if (is_masked)
-            hide_pairs<kTileQ>(scores, p, rows, block.flags, tile.batch, first_key, first_query,
-                               &s.query_ids[ring.stage][column]);
+            clear_queries<kTileQ, Config::kPanels, kQPanel>(s.q[ring.stage], s.grad_out[ring.stage],
+                                                            s.row_stats[ring.stage]);
         }
+        if (is_masked)
+          hide_pairs<kTileQ>(scores, p, rows, block.flags, tile.batch, first_key, first_query,
+                             &s.query_ids[ring.stage][column]);
 #pragma unroll
         for (int i = 0; i < kTileQ / 2; i += 2) {
           scores[i] = exp2_approx(scores[i]), scores[i + 1] = exp2_approx(scores[i + 1]);
@@ -166,8 +163,6 @@ __device__ __forceinline__ void multiply_keys(const BackwardMaps& maps, const Ba
         accumulate<Element, kTileQ>(dv, p_packed, do_summed + ring.stage * (Config::kQueryBytes / 16));
         wgmma_wait<1>();
         pin(dp);
-        if (is_masked && __any_sync(~0u, is_exceptional || is_any_non_finite(dp[0], dp[2]))) [[unlikely]]
-          clear_products_without_weight(scores, dp);
         pack_score_gradients(stats);
         accumulate<Element, kTileQ>(dk, ds_packed, q_summed + ring.stage * (Config::kQueryBytes / 16));
         stage = ring.stage;
@@ -189,12 +184,30 @@ __device__ __forceinline__ void multiply_keys(const BackwardMaps& maps, const Ba
       arrive(s.q_free[stage]), arrive(s.grad_out_free[stage]);
     }
     if (!is_open) free_buffers_before();
+    // A dS that is not finite has made all of the key's row of dK so.
+    if (!kIsRepair) s.repair.mark_if(is_any_non_finite(dk[0], dk[2]), key_ring.stage);
     barrier_sync(kWarpgroup0 + warpgroup, 128);  // this warpgroup has read its rows of K and V
     store(&maps.grad_v, dv, 1.f, s.v[key_ring.stage], tile);
     store(&maps.grad_k, dk, p.scale, s.k[key_ring.stage], tile);
     key_ring.advance();
   }
   if (lane == 0) bulk_wait<0>();
+}
+
+template <class Config>
+__device__ void init_key_gradient_barriers(typename Config::SharedStorage& s) {
+  using namespace ptx;
+  for (int i = 0; i < Config::kStages; i++) {
+    mbarrier_init(shared_address(&s.q_full[i]), 1), mbarrier_init(shared_address(&s.grad_out_full[i]), 1);
+    mbarrier_init(shared_address(&s.q_free[i]), Config::kConsumerWarps);
+    mbarrier_init(shared_address(&s.grad_out_free[i]), Config::kConsumerWarps);
+  }
+  for (int i = 0; i < Config::kKeyBuffers; i++) {
+    mbarrier_init(shared_address(&s.k_full[i]), 1), mbarrier_init(shared_address(&s.v_full[i]), 1);
+    mbarrier_init(shared_address(&s.k_free[i]), Config::kConsumerWarps);
+    mbarrier_init(shared_address(&s.v_free[i]), Config::kConsumerWarps);
+  }
+  fence_mbarrier_init();
 }
 
 template <class Config>
@@ -206,28 +219,29 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   extern __shared__ __align__(1024) unsigned char s_raw[];
   auto& s = *reinterpret_cast<typename Config::SharedStorage*>(s_raw);
   if (threadIdx.x == 0) {
-    for (int i = 0; i < Config::kStages; i++) {
-      mbarrier_init(shared_address(&s.q_full[i]), 1), mbarrier_init(shared_address(&s.grad_out_full[i]), 1);
-      mbarrier_init(shared_address(&s.q_free[i]), Config::kConsumerWarps);
-      mbarrier_init(shared_address(&s.grad_out_free[i]), Config::kConsumerWarps);
-    }
-    for (int i = 0; i < Config::kKeyBuffers; i++) {
-      mbarrier_init(shared_address(&s.k_full[i]), 1), mbarrier_init(shared_address(&s.v_full[i]), 1);
-      mbarrier_init(shared_address(&s.k_free[i]), Config::kConsumerWarps);
-      mbarrier_init(shared_address(&s.v_free[i]), Config::kConsumerWarps);
-    }
-    fence_mbarrier_init();
+    init_key_gradient_barriers<Config>(s);
+    s.repair.clear();
   }
   __syncthreads();
   launch_dependents();
   wait_for_previous_kernel();
   if (!has_work(p, plan, BackwardForm::kSplit)) return;
+  const bool repairs_all = *plan.has_exact_stats();
+  const auto begin_second_pass = [&] {
+    return begin_repair<kPasses, Config::kConsumers + 32>(s.repair, plan.repair_list, repairs_all, [&] {
+      invalidate_barriers(s.q_full, s.v_free + Config::kKeyBuffers - 1);
+      init_key_gradient_barriers<Config>(s);
+    });
+  };
   if (threadIdx.x < 128) {
     lower_registers<Config::kProducerRegisters>();
-    if (threadIdx.x < 32) QueryStream<Config>{maps, p, plan, s}.run();
+    if (threadIdx.x >= 32) return;
+    if (!repairs_all) QueryStream<Config>{maps, p, plan, s}.run();
+    if (begin_second_pass()) QueryStream<Config, true>{maps, p, plan, s, repairs_all}.run();
   } else {
     raise_registers<Config::kConsumerRegisters>();
-    multiply_keys<Config>(maps, p, plan, s);
+    if (!repairs_all) multiply_keys<Config, false>(maps, p, plan, s);
+    if (begin_second_pass()) multiply_keys<Config, true>(maps, p, plan, *forget(&s));
   }
 }
 

@@ -4,6 +4,8 @@
 //
 // It also computes what both kernels want to know of the rows (kStatFloats): O comes in as a block of its own, ahead of
 // the keys.
+//
+// What is out of the ordinary is left to a second pass over the tiles in question (backward_exceptional.cuh).
 #pragma once
 #include "../ptx/arithmetic.cuh"
 #include "../ptx/barrier.cuh"
@@ -24,15 +26,15 @@
 
 namespace selfattn::cuda {
 
-template <class Config>
+template <class Config, bool kIsRepair>
 __device__ __forceinline__ void multiply_queries(const QueryGradientMaps& maps, const BackwardParams& p,
                                                  const BackwardPlan& plan, typename Config::SharedStorage& s) {
   using namespace ptx;
   using Element = typename Config::Element;
   constexpr int kD = Config::kHeadDim, kTileQ = Config::kTileQ, kTileKv = Config::kTileKv;
   constexpr int kPanel = 64 * 128;  // bytes, of every operand
-  const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0) - 1, warp = threadIdx.x / 32 % 4,
-            lane = threadIdx.x % 32;
+  const int thread = kIsRepair ? forget(threadIdx.x) : threadIdx.x;
+  const int warpgroup = __shfl_sync(~0u, thread / 128, 0) - 1, warp = thread / 32 % 4, lane = thread % 32;
   const float scale_log2 = p.scale * 1.4426950408889634f;
   const int row_in_tile = warpgroup * 64 + warp * 16 + lane / 4;  // this lane's rows: this one and the eighth after it
 
@@ -84,6 +86,24 @@ __device__ __forceinline__ void multiply_queries(const QueryGradientMaps& maps, 
     arrive(s.k_free[ring.stage]), arrive(s.v_free[ring.stage]);
     ring.advance();
   };
+  // The statistics of this lane's rows where some may be out of the ordinary. Rows that are not finite, and those whose
+  // Q is not though they see no key, get NaN for their delta, which then reaches every dS of theirs: the first pass of
+  // the kernel for dK and dV sees it.
+  const auto look_closer = [&](int head, int first_query, float (&lse)[2], float (&delta)[2], uint32_t (&out_bits)[2]) {
+    FiniteTest<Element> q_test[2];
+#pragma unroll
+    for (int i = 0; i < kD / 4; i++) q_test[i % 2].add(q[i]);
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      const unsigned row_lanes = 0xfu << lane / 4 * 4;
+      const bool is_q_finite = !(__ballot_sync(~0u, !q_test[r].all_finite()) & row_lanes);
+      const bool is_out_zero = !(__ballot_sync(~0u, out_bits[r] != 0) & row_lanes);
+      const float2 stats =
+          row_stats(p, head, first_query + 8 * r, lse[r], delta[r], [&] { return is_out_zero && !is_q_finite; });
+      lse[r] = stats.x, delta[r] = is_q_finite && stats.x == stats.x ? stats.y : NAN;
+    }
+    if (is_exact_stat(lse[0]) || is_exact_stat(lse[1])) *plan.has_exact_stats() = 1;
+  };
   const int skip_flag = kSkipWarpgroup0 << warpgroup, mask_flag = kMaskWarpgroup0 << warpgroup;
 
   for (bool is_first = true;; is_first = false, tile_parity ^= 1, grad_out_buffer ^= 1) {
@@ -127,19 +147,21 @@ __device__ __forceinline__ void multiply_queries(const QueryGradientMaps& maps, 
       }
     }
     arrive_both();
+    const int first_query = tile.query_tile * kTileQ + row_in_tile;
+    bool is_ordinary = true;
 #pragma unroll
     for (int r = 0; r < 2; r++) {
       delta[r] += __shfl_xor_sync(~0u, delta[r], 1);
       delta[r] += __shfl_xor_sync(~0u, delta[r], 2);
-      out_bits[r] |= __shfl_xor_sync(~0u, out_bits[r], 1);
-      out_bits[r] |= __shfl_xor_sync(~0u, out_bits[r], 2);
-      const int query = tile.query_tile * kTileQ + row_in_tile + 8 * r;
-      const float2 stats = row_stats<Element>(p, head, query, lse[r], delta[r], out_bits[r] == 0);
-      lse[r] = stats.x, delta[r] = stats.y;
-      if (lane % 4 == 0) store_row_stats(plan, head, query, stats);
+      is_ordinary &= is_ordinary_row(lse[r], delta[r], out_bits[r] == 0);  // the bits of this lane alone: may err
     }
-    const int tile_flags = __any_sync(~0u, is_exact_stat(lse[0]) || is_exact_stat(lse[1])) ? kExceptionalRows : 0;
-    const bool has_bad_rows = !is_finite(lse[0]) || !is_finite(lse[1]);
+    if (__any_sync(~0u, !is_ordinary || p.grad_lse)) [[unlikely]]
+      look_closer(head, first_query, lse, delta, out_bits);
+    else
+      lse[0] *= kLog2E, lse[1] *= kLog2E;
+#pragma unroll
+    for (int r = 0; r < 2; r++)
+      if (lane % 4 == 0) store_row_stats(plan, head, first_query + 8 * r, {lse[r], delta[r]});
 #pragma unroll
     for (int i = 0; i < kD / 2; i++) dq[i] = 0.f;
     pin(dq);
@@ -162,51 +184,44 @@ __device__ __forceinline__ void multiply_queries(const QueryGradientMaps& maps, 
       for (;;) {  // on entry S, dP and dQ of the block before are in flight
         wgmma_wait<2>();
         pin(scores);
-        const bool is_masked = block.flags & mask_flag;
-        float zero = 0.f;  // NaN where something in the block must not reach masked pairs
 #pragma unroll
         for (int i = 0; i < kTileKv / 2; i++) scores[i] = fmaf(scores[i], scale_log2, -lse[i / 2 % 2]);
-        if ((block.flags | tile_flags) & (mask_flag | kExceptionalRows)) {
-          if (is_masked) {
-            zero = zero_if_finite(scores);
-            const int column = 2 * (lane % 4);
-            const int first_key = block.key_tile * kTileKv + column;
-            hide_by_intervals<kTileKv>(scores, rows, first_key);
-            if (block.flags & kHiddenByIds)
-              hide_by_ids<kTileKv>(scores, row_id,
-                                   p.segments.key_ids + int64_t(tile.batch) * p.segments.pitch_key + first_key);
-          }
-          if (tile_flags) [[unlikely]] {
-            const float* g_lse = p.lse + int64_t(head) * p.shape.query_length + tile.query_tile * kTileQ + row_in_tile;
+        if constexpr (kIsRepair) {
+          const float* g_lse = p.lse + int64_t(head) * p.shape.query_length + tile.query_tile * kTileQ + row_in_tile;
 #pragma unroll
-            for (int r = 0; r < 2; r++) {
-              if (!is_exact_stat(lse[r])) continue;
-              const float natural_lse = g_lse[8 * r];
+          for (int r = 0; r < 2; r++) {
+            if (!is_exact_stat(lse[r])) continue;
+            const float natural_lse = g_lse[8 * r];
 #pragma unroll
-              for (int i = 0; i < kTileKv / 4; i++) {
-                float& exponent = scores[i / 2 * 4 + 2 * r + i % 2];
-                exponent = exact_exponent(plan, exponent, lse[r], natural_lse);
-              }
+            for (int i = 0; i < kTileKv / 4; i++) {
+              float& exponent = scores[i / 2 * 4 + 2 * r + i % 2];
+              exponent = exact_exponent(plan, exponent, lse[r], natural_lse);
             }
           }
+        }
+        if (block.flags & mask_flag) {
+          const int column = 2 * (lane % 4);
+          const int first_key = block.key_tile * kTileKv + column;
+          hide_by_intervals<kTileKv>(scores, rows, first_key);
+          if (block.flags & kHiddenByIds)
+            hide_by_ids<kTileKv>(scores, row_id,
+                                 p.segments.key_ids + int64_t(tile.batch) * p.segments.pitch_key + first_key);
         }
 #pragma unroll
         for (int i = 0; i < kTileKv / 2; i++) scores[i] = exp2_approx(scores[i]);
         wgmma_wait<1>();
         pin(dp);
-        const bool is_spoilt = __any_sync(~0u, is_masked && (zero + zero_if_finite(dp) != 0.f || has_bad_rows));
         arrive(s.v_free[ring.stage]);
 #pragma unroll
-        for (int i = 0; i < kTileKv / 2; i++) dp[i] = scores[i] * (dp[i] - delta[i / 2 % 2]);  // dS
-        if (is_spoilt) [[unlikely]] {
+        for (int i = 0; i < kTileKv / 2; i++)  // dS = P (dP - delta)
+          scores[i] = kIsRepair && scores[i] == 0.f ? 0.f : scores[i] * (dp[i] - delta[i / 2 % 2]);
+        if (kIsRepair && block.flags & mask_flag)
           clear_keys<Element, kTileKv, Config::kPanels, kPanel>(s.k[ring.stage], 0);
-          clear_products_without_weight(scores, dp);
-        }
         wgmma_wait<0>();
         pin(dq);
         if (read_stage >= 0) arrive(s.k_free[read_stage]);
 #pragma unroll
-        for (int i = 0; i < kTileKv / 4; i++) ds_packed[i] = pack<Element>(dp[2 * i], dp[2 * i + 1]);
+        for (int i = 0; i < kTileKv / 4; i++) ds_packed[i] = pack<Element>(scores[2 * i], scores[2 * i + 1]);
         stage = ring.stage;
         is_last = block.flags & kLastOfTile;
         ring.advance();
@@ -227,10 +242,14 @@ __device__ __forceinline__ void multiply_queries(const QueryGradientMaps& maps, 
     }
 
     barrier_sync(kWarpgroup0 + warpgroup, 128);  // this warpgroup has read its rows of dO
+    FiniteTest<Element> test;
     const auto packed = [&](int i) { return pack<Element>(dq[i] * p.scale, dq[i + 1] * p.scale); };
 #pragma unroll
-    for (int i = 0; i < kD / 16; i++)
-      store_matrix_x4(s_grad_out + chunk(i), packed(8 * i), packed(8 * i + 2), packed(8 * i + 4), packed(8 * i + 6));
+    for (int i = 0; i < kD / 16; i++) {
+      const uint32_t pairs[4] = {packed(8 * i), packed(8 * i + 2), packed(8 * i + 4), packed(8 * i + 6)};
+      if (!kIsRepair) test.add_roughly(pairs[0], pairs[1]), test.add_roughly(pairs[2], pairs[3]);
+      store_matrix_x4(s_grad_out + chunk(i), pairs[0], pairs[1], pairs[2], pairs[3]);
+    }
     fence_proxy_async_shared();
     __syncwarp();
     if (lane == 0) {
@@ -242,8 +261,23 @@ __device__ __forceinline__ void multiply_queries(const QueryGradientMaps& maps, 
             panel * kPanelColumns, tile.query_tile * kTileQ + warpgroup * 64 + warp * 16, tile.head, tile.batch);
       bulk_commit();
     }
+    const bool has_exact_stats = is_exact_stat(lse[0]) || is_exact_stat(lse[1]);
+    if (!kIsRepair) s.repair.mark_if(has_exact_stats || !test.all_finite(), grad_out_buffer);
   }
   if (lane == 0) bulk_wait<0>();
+}
+
+template <class Config>
+__device__ void init_query_gradient_barriers(typename Config::SharedStorage& s) {
+  using namespace ptx;
+  mbarrier_init(shared_address(&s.q_full), 1), mbarrier_init(shared_address(&s.q_free), Config::kConsumerWarps);
+  for (int i = 0; i < 2; i++) mbarrier_init(shared_address(&s.grad_out_free[i]), Config::kConsumerWarps);
+  for (int i = 0; i < Config::kStages; i++) {
+    mbarrier_init(shared_address(&s.k_full[i]), 1), mbarrier_init(shared_address(&s.v_full[i]), 1);
+    mbarrier_init(shared_address(&s.k_free[i]), Config::kConsumerWarps);
+    mbarrier_init(shared_address(&s.v_free[i]), Config::kConsumerWarps);
+  }
+  fence_mbarrier_init();
 }
 
 template <class Config>
@@ -255,25 +289,28 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   extern __shared__ __align__(1024) unsigned char s_raw[];
   auto& s = *reinterpret_cast<typename Config::SharedStorage*>(s_raw);
   if (threadIdx.x == 0) {
-    mbarrier_init(shared_address(&s.q_full), 1), mbarrier_init(shared_address(&s.q_free), Config::kConsumerWarps);
-    for (int i = 0; i < 2; i++) mbarrier_init(shared_address(&s.grad_out_free[i]), Config::kConsumerWarps);
-    for (int i = 0; i < Config::kStages; i++) {
-      mbarrier_init(shared_address(&s.k_full[i]), 1), mbarrier_init(shared_address(&s.v_full[i]), 1);
-      mbarrier_init(shared_address(&s.k_free[i]), Config::kConsumerWarps);
-      mbarrier_init(shared_address(&s.v_free[i]), Config::kConsumerWarps);
-    }
-    fence_mbarrier_init();
+    init_query_gradient_barriers<Config>(s);
+    s.repair.clear();
   }
   __syncthreads();
   launch_dependents();
   wait_for_previous_kernel();
   if (!has_work(p, plan, BackwardForm::kSplit)) return;
+  const auto begin_second_pass = [&] {
+    return begin_repair<kPasses, Config::kConsumers + 32>(s.repair, plan.repair_list, false, [&] {
+      invalidate_barriers(&s.q_full, s.v_free + Config::kStages - 1);
+      init_query_gradient_barriers<Config>(s);
+    });
+  };
   if (threadIdx.x < 128) {
     lower_registers<Config::kProducerRegisters>();
-    if (threadIdx.x < 32) KeyStream<Config>{maps, p, plan, s}.run();
+    if (threadIdx.x >= 32) return;
+    KeyStream<Config, false>{maps, p, plan, s}.run();
+    if (begin_second_pass()) KeyStream<Config, true>{maps, p, plan, s}.run();
   } else {
     raise_registers<Config::kConsumerRegisters>();
-    multiply_queries<Config>(maps, p, plan, s);
+    multiply_queries<Config, false>(maps, p, plan, s);
+    if (begin_second_pass()) multiply_queries<Config, true>(maps, p, plan, *forget(&s));
   }
 }
 

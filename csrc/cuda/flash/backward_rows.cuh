@@ -51,15 +51,21 @@ __device__ __forceinline__ bool is_query_finite(const BackwardParams& p, int hea
 // The statistic of a row that stands for its lse (backward_exceptional.cuh) and its delta, from its lse (-inf past the
 // end) and its sum of dO * O; `head` counts over all batches. Rows that see no key, or whose sink has all the weight,
 // get +inf, which makes every P of theirs zero; rows that are not finite get NaN. Where a sink hides that a row sees no
-// key, its output is zero: only then need its query be looked at, which lse otherwise tells of.
-template <class Element>
+// key, its output is zero: only then need its query be looked at, which lse otherwise tells of. `is_query_bad` says
+// whether both are so.
+template <class Test>
 __device__ __forceinline__ float2 row_stats(const BackwardParams& p, int head, int row, float lse, float sum,
-                                            bool is_out_zero) {
+                                            const Test& is_query_bad) {
   if (fabsf(lse) == INFINITY) return {INFINITY, 0.f};
   const float delta = p.grad_lse ? sum - p.grad_lse[int64_t(head) * p.shape.query_length + row] : sum;
   if (!is_finite(lse) || !is_finite(delta)) return {NAN, 0.f};
-  if (is_out_zero && !is_query_finite<Element>(p, head, row)) return {NAN, 0.f};
+  if (is_query_bad()) return {NAN, 0.f};
   return {finite_stat(lse), delta};
+}
+
+// Whether there is nothing to row_stats but {lse * log2(e), sum}, as long as there is no grad_lse.
+__device__ __forceinline__ bool is_ordinary_row(float lse, float sum, bool is_out_zero) {
+  return fabsf(lse * kLog2E) < kFirstExactStat && is_finite(sum) && !is_out_zero;
 }
 
 __device__ __forceinline__ void store_row_stats(const BackwardPlan& plan, int head, int row, float2 stats) {
@@ -140,7 +146,8 @@ __device__ __forceinline__ void prepare_rows(const BackwardParams& p, const Back
     if (column == 0) {
       const int row = first_row + i * kRowsAtOnce;
       const float lse = row < p.shape.query_length ? p.lse[int64_t(head) * p.shape.query_length + row] : -INFINITY;
-      store_row_stats(plan, head, row, row_stats<typename Config::Element>(p, head, row, lse, sum, bits == 0));
+      const auto is_query_bad = [&] { return bits == 0 && !is_query_finite<typename Config::Element>(p, head, row); };
+      store_row_stats(plan, head, row, row_stats(p, head, row, lse, sum, is_query_bad));
     }
   }
   if (p.is_deterministic && threadIdx.x == 0 && patch_row < plan.patch_rows &&

@@ -156,9 +156,11 @@ struct SideJobs {
     }
     __syncwarp();
     if (lane < kWorkerRows) {
-      const float2 stats = row_stats<typename Config::Element>(p, job.head, row_of_lane, lse, s.side_sums[first + lane],
-                                                               s.side_bits[first + lane] == 0);
-      store_row_stats(plan, job.head, row_of_lane, stats);
+      const auto is_query_bad = [&] {
+        return s.side_bits[first + lane] == 0 && !is_query_finite<typename Config::Element>(p, job.head, row_of_lane);
+      };
+      store_row_stats(plan, job.head, row_of_lane,
+                      row_stats(p, job.head, row_of_lane, lse, s.side_sums[first + lane], is_query_bad));
     }
     __syncwarp();
   }

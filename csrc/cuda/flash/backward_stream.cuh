@@ -1,6 +1,8 @@
 // The loading warp of the kernels that own tiles of keys: decides which query tiles a tile of keys meets, in which
 // order, with which mask, and brings them in. Consumers follow what it announces and know no schedule.
 #pragma once
+#include <type_traits>
+
 #include "../ptx/fence.cuh"
 #include "../ptx/grid.cuh"
 #include "../ptx/mbarrier.cuh"
@@ -16,7 +18,8 @@ struct BackwardMaps {
   CUtensorMap side_out, side_grad_out;  // boxes of kSideRows
 };
 
-template <class Config>
+// kIsRepair: the second pass of the split form, over the tiles of the list, or over all.
+template <class Config, bool kIsRepair = false>
 struct QueryStream {
   using Storage = typename Config::SharedStorage;
   static constexpr int kTileQ = Config::kTileQ, kTileKv = Config::kTileKv;
@@ -26,6 +29,7 @@ struct QueryStream {
   const BackwardParams& p;
   const BackwardPlan& plan;
   Storage& s;
+  bool repairs_all = false;
   int lane = threadIdx.x % 32;
   Ring<Config::kStages> ring = {};
   Ring<Config::kKeyBuffers> key_ring = {};
@@ -42,6 +46,11 @@ struct QueryStream {
 
   __device__ __forceinline__ void run() {
     int work = blockIdx.x;
+    if (is_listed()) {
+      claim_next();
+      work = __shfl_sync(kAllLanes, next_work, 0);
+      next_work = -1;
+    }
     while (work < plan.work_tiles()) {
       take_tile(work);
       stream_tile();
@@ -67,7 +76,7 @@ struct QueryStream {
     const int tiles_of_section = plan.pairs_of_section * plan.key_tiles, section_before = section;
     section = work / tiles_of_section;
     const int pairs = plan.pairs_in(section), rest = work % tiles_of_section, rank = rest / pairs;
-    const int pair = section * plan.pairs_of_section + rest % pairs;
+    const int pair = is_listed() ? work / plan.key_tiles : section * plan.pairs_of_section + rest % pairs;
     batch = pair / p.shape.num_kv_heads, kv_head = pair % p.shape.num_kv_heads;
     const bool has_segments = p.segments.mode != nullptr;
     is_general = has_segments && p.segments.mode[batch] == kGeneral;
@@ -76,6 +85,7 @@ struct QueryStream {
       key_tile = plan.walks_upward ? plan.key_tiles - 1 - rank : rank;
     else
       key_tile = has_segments ? p.segments.order[int64_t(batch) * plan.key_tiles + rank] : rank;
+    if (is_listed()) key_tile = work % plan.key_tiles;
     is_upward = plan.walks_upward || (plan.turns_upward && rest >= static_cast<int>(gridDim.x));
     keys_are_loaded = false;
     if (plan.has_side_jobs && section != section_before && section > 0) {
@@ -142,8 +152,18 @@ struct QueryStream {
   // take their turns after it.
   static constexpr int kTilesAhead = 4;
   __device__ __forceinline__ void claim_next() {
-    if (lane == 0 && next_work < 0) next_work = gridDim.x + atomicAdd(plan.next_tile(), 1);
+    if (lane != 0 || next_work >= 0) return;
+    if constexpr (kIsRepair) {
+      if (is_listed()) {
+        next_work = s.repair.take(plan.repair_list, plan.work_tiles());
+        return;
+      }
+    }
+    next_work = gridDim.x + atomicAdd(plan.next_tile(), 1);
   }
+
+  // Whether tiles are numbered as in the list.
+  __device__ __forceinline__ bool is_listed() const { return kIsRepair && !repairs_all; }
 
   __device__ __forceinline__ void announce_heads(bool is_last_tile) {
     for (int i = 0; i < plan.group; i++) announce(kv_head * plan.group + i, is_last_tile && i == plan.group - 1);
@@ -156,22 +176,26 @@ struct QueryStream {
     const uint32_t q_full = shared_address(&s.q_full[ring.stage]),
                    grad_out_full = shared_address(&s.grad_out_full[ring.stage]);
     const float* g_stats = plan.row_stats + row * plan.stat_groups * kStatFloats + int64_t(pending_tile) * (2 * kTileQ);
-    const BlockStats<kTileQ> stats(g_stats);  // they come while this waits for the consumers
+    using Stats = std::conditional_t<Config::kSumsQueries, BlockStats<kTileQ>, OrdinaryStats>;
+    const Stats stats(g_stats);  // they come while this waits for the consumers
     mbarrier_wait(shared_address(&s.q_free[ring.stage]), ring.parity ^ 1);
-    const int exceptional = stats.has_exceptional_rows() ? kExceptionalRows : 0;
-    if (lane == 0) {
-      const int patch_row = int(row * plan.patch_rows) + pending_tile * Config::kPatchRowsOfTile;
-      s.block[ring.stage] = {pending_tile, flags & kAllHidden ? -1 : patch_row, flags | exceptional,
-                             static_cast<int>(row)};
+    if (lane == 0) {  // the copies first: the consumers wait for them before long
       const bool wants_ids = flags & kHiddenByIds;
       constexpr int kStatBytes = 2 * kTileQ * 4, kIdBytes = kTileQ * 4;
-      mbarrier_arrive_expect(q_full, Config::kQueryBytes + kStatBytes + (wants_ids ? kIdBytes : 0));
+      mbarrier_expect(q_full, Config::kQueryBytes + kStatBytes + (wants_ids ? kIdBytes : 0));
       load_panels(&maps.q, q_full, shared_address(s.q[ring.stage]), kTileQ, pending_tile * kTileQ, head);
       bulk_load(q_full, shared_address(s.row_stats[ring.stage]), g_stats, kStatBytes);
       if (wants_ids) {
         bulk_load(q_full, shared_address(s.query_ids[ring.stage]),
                   p.segments.query_ids + int64_t(batch) * p.segments.pitch_query + pending_tile * kTileQ, kIdBytes);
       }
+    }
+    const int exceptional = stats.has_exceptional_rows() ? kExceptionalRows : 0;
+    if (lane == 0) {
+      const int patch_row = int(row * plan.patch_rows) + pending_tile * Config::kPatchRowsOfTile;
+      s.block[ring.stage] = {pending_tile, flags & kAllHidden ? -1 : patch_row, flags | exceptional,
+                             static_cast<int>(row)};
+      mbarrier_arrive(q_full);
     }
     mbarrier_wait(shared_address(&s.grad_out_free[ring.stage]), ring.parity ^ 1);
     if (lane == 0) {
@@ -196,6 +220,9 @@ struct QueryStream {
     }
     mbarrier_wait(shared_address(&s.k_free[buffer]), key_ring.parity ^ 1);
     if (lane == 0) {
+      if constexpr (!Config::kSumsQueries)
+        s.repair.take_stage(buffer, (batch * p.shape.num_kv_heads + kv_head) * plan.key_tiles + key_tile,
+                            plan.repair_list);
       s.tile[buffer] = {key_tile, kv_head, batch, section};
       mbarrier_arrive_expect(k_full, Config::kKeyBytes);
       load_panels(&maps.k, k_full, shared_address(s.k[buffer]), kTileKv, key_tile * kTileKv, kv_head);

@@ -5,6 +5,7 @@
 // its 128 columns of dV += P^T dO, dK += dS^T Q and dQ^T = K^T dS^T. The tensor cores work on the next S, dP and
 // the second half of dQ while the exponentials run.
 #pragma once
+#include <type_traits>
 #include "../ptx/arithmetic.cuh"
 #include "../ptx/barrier.cuh"
 #include "../ptx/fence.cuh"
@@ -178,38 +179,43 @@ __device__ __forceinline__ void multiply_wide(const BackwardMaps& maps, const Ba
       wgmma_wait<2>();
       pin(scores);
       if (read_stage >= 0) arrive(s.q_free[read_stage]), arrive(s.grad_out_free[read_stage]);
-      take_exponents<kOwnQueries>(scores, stats, scale_log2);
-      if (flags & (kMaskWarpgroup0 << warpgroup | kExceptionalRows)) {
-        const bool has_bad_keys = __any_sync(~0u, is_masked && is_any_non_finite(scores[0], scores[2]));
-        if (is_masked) hide_masked(block);
-        if (has_bad_keys || flags & kExceptionalRows) [[unlikely]] {
-          if (flags & kExceptionalRows)
-            refine_exponents<kOwnQueries>(scores, p, plan, stats, block.head,
-                                          block.query_tile * kTileQ + warpgroup * kOwnQueries + 2 * (lane % 4));
-          if (is_masked) clear_rows(has_bad_keys);
-        }
-      }
       const uint32_t out = score_out + buffer * Config::kScoreBytes;
+      // P and dS. Blocks that are neither masked nor out of the ordinary have a path of their own, without a branch.
+      const auto weigh = [&](auto is_ordinary) {
+        constexpr bool kIsOrdinary = decltype(is_ordinary)::value;
+        take_exponents<kOwnQueries>(scores, stats, scale_log2);
+        if constexpr (!kIsOrdinary) {
+          const bool has_bad_keys = __any_sync(~0u, is_masked && is_any_non_finite(scores[0], scores[2]));
+          if (is_masked) hide_masked(block);
+          if (has_bad_keys || flags & kExceptionalRows) [[unlikely]] {
+            if (flags & kExceptionalRows)
+              refine_exponents<kOwnQueries>(scores, p, plan, stats, block.head,
+                                            block.query_tile * kTileQ + warpgroup * kOwnQueries + 2 * (lane % 4));
+            if (is_masked) clear_rows(has_bad_keys);
+          }
+        }
 #pragma unroll
-      for (int i = 0; i < kOwnQueries / 16; i++) {
-        float* r = &scores[8 * i];
+        for (int i = 0; i < kOwnQueries / 16; i++) {
+          float* r = &scores[8 * i];
 #pragma unroll
-        for (int j = 0; j < 8; j++) r[j] = exp2_approx(r[j]);
-        store_matrix_x4(s_p + out + score_chunk(i), pack<Element>(r[0], r[1]), pack<Element>(r[2], r[3]),
-                        pack<Element>(r[4], r[5]), pack<Element>(r[6], r[7]));
-      }
-      wgmma_wait<1>();
-      pin(dp);
-      const bool is_spoilt =
-          __any_sync(~0u, is_masked && (flags & kExceptionalRows || is_any_non_finite(dp[0], dp[2])));
-      store_score_gradients(stats, out);
-      if (is_spoilt) [[unlikely]] {
-        clear_products_without_weight(scores, dp);
+          for (int j = 0; j < 8; j++) r[j] = exp2_approx(r[j]);
+          store_matrix_x4(s_p + out + score_chunk(i), pack<Element>(r[0], r[1]), pack<Element>(r[2], r[3]),
+                          pack<Element>(r[4], r[5]), pack<Element>(r[6], r[7]));
+        }
+        wgmma_wait<1>();
+        pin(dp);
+        if (!kIsOrdinary && is_masked && __any_sync(~0u, flags & kExceptionalRows || is_any_non_finite(dp[0], dp[2])))
+            [[unlikely]]
+          clear_products_without_weight(scores, dp);
         store_score_gradients(stats, out);
-      }
-      fence_proxy_async_shared();
-      wgmma_wait<0>();
-      pin(dq);
+        fence_proxy_async_shared();
+        wgmma_wait<0>();
+        pin(dq);
+      };
+      if (flags & (kMaskWarpgroup0 << warpgroup | kExceptionalRows)) [[unlikely]]
+        weigh(std::false_type{});
+      else
+        weigh(std::true_type{});
       add_dq(patch_row_before, 1);
       report_added(read_stage);
       barrier_sync(kConsumers, Config::kConsumers);
