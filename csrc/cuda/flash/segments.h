@@ -5,20 +5,18 @@
 // the same stream reads them. With programmatic dependent launch the reader calls ptx::wait_for_previous_kernel()
 // first.
 //
-//   mode[b] == kContiguous   (only without separate key ids) every id >= 0 fills one run of neighbouring tokens. Then
-//                            query i and key j share a segment iff run_begin[b][i] <= j < run_end[b][i], and equally
-//                            iff run_begin[b][j] <= i < run_end[b][j]. For padding (id < 0) the run is the empty [i,
-//                            i). Both arrays never decrease along the row, so tile [a, c) needs exactly the tokens
-//                            run_begin[a] .. run_end[c - 1] - 1 (none if empty), and a block [x, y) on the other side
-//                            is unmasked for the whole tile iff x >= run_begin[c - 1] and y <= run_end[a].
-//   mode[b] == kGeneral      ids in any order: blocks are tested by their SegmentBlock (no common segment: skip; both
-//                            uniform and equal: unmasked by ids), and pairs by query_ids[i] == key_ids[j].
-//   query_ids, key_ids       the ids as int32; padding is kQueryPadding / kKeyPadding, so that equality is the whole
-//   test. query_blocks, key_blocks block t covers tokens t * tile .. (t + 1) * tile - 1, those past the end left out.
-//   What a mode does not use is undefined in rows of that mode: run_begin and run_end belong to kContiguous, ids and
-//   blocks to kGeneral. Past the end of a row, up to the pitch, ids are padding and runs are empty. order[b] the tiles
-//   of the side named by `order_of` by falling cost (longest first). counters                 kTileCounters (params.h)
-//   zeros.
+// A row (batch b) is in one of two modes. What a mode does not use is undefined in its rows. Each field of
+// SegmentTables says what it holds.
+//
+// kContiguous: every id >= 0 fills one run of neighbouring tokens (only without separate key ids). Query i and key j
+// share a segment iff run_begin[b][i] <= j < run_end[b][i], and equally iff run_begin[b][j] <= i < run_end[b][j]. Both
+// arrays never decrease along the row. So tile [a, c) needs exactly the tokens run_begin[a] .. run_end[c - 1] - 1 (none
+// if that is empty), and a block [x, y) on the other side is unmasked for the whole tile iff x >= run_begin[c - 1] and
+// y <= run_end[a].
+//
+// kGeneral: ids in any order. Blocks are told apart by their SegmentBlock (no common segment: skip; both uniform and
+// equal: unmasked by ids), pairs by query_ids[i] == key_ids[j].
+//
 // The causal limit and the window are not in the tables (only in the costs): the kernels apply them on top.
 #pragma once
 #include <cuda_runtime_api.h>
@@ -40,17 +38,36 @@ struct alignas(16) SegmentBlock {
 };
 
 struct SegmentTables {
-  int* mode;                   // (batch)
-  int* query_ids;              // (batch, pitch_query)
-  int* key_ids;                // (batch, pitch_key); the same values as query_ids but for the padding
-  int* run_begin;              // (batch, pitch_query)
-  int* run_end;                // (batch, pitch_query)
-  SegmentBlock* query_blocks;  // (batch, query_tiles)
-  SegmentBlock* key_blocks;    // (batch, key_tiles)
-  int* order;                  // (batch, query_tiles or key_tiles)
-  int* query_order;            // (batch, tiles of ordered_queries rows), null without them
-  int* visits;                 // (batch) blocks of query_tile x key_tile that the row visits, by runs and window
+  // (batch) SegmentMode of the row.
+  int* mode;
+
+  // kGeneral. (batch, pitch_query), (batch, pitch_key) the ids as int32. Padding is kQueryPadding or kKeyPadding, also
+  // past the end of the row, up to the pitch: equality is the whole test.
+  int* query_ids;
+  int* key_ids;
+
+  // kContiguous. (batch, pitch_query) the run of each token. Of padding (id < 0) the empty [i, i); past the end of the
+  // row, up to the pitch, empty.
+  int* run_begin;
+  int* run_end;
+
+  // kGeneral. (batch, query_tiles), (batch, key_tiles) of block t: tokens t * tile .. (t + 1) * tile - 1, those past
+  // the end of the row left out.
+  SegmentBlock* query_blocks;
+  SegmentBlock* key_blocks;
+
+  // (batch, query_tiles or key_tiles) the tiles of the side that SegmentProblem::order_of names, the costliest first.
+  int* order;
+
+  // (batch, tiles of ordered_queries rows) the same of query tiles; null without them.
+  int* query_order;
+
+  // (batch) blocks of query_tile x key_tile that the row computes, by runs and window.
+  int* visits;
+
+  // (kTileCounters, params.h) zeros.
   int* counters;
+
   int pitch_query, pitch_key;  // tokens a row, multiples of kSegmentPitch: rows are 16-byte aligned
   int query_tiles, key_tiles;
 };
