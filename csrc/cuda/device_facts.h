@@ -10,15 +10,15 @@ namespace selfattn::cuda {
 
 constexpr int kMaxDevices = 64;
 
-// The current device and its multiprocessors.
-inline cudaError_t find_device(int& device, int& multiprocessors) {
+// The current device and its SMs (streaming multiprocessors).
+inline cudaError_t find_device(int& device, int& sms) {
   static std::atomic<int> counts[kMaxDevices];
   if (const cudaError_t status = cudaGetDevice(&device)) return status;
   if (device >= kMaxDevices) return cudaErrorInvalidDevice;
-  multiprocessors = counts[device].load(std::memory_order_relaxed);
-  if (multiprocessors) return cudaSuccess;
-  const cudaError_t status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  if (status == cudaSuccess) counts[device].store(multiprocessors, std::memory_order_relaxed);
+  sms = counts[device].load(std::memory_order_relaxed);
+  if (sms) return cudaSuccess;
+  const cudaError_t status = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
+  if (status == cudaSuccess) counts[device].store(sms, std::memory_order_relaxed);
   return status;
 }
 

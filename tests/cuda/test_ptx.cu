@@ -9,7 +9,7 @@
 #include <ctime>
 #include <vector>
 
-#include "../../csrc/cuda/flash/tensor_map.h"
+#include "../../csrc/cuda/flash/sm90/tensor_map.h"
 #include "../../csrc/cuda/ptx/arithmetic.cuh"
 #include "../../csrc/cuda/ptx/barrier.cuh"
 #include "../../csrc/cuda/ptx/fence.cuh"

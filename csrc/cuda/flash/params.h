@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "segments.h"
+#include "flash/segments/tables.h"
 
 namespace selfattn::cuda {
 

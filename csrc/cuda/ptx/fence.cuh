@@ -1,4 +1,4 @@
-// Orders accesses between the ordinary and the asynchronous proxy (copy engine, tensor cores).
+// Orders accesses between the ordinary and the asynchronous proxy (TMA, tensor cores).
 #pragma once
 
 namespace selfattn::ptx {

@@ -29,7 +29,7 @@ __device__ __forceinline__ void mbarrier_invalidate(uint32_t barrier) {
   asm volatile("mbarrier.inval.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
-// Makes initialised barriers visible to the copy engine; once, before the __syncthreads that ends the setup.
+// Makes initialised barriers visible to TMA; once, before the __syncthreads that ends the setup.
 __device__ __forceinline__ void fence_mbarrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }

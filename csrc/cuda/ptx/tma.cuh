@@ -1,4 +1,4 @@
-// Bulk copies between global and shared memory by the copy engine, with and without a tensor map.
+// Bulk copies between global and shared memory by TMA, with and without a tensor map.
 // Loads complete on an mbarrier; stores are grouped and waited for by the issuing thread.
 #pragma once
 #include <cuda.h>

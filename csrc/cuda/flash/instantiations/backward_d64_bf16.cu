@@ -1,7 +1,0 @@
-#include "../backward.cuh"
-
-namespace selfattn::cuda {
-
-template struct BackwardLauncher<ElementType::kBFloat16, 64>;
-
-}  // namespace selfattn::cuda

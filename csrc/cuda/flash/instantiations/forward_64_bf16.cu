@@ -1,9 +1,0 @@
-#include "../forward_launch.cuh"
-
-namespace selfattn::cuda {
-
-cudaError_t launch_forward_64_bf16(const ForwardParams& params, cudaStream_t stream) {
-  return launch_forward_by_mask<__nv_bfloat16, 64, 64>(params, stream);
-}
-
-}  // namespace selfattn::cuda

@@ -1,9 +1,0 @@
-#include "../forward_launch.cuh"
-
-namespace selfattn::cuda {
-
-cudaError_t launch_forward_96_fp16(const ForwardParams& params, cudaStream_t stream) {
-  return launch_forward_by_mask<__half, 96, 96>(params, stream);
-}
-
-}  // namespace selfattn::cuda

@@ -1,0 +1,97 @@
+// What both passes need to know of segment ids, made on the device by one kernel a call: no host read, no
+// synchronisation, capturable in a CUDA graph, O(tokens) work a thread block.
+//
+// Contract. launch_prepare_segments(problem, tables, stream) fills every array below; a kernel launched behind it in
+// the same stream reads them. With programmatic dependent launch the reader calls ptx::wait_for_previous_kernel()
+// first.
+//
+// A row (batch b) is in one of two modes. What a mode does not use is undefined in its rows. Each field of
+// SegmentTables says what it holds.
+//
+// kContiguous: every id >= 0 fills one run of neighbouring tokens (only without separate key ids). Query i and key j
+// share a segment iff run_begin[b][i] <= j < run_end[b][i], and equally iff run_begin[b][j] <= i < run_end[b][j]. Both
+// arrays never decrease along the row. So tile [a, c) needs exactly the tokens run_begin[a] .. run_end[c - 1] - 1 (none
+// if that is empty), and a block [x, y) on the other side is unmasked for the whole tile iff x >= run_begin[c - 1] and
+// y <= run_end[a].
+//
+// kGeneral: ids in any order. Blocks are told apart by their SegmentBlock (no common segment: skip; both uniform and
+// equal: unmasked by ids), pairs by query_ids[i] == key_ids[j].
+//
+// The causal limit and the window are not in the tables (only in the costs): the kernels apply them on top.
+#pragma once
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+namespace selfattn::cuda {
+
+enum SegmentMode : int { kContiguous = 0, kGeneral = 1 };
+enum class SegmentSide { kQueries, kKeys };
+
+constexpr int kQueryPadding = -2, kKeyPadding = -1;
+
+// Ids found in a block of tokens. Empty (all padding): min_id > max_id and signature 0. Uniform, that is one id and no
+// padding, iff min_id == max_id.
+struct alignas(16) SegmentBlock {
+  int min_id, max_id;
+  uint64_t signature;  // bit hash(id) of every id in the block
+};
+
+struct SegmentTables {
+  // (batch) SegmentMode of the row.
+  int* mode;
+
+  // kGeneral. (batch, pitch_query), (batch, pitch_key) the ids as int32. Padding is kQueryPadding or kKeyPadding, also
+  // past the end of the row, up to the pitch: equality is the whole test.
+  int* query_ids;
+  int* key_ids;
+
+  // kContiguous. (batch, pitch_query) the run of each token. Of padding (id < 0) the empty [i, i); past the end of the
+  // row, up to the pitch, empty.
+  int* run_begin;
+  int* run_end;
+
+  // kGeneral. (batch, query_tiles), (batch, key_tiles) of block t: tokens t * tile .. (t + 1) * tile - 1, those past
+  // the end of the row left out.
+  SegmentBlock* query_blocks;
+  SegmentBlock* key_blocks;
+
+  // (batch, query_tiles or key_tiles) the tiles of the side that SegmentProblem::order_of names, the costliest first.
+  int* order;
+
+  // (batch, tiles of ordered_queries rows) the same of query tiles; null without them.
+  int* query_order;
+
+  // (batch) blocks of query_tile x key_tile that the row computes, by runs and window.
+  int* computed_blocks;
+
+  // (kTileCounters, params.h) zeros.
+  int* counters;
+
+  int pitch_query, pitch_key;  // tokens a row, multiples of kSegmentPitch: rows are 16-byte aligned
+  int query_tiles, key_tiles;
+};
+
+constexpr int kSegmentPitch = 256;  // a tile of up to 256 tokens that starts inside the row stays inside the pitch
+constexpr int kMaxSegmentLength = 1 << 19;  // tokens a row
+
+// The ids and how the kernel that follows will cut the problem.
+struct SegmentProblem {
+  const void* query_ids;
+  const void* key_ids;  // null: the query ids
+  bool ids_are_int64;   // of both; a value outside int32 stops the kernel (device assert)
+  int64_t query_stride_batch, query_stride_token, key_stride_batch, key_stride_token;  // elements
+  int batch, query_length, key_length;
+  int query_tile, key_tile;
+  int window_left, window_right;  // AttentionWindow, for the costs
+  SegmentSide order_of;
+  int ordered_queries = 0;  // rows a tile of a second order, of query tiles (query_order); 0: none
+};
+
+// Bytes of one allocation (256-byte aligned) that holds the tables, and the tables laid out in it.
+int64_t segment_tables_bytes(const SegmentProblem& problem);
+SegmentTables make_segment_tables(const SegmentProblem& problem, void* storage);
+
+cudaError_t launch_prepare_segments(const SegmentProblem& problem, const SegmentTables& tables, cudaStream_t stream);
+
+}  // namespace selfattn::cuda

@@ -1,0 +1,7 @@
+#include "flash/sm90/backward/launch.cuh"
+
+namespace selfattn::cuda {
+
+template struct BackwardLauncher<ElementType::kBFloat16, 64>;
+
+}  // namespace selfattn::cuda

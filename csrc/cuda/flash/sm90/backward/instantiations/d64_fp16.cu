@@ -1,0 +1,7 @@
+#include "flash/sm90/backward/launch.cuh"
+
+namespace selfattn::cuda {
+
+template struct BackwardLauncher<ElementType::kHalf, 64>;
+
+}  // namespace selfattn::cuda

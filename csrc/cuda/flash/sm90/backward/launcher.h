@@ -1,0 +1,13 @@
+// One backward kernel set: declared here for the dispatch, defined in launch.cuh, instantiated in instantiations/.
+#pragma once
+#include "flash/backward.h"
+
+namespace selfattn::cuda {
+
+template <ElementType kElement, int kHeadDim>
+struct BackwardLauncher {
+  static int64_t workspace_bytes(const BackwardParams& params);
+  static cudaError_t launch(const BackwardParams& params, cudaStream_t stream);
+};
+
+}  // namespace selfattn::cuda

@@ -1,0 +1,60 @@
+// Products that the backward kernels have in common. Operands lie in panels as wgmma.cuh describes; descriptors count
+// 16 bytes. Each issues one group of instructions and commits it.
+#pragma once
+#include "ptx/matrix.cuh"
+#include "ptx/wgmma.cuh"
+
+namespace selfattn::cuda {
+
+constexpr int kProductStep = 16;  // of the summed dimension in one instruction
+
+// Fragments of the first kSteps steps of a left operand, for products that want it often: 4 registers a step.
+template <int kSteps>
+struct HeldRows {
+  static constexpr int kCount = kSteps;
+  uint32_t fragments[kSteps ? 4 * kSteps : 1];
+
+  // s_row: of the warp's row lane % 16, in panels of kPanel bytes.
+  template <int kPanel>
+  __device__ __forceinline__ void load(uint32_t s_row, int lane) {
+#pragma unroll
+    for (int i = 0; i < kSteps; i++)
+      ptx::load_matrix_x4(s_row + i / 4 * kPanel + ((i % 4 * 2 + lane / 16) ^ (lane % 8)) * 16, fragments + 4 * i);
+  }
+};
+
+// d = left right^T over kDim columns, both operands from shared memory, their panels so many bytes apart; the left one,
+// as far as it goes, from `held`.
+template <class Element, int kDim, int kLeftPanel, int kRightPanel, int kCount, class Held = HeldRows<0>>
+__device__ __forceinline__ void multiply_rows(float (&d)[kCount], uint64_t left, uint64_t right,
+                                              const Held& held = {}) {
+  using Product = ptx::Wgmma<Element, 2 * kCount>;
+  ptx::wgmma_fence();
+#pragma unroll
+  for (int i = 0; i < kDim / kProductStep; i++) {
+    const uint64_t a = left + (i / 4 * kLeftPanel + i % 4 * 32) / 16,
+                   b = right + (i / 4 * kRightPanel + i % 4 * 32) / 16;
+    if (i < Held::kCount && i == 0)
+      Product::template rs_overwrite<>(d, held.fragments, b);
+    else if (i < Held::kCount)
+      Product::template rs<>(d, held.fragments + 4 * i, b);
+    else if (i == 0)
+      Product::template ss_overwrite<>(d, a, b);
+    else
+      Product::template ss<>(d, a, b);
+  }
+  ptx::wgmma_commit();
+}
+
+// d += left right over kRows rows of `right`; `left` from registers, packed as accumulators of its columns are.
+template <class Element, int kRows, int kCount>
+__device__ __forceinline__ void accumulate(float (&d)[kCount], const uint32_t* left, uint64_t right) {
+  ptx::wgmma_fence();
+#pragma unroll
+  for (int i = 0; i < kRows / kProductStep; i++) {
+    ptx::Wgmma<Element, 2 * kCount>::template rs<true>(d, left + 4 * i, right + i * (kProductStep * 128 / 16));
+  }
+  ptx::wgmma_commit();
+}
+
+}  // namespace selfattn::cuda

@@ -1,0 +1,82 @@
+// The main kernel of the single pass. A persistent thread block takes one tile of keys of one key head after another
+// and meets the query tiles that see it, of all query heads of the group: dK and dV are summed in registers, dQ in its
+// accumulator in global memory.
+//
+//   warp 0         producer: Q, dO, statistics of query tiles; K, V of key tiles   query_producer.cuh
+//   warps 1, 2     D 256: the semaphore of dQ, deterministic mode                  dq_semaphore.cuh
+//   warps 1 .. 3   else: pre- and postprocess other heads in the background        background_warps.cuh
+//   warps 4 .. 11  consumers, two warpgroups                                       consumer_d128.cuh, consumer_d256.cuh
+#pragma once
+#include "background_warps.cuh"
+#include "consumer_d128.cuh"
+#include "consumer_d256.cuh"
+#include "dq_semaphore.cuh"
+#include "flash/sm90/backward/query_producer.cuh"
+#include "ptx/launch.cuh"
+#include "ptx/register.cuh"
+
+namespace selfattn::cuda {
+
+template <class Config>
+__global__ void __launch_bounds__(Config::kThreads, 1)
+    flash_attention_backward_kernel(const __grid_constant__ BackwardMaps maps, const __grid_constant__ BackwardParams p,
+                                    const __grid_constant__ BackwardSchedule schedule) {
+  using namespace ptx;
+  extern __shared__ __align__(1024) unsigned char s_raw[];
+  auto& s = *reinterpret_cast<typename Config::SharedStorage*>(s_raw);
+  launch_dependents();
+  if (threadIdx.x == 0) {
+    const int readers_of_info = p.is_deterministic ? DqSemaphore<Config>::kWarps : 0;
+    for (int i = 0; i < Config::kStages; i++) {
+      mbarrier_init(shared_address(&s.q_full[i]), 1);
+      mbarrier_init(shared_address(&s.q_free[i]), Config::kConsumerWarps + readers_of_info);
+      mbarrier_init(shared_address(&s.may_add[i]), 1),
+          mbarrier_init(shared_address(&s.added[i]), Config::kConsumerWarps);
+      mbarrier_init(shared_address(&s.grad_out_full[i]), 1),
+          mbarrier_init(shared_address(&s.grad_out_free[i]), Config::kConsumerWarps);
+    }
+    for (int i = 0; i < Config::kKeyBuffers; i++) {
+      mbarrier_init(shared_address(&s.k_full[i]), 1), mbarrier_init(shared_address(&s.v_full[i]), 1);
+      mbarrier_init(shared_address(&s.k_free[i]), Config::kFreeKeyArrivals);
+      mbarrier_init(shared_address(&s.v_free[i]), Config::kFreeKeyArrivals);
+    }
+    for (int i = 0; i < 2; i++) {
+      mbarrier_init(shared_address(&s.grad_s_full[i]), Config::kConsumerWarps);
+      mbarrier_init(shared_address(&s.grad_s_free[i]), Config::kConsumerWarps);
+    }
+    for (int i = 0; i < Config::kBackgroundBuffers; i++) {
+      mbarrier_init(shared_address(&s.background_full[i]), 1),
+          mbarrier_init(shared_address(&s.background_free[i]), Config::kBackgroundWorkers);
+      s.background_job[i].head = -1;
+    }
+    fence_mbarrier_init();
+  }
+  __syncthreads();
+  wait_for_previous_kernel();
+  if (!has_work(p, schedule, BackwardForm::kSinglePass)) return;
+  if (threadIdx.x < 128) {
+    lower_registers<Config::kProducerRegisters>();
+    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
+    if (warp == 0) {
+      QueryProducer<Config>{maps, p, schedule, s}.run();
+    } else if constexpr (Config::kIsD256) {
+      if (p.is_deterministic && warp <= DqSemaphore<Config>::kWarps) DqSemaphore<Config>{p, schedule, s}.run(warp == 1);
+    } else {
+      if (schedule.has_background_warps) {
+        BackgroundWarps<Config> jobs{maps, p, schedule, s};
+        if (warp == 1)
+          jobs.run_loader();
+        else
+          jobs.run_worker(warp - 2);
+      }
+    }
+  } else {
+    raise_registers<Config::kConsumerRegisters>();
+    if constexpr (Config::kIsD256)
+      multiply_d256<Config>(maps, p, schedule, s);
+    else
+      multiply_d128<Config>(maps, p, schedule, s);
+  }
+}
+
+}  // namespace selfattn::cuda

@@ -1,0 +1,248 @@
+// dK and dV of the two-pass form: a thread block owns tiles of 128 keys, a warpgroup 64 of them, and streams the query
+// tiles that see them (query_producer.cuh). S^T = K Q^T, dP^T = V dO^T; P^T and dS^T are register operands of
+// dV += P^T dO and dK += dS^T Q. The warpgroups share nothing but the stages, so each skips the blocks that its keys do
+// not meet, and goes on to the next tile alone: K and V have two buffers.
+//
+// What is out of the ordinary is left to a second pass over the tiles in question (exceptional.cuh).
+#pragma once
+#include "flash/sm90/backward/config.cuh"
+#include "flash/sm90/backward/exceptional.cuh"
+#include "flash/sm90/backward/mask.cuh"
+#include "flash/sm90/backward/products.cuh"
+#include "flash/sm90/backward/query_producer.cuh"
+#include "ptx/arithmetic.cuh"
+#include "ptx/barrier.cuh"
+#include "ptx/fence.cuh"
+#include "ptx/launch.cuh"
+#include "ptx/matrix.cuh"
+#include "ptx/mbarrier.cuh"
+#include "ptx/register.cuh"
+#include "ptx/tma.cuh"
+#include "ptx/wgmma.cuh"
+
+namespace selfattn::cuda {
+
+template <class Config, bool kIsRepair>
+__device__ __forceinline__ void multiply_dkdv(const BackwardMaps& maps, const BackwardParams& p,
+                                              const BackwardSchedule& schedule, typename Config::SharedStorage& s) {
+  using namespace ptx;
+  using Element = typename Config::Element;
+  constexpr int kD = Config::kHeadDim, kTileQ = Config::kTileQ, kTileKv = Config::kTileKv;
+  constexpr int kQPanel = kTileQ * 128, kKvPanel = kTileKv * 128;  // bytes
+  const int thread = kIsRepair ? forget(threadIdx.x) : threadIdx.x;
+  const int warpgroup = __shfl_sync(~0u, thread / 128, 0) - 1, warp = thread / 32 % 4, lane = thread % 32;
+  const float scale_log2 = p.scale * kLog2E;
+  const int own_row = warpgroup * 64 + warp * 16;
+
+  float dk[kD / 2], dv[kD / 2], scores[kTileQ / 2], dp[kTileQ / 2];
+  uint32_t p_packed[kTileQ / 4], ds_packed[kTileQ / 4];
+  HeldRows<kIsRepair ? 0 : Config::kHeldSteps> v_held;  // the repair wants its registers
+  Ring<Config::kStages> ring;
+  Ring<Config::kKeyBuffers> key_ring;
+
+  const uint32_t s_q = shared_address(s.q), s_do = shared_address(s.grad_out);
+  const uint64_t k_rows = matrix_descriptor(shared_address(s.k) + warpgroup * 64 * 128),
+                 v_rows = matrix_descriptor(shared_address(s.v) + warpgroup * 64 * 128);
+  // Q and dO with queries as rows, and with queries as the summed dimension.
+  const uint64_t q_rows = matrix_descriptor(s_q), do_rows = matrix_descriptor(s_do);
+  const uint64_t q_summed = matrix_descriptor(s_q, kQPanel), do_summed = matrix_descriptor(s_do, kQPanel);
+
+  const auto issue_scores = [&] {
+    multiply_rows<Element, kD, kKvPanel, kQPanel>(scores, k_rows + key_ring.stage * (Config::kKeyBytes / 16),
+                                                  q_rows + ring.stage * (Config::kQueryBytes / 16));
+  };
+  const auto issue_dp = [&] {
+    multiply_rows<Element, kD, kKvPanel, kQPanel>(dp, v_rows + key_ring.stage * (Config::kKeyBytes / 16),
+                                                  do_rows + ring.stage * (Config::kQueryBytes / 16), v_held);
+  };
+  const auto score_gradient = [&](int i, float delta) {  // dS = P (dP - delta)
+    return kIsRepair && scores[i] == 0.f ? 0.f : scores[i] * (dp[i] - delta);
+  };
+  const auto pack_score_gradients = [&](const float* stats) {
+#pragma unroll
+    for (int i = 0; i < kTileQ / 8; i++) {
+      const float2 delta = *reinterpret_cast<const float2*>(stats + kStatRows + 8 * i);
+#pragma unroll
+      for (int r = 0; r < 2; r++) {
+        const int at = 4 * i + 2 * r;
+        ds_packed[2 * i + r] = pack<Element>(score_gradient(at, delta.x), score_gradient(at + 1, delta.y));
+      }
+    }
+  };
+  const auto arrive = [&](uint64_t& barrier) {
+    __syncwarp();  // what all lanes have read may be written over
+    if (lane == 0) mbarrier_arrive(shared_address(&barrier));
+  };
+  // Writes this warp's 16 keys of dK or dV over its rows of V or K and on to global memory.
+  const auto store = [&](const CUtensorMap* map, float (&d)[kD / 2], float factor, unsigned char* s_panels,
+                         const TileInfo& tile) {
+    const uint32_t s_rows = shared_address(s_panels) + own_row * 128, s_row = s_rows + lane % 16 * 128;
+#pragma unroll
+    for (int i = 0; i < kD / 16; i++) {
+      store_matrix_x4(s_row + i / 4 * kKvPanel + ((i % 4 * 2 + lane / 16) ^ (lane % 8)) * 16,
+                      pack<Element>(d[8 * i] * factor, d[8 * i + 1] * factor),
+                      pack<Element>(d[8 * i + 2] * factor, d[8 * i + 3] * factor),
+                      pack<Element>(d[8 * i + 4] * factor, d[8 * i + 5] * factor),
+                      pack<Element>(d[8 * i + 6] * factor, d[8 * i + 7] * factor));
+    }
+    fence_proxy_async_shared();
+    __syncwarp();
+    if (lane == 0) {
+#pragma unroll
+      for (int panel = 0; panel < Config::kPanels; panel++) {
+        tma_store_4d(map, s_rows + panel * kKvPanel, panel * kPanelColumns, tile.key_tile * kTileKv + own_row,
+                     tile.head, tile.batch);
+      }
+      bulk_commit();
+    }
+  };
+  const int skip_flag = kSkipWarpgroup0 << warpgroup, mask_flag = kMaskWarpgroup0 << warpgroup;
+
+  for (bool is_first = true;; is_first = false) {
+    mbarrier_wait(shared_address(&s.k_full[key_ring.stage]), key_ring.parity);
+    const TileInfo tile = s.tile[key_ring.stage];
+    if (tile.key_tile < 0) break;
+#pragma unroll
+    for (int i = 0; i < kD / 2; i++) dk[i] = dv[i] = 0.f;
+    pin(dk), pin(dv);
+    mbarrier_wait(shared_address(&s.v_full[key_ring.stage]), key_ring.parity);
+    v_held.template load<kKvPanel>(shared_address(s.v[key_ring.stage]) + (own_row + lane % 16) * 128, lane);
+    const int first_key = tile.key_tile * kTileKv + own_row + lane / 4;
+    RowIntervals rows;
+    bool is_open = false;
+    // Once a tile, behind the issue of its first product.
+    const auto free_buffers_before = [&] {
+      is_open = true;
+      if (is_first) return;
+      if (lane == 0) bulk_wait_read<0>();  // dK and dV of the tile before have left
+      __syncwarp();
+      const int before = key_ring.next().stage;
+      arrive(s.k_free[before]), arrive(s.v_free[before]);
+    };
+
+    for (bool is_last = false; !is_last;) {  // runs of blocks that this warpgroup's keys meet, and what lies between
+      mbarrier_wait(shared_address(&s.q_full[ring.stage]), ring.parity);
+      BlockInfo block = s.block[ring.stage];
+      if (block.flags & skip_flag) {
+        is_last = block.flags & kLastOfTile;
+        mbarrier_wait(shared_address(&s.grad_out_full[ring.stage]), ring.parity);
+        arrive(s.q_free[ring.stage]), arrive(s.grad_out_free[ring.stage]);
+        ring.advance();
+        continue;
+      }
+      issue_scores();
+      mbarrier_wait(shared_address(&s.grad_out_full[ring.stage]), ring.parity);
+      issue_dp();
+      if (!is_open) {
+        rows = query_intervals(p, block.flags, tile.batch, first_key);
+        free_buffers_before();
+      }
+      int stage;
+#pragma unroll 1
+      for (;;) {  // on entry S and dP are in flight
+        const float* stats = &s.row_stats[ring.stage][2 * (lane % 4)];
+        const bool is_masked = block.flags & mask_flag;
+        const int column = 2 * (lane % 4), first_query = block.query_tile * kTileQ + column;
+        wgmma_wait<1>();
+        pin(scores);
+        take_exponents<kTileQ>(scores, stats, scale_log2);
+        if constexpr (kIsRepair) {
+          refine_exponents<kTileQ>(scores, p, schedule, stats, block.head, first_query);
+          if (is_masked)
+            clear_queries<kTileQ, Config::kPanels, kQPanel>(s.q[ring.stage], s.grad_out[ring.stage],
+                                                            s.row_stats[ring.stage]);
+        }
+        if (is_masked)
+          mask_scores<kTileQ>(scores, p, rows, block.flags, tile.batch, first_key, first_query,
+                              &s.query_ids[ring.stage][column]);
+#pragma unroll
+        for (int i = 0; i < kTileQ / 2; i += 2) {
+          scores[i] = exp2_approx(scores[i]), scores[i + 1] = exp2_approx(scores[i + 1]);
+          p_packed[i / 2] = pack<Element>(scores[i], scores[i + 1]);
+        }
+        accumulate<Element, kTileQ>(dv, p_packed, do_summed + ring.stage * (Config::kQueryBytes / 16));
+        wgmma_wait<1>();
+        pin(dp);
+        pack_score_gradients(stats);
+        accumulate<Element, kTileQ>(dk, ds_packed, q_summed + ring.stage * (Config::kQueryBytes / 16));
+        stage = ring.stage;
+        is_last = block.flags & kLastOfTile;
+        ring.advance();
+        if (is_last) break;
+        mbarrier_wait(shared_address(&s.q_full[ring.stage]), ring.parity);
+        block = s.block[ring.stage];
+        if (block.flags & skip_flag) break;
+        wgmma_wait<0>();  // the packed P and dS give their registers back
+        pin(dk), pin(dv);
+        arrive(s.q_free[stage]), arrive(s.grad_out_free[stage]);
+        issue_scores();
+        mbarrier_wait(shared_address(&s.grad_out_full[ring.stage]), ring.parity);
+        issue_dp();
+      }
+      wgmma_wait<0>();
+      pin(dk), pin(dv);
+      arrive(s.q_free[stage]), arrive(s.grad_out_free[stage]);
+    }
+    if (!is_open) free_buffers_before();
+    // A dS that is not finite has made all of the key's row of dK so.
+    if (!kIsRepair) s.repair.mark_if(is_any_non_finite(dk[0], dk[2]), key_ring.stage);
+    barrier_sync(kWarpgroup0Barrier + warpgroup, 128);  // this warpgroup has read its rows of K and V
+    store(&maps.grad_v, dv, 1.f, s.v[key_ring.stage], tile);
+    store(&maps.grad_k, dk, p.scale, s.k[key_ring.stage], tile);
+    key_ring.advance();
+  }
+  if (lane == 0) bulk_wait<0>();
+}
+
+template <class Config>
+__device__ void init_dkdv_barriers(typename Config::SharedStorage& s) {
+  using namespace ptx;
+  for (int i = 0; i < Config::kStages; i++) {
+    mbarrier_init(shared_address(&s.q_full[i]), 1), mbarrier_init(shared_address(&s.grad_out_full[i]), 1);
+    mbarrier_init(shared_address(&s.q_free[i]), Config::kConsumerWarps);
+    mbarrier_init(shared_address(&s.grad_out_free[i]), Config::kConsumerWarps);
+  }
+  for (int i = 0; i < Config::kKeyBuffers; i++) {
+    mbarrier_init(shared_address(&s.k_full[i]), 1), mbarrier_init(shared_address(&s.v_full[i]), 1);
+    mbarrier_init(shared_address(&s.k_free[i]), Config::kConsumerWarps);
+    mbarrier_init(shared_address(&s.v_free[i]), Config::kConsumerWarps);
+  }
+  fence_mbarrier_init();
+}
+
+template <class Config>
+__global__ void __launch_bounds__(Config::kThreads, 1)
+    flash_attention_backward_dkdv_kernel(const __grid_constant__ BackwardMaps maps,
+                                         const __grid_constant__ BackwardParams p,
+                                         const __grid_constant__ BackwardSchedule schedule) {
+  using namespace ptx;
+  extern __shared__ __align__(1024) unsigned char s_raw[];
+  auto& s = *reinterpret_cast<typename Config::SharedStorage*>(s_raw);
+  if (threadIdx.x == 0) {
+    init_dkdv_barriers<Config>(s);
+    s.repair.clear();
+  }
+  __syncthreads();
+  launch_dependents();
+  wait_for_previous_kernel();
+  if (!has_work(p, schedule, BackwardForm::kTwoPass)) return;
+  const bool repairs_all = *schedule.has_exact_stats();
+  const auto begin_second_pass = [&] {
+    return begin_repair<kPassBarrier, Config::kConsumers + 32>(s.repair, schedule.repair_list, repairs_all, [&] {
+      invalidate_barriers(s.q_full, s.v_free + Config::kKeyBuffers - 1);
+      init_dkdv_barriers<Config>(s);
+    });
+  };
+  if (threadIdx.x < 128) {
+    lower_registers<Config::kProducerRegisters>();
+    if (threadIdx.x >= 32) return;
+    if (!repairs_all) QueryProducer<Config>{maps, p, schedule, s}.run();
+    if (begin_second_pass()) QueryProducer<Config, true>{maps, p, schedule, s, repairs_all}.run();
+  } else {
+    raise_registers<Config::kConsumerRegisters>();
+    if (!repairs_all) multiply_dkdv<Config, false>(maps, p, schedule, s);
+    if (begin_second_pass()) multiply_dkdv<Config, true>(maps, p, schedule, *forget(&s));
+  }
+}
+
+}  // namespace selfattn::cuda

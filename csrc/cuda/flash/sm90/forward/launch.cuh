@@ -1,0 +1,87 @@
+// Host side of one kernel instantiation: params -> tensor maps, schedule, launch.
+#pragma once
+#include <algorithm>
+
+#include "device_facts.h"
+#include "kernel.cuh"
+
+namespace selfattn::cuda {
+
+// Keys and values of the heads worked on together, in bytes: few, so that they stay in L2 and memory is read evenly.
+// With a mask the tiles differ, and at the end those of several heads are wanted to even out the thread blocks.
+constexpr int64_t kSectionBytes = 8 << 20, kMaskedLastSectionBytes = 32 << 20;
+
+inline TileSchedule make_schedule(const AttentionShape& shape, int tile_query, MaskKind mask) {
+  const int group = shape.num_heads / shape.num_kv_heads;
+  const int64_t bytes_per_group = int64_t(shape.key_length) * (shape.dim_qk + shape.dim_v) * kElementBytes;
+  const auto heads_in = [&](int64_t bytes) {
+    return int(bytes > bytes_per_group ? bytes / bytes_per_group : 1) * group;
+  };
+  TileSchedule schedule;
+  schedule.heads = shape.batch * shape.num_heads;
+  schedule.tiles_per_head = (shape.query_length + tile_query - 1) / tile_query;
+  schedule.tiles = schedule.heads * schedule.tiles_per_head;
+  const auto capped = [&](int heads) { return heads < schedule.heads ? heads : schedule.heads; };
+  schedule.section = capped(heads_in(kSectionBytes));
+  const int wanted = mask == MaskKind::kFull ? schedule.section : capped(heads_in(kMaskedLastSectionBytes));
+  schedule.last_section = schedule.heads - (schedule.heads - wanted) / schedule.section * schedule.section;
+  return schedule;
+}
+
+template <class Config>
+cudaError_t launch_forward_kernel(const ForwardParams& params, cudaStream_t stream) {
+  const AttentionShape& shape = params.shape;
+  ForwardKernelParams p;
+  p.query = make_tensor_map(params.q, params.element, shape.batch, shape.query_length, shape.num_heads, shape.dim_qk,
+                            kWarpgroupRows);
+  p.key = make_tensor_map(params.k, params.element, shape.batch, shape.key_length, shape.num_kv_heads, shape.dim_qk,
+                          Config::kTileKey);
+  p.value = make_tensor_map(params.v, params.element, shape.batch, shape.key_length, shape.num_kv_heads, shape.dim_v,
+                            Config::kTileKey);
+  p.out = make_tensor_map(params.out, params.element, shape.batch, shape.query_length, shape.num_heads, shape.dim_v,
+                          kWarpgroupRows);
+  p.repair_list = params.repair_list;
+  p.shape = shape;
+  p.window = params.window;
+  p.scale = params.scale;
+  p.lse = params.lse;
+  p.sinks = params.sinks;
+  p.segments = params.segments;
+  p.schedule = make_schedule(shape, Config::kTileQuery, Config::kMask);
+
+  const auto kernel = flash_attention_forward_kernel<Config>;
+  int device = 0, sms = 0;
+  if (const cudaError_t status = find_device(device, sms)) return status;
+  if (const cudaError_t status = allow_shared_memory<Config>(kernel, Config::kSharedBytes, device)) return status;
+  const int blocks = std::min(p.schedule.tiles, sms);
+  // Where each thread block has one tile there is nothing to count.
+  p.counters = p.schedule.tiles > blocks ? params.counters : nullptr;
+  const bool has_segments = params.segments.mode != nullptr;
+  if (!has_segments && p.counters) {
+    if (const cudaError_t status = cudaMemsetAsync(p.counters, 0, kTileCounters * sizeof(int), stream)) return status;
+  }
+  cudaLaunchAttribute early_start;
+  early_start.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early_start.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(Config::kThreads);
+  config.dynamicSmemBytes = Config::kSharedBytes;
+  config.stream = stream;
+  config.attrs = &early_start;
+  config.numAttrs = has_segments ? 1 : 0;  // the kernel ahead is then the one that prepares the segments
+  return cudaLaunchKernelEx(&config, kernel, p);
+}
+
+template <class Element, int kDimQk, int kDimV>
+cudaError_t launch_forward_by_mask(const ForwardParams& params, cudaStream_t stream) {
+  if (params.segments.mode || params.window.left < AttentionWindow::kUnbounded) {
+    return launch_forward_kernel<ForwardConfig<Element, kDimQk, kDimV, MaskKind::kMasked>>(params, stream);
+  }
+  if (params.window.right < AttentionWindow::kUnbounded) {
+    return launch_forward_kernel<ForwardConfig<Element, kDimQk, kDimV, MaskKind::kCausal>>(params, stream);
+  }
+  return launch_forward_kernel<ForwardConfig<Element, kDimQk, kDimV, MaskKind::kFull>>(params, stream);
+}
+
+}  // namespace selfattn::cuda

@@ -1,0 +1,60 @@
+// Which keys a query may see, and the scores of the others set to -inf.
+//
+// Without ids a row's keys are an interval [begin, end). Within a warpgroup's 64 rows both limits never decrease, so
+// the first and the last row tell which key blocks need no mask.
+#pragma once
+#include <cuda_runtime.h>
+
+#include "flash/params.h"
+#include "online_softmax.cuh"
+
+namespace selfattn::cuda {
+
+struct KeyInterval {
+  int begin, end;
+
+  __device__ __forceinline__ KeyInterval operator&(const KeyInterval& other) const {
+    return {::max(begin, other.begin), ::min(end, other.end)};
+  }
+};
+
+// Keys inside the window of query `row`. offset = key_length - query_length.
+__device__ __forceinline__ KeyInterval window_of_row(const AttentionWindow& window, int row, int offset,
+                                                     int key_length) {
+  return {::max(row + offset - window.left, 0), ::min(row + offset + window.right + 1, key_length)};
+}
+
+// A lane holds, of each of its two rows, columns 8 * (k / 2) + k % 2 for k = 0, 1, ... from its first column on.
+// The result has bit k set for those before column `end`, counted from the lane's first.
+__device__ __forceinline__ uint32_t columns_before(int end) {
+  const int count = end <= 0 ? 0 : end / 8 * 2 + ::min(end % 8, 2);
+  return count >= 32 ? ~0u : (1u << count) - 1;
+}
+
+// kHasBegin false: every row's keys begin at 0.
+template <bool kHasBegin, int kCount>
+__device__ __forceinline__ void mask_by_intervals(float (&s)[kCount], const KeyInterval (&rows)[2], int first_column) {
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    uint32_t allowed = columns_before(rows[r].end - first_column);
+    if (kHasBegin) allowed &= ~columns_before(rows[r].begin - first_column);
+#pragma unroll
+    for (int k = 0; k < kCount / 2; k++)
+      if (!(allowed >> k & 1)) s[k / 2 * 4 + 2 * r + k % 2] = -infinity();
+  }
+}
+
+// g_key_ids points to the id of the lane's first column.
+template <int kCount>
+__device__ __forceinline__ void mask_by_ids(float (&s)[kCount], int query_id0, int query_id1, const int* g_key_ids) {
+#pragma unroll
+  for (int group = 0; group < kCount / 4; group++) {
+    const int2 key = *reinterpret_cast<const int2*>(g_key_ids + 8 * group);
+    if (key.x != query_id0) s[4 * group] = -infinity();
+    if (key.y != query_id0) s[4 * group + 1] = -infinity();
+    if (key.x != query_id1) s[4 * group + 2] = -infinity();
+    if (key.y != query_id1) s[4 * group + 3] = -infinity();
+  }
+}
+
+}  // namespace selfattn::cuda
