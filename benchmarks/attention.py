@@ -62,26 +62,6 @@ def flex(case: Case) -> Forward:
     return lambda q, k, v: compiled(q, k, v, block_mask=mask)
 
 
-def fa3(case: Case) -> Forward:
-    from flash_attn_interface import flash_attn_func
-
-    def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = flash_attn_func(q, k, v, causal=case.causal)
-        return out[0] if isinstance(out, tuple) else out
-
-    return forward
-
-
-def fa4(case: Case) -> Forward:
-    from flash_attn.cute import flash_attn_func
-
-    def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = flash_attn_func(q, k, v, causal=case.causal)
-        return out[0] if isinstance(out, tuple) else out
-
-    return forward
-
-
 def ours(case: Case) -> Forward:
     ids = case.segment_ids()
     return lambda q, k, v: torch.ops.selfattn.flash_attention(q, k, v, ids, case.causal)[0]
@@ -91,11 +71,8 @@ def ours(case: Case) -> Forward:
 IMPLEMENTATIONS: dict[str, tuple[Callable[[Case], Forward], str, bool | None]] = {
     OURS: (ours, "BSND", None),
     "sdpa_cudnn": (lambda case: sdpa(SDPBackend.CUDNN_ATTENTION, case), "BNSD", False),
-    "sdpa_flash": (lambda case: sdpa(SDPBackend.FLASH_ATTENTION, case), "BNSD", False),
     "fa2_varlen": (fa2_varlen, "TND", True),
     "flex": (flex, "BNSD", True),
-    "fa3": (fa3, "BSND", False),
-    "fa4": (fa4, "BSND", False),
 }
 DEFAULT_IMPLEMENTATIONS = (OURS, "sdpa_cudnn", "fa2_varlen")
 
