@@ -1,6 +1,6 @@
 # The CPU backend. Its kernels are compiled once for each instruction set that ATen tells apart at run time, and those of
 # attention once more for AVX-512 with bfloat16 products.
-target_sources(selfattn PRIVATE csrc/cpu/flash_attention.cpp csrc/cpu/gemm.cpp csrc/cpu/pair_plan.cpp
+target_sources(selfattn PRIVATE csrc/cpu/flash_attention.cpp csrc/cpu/gemm.cpp csrc/cpu/pair_table.cpp
                                 csrc/cpu/qk_norm_rope.cpp csrc/cpu/select_kernels.cpp)
 
 # Threads come from at::parallel_for, which is inlined and needs OpenMP at compile time only: the runtime must be

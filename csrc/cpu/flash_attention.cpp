@@ -74,15 +74,15 @@ struct Call {
                       query.size(1) * group);
     const int32_t* query_id_data = query_ids.defined() ? query_ids.const_data_ptr<int32_t>() : nullptr;
     const int32_t* key_id_data = key_ids.defined() ? key_ids.const_data_ptr<int32_t>() : nullptr;
-    plan = make_pair_plan({.batch = query.size(0),
-                           .query_length = query.size(1),
-                           .key_length = key.size(1),
-                           .group = group,
-                           .is_causal = attention.is_causal,
-                           .window_left = attention.window_left,
-                           .window_right = attention.window_right,
-                           .query_ids = query_id_data,
-                           .key_ids = key_id_data});
+    pair_table = make_pair_table({.batch = query.size(0),
+                                  .query_length = query.size(1),
+                                  .key_length = key.size(1),
+                                  .group = group,
+                                  .is_causal = attention.is_causal,
+                                  .window_left = attention.window_left,
+                                  .window_right = attention.window_right,
+                                  .query_ids = query_id_data,
+                                  .key_ids = key_id_data});
     problem = {.batch = query.size(0),
                .query_length = query.size(1),
                .key_length = key.size(1),
@@ -97,7 +97,7 @@ struct Call {
                .value = view_of(value),
                .query_ids = query_id_data,
                .key_ids = key_id_data,
-               .plan = &plan,
+               .pair_table = &pair_table,
                .matrix_unit = choice.matrix_unit};
   }
   Call(const Call&) = delete;
@@ -135,7 +135,7 @@ struct Call {
 
   at::Tensor query, key, value, query_ids, key_ids;
   KernelChoice choice;
-  PairPlan plan;
+  PairTable pair_table;
   FlashProblem problem;
   PackedMemory memory;
 };
@@ -145,7 +145,7 @@ int64_t count_splits(const Call& call) {
   const int64_t tiles = std::max<int64_t>(call.query_tiles(), 1);
   const int64_t wanted = (kTasksPerThread * at::get_num_threads() + tiles - 1) / tiles;
   int64_t most_keys = 0;
-  for (const QueryTile& tile : call.plan.query_tiles)
+  for (const QueryTile& tile : call.pair_table.query_tiles)
     most_keys = std::max<int64_t>(most_keys, tile.end_key - tile.first_key);
   return std::clamp<int64_t>(most_keys / kLeastSplitKeys, 1, wanted);
 }

@@ -4,7 +4,7 @@
 // no tensor. Work is a number of tasks that may run in any order on any thread; each thread has a workspace.
 #include <cstdint>
 
-#include "cpu/pair_plan.h"
+#include "cpu/pair_table.h"
 
 namespace selfattn::cpu {
 
@@ -34,14 +34,14 @@ struct FlashProblem {
   double scale, softcap;
   TokenView query, key, value;
   const int32_t *query_ids, *key_ids;  // (B, Sq), (B, Skv) or null
-  const PairPlan* plan;
+  const PairTable* pair_table;
   PanelGemm matrix_unit;  // for large products; null: the kernels compute all of them
 
   int64_t group() const { return query_heads / key_heads; }
-  int64_t tiles() const { return plan->tiles; }
-  int64_t blocks() const { return plan->blocks; }
+  int64_t tiles() const { return pair_table->tiles; }
+  int64_t blocks() const { return pair_table->blocks; }
   int64_t heads() const { return batch * key_heads; }
-  int64_t key_tokens() const { return plan->blocks * kPanel; }
+  int64_t key_tokens() const { return pair_table->blocks * kPanel; }
 };
 
 /// A head is an index into (B, NKV). Work goes through the heads in waves, each in packed memory of the same place, so

@@ -191,7 +191,7 @@ class Backward {
   };
 
   const QueryTile& tile_of(int64_t index) const {
-    return p_.plan->query_tiles[index / p_.tiles() / p_.key_heads * p_.tiles() + index % p_.tiles()];
+    return p_.pair_table->query_tiles[index / p_.tiles() / p_.key_heads * p_.tiles() + index % p_.tiles()];
   }
   TileOperands operands_of(int64_t index) const {
     Workspace space(p_.query_tiles + (index - p_.first_head * p_.tiles()) * query_tile_bytes(p_));
@@ -245,8 +245,8 @@ class Backward {
   bool add_tile(int64_t index, int64_t first, bool with_keys, float* grad_query, bool is_touched) {
     const QueryTile& tile = tile_of(index);
     int64_t begin = first, end = std::min(first + kBackwardSpan, layout_.tokens);
-    while (begin < end && !p_.plan->may_meet(tile, begin / kPanel)) begin += kPanel;
-    while (begin < end && !p_.plan->may_meet(tile, (end - 1) / kPanel)) end = (end - 1) / kPanel * kPanel;
+    while (begin < end && !p_.pair_table->may_meet(tile, begin / kPanel)) begin += kPanel;
+    while (begin < end && !p_.pair_table->may_meet(tile, (end - 1) / kPanel)) end = (end - 1) / kPanel * kPanel;
     begin = std::max(begin, tile.first_key / kColumns * kColumns);
     end = std::min(end, round_up(tile.end_key, kColumns));
     if (begin >= end) return false;
@@ -255,7 +255,7 @@ class Backward {
     const int64_t head = index / p_.tiles();
     const TileOperands operands = operands_of(index);
     const TileRows rows(p_, tile);
-    const bool is_full = p_.plan->is_full(tile, begin, end);
+    const bool is_full = p_.pair_table->is_full(tile, begin, end);
     differentiate(tile, rows, operands, head, keys, is_full);
     if (with_keys) {
       if (is_first_) {

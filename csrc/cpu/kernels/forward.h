@@ -113,7 +113,7 @@ class Forward {
   };
 
   const QueryTile& tile_of(int64_t index) const {
-    return p_.plan->query_tiles[index / p_.tiles() / p_.key_heads * p_.tiles() + index % p_.tiles()];
+    return p_.pair_table->query_tiles[index / p_.tiles() / p_.key_heads * p_.tiles() + index % p_.tiles()];
   }
   E* key_of(int64_t head) const {
     return static_cast<E*>(p_.key_transposed) + (head - p_.first_head) * layout_.tokens * layout_.depth;
@@ -158,13 +158,13 @@ class Forward {
     const TileRows rows(p_, tile);
     for (int64_t first = begin; first < end;) {
       const int64_t block = first / kPanel;
-      if (!p_.plan->may_meet(tile, block)) {
+      if (!p_.pair_table->may_meet(tile, block)) {
         first = (block + 1) * kPanel;
         continue;
       }
       const int64_t limit = std::min(end, first + kForwardSpan);
       int64_t last = std::min((block + 1) * kPanel, limit);
-      while (last < limit && p_.plan->may_meet(tile, last / kPanel)) last = std::min(last + kPanel, limit);
+      while (last < limit && p_.pair_table->may_meet(tile, last / kPanel)) last = std::min(last + kPanel, limit);
       attend_span(tile, rows, head, {first, last});
       first = last;
     }
@@ -181,7 +181,7 @@ class Forward {
             pack_block(head, token, local_key_ + local * layout_.depth, local, kForwardSpan, local_value_);
       }
     }
-    const bool is_full = p_.plan->is_full(tile, keys.first, keys.end);
+    const bool is_full = p_.pair_table->is_full(tile, keys.first, keys.end);
     const int64_t group = is_full ? tile.rows : kRowGroup;
     for (int64_t row = 0; row < tile.rows; row += group) {
       const Span group_rows{row, std::min<int64_t>(row + group, tile.rows)};

@@ -100,12 +100,13 @@ struct TileRows {
   int32_t first_key[kTileRows], end_key[kTileRows], id[kTileRows];
   bool compares_ids;
 
-  TileRows(const FlashProblem& problem, const QueryTile& tile) : compares_ids(problem.plan->compares_ids[tile.batch]) {
+  TileRows(const FlashProblem& problem, const QueryTile& tile)
+      : compares_ids(problem.pair_table->compares_ids[tile.batch]) {
     const int64_t group = problem.group();
     for (int64_t row = 0; row < tile.rows; ++row) {
       const int64_t token = tile.batch * problem.query_length + (tile.first_row + row) / group;
-      first_key[row] = problem.plan->first_key[token];
-      end_key[row] = problem.plan->end_key[token];
+      first_key[row] = problem.pair_table->first_key[token];
+      end_key[row] = problem.pair_table->end_key[token];
       id[row] = compares_ids ? problem.query_ids[token] : 0;
     }
   }

@@ -1,4 +1,4 @@
-#include "cpu/pair_plan.h"
+#include "cpu/pair_table.h"
 
 #include <algorithm>
 #include <limits>
@@ -59,9 +59,9 @@ void limit_to_runs(const std::vector<Run>& runs, const int32_t* query_ids, int64
   }
 }
 
-void append_key_blocks(const int32_t* ids, int64_t length, std::vector<KeyBlock>& key_blocks) {
+void append_key_block_ids(const int32_t* ids, int64_t length, std::vector<KeyBlockIds>& key_block_ids) {
   for (int64_t first = 0; first < length; first += kPanel) {
-    KeyBlock block{std::numeric_limits<int32_t>::max(), kNoId, false};
+    KeyBlockIds block{std::numeric_limits<int32_t>::max(), kNoId, false};
     for (int64_t token = first; token < std::min(first + kPanel, length); ++token) {
       if (ids[token] < 0) {
         block.has_padding = true;
@@ -70,11 +70,11 @@ void append_key_blocks(const int32_t* ids, int64_t length, std::vector<KeyBlock>
       block.min_id = std::min(block.min_id, ids[token]);
       block.max_id = std::max(block.max_id, ids[token]);
     }
-    key_blocks.push_back(block);
+    key_block_ids.push_back(block);
   }
 }
 
-QueryTile make_tile(const PairRules& rules, const PairPlan& plan, int64_t batch, int64_t first_row, int64_t rows) {
+QueryTile make_tile(const PairRules& rules, const PairTable& table, int64_t batch, int64_t first_row, int64_t rows) {
   QueryTile tile{.batch = static_cast<int32_t>(batch),
                  .first_row = static_cast<int32_t>(first_row),
                  .rows = static_cast<int32_t>(rows),
@@ -86,7 +86,7 @@ QueryTile make_tile(const PairRules& rules, const PairPlan& plan, int64_t batch,
                  .max_id = kNoId};
   for (int64_t token = first_row / rules.group; token * rules.group < first_row + rows; ++token) {
     const int64_t index = batch * rules.query_length + token;
-    const int32_t first = plan.first_key[index], end = plan.end_key[index];
+    const int32_t first = table.first_key[index], end = table.end_key[index];
     tile.common_first_key = std::max(tile.common_first_key, first);
     tile.common_end_key = std::min(tile.common_end_key, end);
     if (first >= end) continue;
@@ -102,34 +102,34 @@ QueryTile make_tile(const PairRules& rules, const PairPlan& plan, int64_t batch,
 
 }  // namespace
 
-bool PairPlan::may_meet(const QueryTile& tile, int64_t block) const {
+bool PairTable::may_meet(const QueryTile& tile, int64_t block) const {
   if (block * kPanel >= tile.end_key || (block + 1) * kPanel <= tile.first_key) return false;
   if (!compares_ids[tile.batch]) return true;
-  const KeyBlock& ids = key_blocks[tile.batch * blocks + block];
+  const KeyBlockIds& ids = key_block_ids[tile.batch * blocks + block];
   return ids.min_id <= tile.max_id && tile.min_id <= ids.max_id;
 }
 
-bool PairPlan::is_full(const QueryTile& tile, int64_t first, int64_t end) const {
+bool PairTable::is_full(const QueryTile& tile, int64_t first, int64_t end) const {
   if (first < tile.common_first_key || end > tile.common_end_key) return false;
   if (!compares_ids[tile.batch]) return true;
   for (int64_t block = first / kPanel; block * kPanel < end; ++block) {
-    const KeyBlock& ids = key_blocks[tile.batch * blocks + block];
+    const KeyBlockIds& ids = key_block_ids[tile.batch * blocks + block];
     if (ids.has_padding || ids.min_id != tile.max_id || ids.max_id != tile.min_id) return false;
   }
   return true;
 }
 
-PairPlan make_pair_plan(const PairRules& rules) {
-  PairPlan plan;
-  plan.first_key.assign(rules.batch * rules.query_length, 0);
-  plan.end_key.assign(rules.batch * rules.query_length, static_cast<int32_t>(rules.key_length));
-  plan.compares_ids.assign(rules.batch, false);
+PairTable make_pair_table(const PairRules& rules) {
+  PairTable table;
+  table.first_key.assign(rules.batch * rules.query_length, 0);
+  table.end_key.assign(rules.batch * rules.query_length, static_cast<int32_t>(rules.key_length));
+  table.compares_ids.assign(rules.batch, false);
   const int64_t rows = rules.query_length * rules.group;
-  plan.tiles = (rows + kTileRows - 1) / kTileRows;
-  plan.blocks = (rules.key_length + kPanel - 1) / kPanel;
+  table.tiles = (rows + kTileRows - 1) / kTileRows;
+  table.blocks = (rules.key_length + kPanel - 1) / kPanel;
   for (int64_t batch = 0; batch < rules.batch; ++batch) {
-    int32_t* first_key = plan.first_key.data() + batch * rules.query_length;
-    int32_t* end_key = plan.end_key.data() + batch * rules.query_length;
+    int32_t* first_key = table.first_key.data() + batch * rules.query_length;
+    int32_t* end_key = table.end_key.data() + batch * rules.query_length;
     if (rules.query_ids) {
       const int32_t* query_ids = rules.query_ids + batch * rules.query_length;
       const int32_t* key_ids = rules.key_ids + batch * rules.key_length;
@@ -137,19 +137,19 @@ PairPlan make_pair_plan(const PairRules& rules) {
       if (is_ascending(runs)) {
         limit_to_runs(runs, query_ids, rules.query_length, first_key, end_key);
       } else {
-        plan.compares_ids[batch] = true;
+        table.compares_ids[batch] = true;
         for (int64_t token = 0; token < rules.query_length; ++token) {
           if (query_ids[token] < 0) end_key[token] = 0;
         }
       }
-      append_key_blocks(key_ids, rules.key_length, plan.key_blocks);
+      append_key_block_ids(key_ids, rules.key_length, table.key_block_ids);
     }
     limit_by_position(rules, first_key, end_key);
     for (int64_t first = 0; first < rows; first += kTileRows) {
-      plan.query_tiles.push_back(make_tile(rules, plan, batch, first, std::min(kTileRows, rows - first)));
+      table.query_tiles.push_back(make_tile(rules, table, batch, first, std::min(kTileRows, rows - first)));
     }
   }
-  return plan;
+  return table;
 }
 
 }  // namespace selfattn::cpu

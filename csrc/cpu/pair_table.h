@@ -31,7 +31,7 @@ struct QueryTile {
 };
 
 /// The ids of a key block.
-struct KeyBlock {
+struct KeyBlockIds {
   int32_t min_id, max_id;  // without padding; min_id > max_id where there is nothing else
   bool has_padding;
 };
@@ -41,10 +41,10 @@ struct KeyBlock {
 ///
 /// No member is inline: one that was compiled for a larger instruction set could become the one copy that all callers
 /// use.
-struct PairPlan {
+struct PairTable {
   std::vector<int32_t> first_key, end_key;  // (B, Sq)
   std::vector<char> compares_ids;           // (B,)
-  std::vector<KeyBlock> key_blocks;         // (B, blocks) where some batch entry compares ids
+  std::vector<KeyBlockIds> key_block_ids;   // (B, blocks) where some batch entry compares ids
   std::vector<QueryTile> query_tiles;       // (B, tiles)
   int64_t tiles = 0, blocks = 0;            // query tiles and key blocks of a batch entry
 
@@ -54,6 +54,6 @@ struct PairPlan {
   bool is_full(const QueryTile& tile, int64_t first, int64_t end) const;
 };
 
-PairPlan make_pair_plan(const PairRules& rules);
+PairTable make_pair_table(const PairRules& rules);
 
 }  // namespace selfattn::cpu
