@@ -15,7 +15,7 @@ constexpr int64_t kBackwardSpan = 2 * kPanel;  // keys whose gradients are summe
 template <typename T, typename E>
 class Backward {
   static constexpr bool kIsInPlace = std::is_same_v<E, float>;  // P and dS take the place of the scores and of dP
-  static constexpr int64_t kPair = Operand<E>::kPair;
+  static constexpr int64_t kVnniWidth = Operand<E>::kVnniWidth;
 
  public:
   Backward(const BackwardProblem& problem, void* workspace)
@@ -304,14 +304,14 @@ class Backward {
 
   void add_to_keys(const QueryTile& tile, const TileRows& rows, const TileOperands& operands, Span keys, int64_t offset,
                    bool is_full) {
-    const int64_t all_rows = round_up(tile.rows, kPair);
+    const int64_t all_rows = round_up(tile.rows, kVnniWidth);
     for (int64_t column = 0; column < keys.count(); column += kPanel) {
       const int64_t width = std::min(kPanel, keys.count() - column);
       Span used{0, all_rows};  // the rows whose P is not all zero
       if (!is_full) {
         used = rows.rows_of({keys.first + column, keys.first + column + width}, tile.rows);
         if (used.is_empty()) continue;
-        used = {used.first / kPair * kPair, round_up(used.end, kPair)};
+        used = {used.first / kVnniWidth * kVnniWidth, round_up(used.end, kVnniWidth)};
       }
       const auto [weights, grad_scores, stride] = right_operands(column, used.first, all_rows);
       products_.panel(layout_.value_depth, width, used.count(), operands.grad_out_transposed + used.first, kTileRows,
@@ -412,7 +412,7 @@ class Backward {
   /// P and dS in 16 bits: pairs of rows interleaved in panels, and dS in rows as well.
   void make_operands([[maybe_unused]] int64_t rows, [[maybe_unused]] int64_t count) {
 #if defined(__AVX512BF16__)
-    const int64_t padded = round_up(rows, kPair);
+    const int64_t padded = round_up(rows, kVnniWidth);
     const __m512i interleaved = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7,
                                                  22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     for (int64_t row = rows; row < padded; ++row) {

@@ -133,15 +133,15 @@ inline void transpose_words(const void* src, int64_t src_stride, int64_t rows, i
 /// One block of the transposed layout: [depth][kPanel], units beside each other; tokens past `count` are zeros.
 template <typename E>
 void pack_transposed(Rows<E> rows, int64_t count, int64_t depth, E* dst) {
-  constexpr int64_t kPair = Operand<E>::kPair;
+  constexpr int64_t kVnniWidth = Operand<E>::kVnniWidth;
   if (count < kPanel) std::fill_n(dst, depth * kPanel, E(0.0f));
-  if constexpr (kPair == 1) {
+  if constexpr (kVnniWidth == 1) {
     transpose_words(rows.data, rows.stride, count, depth, dst, kPanel);
-  } else if (rows.stride % kPair == 0) {
-    transpose_words(rows.data, rows.stride / kPair, count, depth / kPair, dst, kPanel);
+  } else if (rows.stride % kVnniWidth == 0) {
+    transpose_words(rows.data, rows.stride / kVnniWidth, count, depth / kVnniWidth, dst, kPanel);
   } else {
     for (int64_t row = 0; row < count; ++row) {
-      transpose_words(rows.data + row * rows.stride, 0, 1, depth / kPair, dst + row * kPair, kPanel);
+      transpose_words(rows.data + row * rows.stride, 0, 1, depth / kVnniWidth, dst + row * kVnniWidth, kPanel);
     }
   }
 }
@@ -168,15 +168,15 @@ void interleave(const E* a, const E* b, int64_t dim, int64_t width, E* dst) {
 /// Tokens [first, first + kPanel) of the rows layout of `tokens` tokens; those past `count` are zeros.
 template <typename E>
 void pack_rows(Rows<E> rows, int64_t count, int64_t dim, int64_t first, int64_t tokens, E* dst) {
-  constexpr int64_t kPair = Operand<E>::kPair;
+  constexpr int64_t kVnniWidth = Operand<E>::kVnniWidth;
   for (int64_t column = 0; column < dim; column += kPanel) {
     const int64_t used = std::min(kPanel, dim - column), width = round_up(used, kColumns);
     E* panel = dst + column * tokens + first * width;
-    for (int64_t row = 0; row < kPanel; row += kPair, panel += width * kPair) {
+    for (int64_t row = 0; row < kPanel; row += kVnniWidth, panel += width * kVnniWidth) {
       const E* src = rows.data + row * rows.stride + column;
       if (row >= count) {
-        std::fill_n(panel, width * kPair, E(0.0f));
-      } else if constexpr (kPair == 2) {
+        std::fill_n(panel, width * kVnniWidth, E(0.0f));
+      } else if constexpr (kVnniWidth == 2) {
         interleave(src, row + 1 < count ? src + rows.stride : nullptr, used, width, panel);
       } else {
         std::copy_n(src, used, panel);

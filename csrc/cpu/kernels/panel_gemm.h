@@ -9,13 +9,14 @@
 namespace selfattn::cpu {
 inline namespace CPU_CAPABILITY {
 
-/// How an operand of type E enters a product: a unit is one element, or two of 16 bits that are multiplied at once.
+/// How an operand of type E enters a product: a unit is one element, or two of 16 bits, whose products one instruction
+/// adds up (VNNI).
 template <typename E>
 struct Operand;
 
 template <>
 struct Operand<float> {
-  static constexpr int64_t kPair = 1;  // elements of a unit
+  static constexpr int64_t kVnniWidth = 1;  // elements of a unit
   using Units = Vec;
   static Units load(const float* p) { return Vec::loadu(p); }
   static Units broadcast(const float* p) { return Vec(*p); }
@@ -25,7 +26,7 @@ struct Operand<float> {
 #if defined(__AVX512BF16__)
 template <>
 struct Operand<c10::BFloat16> {
-  static constexpr int64_t kPair = 2;
+  static constexpr int64_t kVnniWidth = 2;
   using Units = __m512bh;
   static Units load(const c10::BFloat16* p) { return (__m512bh)_mm512_loadu_si512(p); }
   static Units broadcast(const c10::BFloat16* p) {
@@ -52,10 +53,10 @@ void register_tile(int64_t units, const E* a, int64_t lda, const E* b, int64_t l
   }
   for (int64_t unit = 0; unit < units; ++unit) {
     typename Op::Units r_b[kVectors];
-    for (int v = 0; v < kVectors; ++v) r_b[v] = Op::load(b + (unit * ldb + v * kLanes) * Op::kPair);
+    for (int v = 0; v < kVectors; ++v) r_b[v] = Op::load(b + (unit * ldb + v * kLanes) * Op::kVnniWidth);
 #pragma GCC unroll 8
     for (int row = 0; row < kRows; ++row) {
-      const auto r_a = Op::broadcast(a + row * lda + unit * Op::kPair);
+      const auto r_a = Op::broadcast(a + row * lda + unit * Op::kVnniWidth);
       for (int v = 0; v < kVectors; ++v) r_c[row][v] = Op::multiply_add(r_a, r_b[v], r_c[row][v]);
     }
   }
@@ -94,13 +95,14 @@ template <typename E>
 void panel_gemm(int64_t m, int64_t n, int64_t k, const E* a, int64_t lda, const E* b, int64_t ldb, float* c,
                 int64_t ldc, bool accumulate) {
   constexpr int64_t kWidth = kRegisterVectors * kLanes;
-  const int64_t units = k / Operand<E>::kPair;
+  const int64_t units = k / Operand<E>::kVnniWidth;
   int64_t column = 0;
   for (; column + kWidth <= n; column += kWidth) {
-    column_tile<kRegisterVectors>(m, units, a, lda, b + column * Operand<E>::kPair, ldb, c + column, ldc, accumulate);
+    column_tile<kRegisterVectors>(m, units, a, lda, b + column * Operand<E>::kVnniWidth, ldb, c + column, ldc,
+                                  accumulate);
   }
   if (column == n) return;  // always, where kWidth is kColumns
-  const E* b_rest = b + column * Operand<E>::kPair;
+  const E* b_rest = b + column * Operand<E>::kVnniWidth;
   switch ((n - column) / kColumns) {
     case 1:
       return column_tile<kColumns / kLanes>(m, units, a, lda, b_rest, ldb, c + column, ldc, accumulate);

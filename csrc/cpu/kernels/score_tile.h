@@ -29,11 +29,11 @@ class Workspace {
 /// The sizes of a problem's operands.
 template <typename E>
 struct Layout {
-  static constexpr int64_t kPair = Operand<E>::kPair;
+  static constexpr int64_t kVnniWidth = Operand<E>::kVnniWidth;
 
   explicit Layout(const FlashProblem& problem)
-      : depth(round_up(problem.head_dim, kPair)),
-        value_depth(round_up(problem.value_dim, kPair)),
+      : depth(round_up(problem.head_dim, kVnniWidth)),
+        value_depth(round_up(problem.value_dim, kVnniWidth)),
         columns(round_up(problem.head_dim, kColumns)),
         value_columns(round_up(problem.value_dim, kColumns)),
         tokens(problem.key_tokens()) {}
@@ -43,7 +43,7 @@ struct Layout {
   int64_t tokens;                  // of packed keys
 
   static int64_t transposed_elements(const FlashProblem& problem, int64_t dim) {
-    return problem.key_tokens() * round_up(dim, kPair);
+    return problem.key_tokens() * round_up(dim, kVnniWidth);
   }
   static int64_t rows_elements(const FlashProblem& problem, int64_t dim) {
     return problem.key_tokens() * round_up(dim, kColumns);
@@ -53,7 +53,8 @@ struct Layout {
 /// Products of packed operands.
 template <typename E>
 struct Products {
-  static constexpr int64_t kLongestChain = 64 * Operand<E>::kPair;  // dimensions of a score summed up one after another
+  static constexpr int64_t kLongestChain =
+      64 * Operand<E>::kVnniWidth;  // dimensions of a score summed up one after another
 
   const FlashProblem& problem;
 
@@ -72,10 +73,10 @@ struct Products {
                        int64_t ldc) const {
     for (int64_t key = keys.first; key < keys.end;) {
       const int64_t block = key / kPanel, next = std::min((block + 1) * kPanel, keys.end);
-      const E* b = transposed + block * kPanel * depth + (key - block * kPanel) * Operand<E>::kPair;
+      const E* b = transposed + block * kPanel * depth + (key - block * kPanel) * Operand<E>::kVnniWidth;
       // In pieces: a long chain of additions has larger rounding errors than ATen's products have.
       const int64_t pieces = problem.matrix_unit ? 1 : (depth + kLongestChain - 1) / kLongestChain;
-      const int64_t length = round_up((depth + pieces - 1) / pieces, Operand<E>::kPair);
+      const int64_t length = round_up((depth + pieces - 1) / pieces, Operand<E>::kVnniWidth);
       for (int64_t d = 0; d < depth; d += length) {
         panel(m, next - key, std::min(length, depth - d), a + d, depth, b + d * kPanel, kPanel, c + (key - keys.first),
               ldc, d > 0);
