@@ -25,6 +25,7 @@ class Chart:
     """What is drawn of a benchmark's rows; the rows are known by the field ``mark``."""
 
     benchmark: str
+    title: str
     mark: str
     field: str
     label: str
@@ -32,9 +33,9 @@ class Chart:
 
 
 CHARTS = [
-    Chart("attention", "tflops", "tflops", "TFLOP/s of allowed pairs"),
-    Chart("prologue", "gbps", "gbps", "GB/s"),
-    Chart("module", "tokens_per_s", "ms", "milliseconds (less is better)", digits=1),
+    Chart("attention", "Attention", "tflops", "tflops", "TFLOP/s of allowed pairs"),
+    Chart("qk_norm_rope", "qk_norm_rope", "gbps", "gbps", "GB/s"),
+    Chart("module", "Module", "tokens_per_s", "ms", "milliseconds (less is better)", digits=1),
 ]
 
 
@@ -79,7 +80,7 @@ def draw_all(rows: list[dict[str, Any]], folder: Path) -> list[Path]:
     for chart in CHARTS:
         for which in dict.fromkeys(row["pass"] for row in rows if chart.mark in row):
             path = folder / f"{chart.benchmark}_{which.replace('+', '_').replace(' ', '_')}.png"
-            draw(values_of(rows, chart, which), chart, f"{chart.benchmark.capitalize()} {which}, bfloat16", path)
+            draw(values_of(rows, chart, which), chart, f"{chart.title} {which}, bfloat16", path)
             drawn.append(path)
     return drawn
 

@@ -4,7 +4,7 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
-#include "cpu/prologue_kernels.h"
+#include "cpu/qk_norm_rope_kernels.h"
 #include "cpu/select_kernels.h"
 #include "rotary/norm_rope.h"
 
@@ -31,15 +31,15 @@ at::Tensor with_contiguous_rows(const at::Tensor& x) { return x.size(3) <= 1 || 
 struct Side {
   at::Tensor input, grad, result, weight, sin, cos, positions;
   std::vector<double> quarter_turns;
-  PrologueProblem problem;
+  NormRopeProblem problem;
   int64_t range = 1, ranges = 0;  // tokens of a range, and their number
-  const PrologueKernels* kernels = nullptr;
+  const NormRopeKernels* kernels = nullptr;
 };
 
 /// `result` is contiguous, of the shape and dtype of the heads.
 Side make_side(const NormRopeCall& call, const at::Tensor& result, const OptionalTensor& weight) {
   Side side;
-  PrologueProblem& p = side.problem;
+  NormRopeProblem& p = side.problem;
   p.batch = result.size(0), p.length = result.size(1), p.heads = result.size(2), p.dim = result.size(3);
   side.result = result;
   p.result = side.result.mutable_data_ptr();
@@ -71,7 +71,7 @@ Side make_side(const NormRopeCall& call, const at::Tensor& result, const Optiona
   const int64_t tokens = p.tokens(), token_elements = std::max<int64_t>(p.heads * p.dim, 1);
   side.range = std::max({int64_t{1}, kRangeElements / token_elements, (tokens + kMostRanges - 1) / kMostRanges});
   side.ranges = side.result.numel() == 0 ? 0 : (tokens + side.range - 1) / side.range;
-  side.kernels = &select_prologue_kernels(result.scalar_type());
+  side.kernels = &select_norm_rope_kernels(result.scalar_type());
   return side;
 }
 

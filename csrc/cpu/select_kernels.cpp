@@ -10,10 +10,10 @@
 namespace selfattn::cpu {
 
 // One namespace an instruction set, as cmake/cpu_kernels.cmake compiles them.
-#define SELFATTN_DECLARE_KERNELS(CAPABILITY)                                     \
-  namespace CAPABILITY {                                                         \
-  extern const FlashKernels kFloatKernels, kBFloat16Kernels, kHalfKernels;       \
-  extern const PrologueKernels kFloatPrologue, kBFloat16Prologue, kHalfPrologue; \
+#define SELFATTN_DECLARE_KERNELS(CAPABILITY)                                                          \
+  namespace CAPABILITY {                                                                              \
+  extern const FlashKernels kFloatKernels, kBFloat16Kernels, kHalfKernels;                            \
+  extern const NormRopeKernels kFloatNormRopeKernels, kBFloat16NormRopeKernels, kHalfNormRopeKernels; \
   }
 SELFATTN_DECLARE_KERNELS(DEFAULT)
 SELFATTN_DECLARE_KERNELS(AVX2)
@@ -58,16 +58,18 @@ KernelChoice select_kernels(c10::ScalarType dtype) {
   return {&by_dtype(dtype, DEFAULT::kFloatKernels, DEFAULT::kBFloat16Kernels, DEFAULT::kHalfKernels), nullptr};
 }
 
-const PrologueKernels& select_prologue_kernels(c10::ScalarType dtype) {
+const NormRopeKernels& select_norm_rope_kernels(c10::ScalarType dtype) {
 #if defined(SELFATTN_X86_KERNELS)
   if (capability() == "AVX512") {
-    return by_dtype(dtype, AVX512::kFloatPrologue, AVX512::kBFloat16Prologue, AVX512::kHalfPrologue);
+    return by_dtype(dtype, AVX512::kFloatNormRopeKernels, AVX512::kBFloat16NormRopeKernels,
+                    AVX512::kHalfNormRopeKernels);
   }
   if (capability() == "AVX2") {
-    return by_dtype(dtype, AVX2::kFloatPrologue, AVX2::kBFloat16Prologue, AVX2::kHalfPrologue);
+    return by_dtype(dtype, AVX2::kFloatNormRopeKernels, AVX2::kBFloat16NormRopeKernels, AVX2::kHalfNormRopeKernels);
   }
 #endif
-  return by_dtype(dtype, DEFAULT::kFloatPrologue, DEFAULT::kBFloat16Prologue, DEFAULT::kHalfPrologue);
+  return by_dtype(dtype, DEFAULT::kFloatNormRopeKernels, DEFAULT::kBFloat16NormRopeKernels,
+                  DEFAULT::kHalfNormRopeKernels);
 }
 
 }  // namespace selfattn::cpu

@@ -3,7 +3,7 @@
 #include <c10/core/ScalarType.h>
 
 #include "cpu/flash_kernels.h"
-#include "cpu/prologue_kernels.h"
+#include "cpu/qk_norm_rope_kernels.h"
 
 namespace selfattn::cpu {
 
@@ -16,6 +16,6 @@ struct KernelChoice {
 KernelChoice select_kernels(c10::ScalarType dtype);
 
 /// Likewise for qk_norm_rope.
-const PrologueKernels& select_prologue_kernels(c10::ScalarType dtype);
+const NormRopeKernels& select_norm_rope_kernels(c10::ScalarType dtype);
 
 }  // namespace selfattn::cpu

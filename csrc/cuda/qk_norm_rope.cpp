@@ -5,7 +5,7 @@
 #include <torch/library.h>
 
 #include "binding.h"
-#include "prologue/params.h"
+#include "qk_norm_rope/params.h"
 #include "rotary/norm_rope.h"
 
 namespace selfattn::cuda {
@@ -30,7 +30,7 @@ std::optional<FloatType> float_type(at::ScalarType dtype) {
 }
 
 bool has_kernel(const Tensor& x) {
-  return float_type(x.scalar_type()) && x.size(3) > 0 && x.size(3) <= kMaxPrologueDim && x.size(0) <= kMaxTokens &&
+  return float_type(x.scalar_type()) && x.size(3) > 0 && x.size(3) <= kMaxNormRopeDim && x.size(0) <= kMaxTokens &&
          x.size(1) <= kMaxTokens && x.size(0) * x.size(1) <= kMaxTokens && x.size(2) <= kMaxTokens;
 }
 
@@ -41,7 +41,7 @@ bool have_kernels(const Tensor& q, const Tensor& k) {
 /// The tensor itself where the kernels can read it, else a contiguous copy.
 Tensor readable(const Tensor& x) {
   bool is_readable = x.size(3) == 1 || x.stride(3) == 1;
-  if (prologue_has_vector_kernel(x.size(3))) {
+  if (has_vector_kernel(x.size(3))) {
     const int64_t elements = static_cast<int64_t>(kVectorBytes) / x.element_size();
     is_readable = is_readable && reinterpret_cast<uintptr_t>(x.const_data_ptr()) % kVectorBytes == 0;
     for (int64_t dim = 0; dim < 3; dim++) {
@@ -90,28 +90,28 @@ struct Turns {
 };
 
 /// Of heads like `x`, without sides.
-PrologueParams make_params(const NormRopeCall& call, const Tensor& x) {
-  PrologueParams params{};
+NormRopeParams make_params(const NormRopeCall& call, const Tensor& x) {
+  NormRopeParams params{};
   params.dim = static_cast<int>(x.size(3));
   params.element = *float_type(x.scalar_type());
   params.has_norm = call.norm, params.has_rope = call.rope;
   params.pairs_halves = call.pairing == RotaryPairing::kHalf;
   params.eps = static_cast<float>(call.eps), params.theta = call.theta;
-  if (call.rope && !call.freqs_sin && prologue_has_vector_kernel(x.size(3))) {
+  if (call.rope && !call.freqs_sin && has_vector_kernel(x.size(3))) {
     const std::vector<double>& turns = quarter_turns(x.size(3), call.theta);
     std::copy(turns.begin(), turns.end(), params.quarter_turns);
   }
   return params;
 }
 
-void set_shape(PrologueSide& side, const Tensor& x, const Tensor& result, const Turns& turns) {
+void set_shape(NormRopeSide& side, const Tensor& x, const Tensor& result, const Turns& turns) {
   side.batch = static_cast<int>(x.size(0)), side.length = static_cast<int>(x.size(1));
   side.heads = static_cast<int>(x.size(2));
   side.result = result.mutable_data_ptr();
   side.turns = turns.source;
 }
 
-void set_weight(PrologueSide& side, const Tensor& weight) {
+void set_weight(NormRopeSide& side, const Tensor& weight) {
   if (!weight.defined()) return;
   side.weight = weight.const_data_ptr();
   side.weight_type = *float_type(weight.scalar_type());
@@ -123,9 +123,9 @@ Tensor readable_weight(const OptionalTensor& weight) {
 
 /// run(params) for q and k together where one kernel serves both, else for one after the other.
 template <typename Run>
-void for_each_launch(const NormRopeCall& call, const Tensor& q, const Tensor& k, const PrologueSide& q_side,
-                     const PrologueSide& k_side, const Run& run) {
-  PrologueParams params = make_params(call, q);
+void for_each_launch(const NormRopeCall& call, const Tensor& q, const Tensor& k, const NormRopeSide& q_side,
+                     const NormRopeSide& k_side, const Run& run) {
+  NormRopeParams params = make_params(call, q);
   params.sides[0] = q_side;
   params.num_sides = 1;
   if (q.size(3) == k.size(3) && q.scalar_type() == k.scalar_type()) {
@@ -153,15 +153,15 @@ void launch_forward(const NormRopeCall& call, const Heads& from, const Heads& to
   const Turns turns(call);
   const Tensor inputs[] = {readable(q), readable(k)};
   const Tensor weights[] = {readable_weight(call.q_weight), readable_weight(call.k_weight)};
-  PrologueSide sides[2] = {};
+  NormRopeSide sides[2] = {};
   for (int i = 0; i < 2; i++) {
     set_shape(sides[i], inputs[i], i == 0 ? to.q : to.k, turns);
     set_weight(sides[i], weights[i]);
     sides[i].input = view_of_heads(inputs[i]);
   }
-  for_each_launch(call, q, k, sides[0], sides[1], [&](PrologueParams& params) {
+  for_each_launch(call, q, k, sides[0], sides[1], [&](NormRopeParams& params) {
     params.turns_back = turns_back;
-    C10_CUDA_CHECK(plan_prologue(params, /*is_backward=*/false));
+    C10_CUDA_CHECK(schedule_qk_norm_rope(params, /*is_backward=*/false));
     C10_CUDA_CHECK(launch_qk_norm_rope_forward(params, stream));
   });
 }
@@ -188,7 +188,7 @@ NormRopeWeightGradients launch_backward(const NormRopeCall& call, const Heads& f
   const Tensor inputs[] = {readable(call.q), readable(call.k)}, grads[] = {readable(grad_q), readable(grad_k)};
   const Tensor weights[] = {readable_weight(call.q_weight), readable_weight(call.k_weight)};
   Tensor weight_gradients[2];
-  PrologueSide sides[2] = {};
+  NormRopeSide sides[2] = {};
   for (int i = 0; i < 2; i++) {
     set_shape(sides[i], grads[i], i == 0 ? to.q : to.k, turns);
     set_weight(sides[i], weights[i]);
@@ -197,14 +197,14 @@ NormRopeWeightGradients launch_backward(const NormRopeCall& call, const Heads& f
     weight_gradients[i] = weights[i].defined() ? empty_like_contiguous(weights[i]) : no_gradient(grads[i]);
     if (weights[i].defined()) sides[i].weight_gradient = weight_gradients[i].mutable_data_ptr();
   }
-  for_each_launch(call, grad_q, grad_k, sides[0], sides[1], [&](PrologueParams& params) {
-    C10_CUDA_CHECK(plan_prologue(params, /*is_backward=*/true));
+  for_each_launch(call, grad_q, grad_k, sides[0], sides[1], [&](NormRopeParams& params) {
+    C10_CUDA_CHECK(schedule_qk_norm_rope(params, /*is_backward=*/true));
     int64_t rows = 0;
     for (int i = 0; i < params.num_sides; i++) rows += params.sides[i].weight ? params.sides[i].blocks : 0;
     const Tensor sums = empty({rows, params.dim}, at::kFloat, grad_q.device());
     float* row = sums.mutable_data_ptr<float>();
     for (int i = 0; i < params.num_sides; i++) {
-      PrologueSide& side = params.sides[i];
+      NormRopeSide& side = params.sides[i];
       if (!side.weight) continue;
       side.partial_sums = row;
       row += static_cast<int64_t>(side.blocks) * params.dim;

@@ -72,16 +72,16 @@ at::Tensor split_heads(const at::Tensor& projected, int64_t head_dim) {
   return projected.unflatten_symint(2, {projected.sym_size(2) / head_dim, head_dim});
 }
 
-/// Norm, rotation and attention. Takes the prologue by value: unless autograd keeps them, the raw q and k end when the
-/// turned ones are there.
-at::Tensor attend(NormRopeCall prologue, const at::Tensor& value, const AttentionArguments& arguments,
+/// Norm, rotation and attention. Takes the first call by value: unless autograd keeps them, the raw q and k end when
+/// the rotated ones are there.
+at::Tensor attend(NormRopeCall norm_rope, const at::Tensor& value, const AttentionArguments& arguments,
                   c10::string_view backend) {
   const OwnedHeads owned;
-  if (const auto call = as_one_operator(prologue, value, arguments, backend)) {
+  if (const auto call = as_one_operator(norm_rope, value, arguments, backend)) {
     return std::get<0>(qk_norm_rope_attention(*call));
   }
-  const auto [query, key] = qk_norm_rope(prologue);
-  prologue.q.reset(), prologue.k.reset();
+  const auto [query, key] = qk_norm_rope(norm_rope);
+  norm_rope.q.reset(), norm_rope.k.reset();
   return multihead_attention(query, key, value,
                              AttentionOptions()
                                  .segment_ids(arguments.segment_ids)
@@ -126,26 +126,26 @@ at::Tensor self_attention(const at::Tensor& x, const at::Tensor& q_weight, const
   check_bias(out_bias, out_weight, x, "out_bias", "out_weight");
   TORCH_CHECK_VALUE(q_norm_weight.has_value() == k_norm_weight.has_value(),
                     "selfattn: q_norm_weight and k_norm_weight must be given together; got one alone");
-  NormRopeCall prologue{.q_weight = q_norm_weight,
-                        .k_weight = k_norm_weight,
-                        .freqs_sin = freqs_sin,
-                        .freqs_cos = freqs_cos,
-                        .norm = q_norm_weight.has_value(),
-                        .eps = norm_eps,
-                        .theta = rope_theta,
-                        .pairing = parse_pairing(rope_pairing, "rope_pairing")};
+  NormRopeCall norm_rope{.q_weight = q_norm_weight,
+                         .k_weight = k_norm_weight,
+                         .freqs_sin = freqs_sin,
+                         .freqs_cos = freqs_cos,
+                         .norm = q_norm_weight.has_value(),
+                         .eps = norm_eps,
+                         .theta = rope_theta,
+                         .pairing = parse_pairing(rope_pairing, "rope_pairing")};
   const HeadsShape shape{"x", x.sym_size(0), x.sym_size(1), head_dim, x.device()};
   check_norm_rope_options(
-      prologue, shape, shape,
+      norm_rope, shape, shape,
       {.q_weight = "q_norm_weight", .k_weight = "k_norm_weight", .eps = "norm_eps", .theta = "rope_theta"});
   if (segment_ids) check_token_ids(*segment_ids, "segment_ids", x, "x");
   if (sinks) check_sinks(*sinks, heads, x.device(), "x");
 
   auto [query, key, value] = project_query_key_value(x, {q_weight, q_bias}, {k_weight, k_bias}, {v_weight, v_bias});
   value = split_heads(value, head_dim);
-  prologue.q = split_heads(std::exchange(query, {}), head_dim);
-  prologue.k = split_heads(std::exchange(key, {}), head_dim);
-  const at::Tensor attended = attend(std::move(prologue), value, arguments, backend);
+  norm_rope.q = split_heads(std::exchange(query, {}), head_dim);
+  norm_rope.k = split_heads(std::exchange(key, {}), head_dim);
+  const at::Tensor attended = attend(std::move(norm_rope), value, arguments, backend);
   const at::Tensor out = at::linear(attended.flatten(2, 3), out_weight, out_bias);
   return dropout_rate > 0.0 && training ? at::dropout(out, dropout_rate, /*train=*/true) : out;
 }

@@ -125,7 +125,7 @@ def test_heads_of_a_caller_are_not_written_over(device: str) -> None:
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])
-def test_in_place_gradient_of_the_prologue_is_the_same(qk_norm: bool, device: str) -> None:
+def test_in_place_gradient_of_qk_norm_rope_is_the_same(qk_norm: bool, device: str) -> None:
     dtypes = [torch.float32, torch.bfloat16, torch.float16]
     for dtype, dim in ((dtype, dim) for dtype in dtypes for dim in (48, 64, 128, 24)):
         q, k, dq, dk = (torch.randn(2, 9, n, dim, device=device).to(dtype) for n in (4, 2, 4, 2))

@@ -26,8 +26,8 @@ def make(device: str, dtype: torch.dtype = torch.bfloat16, dim: int = 32) -> dic
 
 
 def by_parts(q, k, v, q_weight, k_weight, sinks=None, segment_ids=None, freqs=(None, None), **options):
-    prologue = {name: options.pop(name) for name in ("eps", "theta", "pairing") if name in options}
-    q, k = OPS.qk_norm_rope(q, k, q_weight, k_weight, *freqs, **prologue)
+    norm_rope = {name: options.pop(name) for name in ("eps", "theta", "pairing") if name in options}
+    q, k = OPS.qk_norm_rope(q, k, q_weight, k_weight, *freqs, **norm_rope)
     return OPS.flash_attention(q, k, v, segment_ids, sinks=sinks, **options)
 
 

@@ -1,4 +1,4 @@
-"""The fused prologue and its gradient repeat bitwise, whoever works on them, and can be captured in a CUDA graph."""
+"""qk_norm_rope and its gradient repeat bitwise, whoever works on them, and can be captured in a CUDA graph."""
 
 import pytest
 import torch

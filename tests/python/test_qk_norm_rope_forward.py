@@ -1,4 +1,4 @@
-"""The fused prologue gives what float64 gives, within twice the error of the formula in its own precision."""
+"""qk_norm_rope gives what float64 gives, within twice the error of the formula in its own precision."""
 
 import pytest
 import torch

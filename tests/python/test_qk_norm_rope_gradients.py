@@ -1,4 +1,4 @@
-"""All gradients of the fused prologue are those of float64, within twice the error of the formula's own precision."""
+"""All gradients of qk_norm_rope are those of float64, within twice the error of the formula's own precision."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The prologue under higher derivatives, function transforms, autocast, compilation and export."""
+"""qk_norm_rope under higher derivatives, function transforms, autocast, compilation and export."""
 
 import pytest
 import torch
@@ -148,14 +148,14 @@ def test_compiled_whole_equals_eager(dynamic: bool, source: str | None, device: 
 
 
 def test_exported_with_a_dynamic_length() -> None:
-    class Prologue(torch.nn.Module):
+    class NormRope(torch.nn.Module):
         def forward(self, q: Tensor, k: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
             return selfattn.qk_norm_rope(q, k, weight, weight)
 
     q, k, weight = torch.randn(2, 5, 4, 8), torch.randn(2, 5, 2, 8), torch.randn(8)
     length = torch.export.Dim("length", min=2, max=1000)
     program = torch.export.export(
-        Prologue(), (q, k, weight), dynamic_shapes=({1: length}, {1: length}, None), strict=False
+        NormRope(), (q, k, weight), dynamic_shapes=({1: length}, {1: length}, None), strict=False
     )
     q, k = torch.randn(2, 9, 4, 8), torch.randn(2, 9, 2, 8)
     for actual, wanted in zip(program.module()(q, k, weight), selfattn.qk_norm_rope(q, k, weight, weight), strict=True):

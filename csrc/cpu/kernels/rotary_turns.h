@@ -4,7 +4,7 @@
 #include <bit>
 #include <cstdint>
 
-#include "cpu/prologue_kernels.h"
+#include "cpu/qk_norm_rope_kernels.h"
 
 namespace selfattn::cpu {
 inline namespace CPU_CAPABILITY {
@@ -34,7 +34,7 @@ inline void compute_turns(double position, const double* __restrict quarter_turn
 
 /// Those of one token at a time, from tables or from positions.
 struct TokenTurns {
-  const PrologueProblem& p;
+  const NormRopeProblem& p;
   float* workspace;  // D floats
   const float *sin = nullptr, *cos = nullptr;
 

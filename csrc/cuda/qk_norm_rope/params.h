@@ -28,7 +28,7 @@ struct TurnSource {
 };
 
 // One of q and k.
-struct PrologueSide {
+struct NormRopeSide {
   int batch, length, heads;
   HeadsView input;     // forward, and backward with the norm
   HeadsView grad;      // backward
@@ -38,14 +38,14 @@ struct PrologueSide {
   TurnSource turns;
   float* partial_sums;    // (blocks, dim) scratch of the weight's gradient; null without a weight
   void* weight_gradient;  // (dim,) of weight_type
-  int blocks;             // thread blocks that work on it: plan_prologue
+  int blocks;             // thread blocks that work on it: schedule_qk_norm_rope
 };
 
 constexpr int kMaxVectorDim = 256;  // vector kernels: multiples of 16 up to this
-constexpr int kMaxPrologueDim = 1024;
+constexpr int kMaxNormRopeDim = 1024;
 
-struct PrologueParams {
-  PrologueSide sides[2];
+struct NormRopeParams {
+  NormRopeSide sides[2];
   int num_sides;
   int dim;
   FloatType element;
@@ -54,18 +54,18 @@ struct PrologueParams {
   float eps;
   double theta;
   double quarter_turns[kMaxVectorDim / 2];  // of one step of the position, a pair; vector kernels
-  int tokens_per_warp;                      // a block's, for the general kernels: plan_prologue
+  int tokens_per_warp;                      // a block's, for the general kernels: schedule_qk_norm_rope
 };
 
-constexpr bool prologue_has_vector_kernel(int64_t dim) { return dim % 16 == 0 && dim > 0 && dim <= kMaxVectorDim; }
+constexpr bool has_vector_kernel(int64_t dim) { return dim % 16 == 0 && dim > 0 && dim <= kMaxVectorDim; }
 
 // Cuts the work into thread blocks: fills in `blocks` and `tokens_per_warp`.
-cudaError_t plan_prologue(PrologueParams& params, bool is_backward);
+cudaError_t schedule_qk_norm_rope(NormRopeParams& params, bool is_backward);
 
 // result = input, normalised and turned. Gives the launch status.
-cudaError_t launch_qk_norm_rope_forward(const PrologueParams& params, cudaStream_t stream);
+cudaError_t launch_qk_norm_rope_forward(const NormRopeParams& params, cudaStream_t stream);
 
 // result = the gradient of input, and weight_gradient; has_norm only.
-cudaError_t launch_qk_norm_rope_backward(const PrologueParams& params, cudaStream_t stream);
+cudaError_t launch_qk_norm_rope_backward(const NormRopeParams& params, cudaStream_t stream);
 
 }  // namespace selfattn::cuda

@@ -1,5 +1,5 @@
 // Compiled once for each instruction set: see cmake/cpu_kernels.cmake.
-#include "cpu/prologue_kernels.h"
+#include "cpu/qk_norm_rope_kernels.h"
 
 #include <vector>
 
@@ -64,13 +64,13 @@ inline void norm_backward(float* __restrict g, float* __restrict x, float rstd, 
   for (int64_t i = 0; i < count; ++i) g[i] = rstd * g[i] - x[i] * along;
 }
 
-inline float reciprocal_rms(const PrologueProblem& p, const float* x) {
+inline float reciprocal_rms(const NormRopeProblem& p, const float* x) {
   return 1.0f / std::sqrt(dot(x, x, p.dim) / static_cast<float>(p.dim) + p.eps);
 }
 
 /// body(batch, token, head, row) for the heads of a range of tokens, `row` counting (B, S, N).
 template <typename Body>
-void for_each_head(const PrologueProblem& p, int64_t first_token, int64_t last_token, TokenTurns& turns,
+void for_each_head(const NormRopeProblem& p, int64_t first_token, int64_t last_token, TokenTurns& turns,
                    const Body& body) {
   for (int64_t index = first_token; index < last_token; ++index) {
     const int64_t batch = index / p.length, token = index % p.length;
@@ -80,7 +80,7 @@ void for_each_head(const PrologueProblem& p, int64_t first_token, int64_t last_t
 }
 
 template <typename T>
-void prologue_forward(const PrologueProblem& p, int64_t first_token, int64_t last_token) {
+void norm_rope_forward(const NormRopeProblem& p, int64_t first_token, int64_t last_token) {
   std::vector<float> workspace(3 * p.dim);
   float *x = workspace.data(), *y = x + p.dim;
   TokenTurns turns{p, y + p.dim};
@@ -94,7 +94,7 @@ void prologue_forward(const PrologueProblem& p, int64_t first_token, int64_t las
 }
 
 template <typename T>
-void prologue_backward(const PrologueProblem& p, int64_t first_token, int64_t last_token, float* weight_gradient) {
+void norm_rope_backward(const NormRopeProblem& p, int64_t first_token, int64_t last_token, float* weight_gradient) {
   std::vector<float> workspace(4 * p.dim);
   float *const x = workspace.data(), *const grad = x + p.dim, *const turned_back = grad + p.dim;
   TokenTurns turns{p, turned_back + p.dim};
@@ -111,10 +111,10 @@ void prologue_backward(const PrologueProblem& p, int64_t first_token, int64_t la
   });
 }
 
-extern const PrologueKernels kFloatPrologue, kBFloat16Prologue, kHalfPrologue;
-const PrologueKernels kFloatPrologue{prologue_forward<float>, prologue_backward<float>};
-const PrologueKernels kBFloat16Prologue{prologue_forward<c10::BFloat16>, prologue_backward<c10::BFloat16>};
-const PrologueKernels kHalfPrologue{prologue_forward<c10::Half>, prologue_backward<c10::Half>};
+extern const NormRopeKernels kFloatNormRopeKernels, kBFloat16NormRopeKernels, kHalfNormRopeKernels;
+const NormRopeKernels kFloatNormRopeKernels{norm_rope_forward<float>, norm_rope_backward<float>};
+const NormRopeKernels kBFloat16NormRopeKernels{norm_rope_forward<c10::BFloat16>, norm_rope_backward<c10::BFloat16>};
+const NormRopeKernels kHalfNormRopeKernels{norm_rope_forward<c10::Half>, norm_rope_backward<c10::Half>};
 
 }  // namespace CPU_CAPABILITY
 }  // namespace selfattn::cpu

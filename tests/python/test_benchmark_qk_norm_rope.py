@@ -1,4 +1,4 @@
-"""The benchmark of the prologue runs every case, and its rows say what was measured."""
+"""The benchmark of qk_norm_rope runs every case, and its rows say what was measured."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "prologue.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "qk_norm_rope.py"
 QUICK = ["--tiny", "--rounds", "1", "--repeats", "1", "--pause", "0"]
 
 
@@ -25,7 +25,7 @@ def run(*options: str) -> subprocess.CompletedProcess:
 
 
 def test_rows_name_what_was_measured(tmp_path: Path) -> None:
-    path = tmp_path / "prologue.jsonl"
+    path = tmp_path / "qk_norm_rope.jsonl"
     result = run(*QUICK, "--commit", "abc1234", "--out", str(path))
     assert result.returncode == 0, result.stdout + result.stderr
     rows = [json.loads(line) for line in path.read_text().splitlines()]

@@ -9,7 +9,7 @@
 namespace selfattn::cpu {
 
 /// One of q and k. A token is an index into (B, S).
-struct PrologueProblem {
+struct NormRopeProblem {
   int64_t batch, length, heads, dim;
   TokenView input;         // (B, S, N, D); forward, and backward with the norm
   TokenView grad;          // (B, S, N, D); backward
@@ -27,10 +27,10 @@ struct PrologueProblem {
 };
 
 /// The kernels of one instruction set, for one storage type.
-struct PrologueKernels {
-  void (*forward)(const PrologueProblem&, int64_t first_token, int64_t last_token);
+struct NormRopeKernels {
+  void (*forward)(const NormRopeProblem&, int64_t first_token, int64_t last_token);
   /// Adds the range's share of the weight's gradient to weight_gradient (D,), where there is a weight.
-  void (*backward)(const PrologueProblem&, int64_t first_token, int64_t last_token, float* weight_gradient);
+  void (*backward)(const NormRopeProblem&, int64_t first_token, int64_t last_token, float* weight_gradient);
 };
 
 }  // namespace selfattn::cpu

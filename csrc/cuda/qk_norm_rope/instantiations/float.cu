@@ -2,7 +2,7 @@
 
 namespace selfattn::cuda {
 
-cudaError_t launch_qk_norm_rope_float(const PrologueParams& params, bool is_backward, cudaStream_t stream) {
+cudaError_t launch_qk_norm_rope_float(const NormRopeParams& params, bool is_backward, cudaStream_t stream) {
   return launch_qk_norm_rope<float>(params, is_backward, stream);
 }
 

@@ -31,24 +31,24 @@ __device__ __forceinline__ void store_block_sum(Pairs& sums, const LanePlace<Con
     }
   }
   __syncthreads();
-  for (int column = threadIdx.x; column < dim; column += kPrologueThreads) {
+  for (int column = threadIdx.x; column < dim; column += kVectorThreads) {
     float sum = 0.0f;
 #pragma unroll
-    for (int row = 0; row < kPrologueWarps; row++) sum += s_rows[row][column];
+    for (int row = 0; row < kVectorWarps; row++) sum += s_rows[row][column];
     g_row[column] = sum;
   }
 }
 
 template <class Config>
-__global__ void __launch_bounds__(kPrologueThreads, Config::kMinBlocks)
-    qk_norm_rope_backward_kernel(const __grid_constant__ PrologueParams p) {
+__global__ void __launch_bounds__(kVectorThreads, Config::kMinBlocks)
+    qk_norm_rope_backward_kernel(const __grid_constant__ NormRopeParams p) {
   using Element = typename Config::Element;
   constexpr int kRows = Config::kRows, kPasses = Config::kBackwardPasses;
-  __shared__ __align__(16) float s_turns[kPrologueWarps][Config::kMaxDim];  // at the end: the warps' sums
+  __shared__ __align__(16) float s_turns[kVectorWarps][Config::kMaxDim];  // at the end: the warps' sums
   __shared__ __align__(16) SharedWeight<Config> s_weight;
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const bool is_first = static_cast<int>(blockIdx.x) < p.sides[0].blocks;
-  const PrologueSide& side = p.sides[is_first ? 0 : 1];
+  const NormRopeSide& side = p.sides[is_first ? 0 : 1];
   const int block = is_first ? blockIdx.x : blockIdx.x - p.sides[0].blocks;
   const LanePlace<Config> place(lane, p.dim);
   const LaneTurns<Config> source(p, side.turns, s_turns[warp], lane);

@@ -7,28 +7,28 @@
 namespace selfattn::cuda {
 
 template <class Config>
-cudaError_t launch_vector_kernel(const PrologueParams& params, bool is_backward, int blocks, cudaStream_t stream) {
+cudaError_t launch_vector_kernel(const NormRopeParams& params, bool is_backward, int blocks, cudaStream_t stream) {
   if (is_backward) {
-    qk_norm_rope_backward_kernel<Config><<<blocks, kPrologueThreads, 0, stream>>>(params);
+    qk_norm_rope_backward_kernel<Config><<<blocks, kVectorThreads, 0, stream>>>(params);
   } else {
-    qk_norm_rope_forward_kernel<Config><<<blocks, kPrologueThreads, 0, stream>>>(params);
+    qk_norm_rope_forward_kernel<Config><<<blocks, kVectorThreads, 0, stream>>>(params);
   }
   return cudaGetLastError();
 }
 
 template <class Element, bool kPairsHalves>
-cudaError_t launch_by_dim(const PrologueParams& params, bool is_backward, int blocks, cudaStream_t stream) {
+cudaError_t launch_by_dim(const NormRopeParams& params, bool is_backward, int blocks, cudaStream_t stream) {
   if (params.dim <= 64) {
-    return launch_vector_kernel<PrologueConfig<Element, 4, kPairsHalves>>(params, is_backward, blocks, stream);
+    return launch_vector_kernel<NormRopeConfig<Element, 4, kPairsHalves>>(params, is_backward, blocks, stream);
   }
   if (params.dim <= 128) {
-    return launch_vector_kernel<PrologueConfig<Element, 8, kPairsHalves>>(params, is_backward, blocks, stream);
+    return launch_vector_kernel<NormRopeConfig<Element, 8, kPairsHalves>>(params, is_backward, blocks, stream);
   }
-  return launch_vector_kernel<PrologueConfig<Element, 16, kPairsHalves>>(params, is_backward, blocks, stream);
+  return launch_vector_kernel<NormRopeConfig<Element, 16, kPairsHalves>>(params, is_backward, blocks, stream);
 }
 
 template <class Element>
-cudaError_t launch_general_kernel(const PrologueParams& params, bool is_backward, int blocks, cudaStream_t stream) {
+cudaError_t launch_general_kernel(const NormRopeParams& params, bool is_backward, int blocks, cudaStream_t stream) {
   const int turns = (params.dim + 1) / 2 * 2;  // floats
   if (is_backward) {
     const size_t bytes = (turns + kGeneralWarps * params.dim) * sizeof(float);
@@ -40,10 +40,10 @@ cudaError_t launch_general_kernel(const PrologueParams& params, bool is_backward
 }
 
 template <class Element>
-cudaError_t launch_qk_norm_rope(const PrologueParams& params, bool is_backward, cudaStream_t stream) {
+cudaError_t launch_qk_norm_rope(const NormRopeParams& params, bool is_backward, cudaStream_t stream) {
   const int blocks = params.sides[0].blocks + (params.num_sides > 1 ? params.sides[1].blocks : 0);
   if (blocks == 0) return cudaSuccess;
-  if (!prologue_has_vector_kernel(params.dim)) {
+  if (!has_vector_kernel(params.dim)) {
     return launch_general_kernel<Element>(params, is_backward, blocks, stream);
   }
   return params.pairs_halves ? launch_by_dim<Element, true>(params, is_backward, blocks, stream)

@@ -6,13 +6,13 @@
 
 namespace selfattn::cuda {
 
-constexpr int kWarpSize = 32, kPrologueWarps = 8, kPrologueThreads = kPrologueWarps * kWarpSize;
+constexpr int kWarpSize = 32, kVectorWarps = 8, kVectorThreads = kVectorWarps * kWarpSize;
 constexpr int kLaneElements = 2 * kChunk;  // dim / kLaneElements lanes hold a head
 constexpr int kLanePairs = kChunk;
 
 // kLanes: lanes a head, a power of two; those past dim / kLaneElements hold zeros.
 template <class Element_, int kLanes_, bool kPairsHalves_>
-struct PrologueConfig {
+struct NormRopeConfig {
   using Element = Element_;
   static constexpr int kLanes = kLanes_;
   static constexpr bool kPairsHalves = kPairsHalves_;
@@ -111,8 +111,8 @@ struct SharedWeight {
   float values[Config::kMaxDim];  // [first of pairs 0..3 | 4..7, second of pairs 0..3 | 4..7][lane][4]
 
   // All threads of the block; a barrier must follow.
-  __device__ __forceinline__ void fill(const PrologueSide& side, int dim) {
-    for (int i = threadIdx.x; i < Config::kMaxDim; i += kPrologueThreads) {
+  __device__ __forceinline__ void fill(const NormRopeSide& side, int dim) {
+    for (int i = threadIdx.x; i < Config::kMaxDim; i += kVectorThreads) {
       const int column = i / kFour % kLanes, pair = i / kRowOfLanes % 2 * kFour + i % kFour;
       const int is_second = i / (2 * kRowOfLanes), low = kChunk * column, high = dim / 2 + low;
       const int element = Config::kPairsHalves ? (is_second ? high : low) + pair
@@ -137,13 +137,13 @@ struct SharedWeight {
 template <class Config>
 struct LaneTurns {
   static constexpr int kCosines = Config::kMaxDim / 2;
-  const PrologueParams& p;
+  const NormRopeParams& p;
   const TurnSource& source;
   float* s_turns;  // the warp's: sines (kMaxDim / 2), cosines
   int lane;
   double step[Config::kTurnsPerLane];  // quarter turns of one step of the position, for the pairs it makes
 
-  __device__ __forceinline__ LaneTurns(const PrologueParams& p, const TurnSource& source, float* s_turns, int lane)
+  __device__ __forceinline__ LaneTurns(const NormRopeParams& p, const TurnSource& source, float* s_turns, int lane)
       : p(p), source(source), s_turns(s_turns), lane(lane) {
 #pragma unroll
     for (int i = 0; i < Config::kTurnsPerLane; i++) {
@@ -215,14 +215,14 @@ __device__ __forceinline__ float dot(const Pairs& a, const Pairs& b) {
   return of_first + of_second;
 }
 
-// The tokens of a warp: every kPrologueWarps-th of its block's range.
+// The tokens of a warp: every kVectorWarps-th of its block's range.
 struct WarpTokens {
-  const PrologueSide& side;
+  const NormRopeSide& side;
   int index, last, batch = 0, token = 0;
 
-  __device__ __forceinline__ WarpTokens(const PrologueParams& p, const PrologueSide& side, int block) : side(side) {
-    const int64_t first = static_cast<int64_t>(block) * kPrologueWarps * p.tokens_per_warp;
-    const int64_t end = first + kPrologueWarps * p.tokens_per_warp,
+  __device__ __forceinline__ WarpTokens(const NormRopeParams& p, const NormRopeSide& side, int block) : side(side) {
+    const int64_t first = static_cast<int64_t>(block) * kVectorWarps * p.tokens_per_warp;
+    const int64_t end = first + kVectorWarps * p.tokens_per_warp,
                   tokens = static_cast<int64_t>(side.batch) * side.length;
     index = static_cast<int>(first) + static_cast<int>(threadIdx.x) / kWarpSize;
     last = static_cast<int>(end < tokens ? end : tokens);
@@ -236,7 +236,7 @@ struct WarpTokens {
     return true;
   }
 
-  __device__ __forceinline__ void advance() { index += kPrologueWarps; }
+  __device__ __forceinline__ void advance() { index += kVectorWarps; }
 };
 
 template <class Element>

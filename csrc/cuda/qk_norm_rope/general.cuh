@@ -1,4 +1,4 @@
-// qk_norm_rope for the head dimensions without a vector kernel: any up to kMaxPrologueDim, odd ones without rotation. A
+// qk_norm_rope for the head dimensions without a vector kernel: any up to kMaxNormRopeDim, odd ones without rotation. A
 // block takes a token at a time and makes its turns once; a warp takes a head at a time and reads it twice.
 #pragma once
 #include "lane.cuh"
@@ -29,7 +29,7 @@ struct PairOrder {
     if (second(pair) < dim) g_head[second(pair)] = static_cast<Element>(value.y);
   }
 
-  __device__ __forceinline__ float2 load_weight(const PrologueSide& side, int pair) const {
+  __device__ __forceinline__ float2 load_weight(const NormRopeSide& side, int pair) const {
     if (!side.weight) return make_float2(1.0f, 1.0f);
     const int second_index = second(pair);
     return make_float2(load_float(side.weight, side.weight_type, first(pair)),
@@ -43,13 +43,13 @@ __device__ __forceinline__ float2 rotated(float2 x, Turn turn) {
 
 template <class Element, bool kIsBackward>
 __global__ void __launch_bounds__(kGeneralThreads)
-    qk_norm_rope_general_kernel(const __grid_constant__ PrologueParams p) {
+    qk_norm_rope_general_kernel(const __grid_constant__ NormRopeParams p) {
   extern __shared__ float s_memory[];
   Turn* const s_turns = reinterpret_cast<Turn*>(s_memory);  // (dim / 2)
   float* const s_sums = s_memory + (p.dim + 1) / 2 * 2;     // (warps, dim), backward
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const bool is_first = static_cast<int>(blockIdx.x) < p.sides[0].blocks;
-  const PrologueSide& side = p.sides[is_first ? 0 : 1];
+  const NormRopeSide& side = p.sides[is_first ? 0 : 1];
   const int block = is_first ? blockIdx.x : blockIdx.x - p.sides[0].blocks;
   const PairOrder order{p.dim, !p.pairs_halves || !p.has_rope};
   float* const s_warp_sums = s_sums + warp * p.dim;

@@ -6,15 +6,15 @@
 namespace selfattn::cuda {
 
 template <class Config>
-__global__ void __launch_bounds__(kPrologueThreads, Config::kMinBlocks)
-    qk_norm_rope_forward_kernel(const __grid_constant__ PrologueParams p) {
+__global__ void __launch_bounds__(kVectorThreads, Config::kMinBlocks)
+    qk_norm_rope_forward_kernel(const __grid_constant__ NormRopeParams p) {
   using Element = typename Config::Element;
   constexpr int kRows = Config::kRows, kPasses = Config::kForwardPasses;
-  __shared__ __align__(16) float s_turns[kPrologueWarps][Config::kMaxDim];
+  __shared__ __align__(16) float s_turns[kVectorWarps][Config::kMaxDim];
   __shared__ __align__(16) SharedWeight<Config> s_weight;
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const bool is_first = static_cast<int>(blockIdx.x) < p.sides[0].blocks;
-  const PrologueSide& side = p.sides[is_first ? 0 : 1];
+  const NormRopeSide& side = p.sides[is_first ? 0 : 1];
   const LanePlace<Config> place(lane, p.dim);
   const LaneTurns<Config> source(p, side.turns, s_turns[warp], lane);
   s_weight.fill(side, p.dim);

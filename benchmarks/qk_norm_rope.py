@@ -1,7 +1,7 @@
 """Times qk_norm_rope and its gradient beside a device copy, as bytes over time: one process, medians.
 
-    python benchmarks/prologue.py --out benchmarks/results/prologue_h100.jsonl
-    python benchmarks/prologue.py --case "norm rotary D128" --pass forward --rounds 9
+    python benchmarks/qk_norm_rope.py --out benchmarks/results/qk_norm_rope_h100.jsonl
+    python benchmarks/qk_norm_rope.py --case "norm rotary D128" --pass forward --rounds 9
 
 16,384 tokens, 2048 features of q (and of k, unless heads are grouped). Bytes are those of the tensors that must move: q
 and k in and out, and for the gradient with the norm also the incoming one; tables and weights are not counted. A
@@ -158,7 +158,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--repeats", type=int, default=60, help="calls of one measurement")
     parser.add_argument("--pause", type=float, default=0.05, help="seconds of rest before each measurement")
-    add_record_options(parser, "prologue.jsonl")
+    add_record_options(parser, "qk_norm_rope.jsonl")
     return parse_with_tiny(parser)
 
 

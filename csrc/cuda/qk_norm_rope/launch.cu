@@ -6,9 +6,9 @@
 
 namespace selfattn::cuda {
 
-cudaError_t launch_qk_norm_rope_float(const PrologueParams& params, bool is_backward, cudaStream_t stream);
-cudaError_t launch_qk_norm_rope_bf16(const PrologueParams& params, bool is_backward, cudaStream_t stream);
-cudaError_t launch_qk_norm_rope_fp16(const PrologueParams& params, bool is_backward, cudaStream_t stream);
+cudaError_t launch_qk_norm_rope_float(const NormRopeParams& params, bool is_backward, cudaStream_t stream);
+cudaError_t launch_qk_norm_rope_bf16(const NormRopeParams& params, bool is_backward, cudaStream_t stream);
+cudaError_t launch_qk_norm_rope_fp16(const NormRopeParams& params, bool is_backward, cudaStream_t stream);
 
 namespace {
 
@@ -57,12 +57,12 @@ __global__ void __launch_bounds__(kSumColumns* kSumSlices)
   if (threadIdx.x == 0 && result_column < p.dim) store_float(side.weight_gradient, side.type, result_column, total);
 }
 
-cudaError_t launch_sum_weight_gradients(const PrologueParams& params, cudaStream_t stream) {
+cudaError_t launch_sum_weight_gradients(const NormRopeParams& params, cudaStream_t stream) {
   WeightSumParams sums{};
   sums.dim = params.dim;
   int sides = 0;
   for (int i = 0; i < params.num_sides; i++) {
-    const PrologueSide& side = params.sides[i];
+    const NormRopeSide& side = params.sides[i];
     if (!side.weight_gradient) continue;
     sums.sides[sides++] = {side.partial_sums, side.weight_gradient, side.weight_type, side.blocks};
   }
@@ -79,7 +79,7 @@ cudaError_t launch_sum_weight_gradients(const PrologueParams& params, cudaStream
   return cudaLaunchKernelEx(&config, sum_weight_gradients_kernel, sums);
 }
 
-cudaError_t launch(const PrologueParams& params, bool is_backward, cudaStream_t stream) {
+cudaError_t launch(const NormRopeParams& params, bool is_backward, cudaStream_t stream) {
   switch (params.element) {
     case FloatType::kBFloat16:
       return launch_qk_norm_rope_bf16(params, is_backward, stream);
@@ -92,15 +92,15 @@ cudaError_t launch(const PrologueParams& params, bool is_backward, cudaStream_t 
 
 }  // namespace
 
-cudaError_t plan_prologue(PrologueParams& params, bool is_backward) {
+cudaError_t schedule_qk_norm_rope(NormRopeParams& params, bool is_backward) {
   int device = 0, processors = 0;
   if (const cudaError_t status = find_device(device, processors)) return status;
   const int most_blocks = processors * (is_backward ? kBackwardBlocks : kForwardBlocks);
-  const bool is_vector = prologue_has_vector_kernel(params.dim);
+  const bool is_vector = has_vector_kernel(params.dim);
   const int warps = is_vector ? kWarpsOfBlock : 1;  // a block of the general kernel takes one token at a time
   int64_t tokens[2] = {0, 0};
   for (int i = 0; i < params.num_sides; i++) {
-    const PrologueSide& side = params.sides[i];
+    const NormRopeSide& side = params.sides[i];
     tokens[i] = side.heads > 0 ? static_cast<int64_t>(side.batch) * side.length : 0;
   }
   const int64_t slots = static_cast<int64_t>(most_blocks) * warps;
@@ -113,11 +113,11 @@ cudaError_t plan_prologue(PrologueParams& params, bool is_backward) {
   return cudaSuccess;
 }
 
-cudaError_t launch_qk_norm_rope_forward(const PrologueParams& params, cudaStream_t stream) {
+cudaError_t launch_qk_norm_rope_forward(const NormRopeParams& params, cudaStream_t stream) {
   return launch(params, /*is_backward=*/false, stream);
 }
 
-cudaError_t launch_qk_norm_rope_backward(const PrologueParams& params, cudaStream_t stream) {
+cudaError_t launch_qk_norm_rope_backward(const NormRopeParams& params, cudaStream_t stream) {
   const cudaError_t status = launch(params, /*is_backward=*/true, stream);
   return status == cudaSuccess ? launch_sum_weight_gradients(params, stream) : status;
 }
