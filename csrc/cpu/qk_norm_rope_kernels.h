@@ -17,7 +17,7 @@ struct NormRopeProblem {
   bool has_norm = false, has_rope = false, pairs_halves = false;
   float eps = 0.0f;
   const float* weight = nullptr;  // (D,); null: ones
-  // Tables, or positions with the quarter turns of one step. A batch stride is 0 where all rows share them.
+  // Tables, or positions with the quarter turns (rotary.h) of one step. A batch stride is 0 where all rows share them.
   const float *sin = nullptr, *cos = nullptr;  // (1 or B, S, D / 2)
   const double* positions = nullptr;           // (1 or B, S); null: 0 .. S - 1
   int64_t row_stride = 0;                      // tokens from one batch row to the next, in tables or positions

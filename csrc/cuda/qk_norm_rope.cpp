@@ -58,12 +58,12 @@ Tensor with_float_type(const Tensor& tensor) {
   return float_type(tensor.scalar_type()) ? tensor : tensor.to(at::kFloat);
 }
 
-/// The turns of heads, and the tensors that they point into.
-struct Turns {
+/// The angles of heads, and the tensors that they point into.
+struct Angles {
   Tensor sin, cos, positions;
-  TurnSource source{};
+  AngleSource source{};
 
-  explicit Turns(const NormRopeCall& call) {
+  explicit Angles(const NormRopeCall& call) {
     const auto row_stride = [](const Tensor& tensor) { return tensor.size(0) == 1 ? 0 : tensor.stride(0); };
     if (call.freqs_sin) {
       sin = with_float_type(*call.freqs_sin), cos = with_float_type(*call.freqs_cos);
@@ -98,17 +98,17 @@ NormRopeParams make_params(const NormRopeCall& call, const Tensor& x) {
   params.pairs_halves = call.pairing == RotaryPairing::kHalf;
   params.eps = static_cast<float>(call.eps), params.theta = call.theta;
   if (call.rope && !call.freqs_sin && has_vector_kernel(x.size(3))) {
-    const std::vector<double>& turns = quarter_turns(x.size(3), call.theta);
-    std::copy(turns.begin(), turns.end(), params.quarter_turns);
+    const std::vector<double>& angles = quarter_turns(x.size(3), call.theta);
+    std::copy(angles.begin(), angles.end(), params.quarter_turns);
   }
   return params;
 }
 
-void set_shape(NormRopeSide& side, const Tensor& x, const Tensor& result, const Turns& turns) {
+void set_shape(NormRopeSide& side, const Tensor& x, const Tensor& result, const Angles& angles) {
   side.batch = static_cast<int>(x.size(0)), side.length = static_cast<int>(x.size(1));
   side.heads = static_cast<int>(x.size(2));
   side.result = result.mutable_data_ptr();
-  side.turns = turns.source;
+  side.angles = angles.source;
 }
 
 void set_weight(NormRopeSide& side, const Tensor& weight) {
@@ -145,22 +145,22 @@ struct Heads {
   const Tensor& k;
 };
 
-/// `turns_back`: the transposed rotation, which is the gradient of a call without norm.
-void launch_forward(const NormRopeCall& call, const Heads& from, const Heads& to, bool turns_back) {
+/// `rotates_back`: the transposed rotation, which is the gradient of a call without norm.
+void launch_forward(const NormRopeCall& call, const Heads& from, const Heads& to, bool rotates_back) {
   const Tensor &q = from.q, &k = from.k;
   const c10::cuda::CUDAGuard guard(q.device());
   const cudaStream_t stream = at::cuda::getCurrentCUDAStream();
-  const Turns turns(call);
+  const Angles angles(call);
   const Tensor inputs[] = {readable(q), readable(k)};
   const Tensor weights[] = {readable_weight(call.q_weight), readable_weight(call.k_weight)};
   NormRopeSide sides[2] = {};
   for (int i = 0; i < 2; i++) {
-    set_shape(sides[i], inputs[i], i == 0 ? to.q : to.k, turns);
+    set_shape(sides[i], inputs[i], i == 0 ? to.q : to.k, angles);
     set_weight(sides[i], weights[i]);
     sides[i].input = view_of_heads(inputs[i]);
   }
   for_each_launch(call, q, k, sides[0], sides[1], [&](NormRopeParams& params) {
-    params.turns_back = turns_back;
+    params.rotates_back = rotates_back;
     C10_CUDA_CHECK(schedule_qk_norm_rope(params, /*is_backward=*/false));
     C10_CUDA_CHECK(launch_qk_norm_rope_forward(params, stream));
   });
@@ -169,7 +169,7 @@ void launch_forward(const NormRopeCall& call, const Heads& from, const Heads& to
 NormRopeHeads qk_norm_rope_cuda(const NormRopeCall& call) {
   if (!have_kernels(call.q, call.k)) return compose_norm_rope(call);
   const Tensor q = empty_like_contiguous(call.q), k = empty_like_contiguous(call.k);
-  launch_forward(call, {call.q, call.k}, {q, k}, /*turns_back=*/false);
+  launch_forward(call, {call.q, call.k}, {q, k}, /*rotates_back=*/false);
   return {q, k};
 }
 
@@ -178,19 +178,19 @@ NormRopeWeightGradients launch_backward(const NormRopeCall& call, const Heads& f
   const Tensor &grad_q = from.q, &grad_k = from.k;
   const auto no_gradient = [](const Tensor& grad) { return empty({0}, grad.scalar_type(), grad.device()); };
   if (!call.norm) {
-    launch_forward(call, from, to, /*turns_back=*/true);
+    launch_forward(call, from, to, /*rotates_back=*/true);
     return {no_gradient(grad_q), no_gradient(grad_k)};
   }
   const c10::cuda::CUDAGuard guard(grad_q.device());
   const cudaStream_t stream = at::cuda::getCurrentCUDAStream();
-  const Turns turns(call);
+  const Angles angles(call);
   const OptionalTensor* const given_weights[] = {&call.q_weight, &call.k_weight};
   const Tensor inputs[] = {readable(call.q), readable(call.k)}, grads[] = {readable(grad_q), readable(grad_k)};
   const Tensor weights[] = {readable_weight(call.q_weight), readable_weight(call.k_weight)};
   Tensor weight_gradients[2];
   NormRopeSide sides[2] = {};
   for (int i = 0; i < 2; i++) {
-    set_shape(sides[i], grads[i], i == 0 ? to.q : to.k, turns);
+    set_shape(sides[i], grads[i], i == 0 ? to.q : to.k, angles);
     set_weight(sides[i], weights[i]);
     sides[i].input = view_of_heads(inputs[i]);
     sides[i].grad = view_of_heads(grads[i]);

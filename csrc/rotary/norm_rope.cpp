@@ -81,15 +81,15 @@ std::pair<at::Tensor, at::Tensor> gradients_of_one(const NormRopeCall& call, con
                                                    const RotaryTables& tables,
                                                    const std::optional<c10::SymInt>& parts) {
   const auto dtype = compute_dtype(grad);
-  // A rotation's transpose turns the other way.
-  const at::Tensor turned = call.rope ? rotate(grad, {-tables.sin, tables.cos}, call.pairing) : grad.to(dtype);
-  if (!call.norm) return {as_result(turned, grad), no_gradient(grad)};
+  // A rotation's transpose rotates the other way.
+  const at::Tensor rotated = call.rope ? rotate(grad, {-tables.sin, tables.cos}, call.pairing) : grad.to(dtype);
+  if (!call.norm) return {as_result(rotated, grad), no_gradient(grad)};
   const at::Tensor heads = x.to(dtype);
   const at::Tensor rstd = reciprocal_rms(heads, call.eps), normed = heads * rstd;
-  const at::Tensor of_normed = weighted(turned, weight);
+  const at::Tensor of_normed = weighted(rotated, weight);
   const at::Tensor along = (of_normed * normed).mean(-1, /*keepdim=*/true);
   return {as_result(rstd * (of_normed - normed * along), grad),
-          weight ? sum_of_heads(turned * normed, parts).to(weight->scalar_type()) : no_gradient(grad)};
+          weight ? sum_of_heads(rotated * normed, parts).to(weight->scalar_type()) : no_gradient(grad)};
 }
 
 at::Tensor heads_of_one(const NormRopeCall& call, const at::Tensor& x, const OptionalTensor& weight,

@@ -50,17 +50,17 @@ std::string_view to_string(RotaryPairing pairing) {
 const std::vector<double>& quarter_turns(int64_t head_dim, double theta) {
   thread_local int64_t last_dim = 0;
   thread_local double last_theta = 0.0;
-  thread_local std::vector<double> turns;
+  thread_local std::vector<double> angles;
   if (head_dim != last_dim || theta != last_theta) {
-    turns.resize(head_dim / 2);
-    for (size_t pair = 0; pair < turns.size(); ++pair) {
-      turns[pair] =
+    angles.resize(head_dim / 2);
+    for (size_t pair = 0; pair < angles.size(); ++pair) {
+      angles[pair] =
           std::pow(theta, -static_cast<double>(2 * pair) / static_cast<double>(head_dim)) * (2.0 / c10::pi<double>);
     }
     last_dim = head_dim;
     last_theta = theta;
   }
-  return turns;
+  return angles;
 }
 
 RotaryTables rotary_tables(const at::Tensor& positions, int64_t head_dim, double theta) {

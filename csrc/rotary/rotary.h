@@ -19,11 +19,11 @@ RotaryPairing parse_pairing(c10::string_view text, const char* name);
 /// The pairing's text, as parse_pairing reads it.
 std::string_view to_string(RotaryPairing pairing);
 
-/// What one position turns each pair of a head by, in quarter turns: theta^(-2i / D) * 2 / pi. Kept for the thread's
-/// next call.
+/// The angle of one position for each pair of a head, theta^(-2i / D) radians, in quarter turns: units of pi / 2, whose
+/// nearest integer is the quadrant, so that kernels reduce an angle by rounding it. Kept for the thread's next call.
 const std::vector<double>& quarter_turns(int64_t head_dim, double theta);
 
-/// The sines and cosines that turn a head's pairs at each position.
+/// The sines and cosines that rotate a head's pairs at each position.
 struct RotaryTables {
   at::Tensor sin;  // (1 or B, S, D / 2)
   at::Tensor cos;  // (1 or B, S, D / 2)
@@ -45,7 +45,7 @@ void check_theta(double theta, const char* name);
 /// Throws where `positions` are no numbers on an axis. `name` is the argument's.
 void check_positions_dtype(const at::Tensor& positions, const char* name);
 
-/// Throws where heads cannot be turned by these tables, or by these positions and theta.
+/// Throws where heads cannot be rotated by these tables, or by these positions and theta.
 void check_rotation(const HeadsShape& heads, const OptionalTensor& sin, const OptionalTensor& cos,
                     const OptionalTensor& positions, double theta, const char* theta_name);
 
@@ -58,7 +58,7 @@ std::pair<RotaryTables, RotaryTables> choose_tables_of_both(const at::Tensor& q,
                                                             const OptionalTensor& sin, const OptionalTensor& cos,
                                                             const OptionalTensor& positions, double theta);
 
-/// Turns the pairs of x (B, S, N, D) by the tables; computes and gives back at least float32.
+/// Rotates the pairs of x (B, S, N, D) by the tables; computes and gives back at least float32.
 at::Tensor rotate(const at::Tensor& x, const RotaryTables& tables, RotaryPairing pairing);
 
 }  // namespace selfattn

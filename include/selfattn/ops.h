@@ -93,7 +93,7 @@ struct RotaryOptions {
   TORCH_ARG(std::string, pairing) = "interleaved";  ///< or "half", as Hugging Face stores its checkpoints
 };
 
-/// Turns the pairs of xq (B, S, NH, D) and xk (B, S, NKV, D) by the angle of their position.
+/// Rotates the pairs of xq (B, S, NH, D) and xk (B, S, NKV, D) by the angle of their position.
 SELFATTN_API std::tuple<at::Tensor, at::Tensor> apply_rotary_emb(const at::Tensor& xq, const at::Tensor& xk,
                                                                  const RotaryOptions& options = {});
 

@@ -89,7 +89,7 @@ class NormRopeCase:
         return replace(self, **changes)
 
 
-def expected(arguments: dict, turns: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+def expected(arguments: dict, tables: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
     """q and k in float64 on the CPU, differentiable."""
     results = []
     for name in ("q", "k"):
@@ -97,11 +97,11 @@ def expected(arguments: dict, turns: tuple[Tensor, Tensor] | None) -> tuple[Tens
         if arguments["norm"]:
             weight = arguments.get(f"{name}_weight")
             x = reference.rms_norm(x, None if weight is None else weight.cpu(), arguments["eps"])
-        results.append(x if turns is None else reference.rotate(x, *turns, arguments["pairing"]))
+        results.append(x if tables is None else reference.rotate(x, *tables, arguments["pairing"]))
     return tuple(results)
 
 
-def in_own_precision(arguments: dict, turns: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+def in_own_precision(arguments: dict, tables: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
     """The formula in float32 PyTorch operators with one rounding at the end: whose error the kernels may double."""
     results = []
     for name in ("q", "k"):
@@ -110,8 +110,8 @@ def in_own_precision(arguments: dict, turns: tuple[Tensor, Tensor] | None) -> tu
             x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + arguments["eps"])
             weight = arguments.get(f"{name}_weight")
             x = x if weight is None else x * weight.float()
-        if turns is not None:
-            sin, cos = (table.to(x.device, torch.float32)[:, :, None] for table in turns)
+        if tables is not None:
+            sin, cos = (table.to(x.device, torch.float32)[:, :, None] for table in tables)
             if arguments["pairing"] == "interleaved":
                 first, second = x[..., ::2], x[..., 1::2]
                 x = torch.stack([first * cos - second * sin, first * sin + second * cos], -1).flatten(3)

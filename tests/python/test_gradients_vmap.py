@@ -194,8 +194,8 @@ def test_map_without_elements(device: str) -> None:
     out.sum().backward()
     assert q.grad.shape == q.shape
     weights = torch.ones(0, 8, device=device)
-    turned, _ = torch.vmap(lambda q, k, w: selfattn.qk_norm_rope(q, k, w, w))(q, k, weights)
-    assert turned.shape == q.shape
+    rotated, _ = torch.vmap(lambda q, k, w: selfattn.qk_norm_rope(q, k, w, w))(q, k, weights)
+    assert rotated.shape == q.shape
 
 
 def test_bad_arguments_are_named_with_their_own_shapes() -> None:

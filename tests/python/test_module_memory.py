@@ -56,7 +56,7 @@ def test_forward_without_gradients_frees_the_raw_heads(qk_norm: bool) -> None:
     module, x, ids = make("cuda", qk_norm=qk_norm)
     with torch.no_grad():
         peak = peak_of(lambda: module(x, segment_ids=ids))
-    assert peak <= 5 * TENSOR + SLACK  # q, k, v and the turned q, k; or v, the turned q, k, and the output
+    assert peak <= 5 * TENSOR + SLACK  # q, k, v and the rotated q, k; or v, the rotated q, k, and the output
 
 
 @pytest.mark.gpu

@@ -17,11 +17,11 @@ def poison(like: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_values_equal_float64(case: NormRopeCase, device: str) -> None:
-    arguments, turns = case.make(device)
+    arguments, tables = case.make(device)
     poison(arguments["q"])
     results = selfattn.qk_norm_rope(**arguments)
     for actual, peer, wanted in zip(
-        results, in_own_precision(arguments, turns), expected(arguments, turns), strict=True
+        results, in_own_precision(arguments, tables), expected(arguments, tables), strict=True
     ):
         assert actual.dtype == case.dtype and actual.is_contiguous()
         assert deviation(actual, wanted) <= 2 * deviation(peer, wanted) + FLOOR

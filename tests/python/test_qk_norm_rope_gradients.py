@@ -15,29 +15,29 @@ def leaves_of(arguments: dict) -> dict[str, Tensor]:
     return {name: arguments[name] for name in LEAVES if name in arguments}
 
 
-def gradients(function, arguments: dict, turns, grads: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+def gradients(function, arguments: dict, tables, grads: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
     """Of a call whose leaves are detached from those in ``arguments``, in their layouts."""
     leaves = {name: leaf.detach().requires_grad_() for name, leaf in leaves_of(arguments).items()}
-    results = function(arguments | leaves, turns)
+    results = function(arguments | leaves, tables)
     found = torch.autograd.grad(
         results, list(leaves.values()), [g.to(r.device, r.dtype) for g, r in zip(grads, results, strict=True)]
     )
     return dict(zip(leaves, found, strict=True))
 
 
-def exact(arguments: dict, turns):
+def exact(arguments: dict, tables):
     doubled = {name: value.cpu().double() if name in LEAVES else value for name, value in arguments.items()}
-    return doubled, turns
+    return doubled, tables
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_gradients_equal_float64(case: NormRopeCase, device: str) -> None:
-    arguments, turns = case.make(device)
+    arguments, tables = case.make(device)
     grads = tuple(torch.randn(arguments[name].shape).to(device, case.dtype) for name in ("q", "k"))
-    actual = gradients(lambda given, _: selfattn.qk_norm_rope(**given), arguments, turns, grads)
-    peers = gradients(in_own_precision, arguments, turns, grads)
-    doubled, _ = exact(arguments, turns)
-    wanted = gradients(expected, doubled, turns, grads)
+    actual = gradients(lambda given, _: selfattn.qk_norm_rope(**given), arguments, tables, grads)
+    peers = gradients(in_own_precision, arguments, tables, grads)
+    doubled, _ = exact(arguments, tables)
+    wanted = gradients(expected, doubled, tables, grads)
     for name, gradient in actual.items():
         assert gradient.dtype == arguments[name].dtype
         assert deviation(gradient, wanted[name]) <= 2 * deviation(peers[name], wanted[name]) + FLOOR, name
@@ -46,9 +46,9 @@ def test_gradients_equal_float64(case: NormRopeCase, device: str) -> None:
 @pytest.mark.parametrize("dim", [64, 40])
 def test_gradient_of_one_result_alone(dim: int, device: str) -> None:
     case = NormRopeCase(dim=dim)
-    arguments, turns = case.make(device)
+    arguments, tables = case.make(device)
     grads = (torch.randn(arguments["q"].shape), torch.zeros(arguments["k"].shape))
-    wanted = gradients(lambda given, _: selfattn.qk_norm_rope(**given), arguments, turns, grads)
+    wanted = gradients(lambda given, _: selfattn.qk_norm_rope(**given), arguments, tables, grads)
     leaves = {name: leaf.detach().requires_grad_() for name, leaf in leaves_of(arguments).items()}
     q, _ = selfattn.qk_norm_rope(**(arguments | leaves))
     q.backward(grads[0].to(device))

@@ -1,4 +1,4 @@
-"""The rotary operators turn each pair by its position's angle, in both pairings, and differentiate."""
+"""The rotary operators rotate each pair by its position's angle, in both pairings, and differentiate."""
 
 import pytest
 import reference

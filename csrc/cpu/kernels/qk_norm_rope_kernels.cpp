@@ -3,16 +3,16 @@
 
 #include <vector>
 
-#include "cpu/kernels/rotary_turns.h"
+#include "cpu/kernels/rotation.h"
 #include "cpu/kernels/vector_math.h"
 
 namespace selfattn::cpu {
 inline namespace CPU_CAPABILITY {
 
-/// y = x turned by the angles, or turned back.
+/// y = x rotated by the angles, or rotated back.
 template <bool kBack>
-void turn(const float* __restrict x, const float* __restrict sin, const float* __restrict cos, int64_t half,
-          bool pairs_halves, float* __restrict y) {
+void rotate(const float* __restrict x, const float* __restrict sin, const float* __restrict cos, int64_t half,
+            bool pairs_halves, float* __restrict y) {
   constexpr float kSign = kBack ? -1.0f : 1.0f;
   if (pairs_halves) {
     for (int64_t i = 0; i < half; ++i) {
@@ -70,11 +70,11 @@ inline float reciprocal_rms(const NormRopeProblem& p, const float* x) {
 
 /// body(batch, token, head, row) for the heads of a range of tokens, `row` counting (B, S, N).
 template <typename Body>
-void for_each_head(const NormRopeProblem& p, int64_t first_token, int64_t last_token, TokenTurns& turns,
+void for_each_head(const NormRopeProblem& p, int64_t first_token, int64_t last_token, TokenRotations& rotations,
                    const Body& body) {
   for (int64_t index = first_token; index < last_token; ++index) {
     const int64_t batch = index / p.length, token = index % p.length;
-    turns.go_to(batch, token);
+    rotations.go_to(batch, token);
     for (int64_t head = 0; head < p.heads; ++head) body(batch, token, head, index * p.heads + head);
   }
 }
@@ -83,12 +83,12 @@ template <typename T>
 void norm_rope_forward(const NormRopeProblem& p, int64_t first_token, int64_t last_token) {
   std::vector<float> workspace(3 * p.dim);
   float *x = workspace.data(), *y = x + p.dim;
-  TokenTurns turns{p, y + p.dim};
+  TokenRotations rotations{p, y + p.dim};
   T* const result = static_cast<T*>(p.result);
-  for_each_head(p, first_token, last_token, turns, [&](int64_t batch, int64_t token, int64_t head, int64_t row) {
+  for_each_head(p, first_token, last_token, rotations, [&](int64_t batch, int64_t token, int64_t head, int64_t row) {
     convert(p.input.at<const T>(batch, token, head), x, p.dim);
     if (p.has_norm) scale(x, reciprocal_rms(p, x), p.weight, p.dim);
-    if (p.has_rope) turn</*kBack=*/false>(x, turns.sin, turns.cos, p.dim / 2, p.pairs_halves, y);
+    if (p.has_rope) rotate</*kBack=*/false>(x, rotations.sin, rotations.cos, p.dim / 2, p.pairs_halves, y);
     convert_scaled(p.has_rope ? y : x, 1.0f, result + row * p.dim, p.dim);
   });
 }
@@ -96,13 +96,13 @@ void norm_rope_forward(const NormRopeProblem& p, int64_t first_token, int64_t la
 template <typename T>
 void norm_rope_backward(const NormRopeProblem& p, int64_t first_token, int64_t last_token, float* weight_gradient) {
   std::vector<float> workspace(4 * p.dim);
-  float *const x = workspace.data(), *const grad = x + p.dim, *const turned_back = grad + p.dim;
-  TokenTurns turns{p, turned_back + p.dim};
+  float *const x = workspace.data(), *const grad = x + p.dim, *const rotated_back = grad + p.dim;
+  TokenRotations rotations{p, rotated_back + p.dim};
   T* const result = static_cast<T*>(p.result);
-  for_each_head(p, first_token, last_token, turns, [&](int64_t batch, int64_t token, int64_t head, int64_t row) {
+  for_each_head(p, first_token, last_token, rotations, [&](int64_t batch, int64_t token, int64_t head, int64_t row) {
     convert(p.grad.at<const T>(batch, token, head), grad, p.dim);
-    if (p.has_rope) turn</*kBack=*/true>(grad, turns.sin, turns.cos, p.dim / 2, p.pairs_halves, turned_back);
-    float* const g = p.has_rope ? turned_back : grad;
+    if (p.has_rope) rotate</*kBack=*/true>(grad, rotations.sin, rotations.cos, p.dim / 2, p.pairs_halves, rotated_back);
+    float* const g = p.has_rope ? rotated_back : grad;
     if (p.has_norm) {
       convert(p.input.at<const T>(batch, token, head), x, p.dim);
       norm_backward(g, x, reciprocal_rms(p, x), p.weight, weight_gradient, p.dim);

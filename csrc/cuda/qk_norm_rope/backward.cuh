@@ -1,5 +1,5 @@
 // The gradient of qk_norm_rope with its norm, vector kernel; cut as the forward kernel is. With x the raw head, r =
-// 1 / sqrt(mean(x^2) + eps), n = x r, g the gradient turned back: dweight = sum of g n over tokens and heads,
+// 1 / sqrt(mean(x^2) + eps), n = x r, g the gradient rotated back: dweight = sum of g n over tokens and heads,
 // dx = r (g w - n mean(g w n)). The weight's gradient is summed in registers, then over the block, which leaves one row
 // of partial sums; a second kernel adds the rows in their order.
 #pragma once
@@ -44,14 +44,14 @@ __global__ void __launch_bounds__(kVectorThreads, Config::kMinBlocks)
     qk_norm_rope_backward_kernel(const __grid_constant__ NormRopeParams p) {
   using Element = typename Config::Element;
   constexpr int kRows = Config::kRows, kPasses = Config::kBackwardPasses;
-  __shared__ __align__(16) float s_turns[kVectorWarps][Config::kMaxDim];  // at the end: the warps' sums
+  __shared__ __align__(16) float s_rotations[kVectorWarps][Config::kMaxDim];  // at the end: the warps' sums
   __shared__ __align__(16) SharedWeight<Config> s_weight;
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const bool is_first = static_cast<int>(blockIdx.x) < p.sides[0].blocks;
   const NormRopeSide& side = p.sides[is_first ? 0 : 1];
   const int block = is_first ? blockIdx.x : blockIdx.x - p.sides[0].blocks;
   const LanePlace<Config> place(lane, p.dim);
-  const LaneTurns<Config> source(p, side.turns, s_turns[warp], lane);
+  const LaneRotations<Config> source(p, side.angles, s_rotations[warp], lane);
   s_weight.fill(side, p.dim);
   __syncthreads();
   const float inverse_dim = 1.0f / static_cast<float>(p.dim);
@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(kVectorThreads, Config::kMinBlocks)
   ptx::launch_dependents();  // the kernel that adds the rows may be brought up: it waits for this one's end
   if (side.partial_sums) {
     __syncwarp();
-    store_block_sum(sums, place, p.dim, s_turns, side.partial_sums + static_cast<int64_t>(block) * p.dim);
+    store_block_sum(sums, place, p.dim, s_rotations, side.partial_sums + static_cast<int64_t>(block) * p.dim);
   }
 }
 

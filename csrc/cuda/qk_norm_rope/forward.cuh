@@ -1,4 +1,4 @@
-// qk_norm_rope, forward, vector kernel. A block works on q or on k; a warp takes a token at a time, makes its turns
+// qk_norm_rope, forward, vector kernel. A block works on q or on k; a warp takes a token at a time, makes its rotations
 // once, and goes through its heads: kForwardPasses loads of kRows heads are in flight before the first one is used.
 #pragma once
 #include "lane.cuh"
@@ -10,13 +10,13 @@ __global__ void __launch_bounds__(kVectorThreads, Config::kMinBlocks)
     qk_norm_rope_forward_kernel(const __grid_constant__ NormRopeParams p) {
   using Element = typename Config::Element;
   constexpr int kRows = Config::kRows, kPasses = Config::kForwardPasses;
-  __shared__ __align__(16) float s_turns[kVectorWarps][Config::kMaxDim];
+  __shared__ __align__(16) float s_rotations[kVectorWarps][Config::kMaxDim];
   __shared__ __align__(16) SharedWeight<Config> s_weight;
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const bool is_first = static_cast<int>(blockIdx.x) < p.sides[0].blocks;
   const NormRopeSide& side = p.sides[is_first ? 0 : 1];
   const LanePlace<Config> place(lane, p.dim);
-  const LaneTurns<Config> source(p, side.turns, s_turns[warp], lane);
+  const LaneRotations<Config> source(p, side.angles, s_rotations[warp], lane);
   s_weight.fill(side, p.dim);
   __syncthreads();
   const float inverse_dim = 1.0f / static_cast<float>(p.dim);
@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kVectorThreads, Config::kMinBlocks)
     const Element* const g_input = token_of<Element>(side.input, tokens.batch, tokens.token);
     Element* const g_result =
         static_cast<Element*>(side.result) + static_cast<int64_t>(tokens.index) * side.heads * p.dim;
-    Pairs turns;
+    Pairs rotations;
     for (int first_head = 0; first_head < side.heads; first_head += kPasses * kRows) {
       RawPairs<Element> raw[kPasses];
 #pragma unroll
@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kVectorThreads, Config::kMinBlocks)
       }
       if (p.has_rope && first_head == 0) {
         source.make(tokens.batch, tokens.token);
-        turns = source.of_lane(place);
+        rotations = source.of_lane(place);
       }
 #pragma unroll
       for (int pass = 0; pass < kPasses; pass++) {
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kVectorThreads, Config::kMinBlocks)
             x.second[i] *= rstd * weight.second[i];
           }
         }
-        if (p.has_rope) rotate</*kBack=*/false>(x, turns);
+        if (p.has_rope) rotate</*kBack=*/false>(x, rotations);
         const int head = first_head + pass * kRows + place.row;
         if (place.is_active && head < side.heads) place.store(g_result + static_cast<int64_t>(head) * p.dim, x);
       }

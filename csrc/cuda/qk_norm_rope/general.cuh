@@ -1,5 +1,5 @@
 // qk_norm_rope for the head dimensions without a vector kernel: any up to kMaxNormRopeDim, odd ones without rotation. A
-// block takes a token at a time and makes its turns once; a warp takes a head at a time and reads it twice.
+// block takes a token at a time and makes its rotations once; a warp takes a head at a time and reads it twice.
 #pragma once
 #include "lane.cuh"
 
@@ -37,16 +37,16 @@ struct PairOrder {
   }
 };
 
-__device__ __forceinline__ float2 rotated(float2 x, Turn turn) {
-  return make_float2(x.x * turn.cos - x.y * turn.sin, x.x * turn.sin + x.y * turn.cos);
+__device__ __forceinline__ float2 rotated(float2 x, Rotation rotation) {
+  return make_float2(x.x * rotation.cos - x.y * rotation.sin, x.x * rotation.sin + x.y * rotation.cos);
 }
 
 template <class Element, bool kIsBackward>
 __global__ void __launch_bounds__(kGeneralThreads)
     qk_norm_rope_general_kernel(const __grid_constant__ NormRopeParams p) {
   extern __shared__ float s_memory[];
-  Turn* const s_turns = reinterpret_cast<Turn*>(s_memory);  // (dim / 2)
-  float* const s_sums = s_memory + (p.dim + 1) / 2 * 2;     // (warps, dim), backward
+  Rotation* const s_rotations = reinterpret_cast<Rotation*>(s_memory);  // (dim / 2)
+  float* const s_sums = s_memory + (p.dim + 1) / 2 * 2;                 // (warps, dim), backward
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const bool is_first = static_cast<int>(blockIdx.x) < p.sides[0].blocks;
   const NormRopeSide& side = p.sides[is_first ? 0 : 1];
@@ -62,14 +62,15 @@ __global__ void __launch_bounds__(kGeneralThreads)
   for (int index = block; index < tokens; index += side.blocks) {
     const int batch = index / side.length, token = index - batch * side.length;
     if (p.has_rope) {
-      __syncthreads();  // the token before is done with its turns
-      const double position = side.turns.sin ? 0.0 : position_of(side.turns, batch, token);
+      __syncthreads();  // the token before is done with its rotations
+      const double position = side.angles.sin ? 0.0 : position_of(side.angles, batch, token);
       for (int pair = threadIdx.x; pair < p.dim / 2; pair += kGeneralThreads) {
-        constexpr double kQuarterTurns = 0.63661977236758134308;  // of a radian
-        Turn turn = side.turns.sin ? table_turn(side.turns, batch, token, pair)
-                                   : turn_of(position * (pow(p.theta, -2.0 * pair / p.dim) * kQuarterTurns));
-        if (p.turns_back || kIsBackward) turn.sin = -turn.sin;
-        s_turns[pair] = turn;
+        constexpr double kQuarterTurns = 0.63661977236758134308;  // in a radian
+        Rotation rotation = side.angles.sin
+                                ? table_rotation(side.angles, batch, token, pair)
+                                : rotation_of(position * (pow(p.theta, -2.0 * pair / p.dim) * kQuarterTurns));
+        if (p.rotates_back || kIsBackward) rotation.sin = -rotation.sin;
+        s_rotations[pair] = rotation;
       }
       __syncthreads();
     }
@@ -85,7 +86,7 @@ __global__ void __launch_bounds__(kGeneralThreads)
         squares += x.x * x.x + x.y * x.y;
         if constexpr (kIsBackward) {
           float2 grad = order.load(g_grad, pair);
-          if (p.has_rope) grad = rotated(grad, s_turns[pair]);
+          if (p.has_rope) grad = rotated(grad, s_rotations[pair]);
           const float2 weight = order.load_weight(side, pair);
           product += grad.x * weight.x * x.x + grad.y * weight.y * x.y;
         }
@@ -99,7 +100,7 @@ __global__ void __launch_bounds__(kGeneralThreads)
         const float2 normed = make_float2(x.x * rstd, x.y * rstd);
         if constexpr (kIsBackward) {
           float2 grad = order.load(g_grad, pair);
-          if (p.has_rope) grad = rotated(grad, s_turns[pair]);
+          if (p.has_rope) grad = rotated(grad, s_rotations[pair]);
           s_warp_sums[order.first(pair)] += grad.x * normed.x;
           if (order.second(pair) < p.dim) s_warp_sums[order.second(pair)] += grad.y * normed.y;
           order.store(g_result, pair,
@@ -107,7 +108,7 @@ __global__ void __launch_bounds__(kGeneralThreads)
                                   rstd * (grad.y * weight.y - normed.y * along)));
         } else {
           float2 result = make_float2(normed.x * weight.x, normed.y * weight.y);
-          if (p.has_rope) result = rotated(result, s_turns[pair]);
+          if (p.has_rope) result = rotated(result, s_rotations[pair]);
           order.store(g_result, pair, result);
         }
       }

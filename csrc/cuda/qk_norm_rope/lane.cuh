@@ -2,7 +2,7 @@
 // both pairings are one code but for the order in which elements become pairs, and every load is 16 bytes wide.
 #pragma once
 #include "chunk.cuh"
-#include "turns.cuh"
+#include "rotation.cuh"
 
 namespace selfattn::cuda {
 
@@ -18,7 +18,8 @@ struct NormRopeConfig {
   static constexpr bool kPairsHalves = kPairsHalves_;
   static constexpr int kRows = kWarpSize / kLanes;  // heads side by side in a warp
   static constexpr int kMaxDim = kLanes * kLaneElements;
-  static constexpr int kTurnsPerLane = (kMaxDim / 2 + kWarpSize - 1) / kWarpSize;  // when a warp makes them together
+  // Made by a lane when a warp makes them together.
+  static constexpr int kRotationsPerLane = (kMaxDim / 2 + kWarpSize - 1) / kWarpSize;
   static constexpr int kMinBlocks = 2;  // of a multiprocessor; bounds the registers
   // 16 registers of loads in flight for each tensor that is read, twice that where there is one
   static constexpr int kForwardPasses = sizeof(Element) == 2 ? 4 : 2, kBackwardPasses = kForwardPasses / 2;
@@ -135,34 +136,36 @@ struct SharedWeight {
 
 // first: sines, second: cosines of a lane's pairs.
 template <class Config>
-struct LaneTurns {
+struct LaneRotations {
   static constexpr int kCosines = Config::kMaxDim / 2;
   const NormRopeParams& p;
-  const TurnSource& source;
-  float* s_turns;  // the warp's: sines (kMaxDim / 2), cosines
+  const AngleSource& source;
+  float* s_rotations;  // the warp's: sines (kMaxDim / 2), cosines
   int lane;
-  double step[Config::kTurnsPerLane];  // quarter turns of one step of the position, for the pairs it makes
+  double step[Config::kRotationsPerLane];  // quarter turns of one step of the position, for the pairs it makes
 
-  __device__ __forceinline__ LaneTurns(const NormRopeParams& p, const TurnSource& source, float* s_turns, int lane)
-      : p(p), source(source), s_turns(s_turns), lane(lane) {
+  __device__ __forceinline__ LaneRotations(const NormRopeParams& p, const AngleSource& source, float* s_rotations,
+                                           int lane)
+      : p(p), source(source), s_rotations(s_rotations), lane(lane) {
 #pragma unroll
-    for (int i = 0; i < Config::kTurnsPerLane; i++) {
+    for (int i = 0; i < Config::kRotationsPerLane; i++) {
       const int pair = lane + i * kWarpSize;
       step[i] = pair < p.dim / 2 ? p.quarter_turns[pair] : 0.0;
     }
   }
 
-  // The warp makes each turn of a token once and shares them through its shared memory.
+  // The warp makes each rotation of a token once and shares them through its shared memory.
   __device__ __forceinline__ void make(int batch, int token) const {
     const double position = source.sin ? 0.0 : position_of(source, batch, token);
     __syncwarp();  // the token before is done with its own
 #pragma unroll
-    for (int i = 0; i < Config::kTurnsPerLane; i++) {
+    for (int i = 0; i < Config::kRotationsPerLane; i++) {
       const int pair = lane + i * kWarpSize;
       if (pair < p.dim / 2) {
-        const Turn turn = source.sin ? table_turn(source, batch, token, pair) : turn_of(position * step[i]);
-        s_turns[pair] = p.turns_back ? -turn.sin : turn.sin;
-        s_turns[kCosines + pair] = turn.cos;
+        const Rotation rotation =
+            source.sin ? table_rotation(source, batch, token, pair) : rotation_of(position * step[i]);
+        s_rotations[pair] = p.rotates_back ? -rotation.sin : rotation.sin;
+        s_rotations[kCosines + pair] = rotation.cos;
       }
     }
     __syncwarp();
@@ -172,24 +175,24 @@ struct LaneTurns {
     // Halves: pairs low .. low + 7. Interleaved: four pairs that begin at element low, four at element high.
     const int first = Config::kPairsHalves ? place.low : place.low / 2;
     const int last = Config::kPairsHalves ? place.low + kChunk / 2 : place.high / 2;
-    Pairs turns = {};
+    Pairs rotations = {};
     if (place.is_active) {
-      read_four(s_turns + first, &turns.first[0]);
-      read_four(s_turns + last, &turns.first[4]);
-      read_four(s_turns + kCosines + first, &turns.second[0]);
-      read_four(s_turns + kCosines + last, &turns.second[4]);
+      read_four(s_rotations + first, &rotations.first[0]);
+      read_four(s_rotations + last, &rotations.first[4]);
+      read_four(s_rotations + kCosines + first, &rotations.second[0]);
+      read_four(s_rotations + kCosines + last, &rotations.second[4]);
     }
-    return turns;
+    return rotations;
   }
 };
 
-// Turns the pairs by the angles; backwards with kBack.
+// Rotates the pairs by the angles; backwards with kBack.
 template <bool kBack>
-__device__ __forceinline__ void rotate(Pairs& x, const Pairs& turns) {
+__device__ __forceinline__ void rotate(Pairs& x, const Pairs& rotations) {
 #pragma unroll
   for (int i = 0; i < kLanePairs; i++) {
     const float first = x.first[i], second = x.second[i];
-    const float sin = kBack ? -turns.first[i] : turns.first[i], cos = turns.second[i];
+    const float sin = kBack ? -rotations.first[i] : rotations.first[i], cos = rotations.second[i];
     x.first[i] = first * cos - second * sin;
     x.second[i] = first * sin + second * cos;
   }

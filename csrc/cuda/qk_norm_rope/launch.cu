@@ -2,7 +2,7 @@
 #include "../device_facts.h"
 #include "../ptx/launch.cuh"
 #include "params.h"
-#include "turns.cuh"
+#include "rotation.cuh"
 
 namespace selfattn::cuda {
 

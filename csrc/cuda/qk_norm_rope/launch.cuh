@@ -29,12 +29,13 @@ cudaError_t launch_by_dim(const NormRopeParams& params, bool is_backward, int bl
 
 template <class Element>
 cudaError_t launch_general_kernel(const NormRopeParams& params, bool is_backward, int blocks, cudaStream_t stream) {
-  const int turns = (params.dim + 1) / 2 * 2;  // floats
+  const int rotation_floats = (params.dim + 1) / 2 * 2;
   if (is_backward) {
-    const size_t bytes = (turns + kGeneralWarps * params.dim) * sizeof(float);
+    const size_t bytes = (rotation_floats + kGeneralWarps * params.dim) * sizeof(float);
     qk_norm_rope_general_kernel<Element, true><<<blocks, kGeneralThreads, bytes, stream>>>(params);
   } else {
-    qk_norm_rope_general_kernel<Element, false><<<blocks, kGeneralThreads, turns * sizeof(float), stream>>>(params);
+    qk_norm_rope_general_kernel<Element, false>
+        <<<blocks, kGeneralThreads, rotation_floats * sizeof(float), stream>>>(params);
   }
   return cudaGetLastError();
 }

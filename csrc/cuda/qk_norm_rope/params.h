@@ -18,7 +18,7 @@ struct HeadsView {
 };
 
 // Tables, or positions, or neither: positions 0 .. length - 1. A batch stride is 0 where all rows share them.
-struct TurnSource {
+struct AngleSource {
   const void *sin, *cos;  // (batch, tokens, dim / 2), or null
   FloatType table_type;
   int64_t table_stride_batch, table_stride_token, table_stride_pair;
@@ -35,7 +35,7 @@ struct NormRopeSide {
   void* result;        // (batch, length, heads, dim), contiguous
   const void* weight;  // (dim,), or null: ones
   FloatType weight_type;
-  TurnSource turns;
+  AngleSource angles;
   float* partial_sums;    // (blocks, dim) scratch of the weight's gradient; null without a weight
   void* weight_gradient;  // (dim,) of weight_type
   int blocks;             // thread blocks that work on it: schedule_qk_norm_rope
@@ -50,7 +50,7 @@ struct NormRopeParams {
   int dim;
   FloatType element;
   bool has_norm, has_rope, pairs_halves;
-  bool turns_back;  // the transposed rotation: the gradient of a call without norm is a forward call with this
+  bool rotates_back;  // the transposed rotation: the gradient of a call without norm is a forward call with this
   float eps;
   double theta;
   double quarter_turns[kMaxVectorDim / 2];  // of one step of the position, a pair; vector kernels
@@ -62,7 +62,7 @@ constexpr bool has_vector_kernel(int64_t dim) { return dim % 16 == 0 && dim > 0 
 // Cuts the work into thread blocks: fills in `blocks` and `tokens_per_warp`.
 cudaError_t schedule_qk_norm_rope(NormRopeParams& params, bool is_backward);
 
-// result = input, normalised and turned. Gives the launch status.
+// result = input, normalised and rotated. Gives the launch status.
 cudaError_t launch_qk_norm_rope_forward(const NormRopeParams& params, cudaStream_t stream);
 
 // result = the gradient of input, and weight_gradient; has_norm only.

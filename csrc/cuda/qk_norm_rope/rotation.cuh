@@ -31,13 +31,13 @@ __device__ __forceinline__ void store_float(void* g_data, FloatType type, int64_
   }
 }
 
-struct Turn {
+struct Rotation {
   float sin, cos;
 };
 
-// Of an angle in quarter turns. Reduced to an eighth of a turn in float64, where far positions keep their digits; the
-// polynomials (Cephes) are within 1 ulp of float32 there.
-__device__ __forceinline__ Turn turn_of(double quarter_turns) {
+// By an angle in quarter turns (rotary.h). Reduced to at most pi / 4 in float64, where far positions keep their digits;
+// the polynomials (Cephes) are within 1 ulp of float32 there.
+__device__ __forceinline__ Rotation rotation_of(double quarter_turns) {
   constexpr double kRoundToInteger = 6755399441055744.0;  // 1.5 * 2^52: the sum's last bits are the integer
   constexpr double kHalfPi = 1.57079632679489661923;
   const double shifted = quarter_turns + kRoundToInteger;
@@ -51,7 +51,7 @@ __device__ __forceinline__ Turn turn_of(double quarter_turns) {
   return {quadrant & 2 ? -sin : sin, (quadrant + 1) & 2 ? -cos : cos};
 }
 
-__device__ __forceinline__ double position_of(const TurnSource& source, int batch, int token) {
+__device__ __forceinline__ double position_of(const AngleSource& source, int batch, int token) {
   if (!source.positions) return token;
   const int64_t index = batch * source.position_stride_batch + token * source.position_stride_token;
   switch (source.position_type) {
@@ -64,7 +64,7 @@ __device__ __forceinline__ double position_of(const TurnSource& source, int batc
   }
 }
 
-__device__ __forceinline__ Turn table_turn(const TurnSource& source, int batch, int token, int pair) {
+__device__ __forceinline__ Rotation table_rotation(const AngleSource& source, int batch, int token, int pair) {
   const int64_t index = batch * source.table_stride_batch + token * source.table_stride_token +
                         static_cast<int64_t>(pair) * source.table_stride_pair;
   return {load_float(source.sin, source.table_type, index), load_float(source.cos, source.table_type, index)};

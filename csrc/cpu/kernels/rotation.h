@@ -9,17 +9,17 @@
 namespace selfattn::cpu {
 inline namespace CPU_CAPABILITY {
 
-/// sin and cos of position * quarter_turns[i] quarter turns, i < count. The angle is reduced to an eighth of a turn in
-/// float64; the polynomials (Cephes) are within 1 ulp of float32 there. A loop that compilers make vectors of.
-inline void compute_turns(double position, const double* __restrict quarter_turns, int64_t count, float* __restrict sin,
-                          float* __restrict cos) {
+/// sin and cos of position * quarter_turns[i] quarter turns (rotary.h), i < count. The angle is reduced to pi / 4 at
+/// most in float64; the polynomials (Cephes) are within 1 ulp of float32 there. A loop that compilers make vectors of.
+inline void compute_rotations(double position, const double* __restrict quarter_turns, int64_t count,
+                              float* __restrict sin, float* __restrict cos) {
   constexpr double kRoundToInteger = 6755399441055744.0;  // 1.5 * 2^52: the sum's last bits are the integer
   constexpr double kHalfPi = 1.57079632679489661923;
   for (int64_t i = 0; i < count; ++i) {
-    const double turns = position * quarter_turns[i];
-    const double shifted = turns + kRoundToInteger;
+    const double angle = position * quarter_turns[i];
+    const double shifted = angle + kRoundToInteger;
     const auto quadrant = static_cast<uint32_t>(std::bit_cast<uint64_t>(shifted));
-    const float x = static_cast<float>((turns - (shifted - kRoundToInteger)) * kHalfPi);
+    const float x = static_cast<float>((angle - (shifted - kRoundToInteger)) * kHalfPi);
     const float z = x * x;
     const float s = x + x * z * (-1.6666654611e-1f + z * (8.3321608736e-3f - z * 1.9515295891e-4f));
     const float c =
@@ -33,7 +33,7 @@ inline void compute_turns(double position, const double* __restrict quarter_turn
 }
 
 /// Those of one token at a time, from tables or from positions.
-struct TokenTurns {
+struct TokenRotations {
   const NormRopeProblem& p;
   float* workspace;  // D floats
   const float *sin = nullptr, *cos = nullptr;
@@ -46,8 +46,8 @@ struct TokenTurns {
       cos = p.cos + row * half;
       return;
     }
-    compute_turns(p.positions ? p.positions[row] : static_cast<double>(token), p.quarter_turns, half, workspace,
-                  workspace + half);
+    compute_rotations(p.positions ? p.positions[row] : static_cast<double>(token), p.quarter_turns, half, workspace,
+                      workspace + half);
     sin = workspace;
     cos = workspace + half;
   }
