@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from cases import CASES, FLOPS_OF_A_PAIR, Case
+from cases import CASES, FLOPS_PER_PAIR, Case
 from measure import Call, add_options, describe_run, median_times, peak_bytes, sm_clock, synchronise
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -110,7 +110,7 @@ def prepare(name: str, case: Case, tensors: tuple[Tensor, ...], which: str) -> C
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pass", dest="passes", action="append", choices=list(FLOPS_OF_A_PAIR), help="may be repeated")
+    parser.add_argument("--pass", dest="passes", action="append", choices=list(FLOPS_PER_PAIR), help="may be repeated")
     add_options(parser, list(IMPLEMENTATIONS), "attention.jsonl")
     return parser.parse_args()
 

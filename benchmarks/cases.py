@@ -7,7 +7,7 @@ from torch import Tensor
 
 HIDDEN = 2048
 SHORTEST_DOCUMENT = 16
-FLOPS_OF_A_PAIR = {"forward": 4, "backward": 10, "forward+backward": 14}
+FLOPS_PER_PAIR = {"forward": 4, "backward": 10, "forward+backward": 14}
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class Case:
         return pairs / 2 if self.causal else pairs
 
     def flops(self, which: str) -> float:
-        """Floating-point operations of a pass, FLOPS_OF_A_PAIR for each pair, head and dimension."""
-        return FLOPS_OF_A_PAIR[which] * self.dim * self.heads * self.pairs()
+        """Floating-point operations of a pass, FLOPS_PER_PAIR for each pair, head and dimension."""
+        return FLOPS_PER_PAIR[which] * self.dim * self.heads * self.pairs()
 
     def tensors(self, device: str = "cuda", dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor, Tensor]:
         shape = (self.batch, self.length, self.heads, self.dim)

@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from cases import CASES, FLOPS_OF_A_PAIR, Case
+from cases import CASES, FLOPS_PER_PAIR, Case
 from measure import add_record_options, describe_run, sm_clock
 
 SMALL = [Case("causal", 128, 128, 1), Case("docs", 128, 256, 1, 64), Case("causal", 64, 512, 1)]
@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--before", type=Path)
     parser.add_argument("--after", type=Path)
     parser.add_argument("--case", action="append", default=[], help="part of a case's name; may be repeated")
-    parser.add_argument("--pass", dest="passes", action="append", choices=list(FLOPS_OF_A_PAIR), help="may be repeated")
+    parser.add_argument("--pass", dest="passes", action="append", choices=list(FLOPS_PER_PAIR), help="may be repeated")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--ms", type=int, default=60, help="time spent on one build in one round")
     parser.add_argument("--small", action="store_true", help="small calls too")

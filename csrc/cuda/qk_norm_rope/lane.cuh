@@ -10,7 +10,7 @@ constexpr int kWarpSize = 32, kVectorWarps = 8, kVectorThreads = kVectorWarps * 
 constexpr int kLaneElements = 2 * kChunk;  // dim / kLaneElements lanes hold a head
 constexpr int kLanePairs = kChunk;
 
-// kLanes: lanes a head, a power of two; those past dim / kLaneElements hold zeros.
+// kLanes: lanes per head, a power of two; those past dim / kLaneElements hold zeros.
 template <class Element_, int kLanes_, bool kPairsHalves_>
 struct NormRopeConfig {
   using Element = Element_;
@@ -20,7 +20,7 @@ struct NormRopeConfig {
   static constexpr int kMaxDim = kLanes * kLaneElements;
   // Made by a lane when a warp makes them together.
   static constexpr int kRotationsPerLane = (kMaxDim / 2 + kWarpSize - 1) / kWarpSize;
-  static constexpr int kMinBlocks = 2;  // of a multiprocessor; bounds the registers
+  static constexpr int kMinBlocks = 2;  // per SM; bounds the registers
   // 16 registers of loads in flight for each tensor that is read, twice that where there is one
   static constexpr int kForwardPasses = sizeof(Element) == 2 ? 4 : 2, kBackwardPasses = kForwardPasses / 2;
 };

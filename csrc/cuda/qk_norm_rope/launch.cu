@@ -13,7 +13,7 @@ cudaError_t launch_qk_norm_rope_fp16(const NormRopeParams& params, bool is_backw
 namespace {
 
 constexpr int kWarpsOfBlock = 8;
-// Thread blocks a multiprocessor: many, so that it evens out who gets memory when; fewer where each leaves a row of
+// Thread blocks per SM: many, so that it evens out who gets memory when; fewer where each leaves a row of
 // partial sums.
 constexpr int kForwardBlocks = 16, kBackwardBlocks = 8;
 
@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kSumColumns* kSumSlices)
   }
   s_slices[threadIdx.y][threadIdx.x] = sum;
   __syncthreads();
-  // Now a warp a column, a lane a slice.
+  // Now a warp per column, a lane per slice.
   float total = s_slices[threadIdx.x][threadIdx.y];
 #pragma unroll
   for (int distance = kSumSlices / 2; distance > 0; distance /= 2) {
@@ -93,9 +93,9 @@ cudaError_t launch(const NormRopeParams& params, bool is_backward, cudaStream_t 
 }  // namespace
 
 cudaError_t schedule_qk_norm_rope(NormRopeParams& params, bool is_backward) {
-  int device = 0, processors = 0;
-  if (const cudaError_t status = find_device(device, processors)) return status;
-  const int most_blocks = processors * (is_backward ? kBackwardBlocks : kForwardBlocks);
+  int device = 0, sms = 0;
+  if (const cudaError_t status = find_device(device, sms)) return status;
+  const int most_blocks = sms * (is_backward ? kBackwardBlocks : kForwardBlocks);
   const bool is_vector = has_vector_kernel(params.dim);
   const int warps = is_vector ? kWarpsOfBlock : 1;  // a block of the general kernel takes one token at a time
   int64_t tokens[2] = {0, 0};

@@ -53,8 +53,8 @@ struct NormRopeParams {
   bool rotates_back;  // the transposed rotation: the gradient of a call without norm is a forward call with this
   float eps;
   double theta;
-  double quarter_turns[kMaxVectorDim / 2];  // of one step of the position, a pair; vector kernels
-  int tokens_per_warp;                      // a block's, for the general kernels: schedule_qk_norm_rope
+  double quarter_turns[kMaxVectorDim / 2];  // of one step of the position, per pair; vector kernels
+  int tokens_per_warp;                      // per block, for the general kernels: schedule_qk_norm_rope
 };
 
 constexpr bool has_vector_kernel(int64_t dim) { return dim % 16 == 0 && dim > 0 && dim <= kMaxVectorDim; }
