@@ -1,6 +1,6 @@
 // Every wrapper of csrc/cuda/ptx on the GPU against a scalar computation on the host, on random data, exactly.
 // Builds alone: nvcc -std=c++20 -gencode=arch=compute_90a,code=sm_90a tests/cuda/test_ptx.cu
-// csrc/cuda/flash/tensor_map.cu
+// csrc/cuda/flash/sm90/tensor_map.cu
 #include <cuda_runtime.h>
 
 #include <cmath>
@@ -9,17 +9,17 @@
 #include <ctime>
 #include <vector>
 
-#include "../../csrc/cuda/flash/sm90/tensor_map.h"
-#include "../../csrc/cuda/ptx/arithmetic.cuh"
-#include "../../csrc/cuda/ptx/barrier.cuh"
-#include "../../csrc/cuda/ptx/fence.cuh"
-#include "../../csrc/cuda/ptx/launch.cuh"
-#include "../../csrc/cuda/ptx/matrix.cuh"
-#include "../../csrc/cuda/ptx/mbarrier.cuh"
-#include "../../csrc/cuda/ptx/reduce.cuh"
-#include "../../csrc/cuda/ptx/register.cuh"
-#include "../../csrc/cuda/ptx/tma.cuh"
-#include "../../csrc/cuda/ptx/wgmma.cuh"
+#include "flash/sm90/tensor_map.h"
+#include "ptx/arithmetic.cuh"
+#include "ptx/barrier.cuh"
+#include "ptx/fence.cuh"
+#include "ptx/launch.cuh"
+#include "ptx/matrix.cuh"
+#include "ptx/mbarrier.cuh"
+#include "ptx/reduce.cuh"
+#include "ptx/register.cuh"
+#include "ptx/tma.cuh"
+#include "ptx/wgmma.cuh"
 
 using namespace selfattn;
 

@@ -1,6 +1,6 @@
 // Eight elements that lie side by side, as they come from memory and go back: 16 or 32 bytes.
 #pragma once
-#include "../ptx/arithmetic.cuh"
+#include "ptx/arithmetic.cuh"
 
 namespace selfattn::cuda {
 

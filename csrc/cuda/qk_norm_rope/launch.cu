@@ -1,6 +1,6 @@
 // The launches of qk_norm_rope: cutting the work, choosing the kernel, and the second stage of the weights' gradients.
-#include "../device_facts.h"
-#include "../ptx/launch.cuh"
+#include "device_facts.h"
+#include "ptx/launch.cuh"
 #include "params.h"
 #include "rotation.cuh"
 

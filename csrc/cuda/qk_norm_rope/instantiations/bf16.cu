@@ -1,4 +1,4 @@
-#include "../launch.cuh"
+#include "qk_norm_rope/launch.cuh"
 
 namespace selfattn::cuda {
 
