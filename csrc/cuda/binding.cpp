@@ -1,5 +1,6 @@
 #include "binding.h"
 
+#include <ATen/cuda/CUDAContext.h>
 #include <ATen/cuda/EmptyTensor.h>
 
 #include <algorithm>
@@ -8,7 +9,7 @@
 namespace selfattn::cuda {
 namespace {
 
-constexpr int64_t kChunkElements = 8;  // 16 bytes, the copy engine's unit
+constexpr int64_t kChunkElements = 8;  // 16 bytes, the unit of TMA
 constexpr uintptr_t kChunkBytes = 16;
 
 bool has_kernel_layout(const at::Tensor& tensor) {
@@ -24,6 +25,13 @@ int window_side(int64_t size) {
 }
 
 }  // namespace
+
+const FlashKernels& flash_kernels() {
+  const cudaDeviceProp* device = at::cuda::getCurrentDeviceProperties();
+  const FlashKernels* kernels = select_kernels(10 * device->major + device->minor);
+  TORCH_INTERNAL_ASSERT(kernels, "selfattn: no flash kernels for this device");
+  return *kernels;
+}
 
 at::Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype, at::Device device) {
   return at::Tensor(at::detail::empty_cuda(sizes, dtype, device, std::nullopt));

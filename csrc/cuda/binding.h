@@ -4,9 +4,12 @@
 
 #include <ATen/core/Tensor.h>
 
-#include "flash/params.h"
+#include "flash/kernels.h"
 
 namespace selfattn::cuda {
+
+/// The family of flash kernels of the current device, which the constraints of the backend have found.
+const FlashKernels& flash_kernels();
 
 /// A contiguous tensor, not filled even in PyTorch's deterministic mode, which fills what at::empty makes: the kernels
 /// write every element.

@@ -6,7 +6,6 @@
 
 #include "attention/kernel_ops.h"
 #include "binding.h"
-#include "flash/params.h"
 
 namespace selfattn::cuda {
 namespace {
@@ -20,6 +19,7 @@ std::tuple<at::Tensor, at::Tensor> flash_attention(const at::Tensor& q, const at
       q, k, v, {segment_ids, causal, qk_scale, kv_segment_ids, window_left, window_right, softcap, sinks});
   const c10::cuda::CUDAGuard guard(q.device());
   const cudaStream_t stream = at::cuda::getCurrentCUDAStream();
+  const FlashKernels& kernels = flash_kernels();
   const ScaledQuery scaled = with_positive_scale(q, problem.scale);
   const at::Tensor query = with_kernel_layout(scaled.query), key = with_kernel_layout(k), value = with_kernel_layout(v);
   const at::Tensor sink_logits = problem.sinks ? problem.sinks->to(at::kFloat).contiguous() : at::Tensor();
@@ -35,7 +35,7 @@ std::tuple<at::Tensor, at::Tensor> flash_attention(const at::Tensor& q, const at
   params.lse = lse.mutable_data_ptr<float>();
   params.sinks = problem.sinks ? sink_logits.const_data_ptr<float>() : nullptr;
 
-  const TileSizes tiles = flash_attention_forward_tiles(params.shape);
+  const TileSizes tiles = kernels.forward_tiles(params.shape);
   const int64_t query_tiles = (q.size(1) + tiles.query - 1) / tiles.query;
   const int64_t repair_bytes = q.size(0) * q.size(2) * query_tiles * static_cast<int64_t>(sizeof(int));
   const auto scratch = [&](int64_t bytes) {
@@ -55,7 +55,7 @@ std::tuple<at::Tensor, at::Tensor> flash_attention(const at::Tensor& q, const at
     storage = scratch(kTileCounters * sizeof(int));
     params.counters = static_cast<int*>(storage.mutable_data_ptr());
   }
-  C10_CUDA_CHECK(launch_flash_attention_forward(params, stream));
+  C10_CUDA_CHECK(kernels.launch_forward(params, stream));
   return {out, lse};
 }
 

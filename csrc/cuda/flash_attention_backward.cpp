@@ -7,7 +7,6 @@
 
 #include "attention/kernel_ops.h"
 #include "binding.h"
-#include "flash/backward.h"
 
 namespace selfattn::cuda {
 namespace {
@@ -15,11 +14,11 @@ namespace {
 using at::Tensor;
 
 // The tables of the segments, with the order of key tiles that this pass wants, and their memory.
-Tensor prepare_segments(const AttentionProblem& problem, BackwardParams& params, cudaStream_t stream) {
-  SegmentProblem segments =
-      segment_problem(*problem.query_segment_ids, *problem.key_segment_ids, params.shape, params.window,
-                      flash_attention_backward_tiles(params.shape), SegmentSide::kKeys);
-  segments.ordered_queries = flash_attention_backward_ordered_queries(params.shape);
+Tensor prepare_segments(const FlashKernels& kernels, const AttentionProblem& problem, BackwardParams& params,
+                        cudaStream_t stream) {
+  SegmentProblem segments = segment_problem(*problem.query_segment_ids, *problem.key_segment_ids, params.shape,
+                                            params.window, kernels.backward_tiles(params.shape), SegmentSide::kKeys);
+  segments.ordered_queries = kernels.backward_ordered_queries(params.shape);
   const Tensor storage = empty({segment_tables_bytes(segments)}, at::kByte, problem.query.device());
   params.segments = make_segment_tables(segments, storage.mutable_data_ptr());
   C10_CUDA_CHECK(launch_prepare_segments(segments, params.segments, stream));
@@ -41,6 +40,7 @@ void flash_attention_backward_into(const Tensor& grad_out, const OptionalTensor&
   check_gradient_memory(problem, gradients, dq, dk, dv);
   const c10::cuda::CUDAGuard guard(q.device());
   const cudaStream_t stream = at::cuda::getCurrentCUDAStream();
+  const FlashKernels& kernels = flash_kernels();
   const ScaledQuery scaled = with_positive_scale(q, problem.scale);
   const Tensor query = with_kernel_layout(scaled.query), key = with_kernel_layout(k), value = with_kernel_layout(v);
   const Tensor out_rows = with_kernel_layout(out), grad_out_rows = with_kernel_layout(grad_out);
@@ -48,7 +48,6 @@ void flash_attention_backward_into(const Tensor& grad_out, const OptionalTensor&
 
   BackwardParams params{};
   params.shape = shape_of(q, k, v);
-  TORCH_INTERNAL_ASSERT(flash_attention_backward_supports(params.shape));
   params.window = window_of(problem.is_causal, problem.window_left, problem.window_right);
   params.element = element_of(q);
   params.scale = scaled.scale;
@@ -58,10 +57,10 @@ void flash_attention_backward_into(const Tensor& grad_out, const OptionalTensor&
   params.grad_q = view_of(dq), params.grad_k = view_of(dk), params.grad_v = view_of(dv);
   params.lse = lse_rows.const_data_ptr<float>();
   params.grad_lse = grad_lse ? grad_lse_rows.const_data_ptr<float>() : nullptr;
-  const Tensor segment_storage = problem.has_segments() ? prepare_segments(problem, params, stream) : Tensor();
-  const Tensor workspace = empty({flash_attention_backward_workspace_bytes(params)}, at::kByte, q.device());
+  const Tensor segment_storage = problem.has_segments() ? prepare_segments(kernels, problem, params, stream) : Tensor();
+  const Tensor workspace = empty({kernels.backward_workspace_bytes(params)}, at::kByte, q.device());
   params.workspace = workspace.mutable_data_ptr();
-  C10_CUDA_CHECK(launch_flash_attention_backward(params, stream));
+  C10_CUDA_CHECK(kernels.launch_backward(params, stream));
   if (scaled.sign != 1) dq.mul_(scaled.sign);
 }
 

@@ -252,8 +252,8 @@ void test_tensor_copies() {
       const int h = 2, b = 1;
       Array<uint16_t> g_in(in), g_out(blank), g_box(std::vector<uint16_t>(kBoxRows * 64, 7));
       const auto map = [&](uint16_t* data) {
-        return cuda::make_tensor_map({data, kLength * kHeads * kPadded, kHeads * kPadded, kPadded},
-                                     cuda::ElementType::kHalf, kBatch, kLength, kHeads, kDim, kBoxRows);
+        return cuda::sm90::make_tensor_map({data, kLength * kHeads * kPadded, kHeads * kPadded, kPadded},
+                                           cuda::ElementType::kHalf, kBatch, kLength, kHeads, kDim, kBoxRows);
       };
       copy_kernel<<<1, 64>>>(map(g_in.device), map(g_out.device), g_box.device, column, row, h, b);
       const auto box = g_box.read();

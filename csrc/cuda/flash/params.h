@@ -46,13 +46,23 @@ struct ForwardParams {
 
 constexpr int kTileCounters = 4;
 
-// Tile sizes of the kernel that will run, for the preparation of the segments.
+struct BackwardParams {
+  AttentionShape shape;
+  AttentionWindow window;
+  ElementType element;
+  float scale;                        // of the logits
+  bool is_deterministic;              // gradients bitwise equal from call to call
+  TensorView q, k, v, out, grad_out;  // out, grad_out: (batch, query_length, num_heads, dim_v)
+  TensorView grad_q, grad_k, grad_v;  // as q, k, v
+  const float* lse;                   // (batch, num_heads, query_length), natural logarithm
+  const float* grad_lse;              // the same shape, or null
+  SegmentTables segments;             // filled by launch_prepare_segments in the same stream, or all null
+  void* workspace;                    // FlashKernels::backward_workspace_bytes of them, 256-byte aligned
+};
+
+// Rows of a query tile and of a key tile.
 struct TileSizes {
   int query, key;
 };
-TileSizes flash_attention_forward_tiles(const AttentionShape& shape);
-
-// out and lse from q, k, v. Throws std::runtime_error if a tensor map cannot be made; otherwise the launch status.
-cudaError_t launch_flash_attention_forward(const ForwardParams& params, cudaStream_t stream);
 
 }  // namespace selfattn::cuda

@@ -3,8 +3,8 @@
 // dx = r (g w - n mean(g w n)). The weight's gradient is summed in registers, then over the block, which leaves one row
 // of partial sums; a second kernel adds the rows in their order.
 #pragma once
-#include "ptx/launch.cuh"
 #include "lane.cuh"
+#include "ptx/launch.cuh"
 
 namespace selfattn::cuda {
 

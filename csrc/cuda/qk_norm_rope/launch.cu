@@ -1,7 +1,7 @@
 // The launches of qk_norm_rope: cutting the work, choosing the kernel, and the second stage of the weights' gradients.
 #include "device_facts.h"
-#include "ptx/launch.cuh"
 #include "params.h"
+#include "ptx/launch.cuh"
 #include "rotation.cuh"
 
 namespace selfattn::cuda {

@@ -3,7 +3,7 @@
 #pragma once
 #include "ptx/arithmetic.cuh"
 
-namespace selfattn::cuda {
+namespace selfattn::cuda::sm90 {
 
 template <int kPanels, int kPanelBytes, class Do>
 __device__ __forceinline__ void for_each_chunk(unsigned char* s_panels, int row, const Do& apply) {
@@ -40,4 +40,4 @@ __device__ __forceinline__ void clear_non_finite(unsigned char* s_panels, int ro
   });
 }
 
-}  // namespace selfattn::cuda
+}  // namespace selfattn::cuda::sm90

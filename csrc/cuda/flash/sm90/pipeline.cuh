@@ -2,7 +2,7 @@
 #pragma once
 #include <cstdint>
 
-namespace selfattn::cuda {
+namespace selfattn::cuda::sm90 {
 
 template <int kStages>
 struct Ring {
@@ -22,4 +22,4 @@ struct Ring {
   }
 };
 
-}  // namespace selfattn::cuda
+}  // namespace selfattn::cuda::sm90

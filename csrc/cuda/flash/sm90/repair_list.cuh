@@ -9,7 +9,7 @@
 #include "ptx/mbarrier.cuh"
 #include "ptx/tma.cuh"
 
-namespace selfattn::cuda {
+namespace selfattn::cuda::sm90 {
 
 // In shared memory.
 template <int kStages>
@@ -76,4 +76,4 @@ __device__ __forceinline__ bool begin_repair(RepairList<kStages>& list, int* g_n
   return true;
 }
 
-}  // namespace selfattn::cuda
+}  // namespace selfattn::cuda::sm90

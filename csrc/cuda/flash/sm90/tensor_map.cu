@@ -6,7 +6,7 @@
 #include <stdexcept>
 #include <string>
 
-namespace selfattn::cuda {
+namespace selfattn::cuda::sm90 {
 namespace {
 
 PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
@@ -64,4 +64,4 @@ CUtensorMap make_tensor_map(const TensorView& view, ElementType element, int bat
   return map;
 }
 
-}  // namespace selfattn::cuda
+}  // namespace selfattn::cuda::sm90

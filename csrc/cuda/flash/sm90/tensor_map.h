@@ -4,7 +4,7 @@
 
 #include "flash/params.h"
 
-namespace selfattn::cuda {
+namespace selfattn::cuda::sm90 {
 
 // Elements in a row of a shared-memory panel: 128 bytes, the span of the swizzle.
 constexpr int kPanelColumns = 64;
@@ -15,4 +15,4 @@ constexpr int kPanelColumns = 64;
 CUtensorMap make_tensor_map(const TensorView& view, ElementType element, int batch, int length, int heads, int dim,
                             int rows);
 
-}  // namespace selfattn::cuda
+}  // namespace selfattn::cuda::sm90

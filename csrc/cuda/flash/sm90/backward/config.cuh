@@ -2,12 +2,12 @@
 #pragma once
 #include <cstdint>
 
-#include "flash/backward.h"
+#include "flash/params.h"
 #include "flash/sm90/pipeline.cuh"
 #include "flash/sm90/repair_list.cuh"
 #include "flash/sm90/tensor_map.h"
 
-namespace selfattn::cuda {
+namespace selfattn::cuda::sm90 {
 
 // dQ is summed in a float32 accumulator of tiles of 64 queries x 64 columns, each in the order in which a warpgroup's
 // accumulators hold its transpose: a slice for each warp, in it the four accumulators 4i .. 4i + 3 of all lanes for one
@@ -197,4 +197,4 @@ struct DqConfig {
   static_assert(sizeof(SharedStorage) <= 227 * 1024);
 };
 
-}  // namespace selfattn::cuda
+}  // namespace selfattn::cuda::sm90

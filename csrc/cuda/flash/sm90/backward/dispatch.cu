@@ -1,12 +1,12 @@
 // Picks the kernel set of a call: the narrowest one that holds its head dimensions. Columns past them are zeros.
-#include "flash/backward.h"
+#include "dispatch.h"
 
 #include <algorithm>
 
 #include "config.cuh"
 #include "launcher.h"
 
-namespace selfattn::cuda {
+namespace selfattn::cuda::sm90 {
 namespace {
 
 template <int kHeadDim_>
@@ -33,30 +33,24 @@ auto visit_launcher(const BackwardParams& params, Visitor&& visitor) {
 
 }  // namespace
 
-bool flash_attention_backward_supports(const AttentionShape& shape) {
-  constexpr int kColumnsOfChunk = 8, kWidest = 256;
-  return shape.dim_qk % kColumnsOfChunk == 0 && shape.dim_v % kColumnsOfChunk == 0 &&
-         std::max(shape.dim_qk, shape.dim_v) <= kWidest;
-}
-
-TileSizes flash_attention_backward_tiles(const AttentionShape& shape) {
+TileSizes backward_tiles(const AttentionShape& shape) {
   return visit_head_dim(shape, [](auto dim) {
     using Config = BackwardConfig<void, decltype(dim)::kHeadDim>;
     return TileSizes{kQueryBlock, Config::kTileKv};
   });
 }
 
-int flash_attention_backward_ordered_queries(const AttentionShape& shape) {
+int backward_ordered_queries(const AttentionShape& shape) {
   return visit_head_dim(
       shape, [](auto dim) { return BackwardConfig<void, decltype(dim)::kHeadDim>::kIsD256 ? 0 : kStatTile; });
 }
 
-int64_t flash_attention_backward_workspace_bytes(const BackwardParams& params) {
+int64_t backward_workspace_bytes(const BackwardParams& params) {
   return visit_launcher(params, [&](auto launcher) { return launcher.workspace_bytes(params); });
 }
 
-cudaError_t launch_flash_attention_backward(const BackwardParams& params, cudaStream_t stream) {
+cudaError_t launch_backward(const BackwardParams& params, cudaStream_t stream) {
   return visit_launcher(params, [&](auto launcher) { return launcher.launch(params, stream); });
 }
 
-}  // namespace selfattn::cuda
+}  // namespace selfattn::cuda::sm90

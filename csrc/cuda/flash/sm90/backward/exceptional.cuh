@@ -27,7 +27,7 @@
 #include "ptx/fence.cuh"
 #include "schedule.cuh"
 
-namespace selfattn::cuda {
+namespace selfattn::cuda::sm90 {
 
 constexpr float kFirstExactStat = kExactFrom;
 
@@ -171,4 +171,4 @@ __device__ __forceinline__ void clear_products_without_weight(const float (&weig
     if (weights[i] == 0.f) dp[i] = 0.f;
 }
 
-}  // namespace selfattn::cuda
+}  // namespace selfattn::cuda::sm90

@@ -4,7 +4,7 @@
 #include "config.cuh"
 #include "schedule.cuh"
 
-namespace selfattn::cuda {
+namespace selfattn::cuda::sm90 {
 
 // The queries [x, y) that see the key; y may lie below x (none do).
 __device__ __forceinline__ int2 visible_queries(const BackwardParams& p, int batch, bool is_contiguous, int key) {
@@ -73,4 +73,4 @@ __device__ __forceinline__ bool may_share_segment(const SegmentBlock& a, const S
   return a.min_id <= b.max_id && b.min_id <= a.max_id && (a.signature & b.signature) != 0;
 }
 
-}  // namespace selfattn::cuda
+}  // namespace selfattn::cuda::sm90

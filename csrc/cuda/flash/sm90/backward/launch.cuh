@@ -9,6 +9,7 @@
 #include <algorithm>
 
 #include "device_facts.h"
+#include "flash/sm90/element.h"
 #include "launcher.h"
 #include "make_schedule.cuh"
 #include "single_pass/kernel.cuh"
@@ -17,16 +18,7 @@
 #include "two_pass/dkdv_kernel.cuh"
 #include "two_pass/dq_kernel.cuh"
 
-namespace selfattn::cuda {
-
-template <ElementType kElement>
-struct ElementOf {
-  using Type = __nv_bfloat16;
-};
-template <>
-struct ElementOf<ElementType::kHalf> {
-  using Type = __half;
-};
+namespace selfattn::cuda::sm90 {
 
 template <ElementType kElement, int kHeadDim>
 int64_t BackwardLauncher<kElement, kHeadDim>::workspace_bytes(const BackwardParams& p) {
@@ -187,4 +179,4 @@ cudaError_t BackwardLauncher<kElement, kHeadDim>::launch(const BackwardParams& p
   return cudaSuccess;
 }
 
-}  // namespace selfattn::cuda
+}  // namespace selfattn::cuda::sm90

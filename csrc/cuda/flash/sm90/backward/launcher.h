@@ -1,8 +1,8 @@
 // One backward kernel set: declared here for the dispatch, defined in launch.cuh, instantiated in instantiations/.
 #pragma once
-#include "flash/backward.h"
+#include "flash/params.h"
 
-namespace selfattn::cuda {
+namespace selfattn::cuda::sm90 {
 
 template <ElementType kElement, int kHeadDim>
 struct BackwardLauncher {
@@ -10,4 +10,4 @@ struct BackwardLauncher {
   static cudaError_t launch(const BackwardParams& params, cudaStream_t stream);
 };
 
-}  // namespace selfattn::cuda
+}  // namespace selfattn::cuda::sm90

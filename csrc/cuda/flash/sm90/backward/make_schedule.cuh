@@ -7,7 +7,7 @@
 #include "flash/tile/constants.h"
 #include "schedule.cuh"
 
-namespace selfattn::cuda {
+namespace selfattn::cuda::sm90 {
 
 constexpr int kTilesUnderWay = 256;
 constexpr int kKeysForBackgroundWarps =
@@ -97,4 +97,4 @@ BackwardSchedule make_backward_schedule(const BackwardParams& p, char** end) {
   return schedule;
 }
 
-}  // namespace selfattn::cuda
+}  // namespace selfattn::cuda::sm90

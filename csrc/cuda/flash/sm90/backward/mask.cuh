@@ -4,7 +4,7 @@
 #include "config.cuh"
 #include "intervals.cuh"
 
-namespace selfattn::cuda {
+namespace selfattn::cuda::sm90 {
 
 // The columns that the lane's two rows may meet, by the intervals alone: count[r] of them from first[r] on.
 struct RowIntervals {
@@ -68,4 +68,4 @@ __device__ __forceinline__ void mask_scores(float (&scores)[kColumns / 2], const
   }
 }
 
-}  // namespace selfattn::cuda
+}  // namespace selfattn::cuda::sm90

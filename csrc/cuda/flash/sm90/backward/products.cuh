@@ -4,7 +4,7 @@
 #include "ptx/matrix.cuh"
 #include "ptx/wgmma.cuh"
 
-namespace selfattn::cuda {
+namespace selfattn::cuda::sm90 {
 
 constexpr int kProductStep = 16;  // of the summed dimension in one instruction
 
@@ -57,4 +57,4 @@ __device__ __forceinline__ void accumulate(float (&d)[kCount], const uint32_t* l
   ptx::wgmma_commit();
 }
 
-}  // namespace selfattn::cuda
+}  // namespace selfattn::cuda::sm90

@@ -11,7 +11,7 @@
 #include "ptx/mbarrier.cuh"
 #include "ptx/tma.cuh"
 
-namespace selfattn::cuda {
+namespace selfattn::cuda::sm90 {
 
 struct BackwardMaps {
   CUtensorMap q, k, v, grad_out, grad_k, grad_v;
@@ -243,4 +243,4 @@ struct QueryProducer {
   }
 };
 
-}  // namespace selfattn::cuda
+}  // namespace selfattn::cuda::sm90

@@ -6,7 +6,7 @@
 #include "ptx/arithmetic.cuh"
 #include "schedule.cuh"
 
-namespace selfattn::cuda {
+namespace selfattn::cuda::sm90 {
 
 template <class Element>
 __device__ __forceinline__ float dot(const uint4& a, const uint4& b) {
@@ -69,4 +69,4 @@ __device__ __forceinline__ void store_row_stats(const BackwardSchedule& schedule
   g_stats[0] = stats.x, g_stats[kStatRows] = stats.y;
 }
 
-}  // namespace selfattn::cuda
+}  // namespace selfattn::cuda::sm90

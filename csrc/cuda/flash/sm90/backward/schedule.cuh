@@ -2,7 +2,7 @@
 #pragma once
 #include <cstdint>
 
-namespace selfattn::cuda {
+namespace selfattn::cuda::sm90 {
 
 enum class BackwardForm {
   kSinglePass,
@@ -65,4 +65,4 @@ struct BackwardSchedule {
   __device__ int* tiles_done(int section) const { return counters + 4 + sections + section; }  // by every consumer warp
 };
 
-}  // namespace selfattn::cuda
+}  // namespace selfattn::cuda::sm90

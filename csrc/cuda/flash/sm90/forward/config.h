@@ -5,7 +5,7 @@
 #include "flash/sm90/tensor_map.h"
 #include "flash/tile/constants.h"
 
-namespace selfattn::cuda {
+namespace selfattn::cuda::sm90 {
 
 // What the mask may cut off. The narrower kinds save the others' bookkeeping.
 enum class MaskKind {
@@ -121,4 +121,4 @@ struct ForwardBarriers {
   static constexpr int kCount = 2 * kQ + kQ * kW + 2 * kK + 2 * kV, kBytes = 8 * kCount;
 };
 
-}  // namespace selfattn::cuda
+}  // namespace selfattn::cuda::sm90

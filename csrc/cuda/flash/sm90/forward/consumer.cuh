@@ -21,7 +21,7 @@
 #include "repair.cuh"
 #include "shared.cuh"
 
-namespace selfattn::cuda {
+namespace selfattn::cuda::sm90 {
 
 // kIsRepair: the second pass over tiles that the first could not get right (repair.cuh).
 template <class Config, bool kIsRepair>
@@ -282,4 +282,4 @@ __device__ __forceinline__ void multiply_tiles(const ForwardKernelParams& p, con
   }
 }
 
-}  // namespace selfattn::cuda
+}  // namespace selfattn::cuda::sm90

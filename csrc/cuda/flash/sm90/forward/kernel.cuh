@@ -10,7 +10,7 @@
 #include "ptx/register.cuh"
 #include "repair.cuh"
 
-namespace selfattn::cuda {
+namespace selfattn::cuda::sm90 {
 
 template <class Config>
 __device__ void init_barriers(const ForwardBarriers<Config>& barriers) {
@@ -94,4 +94,4 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   }
 }
 
-}  // namespace selfattn::cuda
+}  // namespace selfattn::cuda::sm90

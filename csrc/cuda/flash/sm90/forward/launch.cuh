@@ -3,9 +3,11 @@
 #include <algorithm>
 
 #include "device_facts.h"
+#include "flash/sm90/element.h"
 #include "kernel.cuh"
+#include "launcher.h"
 
-namespace selfattn::cuda {
+namespace selfattn::cuda::sm90 {
 
 // Keys and values of the heads worked on together, in bytes: few, so that they stay in L2 and memory is read evenly.
 // With a mask the tiles differ, and at the end those of several heads are wanted to even out the thread blocks.
@@ -73,8 +75,9 @@ cudaError_t launch_forward_kernel(const ForwardParams& params, cudaStream_t stre
   return cudaLaunchKernelEx(&config, kernel, p);
 }
 
-template <class Element, int kDimQk, int kDimV>
-cudaError_t launch_forward_by_mask(const ForwardParams& params, cudaStream_t stream) {
+template <ElementType kElement, int kDimQk, int kDimV>
+cudaError_t ForwardLauncher<kElement, kDimQk, kDimV>::launch(const ForwardParams& params, cudaStream_t stream) {
+  using Element = typename ElementOf<kElement>::Type;
   if (params.segments.mode || params.window.left < AttentionWindow::kUnbounded) {
     return launch_forward_kernel<ForwardConfig<Element, kDimQk, kDimV, MaskKind::kMasked>>(params, stream);
   }
@@ -84,4 +87,4 @@ cudaError_t launch_forward_by_mask(const ForwardParams& params, cudaStream_t str
   return launch_forward_kernel<ForwardConfig<Element, kDimQk, kDimV, MaskKind::kFull>>(params, stream);
 }
 
-}  // namespace selfattn::cuda
+}  // namespace selfattn::cuda::sm90

@@ -8,7 +8,7 @@
 #include "repair.cuh"
 #include "shared.cuh"
 
-namespace selfattn::cuda {
+namespace selfattn::cuda::sm90 {
 
 // The last key block that the window lets query tile `index` see.
 template <class Config>
@@ -173,4 +173,4 @@ __device__ __forceinline__ void load_tiles(const ForwardKernelParams& p, const F
   }
 }
 
-}  // namespace selfattn::cuda
+}  // namespace selfattn::cuda::sm90

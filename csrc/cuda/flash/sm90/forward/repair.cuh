@@ -16,7 +16,7 @@
 #include "ptx/fence.cuh"
 #include "shared.cuh"
 
-namespace selfattn::cuda {
+namespace selfattn::cuda::sm90 {
 
 // By the consumers of all warpgroups together, behind a block's P in `weights` (accumulator layout, 0 where a pair is
 // masked) and its V in `stage`: adds the products of what is not finite in V to the output of the allowed pairs, and
@@ -58,4 +58,4 @@ __device__ __forceinline__ void take_out_non_finite_values(const ForwardShared<C
   ptx::barrier_sync(Config::kRepairBarrier, kConsumers);  // and each has cleared its share of them
 }
 
-}  // namespace selfattn::cuda
+}  // namespace selfattn::cuda::sm90

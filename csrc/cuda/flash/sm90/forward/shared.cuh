@@ -5,7 +5,7 @@
 #include "flash/tile/tile_order.cuh"
 #include "ptx/mbarrier.cuh"
 
-namespace selfattn::cuda {
+namespace selfattn::cuda::sm90 {
 
 struct ForwardKernelParams {
   CUtensorMap query, key, value, out;  // boxes: query, out 64 rows; key, value a key block
@@ -59,4 +59,4 @@ struct ForwardShared {
   }
 };
 
-}  // namespace selfattn::cuda
+}  // namespace selfattn::cuda::sm90

@@ -1,7 +1,7 @@
 #include "flash/sm90/backward/launch.cuh"
 
-namespace selfattn::cuda {
+namespace selfattn::cuda::sm90 {
 
 template struct BackwardLauncher<ElementType::kHalf, 128>;
 
-}  // namespace selfattn::cuda
+}  // namespace selfattn::cuda::sm90

@@ -15,7 +15,7 @@
 #include "ptx/mbarrier.cuh"
 #include "ptx/tma.cuh"
 
-namespace selfattn::cuda {
+namespace selfattn::cuda::sm90 {
 
 template <class Config>
 struct BackgroundWarps {
@@ -180,4 +180,4 @@ struct BackgroundWarps {
   }
 };
 
-}  // namespace selfattn::cuda
+}  // namespace selfattn::cuda::sm90

@@ -20,7 +20,7 @@
 #include "ptx/tma.cuh"
 #include "ptx/wgmma.cuh"
 
-namespace selfattn::cuda {
+namespace selfattn::cuda::sm90 {
 
 template <class Config>
 __device__ __forceinline__ void multiply_d256(const BackwardMaps& maps, const BackwardParams& p,
@@ -260,4 +260,4 @@ __device__ __forceinline__ void multiply_d256(const BackwardMaps& maps, const Ba
   if (lane == 0) bulk_wait<0>();
 }
 
-}  // namespace selfattn::cuda
+}  // namespace selfattn::cuda::sm90

@@ -6,7 +6,7 @@
 #include "ptx/reduce.cuh"
 #include "ptx/tma.cuh"
 
-namespace selfattn::cuda {
+namespace selfattn::cuda::sm90 {
 
 constexpr int kSliceFloats = kDqTileFloats / kDqTileWarps, kSliceBytes = kSliceFloats * 4;
 constexpr int kWarpFloats = 32 * 4;  // that a warp moves at once
@@ -41,4 +41,4 @@ __device__ __forceinline__ void report_tile(const BackwardSchedule& schedule, in
   }
 }
 
-}  // namespace selfattn::cuda
+}  // namespace selfattn::cuda::sm90

@@ -9,7 +9,7 @@
 #include "ptx/grid.cuh"
 #include "ptx/mbarrier.cuh"
 
-namespace selfattn::cuda {
+namespace selfattn::cuda::sm90 {
 
 template <class Config>
 struct DqSemaphore {
@@ -101,4 +101,4 @@ struct DqSemaphore {
   }
 };
 
-}  // namespace selfattn::cuda
+}  // namespace selfattn::cuda::sm90

@@ -15,7 +15,7 @@
 #include "ptx/launch.cuh"
 #include "ptx/register.cuh"
 
-namespace selfattn::cuda {
+namespace selfattn::cuda::sm90 {
 
 template <class Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
@@ -79,4 +79,4 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   }
 }
 
-}  // namespace selfattn::cuda
+}  // namespace selfattn::cuda::sm90

@@ -6,7 +6,7 @@
 #include "ptx/launch.cuh"
 #include "ptx/transpose.cuh"
 
-namespace selfattn::cuda {
+namespace selfattn::cuda::sm90 {
 
 // 16 columns of dQ, 8 rows after 8 rows, from the four accumulators of each that this lane had: a warp writes 32 bytes
 // a row.
@@ -62,4 +62,4 @@ __global__ void __launch_bounds__(Config::kPanels * 128)
   }
 }
 
-}  // namespace selfattn::cuda
+}  // namespace selfattn::cuda::sm90

@@ -5,7 +5,7 @@
 #include "flash/sm90/backward/row_stats.cuh"
 #include "ptx/launch.cuh"
 
-namespace selfattn::cuda {
+namespace selfattn::cuda::sm90 {
 
 constexpr int kRowWarps = 8;
 
@@ -74,4 +74,4 @@ __global__ void __launch_bounds__(kRowWarps * 32)
   }
 }
 
-}  // namespace selfattn::cuda
+}  // namespace selfattn::cuda::sm90

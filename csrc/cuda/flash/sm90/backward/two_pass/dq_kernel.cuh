@@ -24,7 +24,7 @@
 #include "ptx/tma.cuh"
 #include "ptx/wgmma.cuh"
 
-namespace selfattn::cuda {
+namespace selfattn::cuda::sm90 {
 
 template <class Config, bool kIsRepair>
 __device__ __forceinline__ void multiply_dq(const DqMaps& maps, const BackwardParams& p,
@@ -313,4 +313,4 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   }
 }
 
-}  // namespace selfattn::cuda
+}  // namespace selfattn::cuda::sm90

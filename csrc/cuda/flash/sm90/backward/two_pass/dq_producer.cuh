@@ -6,7 +6,7 @@
 #include "ptx/mbarrier.cuh"
 #include "ptx/tma.cuh"
 
-namespace selfattn::cuda {
+namespace selfattn::cuda::sm90 {
 
 struct DqMaps {
   CUtensorMap q, out, grad_out, k, v;  // boxes of 64 rows
@@ -208,4 +208,4 @@ struct KeyProducer {
   }
 };
 
-}  // namespace selfattn::cuda
+}  // namespace selfattn::cuda::sm90

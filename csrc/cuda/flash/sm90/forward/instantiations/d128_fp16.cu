@@ -1,9 +1,7 @@
 #include "flash/sm90/forward/launch.cuh"
 
-namespace selfattn::cuda {
+namespace selfattn::cuda::sm90 {
 
-cudaError_t launch_forward_128_fp16(const ForwardParams& params, cudaStream_t stream) {
-  return launch_forward_by_mask<__half, 128, 128>(params, stream);
-}
+template struct ForwardLauncher<ElementType::kHalf, 128, 128>;
 
-}  // namespace selfattn::cuda
+}  // namespace selfattn::cuda::sm90

@@ -1,9 +1,7 @@
 #include "flash/sm90/forward/launch.cuh"
 
-namespace selfattn::cuda {
+namespace selfattn::cuda::sm90 {
 
-cudaError_t launch_forward_256_fp16(const ForwardParams& params, cudaStream_t stream) {
-  return launch_forward_by_mask<__half, 256, 256>(params, stream);
-}
+template struct ForwardLauncher<ElementType::kHalf, 256, 256>;
 
-}  // namespace selfattn::cuda
+}  // namespace selfattn::cuda::sm90

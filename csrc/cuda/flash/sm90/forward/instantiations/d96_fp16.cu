@@ -1,9 +1,7 @@
 #include "flash/sm90/forward/launch.cuh"
 
-namespace selfattn::cuda {
+namespace selfattn::cuda::sm90 {
 
-cudaError_t launch_forward_96_fp16(const ForwardParams& params, cudaStream_t stream) {
-  return launch_forward_by_mask<__half, 96, 96>(params, stream);
-}
+template struct ForwardLauncher<ElementType::kHalf, 96, 96>;
 
-}  // namespace selfattn::cuda
+}  // namespace selfattn::cuda::sm90

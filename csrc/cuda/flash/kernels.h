@@ -1,0 +1,41 @@
+// The families of flash kernels: what each can do, and how it is called. Nothing above this file knows what a compute
+// capability means for attention.
+#pragma once
+#include "params.h"
+
+namespace selfattn::cuda {
+
+struct KernelLimits {
+  int max_head_dim;           // of q and k, and of v
+  int head_dim_multiple;      // elements
+  int64_t max_length;         // tokens of a row
+  int64_t max_packed_length;  // of a row with segment ids
+};
+
+// Launches throw std::runtime_error if a tensor map cannot be made; otherwise they return the launch status. Tile sizes
+// are for the preparation of the segments (segments/tables.h).
+struct FlashKernels {
+  const char* name;
+  KernelLimits limits;
+
+  TileSizes (*forward_tiles)(const AttentionShape& shape);
+  // out and lse from q, k, v.
+  cudaError_t (*launch_forward)(const ForwardParams& params, cudaStream_t stream);
+
+  // The backward pass wants the tables with the order of key tiles, and of query tiles of ordered_queries rows (0:
+  // not).
+  TileSizes (*backward_tiles)(const AttentionShape& shape);
+  int (*backward_ordered_queries)(const AttentionShape& shape);
+  // Scratch memory. Its contents before the call do not matter.
+  int64_t (*backward_workspace_bytes)(const BackwardParams& params);
+  // grad_q, grad_k, grad_v.
+  cudaError_t (*launch_backward)(const BackwardParams& params, cudaStream_t stream);
+};
+
+// Hopper: TMA and wgmma.
+const FlashKernels& sm90_kernels();
+
+// The family that serves a device of this compute capability (10 * major + minor); null where none does.
+const FlashKernels* select_kernels(int capability);
+
+}  // namespace selfattn::cuda

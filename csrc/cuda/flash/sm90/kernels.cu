@@ -1,0 +1,27 @@
+// The family for Hopper.
+#include "flash/kernels.h"
+
+#include "backward/dispatch.h"
+#include "flash/segments/tables.h"
+#include "forward/dispatch.h"
+
+namespace selfattn::cuda {
+
+const FlashKernels& sm90_kernels() {
+  static constexpr FlashKernels kKernels = {
+      .name = "sm90",
+      .limits = {.max_head_dim = 256,
+                 .head_dim_multiple = 8,  // of 2 bytes: TMA wants strides in steps of 16
+                 .max_length = 1 << 29,   // positions and windows are counted in 32 bits
+                 .max_packed_length = kMaxSegmentLength},
+      .forward_tiles = sm90::forward_tiles,
+      .launch_forward = sm90::launch_forward,
+      .backward_tiles = sm90::backward_tiles,
+      .backward_ordered_queries = sm90::backward_ordered_queries,
+      .backward_workspace_bytes = sm90::backward_workspace_bytes,
+      .launch_backward = sm90::launch_backward,
+  };
+  return kKernels;
+}
+
+}  // namespace selfattn::cuda
