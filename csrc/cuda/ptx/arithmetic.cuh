@@ -21,16 +21,26 @@ __device__ __forceinline__ uint32_t pack(float low, float high);
 
 template <>
 __device__ __forceinline__ uint32_t pack<__nv_bfloat16>(float low, float high) {
+#if __CUDA_ARCH__ >= 800
   uint32_t packed;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
   return packed;
+#else
+  const __nv_bfloat162 packed = __floats2bfloat162_rn(low, high);
+  return reinterpret_cast<const uint32_t&>(packed);
+#endif
 }
 
 template <>
 __device__ __forceinline__ uint32_t pack<__half>(float low, float high) {
+#if __CUDA_ARCH__ >= 800
   uint32_t packed;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
   return packed;
+#else
+  const __half2 packed = __floats2half2_rn(low, high);
+  return reinterpret_cast<const uint32_t&>(packed);
+#endif
 }
 
 // The two elements as floats, the lower half first.

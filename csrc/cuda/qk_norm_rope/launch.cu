@@ -1,5 +1,5 @@
 // The launches of qk_norm_rope: cutting the work, choosing the kernel, and the second stage of the weights' gradients.
-#include "device_facts.h"
+#include "host/device.h"
 #include "params.h"
 #include "ptx/launch.cuh"
 #include "rotation.cuh"
@@ -67,15 +67,15 @@ cudaError_t launch_sum_weight_gradients(const NormRopeParams& params, cudaStream
     sums.sides[sides++] = {side.partial_sums, side.weight_gradient, side.weight_type, side.blocks};
   }
   if (sides == 0) return cudaSuccess;
-  cudaLaunchAttribute early_start;
-  early_start.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early_start.val.programmaticStreamSerializationAllowed = 1;
+  int device = 0, sms = 0;
+  if (const cudaError_t status = find_device(device, sms)) return status;
+  cudaLaunchAttribute early_start = dependent_launch();
   cudaLaunchConfig_t config{};
   config.gridDim = dim3((params.dim + kSumColumns - 1) / kSumColumns, sides);
   config.blockDim = dim3(kSumColumns, kSumSlices);
   config.stream = stream;
   config.attrs = &early_start;
-  config.numAttrs = 1;
+  config.numAttrs = has_dependent_launch(device) ? 1 : 0;
   return cudaLaunchKernelEx(&config, sum_weight_gradients_kernel, sums);
 }
 
@@ -111,6 +111,11 @@ cudaError_t schedule_qk_norm_rope(NormRopeParams& params, bool is_backward) {
     params.sides[i].blocks = static_cast<int>((tokens[i] + tokens_of_block - 1) / tokens_of_block);
   }
   return cudaSuccess;
+}
+
+bool qk_norm_rope_runs_here() {
+  int device = 0, sms = 0;
+  return find_device(device, sms) == cudaSuccess && is_built_for(sum_weight_gradients_kernel, device);
 }
 
 cudaError_t launch_qk_norm_rope_forward(const NormRopeParams& params, cudaStream_t stream) {

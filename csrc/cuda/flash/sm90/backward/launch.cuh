@@ -8,8 +8,8 @@
 #pragma once
 #include <algorithm>
 
-#include "device_facts.h"
 #include "flash/sm90/element.h"
+#include "host/device.h"
 #include "launcher.h"
 #include "make_schedule.cuh"
 #include "single_pass/kernel.cuh"
@@ -154,9 +154,7 @@ cudaError_t BackwardLauncher<kElement, kHeadDim>::launch(const BackwardParams& p
   char* end;
   const BackwardSchedule schedule = make_backward_schedule<Config>(p, &end);
   // Each kernel is brought up while the one ahead ends. That of the segments is ahead of the first.
-  cudaLaunchAttribute early_start;
-  early_start.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early_start.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute early_start = dependent_launch();
   cudaLaunchConfig_t config{};
   config.stream = stream, config.attrs = &early_start;
   config.numAttrs = p.segments.mode ? 1 : 0;

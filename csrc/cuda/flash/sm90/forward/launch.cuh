@@ -2,8 +2,8 @@
 #pragma once
 #include <algorithm>
 
-#include "device_facts.h"
 #include "flash/sm90/element.h"
+#include "host/device.h"
 #include "kernel.cuh"
 #include "launcher.h"
 
@@ -62,9 +62,7 @@ cudaError_t launch_forward_kernel(const ForwardParams& params, cudaStream_t stre
   if (!has_segments && p.counters) {
     if (const cudaError_t status = cudaMemsetAsync(p.counters, 0, kTileCounters * sizeof(int), stream)) return status;
   }
-  cudaLaunchAttribute early_start;
-  early_start.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early_start.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute early_start = dependent_launch();
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(blocks);
   config.blockDim = dim3(Config::kThreads);

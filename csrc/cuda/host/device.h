@@ -22,6 +22,39 @@ inline cudaError_t find_device(int& device, int& sms) {
   return status;
 }
 
+// Whether a kernel may start before the one ahead of it has ended (ptx/launch.cuh): from Hopper on.
+inline bool has_dependent_launch(int device) {
+  static std::atomic<int> majors[kMaxDevices];
+  int major = majors[device].load(std::memory_order_relaxed);
+  if (!major && cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess)
+    majors[device].store(major, std::memory_order_relaxed);
+  constexpr int kHopper = 9;
+  return major >= kHopper;
+}
+
+// The attribute of a launch that asks for it.
+inline cudaLaunchAttribute dependent_launch() {
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  return attribute;
+}
+
+// Whether this build holds `kernel` for the device, which is the current one.
+template <class Kernel>
+bool is_built_for(Kernel kernel, int device) {
+  enum Answer : int { kUnknown, kYes, kNo };
+  static std::atomic<int> answers[kMaxDevices];
+  int answer = answers[device].load(std::memory_order_relaxed);
+  if (answer == kUnknown) {
+    cudaFuncAttributes attributes;
+    answer = cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess ? kYes : kNo;
+    if (answer == kNo) cudaGetLastError();  // an answer, not an error that a later check should find
+    answers[device].store(answer, std::memory_order_relaxed);
+  }
+  return answer == kYes;
+}
+
 // Lets `kernel`, the only one of Config that asks for so much, take `bytes` of dynamic shared memory.
 template <class Config, class Kernel>
 cudaError_t allow_shared_memory(Kernel kernel, int bytes, int device) {

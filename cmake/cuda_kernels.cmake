@@ -1,0 +1,24 @@
+# The CUDA kernels, which know no torch header: objects for the architectures that can run them. A family of flash kernels
+# has its own; what every card runs is compiled for SELFATTN_CUDA_ARCHITECTURES.
+function(add_cuda_kernels name)
+  cmake_parse_arguments(PARSE_ARGV 1 arg "" "" "ARCHITECTURES;SOURCES")
+  add_library(${name} OBJECT ${arg_SOURCES})
+  target_compile_features(${name} PUBLIC cuda_std_20)
+  target_include_directories(${name} PRIVATE csrc/cuda)
+  target_compile_options(${name} PRIVATE -Xptxas=-v)  # cmake/check_ptxas.py reads it
+  set_target_properties(${name} PROPERTIES CUDA_ARCHITECTURES "${arg_ARCHITECTURES}" POSITION_INDEPENDENT_CODE ON
+                                           CUDA_VISIBILITY_PRESET hidden)
+  target_sources(selfattn PRIVATE $<TARGET_OBJECTS:${name}>)
+endfunction()
+
+file(GLOB_RECURSE sm90_sources CONFIGURE_DEPENDS csrc/cuda/flash/sm90/*.cu)
+add_cuda_kernels(selfattn_flash_sm90 ARCHITECTURES 90a SOURCES ${sm90_sources})
+
+# The tables of segments are made for flash kernels alone, of which there are none below 8.0.
+set(flash_architectures ${SELFATTN_CUDA_ARCHITECTURES})
+list(FILTER flash_architectures EXCLUDE REGEX "^[5-7][0-9]")
+file(GLOB segments_sources CONFIGURE_DEPENDS csrc/cuda/flash/*.cu csrc/cuda/flash/segments/*.cu)
+add_cuda_kernels(selfattn_segments ARCHITECTURES ${flash_architectures} SOURCES ${segments_sources})
+
+file(GLOB_RECURSE qk_norm_rope_sources CONFIGURE_DEPENDS csrc/cuda/qk_norm_rope/*.cu)
+add_cuda_kernels(selfattn_qk_norm_rope ARCHITECTURES ${SELFATTN_CUDA_ARCHITECTURES} SOURCES ${qk_norm_rope_sources})
