@@ -210,31 +210,34 @@ __device__ __forceinline__ void multiply_tiles(const ForwardKernelParams& p, con
   const auto step = [&](auto is_first, int closing) {
     constexpr bool kIsFirst = decltype(is_first)::value;
     OutFactors factors;
-    next_block();
+    next_block();  // waits until the producer's K is there
     if (kIsFirst) find_shared_keys();
-    wait_for_ping_pong();
+
+    wait_for_ping_pong();  // until the other warpgroup has issued its products
     issue_scores();
     softmax.rescale(out);
     if (kIsFirst && !Config::kPingPong) factors = finish_rows(closing);
     issue_out();
     pass_ping_pong();
-    if (kIsFirst && Config::kPingPong)
-      factors = finish_rows(closing);  // the other warpgroups wait for the tensor cores
-    ptx::wgmma_wait<1>();
+    if (kIsFirst && Config::kPingPong) factors = finish_rows(closing);  // others have the tensor cores meanwhile
+
+    ptx::wgmma_wait<1>();  // S is done, P V still runs
     ptx::pin(scores);
-    release_key();
+    release_key();  // the producer may load over K
     mask_scores();
     softmax.template take_max<kIsFirst, kIsRepair>(scores);
     softmax.template exponentiate<0, kEarly>(scores);
-    wait_value(v.next());
-    finish_out();
-    if (kIsFirst) send_out(closing, factors);
+
+    wait_value(v.next());                                    // V of the block at hand, for the next step's P V
+    finish_out();                                            // P V is done: the producer may load over its V
+    if (kIsFirst) send_out(closing, factors);                // to the storing warp, in the memory of Q
     softmax.template exponentiate<kEarly, kGroups>(scores);  // the packing of P runs between these
     softmax.template take_sum<kIsFirst>();
     pack_weights();
     if (kIsFirst) clear_out();
     if constexpr (kIsRepair) take_out_non_finite_values(s, v.stage, scores, out);
   };
+
   // A tile's first block with nothing to run beside it.
   const auto first_step = [&] {
     next_block();
@@ -252,6 +255,8 @@ __device__ __forceinline__ void multiply_tiles(const ForwardKernelParams& p, con
     clear_out();
     if constexpr (kIsRepair) take_out_non_finite_values(s, v.stage, scores, out);
   };
+
+  // The last P V of the thread block's last tile, or of every tile where tiles do not overlap.
   const auto last_step = [&](int closing) {
     softmax.rescale(out);
     issue_out();

@@ -1,9 +1,25 @@
 // Exact attention forward for Hopper: out = softmax(scale * Q K^T) V.
 //
-// A persistent thread block has one warpgroup that moves data (warp 0 loads Q, K and V; one warp a consumer stores its
-// part of the output) and 2 or 3 consumer warpgroups of 64 query rows each. K and V run through separate rings of
-// stages; Q has one or two buffers, through which the output leaves as well. Tiles that a NaN in V has reached, or that
-// have huge logits, are computed once more at the end (repair.cuh).
+// A persistent thread block takes one tile of queries after the other. Its roles:
+//
+//   warp 0            producer: loads Q, K and V (producer.cuh)
+//   warps 1 .. W      one for each consumer: sends its rows of the output out
+//   warpgroups 1 .. W consumers, W = 2 or 3: 64 query rows each (consumer.cuh)
+//
+// One tile, key blocks from n down; a column is about one block's time:
+//
+//   producer       K_n  Q    K_n-1  V_n    K_n-2  V_n-1    K_n-3  V_n-2   ..
+//   tensor cores             S_n           S_n-1  O+=P_n V_n      S_n-2  O+=P_n-1 V_n-1   ..
+//   softmax                         P_n           P_n-1           P_n-2   ..
+//
+// Hand-offs, each through a pair of barriers in shared memory. full: the producer announces bytes, TMA completes them,
+// consumers wait. empty: every consumer warp arrives when it has read, the producer waits before it loads again.
+//
+//   K, V   rings of kKeyStages and kValueStages; a consumer frees K behind S, V behind P V
+//   Q      kQueryStages buffers; the output leaves through the same memory: a consumer writes its rows over Q and
+//          arrives at out_full, its storing warp sends them and arrives at query_empty
+//
+// Tiles that a NaN in V has reached, or that have huge logits, are computed once more at the end (repair.cuh).
 #pragma once
 #include "consumer.cuh"
 #include "producer.cuh"

@@ -6,6 +6,16 @@
 //   warps 1, 2     D 256: the semaphore of dQ, deterministic mode                  dq_semaphore.cuh
 //   warps 1 .. 3   else: pre- and postprocess other heads in the background        background_warps.cuh
 //   warps 4 .. 11  consumers, two warpgroups                                       consumer_d128.cuh, consumer_d256.cuh
+//
+// One key tile up to D 128, query tiles i one after another; a column is about one block's time:
+//
+//   producer       K V  Q_i  dO_i        Q_i+1  dO_i+1           Q_i+2  dO_i+2   ..
+//   tensor cores        S_i  dP_i  dV+=P_i dO_i  dQ_i-1  dK+=dS_i Q_i   S_i+1  dP_i+1   ..
+//   arithmetic               P_i        dS_i    dQ_i-1 to its accumulator       P_i+1   ..
+//
+// Hand-offs. q_full, grad_out_full, k_full, v_full: TMA completes what the producer announced, consumers wait. q_free,
+// grad_out_free, k_free, v_free: consumers arrive when they have read, the producer waits. grad_s_full, grad_s_free:
+// the two warpgroups lend each other their dS for dQ, which is why dQ lags one block behind.
 #pragma once
 #include "background_warps.cuh"
 #include "consumer_d128.cuh"
