@@ -5,24 +5,10 @@
 #pragma once
 #include <cuda_runtime.h>
 
-#include "flash/params.h"
 #include "online_softmax.cuh"
+#include "window.h"
 
 namespace selfattn::cuda {
-
-struct KeyInterval {
-  int begin, end;
-
-  __device__ __forceinline__ KeyInterval operator&(const KeyInterval& other) const {
-    return {::max(begin, other.begin), ::min(end, other.end)};
-  }
-};
-
-// Keys inside the window of query `row`. offset = key_length - query_length.
-__device__ __forceinline__ KeyInterval window_of_row(const AttentionWindow& window, int row, int offset,
-                                                     int key_length) {
-  return {::max(row + offset - window.left, 0), ::min(row + offset + window.right + 1, key_length)};
-}
 
 // A lane holds, of each of its two rows, columns 8 * (k / 2) + k % 2 for k = 0, 1, ... from its first column on.
 // The result has bit k set for those before column `end`, counted from the lane's first.
@@ -33,7 +19,7 @@ __device__ __forceinline__ uint32_t columns_before(int end) {
 
 // kHasBegin false: every row's keys begin at 0.
 template <bool kHasBegin, int kCount>
-__device__ __forceinline__ void mask_by_intervals(float (&s)[kCount], const KeyInterval (&rows)[2], int first_column) {
+__device__ __forceinline__ void mask_by_intervals(float (&s)[kCount], const Interval (&rows)[2], int first_column) {
 #pragma unroll
   for (int r = 0; r < 2; r++) {
     uint32_t allowed = columns_before(rows[r].end - first_column);

@@ -46,8 +46,8 @@ __device__ __forceinline__ void multiply_tiles(const ForwardKernelParams& p, con
   softmax.c = p.scale * kLog2E;
 
   const int row_in_tile =
-      w * kWarpgroupRows + warp * 16 + lane / 4;   // the lane's rows: this one and the eighth after it
-  KeyInterval shared_keys{0, p.shape.key_length};  // seen by all 64 rows of the tile in work
+      w * kWarpgroupRows + warp * 16 + lane / 4;  // the lane's rows: this one and the eighth after it
+  Interval shared_keys{0, p.shape.key_length};    // seen by all 64 rows of the tile in work
   KeyBlock block{};
 
   const uint64_t query_operand = ptx::matrix_descriptor(s.query(0, w)), key_operand = ptx::matrix_descriptor(s.key(0));
@@ -71,10 +71,10 @@ __device__ __forceinline__ void multiply_tiles(const ForwardKernelParams& p, con
   };
   const auto keys_of = [&](int row_in_tile) {
     const QueryTile& tile = s.tile(q.stage);
-    const KeyInterval window =
-        window_of_row(p.window, tile.index * Config::kTileQuery + row_in_tile, offset, p.shape.key_length);
+    const Interval window =
+        keys_of_query(p.window, tile.index * Config::kTileQuery + row_in_tile, offset, p.shape.key_length);
     if (!kMasked || tile.mode != kContiguous) return window;
-    return window & KeyInterval{s.row_table(q.stage, 0)[row_in_tile], s.row_table(q.stage, 1)[row_in_tile]};
+    return window & Interval{s.row_table(q.stage, 0)[row_in_tile], s.row_table(q.stage, 1)[row_in_tile]};
   };
   const auto find_shared_keys = [&] {
     if (kLimited) shared_keys.end = keys_of(w * kWarpgroupRows).end;
@@ -129,7 +129,7 @@ __device__ __forceinline__ void multiply_tiles(const ForwardKernelParams& p, con
   const auto mask_scores = [&] {
     const int first_key = block.index * kTileKey, first_column = first_key + 2 * (lane % 4);
     if (first_key + kTileKey > shared_keys.end || (kMasked && first_key < shared_keys.begin)) {
-      const KeyInterval keys[2] = {keys_of(row_in_tile), keys_of(row_in_tile + 8)};
+      const Interval keys[2] = {keys_of(row_in_tile), keys_of(row_in_tile + 8)};
       mask_by_intervals<kMasked>(scores, keys, first_column);
     }
     if (kMasked && block.by_ids) {

@@ -14,7 +14,7 @@ namespace selfattn::cuda::sm90 {
 template <class Config>
 __device__ __forceinline__ int last_block_in_window(const ForwardKernelParams& p, int index) {
   const int last_row = min((index + 1) * Config::kTileQuery, p.shape.query_length) - 1;
-  const int end = window_of_row(p.window, last_row, p.shape.key_length - p.shape.query_length, p.shape.key_length).end;
+  const int end = keys_of_query(p.window, last_row, p.shape.key_length - p.shape.query_length, p.shape.key_length).end;
   return max(end - 1, 0) / Config::kTileKey;
 }
 
@@ -37,15 +37,15 @@ __device__ __forceinline__ void describe_tile(const ForwardKernelParams& p, int 
   if (kIsRepair) tile.index = number % tiles;
   const int first_row = tile.index * Config::kTileQuery, offset = p.shape.key_length - p.shape.query_length;
   const int last_row = min(first_row + Config::kTileQuery, p.shape.query_length) - 1;
-  KeyInterval keys{0, p.shape.key_length};
+  Interval keys{0, p.shape.key_length};
   if (Config::kMask != MaskKind::kFull) {
-    keys.end = window_of_row(p.window, last_row, offset, p.shape.key_length).end;
+    keys.end = keys_of_query(p.window, last_row, offset, p.shape.key_length).end;
   }
   if (Config::kMask == MaskKind::kMasked) {
-    keys.begin = window_of_row(p.window, first_row, offset, p.shape.key_length).begin;
+    keys.begin = keys_of_query(p.window, first_row, offset, p.shape.key_length).begin;
     if (tile.mode == kContiguous) {
       const int row = b * p.segments.pitch_query;
-      keys = keys & KeyInterval{p.segments.run_begin[row + first_row], p.segments.run_end[row + last_row]};
+      keys = keys & Interval{p.segments.run_begin[row + first_row], p.segments.run_end[row + last_row]};
     }
   }
   // A tile that sees no key still visits one block, all masked: it has rows to write.
