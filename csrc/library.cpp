@@ -5,7 +5,7 @@
 #include <ATen/core/enum_tag.h>
 #include <torch/library.h>
 
-#include "attention/dense_tensor.h"
+#include "common/dense_tensor.h"
 
 #define SELFATTN_QKV "Tensor q, Tensor k, Tensor v"
 #define SELFATTN_PAIRS "Tensor? segment_ids=None, bool causal=True, float? qk_scale=None"

@@ -2,10 +2,10 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <selfattn/ops.h>
 
+#include "common/optional_tensor.h"
+
 namespace selfattn {
 namespace {
-
-using OptionalTensor = std::optional<at::Tensor>;
 
 template <typename Schema>
 c10::TypedOperatorHandle<Schema> find_op(const char* name) {

@@ -2,7 +2,7 @@
 
 #include <c10/util/StringUtil.h>
 
-#include "attention/function_transform.h"
+#include "common/function_transform.h"
 
 namespace selfattn {
 

@@ -4,7 +4,7 @@
 #include <ATen/MemoryOverlap.h>
 #include <c10/util/Exception.h>
 
-#include "attention/dense_tensor.h"
+#include "common/dense_tensor.h"
 
 namespace selfattn {
 namespace {

@@ -11,7 +11,7 @@
 
 #include <limits>
 
-#include "attention/function_transform.h"
+#include "common/function_transform.h"
 #include "segment/segment_ids.h"
 
 namespace selfattn {

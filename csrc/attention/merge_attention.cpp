@@ -9,8 +9,8 @@
 #include <limits>
 #include <tuple>
 
-#include "attention/dense_tensor.h"
 #include "attention/problem.h"
+#include "common/dense_tensor.h"
 
 namespace selfattn {
 namespace {

@@ -8,7 +8,7 @@
 #include <algorithm>
 #include <utility>
 
-#include "attention/function_transform.h"
+#include "common/function_transform.h"
 
 namespace selfattn {
 namespace {

@@ -8,7 +8,7 @@
 #include <tuple>
 #include <utility>
 
-#include "attention/dense_tensor.h"
+#include "common/dense_tensor.h"
 #include "segment/segment_ids.h"
 
 namespace selfattn {
@@ -81,10 +81,6 @@ void add_segment_ids(const AttentionArguments& arguments, AttentionProblem& prob
 }
 
 }  // namespace
-
-bool is_supported_dtype(at::ScalarType dtype) {
-  return dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kDouble;
-}
 
 void check_attention_numbers(const AttentionArguments& arguments) {
   TORCH_CHECK_VALUE(!arguments.qk_scale || std::isfinite(*arguments.qk_scale),

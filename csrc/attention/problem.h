@@ -1,18 +1,10 @@
 #pragma once
 
-#include <ATen/core/Tensor.h>
 #include <c10/core/SymInt.h>
 
-#include <optional>
+#include "common/optional_tensor.h"
 
 namespace selfattn {
-
-using OptionalTensor = std::optional<at::Tensor>;
-
-/// Nothing for an undefined tensor, as autograd saves what is not there.
-inline OptionalTensor as_optional(const at::Tensor& tensor) {
-  return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
-}
 
 /// One attention call, validated: the value that backends are chosen for and called with.
 ///
@@ -56,9 +48,6 @@ struct AttentionArguments {
   double softcap = 0.0;
   OptionalTensor sinks;
 };
-
-/// float64, float32, bfloat16 or float16.
-bool is_supported_dtype(at::ScalarType dtype);
 
 // The checks of make_attention_problem that need no q, k and v yet. `owner` is the argument that the caller knows the
 // tokens and the device by, for the message.

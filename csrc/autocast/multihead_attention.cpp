@@ -2,7 +2,7 @@
 #include <ATen/autocast_mode.h>
 #include <torch/library.h>
 
-#include "attention/problem.h"
+#include "common/optional_tensor.h"
 
 namespace selfattn {
 namespace {

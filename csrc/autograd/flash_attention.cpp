@@ -17,9 +17,8 @@ class FlashAttention : public torch::autograd::Function<FlashAttention> {
                                const at::Tensor& value, const OptionalTensor& sinks, const AttentionProblem& problem) {
     at::AutoDispatchBelowADInplaceOrView guard;
     auto [out, lse] = flash_attention(problem);
-    context->save_for_backward({query, key, value, sinks.value_or(at::Tensor()),
-                                problem.query_segment_ids.value_or(at::Tensor()),
-                                problem.key_segment_ids.value_or(at::Tensor()), out, lse});
+    context->save_for_backward({query, key, value, as_saved(sinks), as_saved(problem.query_segment_ids),
+                                as_saved(problem.key_segment_ids), out, lse});
     context->saved_data["is_causal"] = problem.is_causal;
     context->saved_data["scale"] = problem.scale;
     context->saved_data["window_left"] = problem.window_left;
@@ -78,11 +77,6 @@ std::tuple<at::Tensor, at::Tensor> flash_attention_autograd(const at::Tensor& q,
   return {results[0], results[1]};
 }
 
-bool any_requires_grad(std::initializer_list<at::Tensor> tensors) {
-  return at::GradMode::is_enabled() &&
-         std::any_of(tensors.begin(), tensors.end(), [](const at::Tensor& tensor) { return tensor.requires_grad(); });
-}
-
 /// Asked for a gradient of the gradient, it computes the formula in differentiable operators instead of the kernel.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> flash_attention_backward_autograd(
     const at::Tensor& grad_out, const OptionalTensor& grad_lse, const at::Tensor& q, const at::Tensor& k,
@@ -94,7 +88,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> flash_attention_backward_autograd
       /*needs_lse=*/true);
   const AttentionGradients gradients{grad_out, grad_lse, out, lse};
   check_gradients(problem, gradients);
-  if (any_requires_grad({grad_out, grad_lse.value_or(at::Tensor()), q, k, v, out, lse})) {
+  if (any_requires_grad({grad_out, grad_lse, q, k, v, out, lse})) {
     return reference_attention_backward(problem, gradients);
   }
   at::AutoDispatchBelowADInplaceOrView guard;

@@ -3,7 +3,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include "attention/function_transform.h"
+#include "common/function_transform.h"
 #include "rotary/norm_rope.h"
 
 namespace selfattn {
@@ -19,11 +19,10 @@ class QkNormRope : public torch::autograd::Function<QkNormRope> {
                                const NormRopeCall& call) {
     at::AutoDispatchBelowADInplaceOrView guard;
     auto [turned_q, turned_k] = qk_norm_rope(call);
-    const auto tensor = [](const OptionalTensor& optional) { return optional.value_or(at::Tensor()); };
     // A rotation's gradient does not depend on what was turned.
-    context->save_for_backward({call.norm ? q : at::Tensor(), call.norm ? k : at::Tensor(), tensor(q_weight),
-                                tensor(k_weight), tensor(call.freqs_sin), tensor(call.freqs_cos),
-                                tensor(call.positions)});
+    context->save_for_backward({call.norm ? q : at::Tensor(), call.norm ? k : at::Tensor(), as_saved(q_weight),
+                                as_saved(k_weight), as_saved(call.freqs_sin), as_saved(call.freqs_cos),
+                                as_saved(call.positions)});
     context->saved_data["norm"] = call.norm;
     context->saved_data["eps"] = call.eps;
     context->saved_data["rope"] = call.rope;

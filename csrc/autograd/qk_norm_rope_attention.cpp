@@ -19,10 +19,9 @@ class QkNormRopeAttention : public torch::autograd::Function<QkNormRopeAttention
                                const OptionalTensor& sinks, const NormRopeAttentionCall& call) {
     at::AutoDispatchBelowADInplaceOrView guard;
     auto [out, lse] = qk_norm_rope_attention(call);
-    const auto tensor = [](const OptionalTensor& optional) { return optional.value_or(at::Tensor()); };
-    context->save_for_backward({q, k, v, tensor(q_weight), tensor(k_weight), tensor(sinks),
-                                tensor(call.prologue.freqs_sin), tensor(call.prologue.freqs_cos),
-                                tensor(call.problem.query_segment_ids), out, lse});
+    context->save_for_backward({q, k, v, as_saved(q_weight), as_saved(k_weight), as_saved(sinks),
+                                as_saved(call.prologue.freqs_sin), as_saved(call.prologue.freqs_cos),
+                                as_saved(call.problem.query_segment_ids), out, lse});
     context->saved_data["eps"] = call.prologue.eps;
     context->saved_data["theta"] = call.prologue.theta;
     context->saved_data["pairs_halves"] = call.prologue.pairing == RotaryPairing::kHalf;

@@ -4,9 +4,9 @@
 #include <ATen/ops/_scaled_dot_product_cudnn_attention.h>
 #include <c10/util/StringUtil.h>
 
-#include "attention/device.h"
 #include "attention/select_backend.h"
 #include "backend/kernel_inputs.h"
+#include "common/device.h"
 
 namespace selfattn {
 namespace {

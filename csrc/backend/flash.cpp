@@ -3,9 +3,9 @@
 #include <ATen/ops/empty.h>
 #include <c10/util/StringUtil.h>
 
-#include "attention/device.h"
 #include "attention/kernel_ops.h"
 #include "attention/select_backend.h"
+#include "common/device.h"
 
 namespace selfattn {
 namespace {

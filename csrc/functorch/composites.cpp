@@ -3,7 +3,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
-#include "attention/composite_operators.h"
+#include "common/composite_operators.h"
 
 namespace selfattn {
 namespace {

@@ -1,6 +1,6 @@
 #include <ATen/functorch/BatchedTensorImpl.h>
 
-#include "attention/function_transform.h"
+#include "common/function_transform.h"
 #include "functorch/vmap.h"
 
 namespace selfattn {

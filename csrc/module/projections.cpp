@@ -8,8 +8,7 @@
 
 #include <algorithm>
 
-#include "attention/function_transform.h"
-#include "rotary/norm_rope.h"
+#include "common/function_transform.h"
 
 namespace selfattn {
 

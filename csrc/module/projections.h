@@ -2,7 +2,7 @@
 
 #include <tuple>
 
-#include "attention/problem.h"
+#include "common/optional_tensor.h"
 
 namespace selfattn {
 

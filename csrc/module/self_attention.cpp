@@ -8,9 +8,9 @@
 
 #include <utility>
 
-#include "attention/dense_tensor.h"
 #include "attention/norm_rope_attention.h"
 #include "attention/owned_heads.h"
+#include "common/dense_tensor.h"
 #include "module/projections.h"
 
 namespace selfattn {

@@ -7,7 +7,7 @@
 
 #include <cmath>
 
-#include "attention/problem.h"
+#include "common/optional_tensor.h"
 
 namespace selfattn {
 namespace {

@@ -3,7 +3,6 @@
 
 #include <ATen/TensorOperators.h>
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/rsqrt.h>
 #include <torch/library.h>
@@ -12,8 +11,8 @@
 #include <cmath>
 #include <limits>
 
-#include "attention/dense_tensor.h"
-#include "attention/function_transform.h"
+#include "common/dense_tensor.h"
+#include "common/function_transform.h"
 
 namespace selfattn {
 namespace {
@@ -115,12 +114,6 @@ void check_heads(const at::Tensor& x, const char* name) {
                     x.sym_sizes());
 }
 
-bool any_requires_grad(std::initializer_list<OptionalTensor> tensors) {
-  return at::GradMode::is_enabled() && std::any_of(tensors.begin(), tensors.end(), [](const OptionalTensor& tensor) {
-           return tensor && tensor->defined() && tensor->requires_grad();
-         });
-}
-
 bool needs_composition(const NormRopeCall& call) {
   if (is_function_transform_active()) return true;
   if (any_requires_grad({call.freqs_sin, call.freqs_cos, call.positions})) return true;
@@ -170,18 +163,8 @@ NormRopeCall make_backward_call(const at::Tensor& grad_q, const at::Tensor& grad
                                 const OptionalTensor& k, const OptionalTensor& q_weight, const OptionalTensor& k_weight,
                                 const OptionalTensor& freqs_sin, const OptionalTensor& freqs_cos, bool norm, double eps,
                                 bool rope, const OptionalTensor& positions, double theta, c10::string_view pairing) {
-  NormRopeCall call{q.value_or(at::Tensor()),
-                    k.value_or(at::Tensor()),
-                    q_weight,
-                    k_weight,
-                    freqs_sin,
-                    freqs_cos,
-                    norm,
-                    eps,
-                    rope,
-                    positions,
-                    theta,
-                    parse_pairing(pairing, "pairing")};
+  NormRopeCall call{as_saved(q), as_saved(k), q_weight, k_weight,  freqs_sin, freqs_cos,
+                    norm,        eps,         rope,     positions, theta,     parse_pairing(pairing, "pairing")};
   check_norm_rope_backward(call, grad_q, grad_k);
   call.eps = eps_of_heads(eps, grad_q);
   return call;

@@ -1,6 +1,5 @@
 #pragma once
 
-#include <initializer_list>
 #include <tuple>
 
 #include "rotary/rotary.h"
@@ -34,9 +33,6 @@ struct NormRopeNames {
 using NormRopeHeads = std::tuple<at::Tensor, at::Tensor>;
 /// dq, dk, dq_weight, dk_weight; the gradient of a weight that is not there has no elements.
 using NormRopeGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
-
-/// Whether autograd records, and one of these wants a gradient.
-bool any_requires_grad(std::initializer_list<OptionalTensor> tensors);
 
 /// Transforms, forward-mode tangents and tables that want a gradient: only ATen's operators serve them.
 bool needs_composition(const NormRopeCall& call);

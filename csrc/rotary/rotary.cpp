@@ -12,7 +12,7 @@
 
 #include <cmath>
 
-#include "attention/dense_tensor.h"
+#include "common/dense_tensor.h"
 
 namespace selfattn {
 namespace {

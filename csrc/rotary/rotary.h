@@ -5,7 +5,7 @@
 #include <utility>
 #include <vector>
 
-#include "attention/problem.h"
+#include "common/optional_tensor.h"
 
 namespace selfattn {
 

@@ -7,8 +7,8 @@
 
 #include <limits>
 
-#include "attention/dense_tensor.h"
-#include "attention/function_transform.h"
+#include "common/dense_tensor.h"
+#include "common/function_transform.h"
 
 namespace selfattn {
 

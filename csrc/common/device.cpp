@@ -1,4 +1,4 @@
-#include "attention/device.h"
+#include "common/device.h"
 
 #ifdef SELFATTN_WITH_CUDA
 #include <ATen/cuda/CUDAContext.h>

@@ -1,4 +1,4 @@
-#include "attention/function_transform.h"
+#include "common/function_transform.h"
 
 #include <ATen/FuncTorchTLS.h>
 #include <ATen/functorch/BatchedTensorImpl.h>

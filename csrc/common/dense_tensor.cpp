@@ -1,10 +1,10 @@
-#include "attention/dense_tensor.h"
+#include "common/dense_tensor.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/stack.h>
 #include <c10/util/Exception.h>
 
-#include "attention/composite_operators.h"
+#include "common/composite_operators.h"
 
 namespace selfattn {
 namespace {
@@ -45,6 +45,10 @@ void check_dense(const at::Tensor& tensor, const char* name) {
   TORCH_CHECK_TYPE(tensor.defined(), "selfattn: ", name, " must be a tensor; got None");
   const auto reason = reason_against(tensor);
   TORCH_CHECK_TYPE(!reason, "selfattn: ", name, " must be a dense tensor; got ", *reason);
+}
+
+bool is_supported_dtype(at::ScalarType dtype) {
+  return dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kDouble;
 }
 
 void refuse_tensors_of_key(torch::Library& library) {

@@ -14,6 +14,9 @@ inline void check_dense(const std::optional<at::Tensor>& tensor, const char* nam
   if (tensor) check_dense(*tensor, name);
 }
 
+/// Whether the library computes in it: float64, float32, bfloat16 or float16.
+bool is_supported_dtype(at::ScalarType dtype);
+
 /// Gives every operator of the library a kernel of the dispatch key that throws for the first argument that is not
 /// dense. Without it such a tensor would end in PyTorch's "Could not run ..." before any check.
 void refuse_tensors_of_key(torch::Library& library);
