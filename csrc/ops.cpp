@@ -1,16 +1,11 @@
 // The C++ fronts of the operators: each a typed call through the dispatcher.
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <selfattn/ops.h>
 
-#include "common/optional_tensor.h"
+#include "common/dispatch.h"
+#include "rotary/norm_rope.h"
 
 namespace selfattn {
 namespace {
-
-template <typename Schema>
-c10::TypedOperatorHandle<Schema> find_op(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Schema>();
-}
 
 template <typename Result>
 using AttentionSchema = Result(const at::Tensor&, const at::Tensor&, const at::Tensor&, const OptionalTensor&, bool,
@@ -91,10 +86,7 @@ std::tuple<at::Tensor, at::Tensor> apply_rotary_emb(const at::Tensor& xq, const 
 
 std::tuple<at::Tensor, at::Tensor> qk_norm_rope(const at::Tensor& q, const at::Tensor& k,
                                                 const QkNormRopeOptions& options) {
-  using Schema = std::tuple<at::Tensor, at::Tensor>(
-      const at::Tensor&, const at::Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-      const OptionalTensor&, bool, double, bool, const OptionalTensor&, double, c10::string_view);
-  static const auto op = find_op<Schema>("selfattn::qk_norm_rope");
+  static const auto op = find_op<decltype(from_schema<nullptr>)>("selfattn::qk_norm_rope");
   return op.call(q, k, options.q_weight(), options.k_weight(), options.freqs_sin(), options.freqs_cos(), options.norm(),
                  options.eps(), options.rope(), options.positions(), options.theta(), options.pairing());
 }

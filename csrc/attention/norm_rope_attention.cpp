@@ -2,11 +2,11 @@
 #include "attention/norm_rope_attention.h"
 
 #include <ATen/autocast_mode.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
 #include "attention/owned_heads.h"
 #include "attention/select_backend.h"
+#include "common/dispatch.h"
 
 namespace selfattn {
 namespace {
@@ -76,12 +76,7 @@ NormRopeAttentionGradients attend_backward_then_norm_rope_in_place(const NormRop
 }
 
 AttentionResults qk_norm_rope_attention(const NormRopeAttentionCall& call) {
-  using Schema = AttentionResults(const at::Tensor&, const at::Tensor&, const at::Tensor&, const OptionalTensor&,
-                                  const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-                                  const OptionalTensor&, double, double, c10::string_view, bool, std::optional<double>,
-                                  int64_t, int64_t, double, const OptionalTensor&);
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("selfattn::qk_norm_rope_attention", "").typed<Schema>();
+  static const auto op = find_op<decltype(attention_from_schema<nullptr>)>("selfattn::qk_norm_rope_attention");
   const NormRopeCall& prologue = call.prologue;
   const AttentionProblem& problem = call.problem;
   return op.call(prologue.q, prologue.k, problem.value, prologue.q_weight, prologue.k_weight, prologue.freqs_sin,
@@ -92,13 +87,8 @@ AttentionResults qk_norm_rope_attention(const NormRopeAttentionCall& call) {
 
 NormRopeAttentionGradients qk_norm_rope_attention_backward(const NormRopeAttentionCall& call,
                                                            const AttentionGradients& gradients) {
-  using Schema = NormRopeAttentionGradients(const at::Tensor&, const OptionalTensor&, const at::Tensor&,
-                                            const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                                            const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-                                            const OptionalTensor&, const OptionalTensor&, double, double,
-                                            c10::string_view, bool, std::optional<double>, int64_t, int64_t, double);
   static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("selfattn::qk_norm_rope_attention_backward", "").typed<Schema>();
+      find_op<decltype(attention_backward_from_schema<nullptr>)>("selfattn::qk_norm_rope_attention_backward");
   const NormRopeCall& prologue = call.prologue;
   const AttentionProblem& problem = call.problem;
   return op.call(gradients.grad_out, gradients.grad_lse, prologue.q, prologue.k, problem.value, gradients.out,

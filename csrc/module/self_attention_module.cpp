@@ -1,5 +1,4 @@
 // The C++ module: parameters and options; its forward is the operator self_attention.
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/util/Exception.h>
 #include <selfattn/backend.h>
 #include <selfattn/self_attention.h>
@@ -7,6 +6,7 @@
 
 #include <cmath>
 
+#include "common/dispatch.h"
 #include "common/optional_tensor.h"
 
 namespace selfattn {
@@ -105,8 +105,7 @@ void SelfAttentionImpl::reset_parameters() {
 
 torch::Tensor SelfAttentionImpl::forward(const torch::Tensor& x, const torch::Tensor& freqs_sin,
                                          const torch::Tensor& freqs_cos, const torch::Tensor& segment_ids) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("selfattn::self_attention", "").typed<SelfAttentionSchema>();
+  static const auto op = find_op<SelfAttentionSchema>("selfattn::self_attention");
   TORCH_CHECK_VALUE(x.dim() == 3 && x.sym_size(2) == options.embedding_dim(),
                     "selfattn: x must have the shape (B, S, E) with E ", options.embedding_dim(), "; got ",
                     x.sym_sizes());

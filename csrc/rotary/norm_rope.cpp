@@ -2,7 +2,6 @@
 #include "rotary/norm_rope.h"
 
 #include <ATen/TensorOperators.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/rsqrt.h>
 #include <torch/library.h>
@@ -12,6 +11,7 @@
 #include <limits>
 
 #include "common/dense_tensor.h"
+#include "common/dispatch.h"
 #include "common/function_transform.h"
 
 namespace selfattn {
@@ -189,33 +189,21 @@ NormRopeGradients compose_norm_rope_backward(const NormRopeCall& call, const at:
 }
 
 NormRopeHeads qk_norm_rope(const NormRopeCall& call) {
-  using Schema = NormRopeHeads(const at::Tensor&, const at::Tensor&, const OptionalTensor&, const OptionalTensor&,
-                               const OptionalTensor&, const OptionalTensor&, bool, double, bool, const OptionalTensor&,
-                               double, c10::string_view);
-  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("selfattn::qk_norm_rope", "").typed<Schema>();
+  static const auto op = find_op<decltype(from_schema<nullptr>)>("selfattn::qk_norm_rope");
   return op.call(call.q, call.k, call.q_weight, call.k_weight, call.freqs_sin, call.freqs_cos, call.norm, call.eps,
                  call.rope, call.positions, call.theta, to_string(call.pairing));
 }
 
 NormRopeGradients qk_norm_rope_backward(const NormRopeCall& call, const at::Tensor& grad_q, const at::Tensor& grad_k) {
-  using Schema =
-      NormRopeGradients(const at::Tensor&, const at::Tensor&, const OptionalTensor&, const OptionalTensor&,
-                        const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-                        bool, double, bool, const OptionalTensor&, double, c10::string_view);
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("selfattn::qk_norm_rope_backward", "").typed<Schema>();
+  static const auto op = find_op<decltype(backward_from_schema<nullptr>)>("selfattn::qk_norm_rope_backward");
   return op.call(grad_q, grad_k, as_optional(call.q), as_optional(call.k), call.q_weight, call.k_weight, call.freqs_sin,
                  call.freqs_cos, call.norm, call.eps, call.rope, call.positions, call.theta, to_string(call.pairing));
 }
 
 NormRopeWeightGradients qk_norm_rope_backward_in_place(const NormRopeCall& call, at::Tensor& grad_q,
                                                        at::Tensor& grad_k) {
-  using Schema = NormRopeWeightGradients(at::Tensor&, at::Tensor&, const OptionalTensor&, const OptionalTensor&,
-                                         const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-                                         const OptionalTensor&, bool, double, bool, const OptionalTensor&, double,
-                                         c10::string_view);
   static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("selfattn::qk_norm_rope_backward", "in_place").typed<Schema>();
+      find_op<decltype(backward_in_place_from_schema<nullptr>)>("selfattn::qk_norm_rope_backward", "in_place");
   return op.call(grad_q, grad_k, as_optional(call.q), as_optional(call.k), call.q_weight, call.k_weight, call.freqs_sin,
                  call.freqs_cos, call.norm, call.eps, call.rope, call.positions, call.theta, to_string(call.pairing));
 }
