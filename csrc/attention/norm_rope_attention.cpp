@@ -7,15 +7,14 @@
 #include "attention/owned_heads.h"
 #include "attention/select_backend.h"
 #include "common/dispatch.h"
+#include "common/plain_tensor.h"
 
 namespace selfattn {
 namespace {
 
 /// Under autocast multihead_attention casts what qk_norm_rope gives; the one operator has no place for that.
 bool is_cast_between(const at::Tensor& heads) {
-  const auto device = heads.device().type();
-  return at::autocast::is_autocast_available(device) && at::autocast::is_autocast_enabled(device) &&
-         heads.scalar_type() != at::autocast::get_autocast_dtype(device);
+  return is_autocast_on(heads) && heads.scalar_type() != at::autocast::get_autocast_dtype(heads.device().type());
 }
 
 }  // namespace

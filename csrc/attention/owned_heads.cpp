@@ -2,13 +2,13 @@
 
 #include <ATen/SavedTensorHooks.h>
 #include <ATen/core/grad_mode.h>
-#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/graph_task.h>
 
 #include <algorithm>
 #include <utility>
 
 #include "common/function_transform.h"
+#include "common/plain_tensor.h"
 
 namespace selfattn {
 namespace {
@@ -37,15 +37,13 @@ OwnedHeads::OwnedHeads() : before_(std::exchange(heads_are_owned, true)) {}
 OwnedHeads::~OwnedHeads() { heads_are_owned = before_; }
 
 bool OwnedHeads::are(const at::Tensor& heads) {
-  return heads_are_owned && heads.layout() == at::kStrided && !heads.unsafeGetTensorImpl()->is_python_dispatch() &&
-         !c10::impl::TorchDispatchModeTLS::any_modes_set() && !at::SavedTensorDefaultHooks::get_hooks();
+  return heads_are_owned && is_plain(heads) && !at::SavedTensorDefaultHooks::get_hooks();
 }
 
 bool OwnedHeads::are_free(at::TensorList grads) {
-  return !c10::impl::TorchDispatchModeTLS::any_modes_set() && !is_function_transform_active() &&
-         std::none_of(grads.begin(), grads.end(), [](const at::Tensor& grad) {
-           return grad.defined() && (is_wrapped_by_transform(grad) || grad.unsafeGetTensorImpl()->is_python_dispatch());
-         });
+  return !is_function_transform_active() && std::all_of(grads.begin(), grads.end(), [](const at::Tensor& grad) {
+    return !grad.defined() || (is_plain(grad) && !is_wrapped_by_transform(grad));
+  });
 }
 
 GradientMemory memory_of_heads(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,

@@ -1,14 +1,13 @@
 #include "module/projections.h"
 
 #include <ATen/TensorOperators.h>
-#include <ATen/autocast_mode.h>
 #include <ATen/ops/linear.h>
-#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <algorithm>
 
 #include "common/function_transform.h"
+#include "common/plain_tensor.h"
 
 namespace selfattn {
 
@@ -74,19 +73,14 @@ class QueryKeyValueProjections : public torch::autograd::Function<QueryKeyValueP
 
 namespace {
 
-/// An ordinary tensor in memory, outside of any tracing: subclasses and modes are given at::linear to interpret.
-bool is_plain(const at::Tensor& tensor, const at::Tensor& like) {
-  return tensor.layout() == at::kStrided && !tensor.unsafeGetTensorImpl()->is_python_dispatch() &&
-         tensor.scalar_type() == like.scalar_type() && tensor.device() == like.device() && !has_tangent(tensor);
-}
-
+/// Tensors that this cannot serve are left to at::linear: subclasses and modes are given it to interpret.
 bool serves_as_one_node(std::initializer_list<OptionalTensor> tensors, const at::Tensor& x) {
-  const auto device = x.device().type();
-  return any_requires_grad(tensors) && !c10::impl::TorchDispatchModeTLS::any_modes_set() &&
-         !is_function_transform_active() &&
-         !(at::autocast::is_autocast_available(device) && at::autocast::is_autocast_enabled(device)) &&
-         std::all_of(tensors.begin(), tensors.end(),
-                     [&](const OptionalTensor& tensor) { return !tensor || is_plain(*tensor, x); });
+  const auto suits = [&](const OptionalTensor& tensor) {
+    return !tensor || (is_plain(*tensor) && tensor->scalar_type() == x.scalar_type() &&
+                       tensor->device() == x.device() && !has_tangent(*tensor));
+  };
+  return any_requires_grad(tensors) && !is_function_transform_active() && !is_autocast_on(x) &&
+         std::all_of(tensors.begin(), tensors.end(), suits);
 }
 
 }  // namespace

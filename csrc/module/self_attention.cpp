@@ -1,5 +1,4 @@
 // self_attention: the module's forward, once, for C++, Python and TorchScript.
-#include <ATen/autocast_mode.h>
 #include <ATen/ops/dropout.h>
 #include <ATen/ops/linear.h>
 #include <selfattn/backend.h>
@@ -11,15 +10,11 @@
 #include "attention/norm_rope_attention.h"
 #include "attention/owned_heads.h"
 #include "common/dense_tensor.h"
+#include "common/plain_tensor.h"
 #include "module/projections.h"
 
 namespace selfattn {
 namespace {
-
-bool is_autocast_on(const at::Tensor& x) {
-  const auto device = x.device().type();
-  return at::autocast::is_autocast_available(device) && at::autocast::is_autocast_enabled(device);
-}
 
 void check_input(const at::Tensor& x, const at::Tensor& q_weight) {
   check_dense(x, "x");

@@ -3,18 +3,17 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/_assert_async.h>
 #include <ATen/ops/logical_and.h>
-#include <c10/core/impl/TorchDispatchModeTLS.h>
 
 #include <limits>
 
 #include "common/dense_tensor.h"
 #include "common/function_transform.h"
+#include "common/plain_tensor.h"
 
 namespace selfattn {
 
 bool has_readable_values(const at::Tensor& tensor) {
-  return tensor.is_cpu() && !tensor.unsafeGetTensorImpl()->is_python_dispatch() &&
-         !c10::impl::TorchDispatchModeTLS::any_modes_set() && !is_differentiation_transform_active();
+  return tensor.is_cpu() && is_plain(tensor) && !is_differentiation_transform_active();
 }
 
 void check_values(const at::Tensor& mapped_condition, const std::string& message) {
