@@ -15,12 +15,6 @@ void intersect(std::optional<at::Tensor>& mask, const at::Tensor& rule) {
 
 }  // namespace
 
-at::Tensor same_segment(const at::Tensor& query_segment_ids, const at::Tensor& key_segment_ids) {
-  const at::Tensor query = query_segment_ids.unsqueeze(1).unsqueeze(3);  // (B, 1, Sq, 1)
-  const at::Tensor key = key_segment_ids.unsqueeze(1).unsqueeze(2);      // (B, 1, 1, Skv)
-  return at::logical_and(query == key, query >= 0);
-}
-
 std::optional<at::Tensor> attention_mask(const AttentionProblem& problem) {
   std::optional<at::Tensor> mask;
   if (problem.is_causal || problem.has_window()) {

@@ -10,7 +10,4 @@ namespace selfattn {
 /// may attend to a key; nothing where every pair is allowed. For the backends that read a dense mask.
 std::optional<at::Tensor> attention_mask(const AttentionProblem& problem);
 
-/// True where the ids are equal and not negative: (B, Sq), (B, Skv) -> (B, 1, Sq, Skv).
-at::Tensor same_segment(const at::Tensor& query_segment_ids, const at::Tensor& key_segment_ids);
-
 }  // namespace selfattn

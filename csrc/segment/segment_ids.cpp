@@ -48,4 +48,10 @@ std::pair<at::Tensor, at::Tensor> segment_ids_as_int32(const at::Tensor& segment
   return {query, kv_segment_ids.is_same(segment_ids) ? query : segment_ids_as_int32(kv_segment_ids, "kv_segment_ids")};
 }
 
+at::Tensor same_segment(const at::Tensor& query_segment_ids, const at::Tensor& key_segment_ids) {
+  const at::Tensor query = query_segment_ids.unsqueeze(1).unsqueeze(3);  // (B, 1, Sq, 1)
+  const at::Tensor key = key_segment_ids.unsqueeze(1).unsqueeze(2);      // (B, 1, 1, Skv)
+  return at::logical_and(query == key, query >= 0);
+}
+
 }  // namespace selfattn

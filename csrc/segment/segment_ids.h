@@ -23,4 +23,7 @@ at::Tensor segment_ids_as_int32(const at::Tensor& segment_ids, const char* name)
 /// The same of queries' and keys' ids; once where they are one tensor.
 std::pair<at::Tensor, at::Tensor> segment_ids_as_int32(const at::Tensor& segment_ids, const at::Tensor& kv_segment_ids);
 
+/// True where the ids are equal and not negative: (B, Sq), (B, Skv) -> (B, 1, Sq, Skv).
+at::Tensor same_segment(const at::Tensor& query_segment_ids, const at::Tensor& key_segment_ids);
+
 }  // namespace selfattn

@@ -11,8 +11,8 @@
 #include <ATen/ops/where.h>
 #include <torch/library.h>
 
-#include "attention/mask.h"
 #include "common/dense_tensor.h"
+#include "common/optional_tensor.h"
 #include "segment/segment_ids.h"
 
 namespace selfattn {
