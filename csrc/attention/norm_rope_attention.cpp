@@ -4,7 +4,6 @@
 #include <ATen/autocast_mode.h>
 #include <torch/library.h>
 
-#include "attention/owned_heads.h"
 #include "attention/select_backend.h"
 #include "common/dispatch.h"
 #include "common/plain_tensor.h"

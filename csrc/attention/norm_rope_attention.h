@@ -2,7 +2,7 @@
 
 #include <tuple>
 
-#include "attention/kernel_ops.h"
+#include "attention/flash_attention_op.h"
 #include "rotary/norm_rope.h"
 
 namespace selfattn {
@@ -14,7 +14,6 @@ struct NormRopeAttentionCall {
   AttentionProblem problem;  // of the raw q and k
 };
 
-using AttentionResults = std::tuple<at::Tensor, at::Tensor>;
 /// dq, dk, dv, dq_weight, dk_weight
 using NormRopeAttentionGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 

@@ -58,12 +58,4 @@ GradientMemory memory_of_heads(const at::Tensor& query, const at::Tensor& key, c
   return memory;
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> flash_attention_backward(const AttentionProblem& problem,
-                                                                        const AttentionGradients& gradients,
-                                                                        const GradientMemory& memory) {
-  const bool has_memory = memory.query || memory.key || memory.value;
-  return has_memory && problem.query.is_cuda() ? flash_attention_backward_into(problem, gradients, memory)
-                                               : flash_attention_backward(problem, gradients);
-}
-
 }  // namespace selfattn

@@ -1,6 +1,6 @@
 #pragma once
 
-#include "attention/kernel_ops.h"
+#include "attention/gradients.h"
 
 namespace selfattn {
 
@@ -30,10 +30,5 @@ class OwnedHeads {
 /// output, each held by the node and by the caller's list alone; dq has the shape of `query`.
 GradientMemory memory_of_heads(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                                const at::Tensor& out);
-
-/// flash_attention_backward, over that memory where the device can.
-std::tuple<at::Tensor, at::Tensor, at::Tensor> flash_attention_backward(const AttentionProblem& problem,
-                                                                        const AttentionGradients& gradients,
-                                                                        const GradientMemory& memory);
 
 }  // namespace selfattn

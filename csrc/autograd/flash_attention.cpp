@@ -3,7 +3,9 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include "attention/flash_attention_op.h"
 #include "attention/owned_heads.h"
+#include "backend/reference.h"
 
 namespace selfattn {
 
@@ -60,35 +62,20 @@ class FlashAttention : public torch::autograd::Function<FlashAttention> {
 
 namespace {
 
-std::tuple<at::Tensor, at::Tensor> flash_attention_autograd(const at::Tensor& q, const at::Tensor& k,
-                                                            const at::Tensor& v, const OptionalTensor& segment_ids,
-                                                            bool causal, std::optional<double> qk_scale,
-                                                            const OptionalTensor& kv_segment_ids, int64_t window_left,
-                                                            int64_t window_right, double softcap,
-                                                            const OptionalTensor& sinks) {
-  const AttentionProblem problem = make_attention_problem(
-      q, k, v, {segment_ids, causal, qk_scale, kv_segment_ids, window_left, window_right, softcap, sinks},
-      /*needs_lse=*/true);
+AttentionResults attend(const AttentionProblem& problem) {
   if (!problem.requires_grad()) {
     at::AutoDispatchBelowADInplaceOrView guard;
     return flash_attention(problem);
   }
-  const auto results = FlashAttention::apply(q, k, v, sinks, problem);
+  const auto results = FlashAttention::apply(problem.query, problem.key, problem.value, problem.sinks, problem);
   return {results[0], results[1]};
 }
 
 /// Asked for a gradient of the gradient, it computes the formula in differentiable operators instead of the kernel.
-std::tuple<at::Tensor, at::Tensor, at::Tensor> flash_attention_backward_autograd(
-    const at::Tensor& grad_out, const OptionalTensor& grad_lse, const at::Tensor& q, const at::Tensor& k,
-    const at::Tensor& v, const at::Tensor& out, const at::Tensor& lse, const OptionalTensor& segment_ids, bool causal,
-    std::optional<double> qk_scale, const OptionalTensor& kv_segment_ids, int64_t window_left, int64_t window_right,
-    double softcap) {
-  const AttentionProblem problem = make_attention_problem(
-      q, k, v, {segment_ids, causal, qk_scale, kv_segment_ids, window_left, window_right, softcap, std::nullopt},
-      /*needs_lse=*/true);
-  const AttentionGradients gradients{grad_out, grad_lse, out, lse};
+InputGradients attend_backward(const AttentionProblem& problem, const AttentionGradients& gradients) {
   check_gradients(problem, gradients);
-  if (any_requires_grad({grad_out, grad_lse, q, k, v, out, lse})) {
+  if (any_requires_grad({problem.query, problem.key, problem.value, gradients.grad_out, gradients.grad_lse,
+                         gradients.out, gradients.lse})) {
     return reference_attention_backward(problem, gradients);
   }
   at::AutoDispatchBelowADInplaceOrView guard;
@@ -99,6 +86,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> flash_attention_backward_autograd
 }  // namespace selfattn
 
 TORCH_LIBRARY_IMPL(selfattn, Autograd, m) {
-  m.impl("flash_attention", TORCH_FN(selfattn::flash_attention_autograd));
-  m.impl("flash_attention_backward", TORCH_FN(selfattn::flash_attention_backward_autograd));
+  using namespace selfattn;
+  m.impl("flash_attention", TORCH_FN(flash_attention_from_schema<attend>));
+  m.impl("flash_attention_backward", TORCH_FN(flash_attention_backward_from_schema<attend_backward>));
 }

@@ -5,6 +5,7 @@
 
 #include "attention/norm_rope_attention.h"
 #include "attention/owned_heads.h"
+#include "backend/reference.h"
 
 namespace selfattn {
 

@@ -1,9 +1,7 @@
 // This project's own kernels: the constraints that they put on a call.
-#include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/ops/empty.h>
 #include <c10/util/StringUtil.h>
 
-#include "attention/kernel_ops.h"
+#include "attention/flash_attention_op.h"
 #include "attention/select_backend.h"
 #include "common/device.h"
 
@@ -19,19 +17,14 @@ constexpr int64_t kMaxRow = 1 << 29;        // positions and windows are counted
 constexpr int64_t kMaxHeadDimCuda = 256;
 constexpr int64_t kAlignment = 8;  // elements of 2 bytes: the 16 bytes that the tensor memory accelerator asks for
 
-const c10::OperatorHandle& flash_attention_handle() {
-  static const c10::OperatorHandle handle =
-      c10::Dispatcher::singleton().findSchemaOrThrow("selfattn::flash_attention", "");
-  return handle;
-}
-
 Reason has_kernel(const AttentionProblem& problem) {
+  static const auto op = find_op<decltype(flash_attention_from_schema<nullptr>)>("selfattn::flash_attention");
   const at::Tensor& query = problem.query;
   const auto key = query.is_cuda() ? c10::DispatchKey::CUDA : c10::DispatchKey::CPU;
   if (!query.is_cuda() && !query.is_cpu() && !query.is_meta()) {
     return c10::str("q must be on a CPU or CUDA device; got ", query.device());
   }
-  if (query.is_meta() || flash_attention_handle().hasKernelForDispatchKey(key)) return std::nullopt;
+  if (query.is_meta() || op.hasKernelForDispatchKey(key)) return std::nullopt;
   return c10::str("this build of selfattn has no kernels for ", query.device());
 }
 
@@ -91,59 +84,9 @@ constexpr Constraint kConstraints[] = {has_kernel,
                                        no_differentiation_transform,
                                        no_forward_mode_ad};
 
-std::tuple<at::Tensor, at::Tensor> call(const AttentionProblem& problem) { return flash_attention(problem); }
+AttentionResults call(const AttentionProblem& problem) { return flash_attention(problem); }
 
 }  // namespace
-
-std::tuple<at::Tensor, at::Tensor> flash_attention(const AttentionProblem& problem) {
-  using Schema = std::tuple<at::Tensor, at::Tensor>(
-      const at::Tensor&, const at::Tensor&, const at::Tensor&, const OptionalTensor&, bool, std::optional<double>,
-      const OptionalTensor&, int64_t, int64_t, double, const OptionalTensor&);
-  static const auto op = flash_attention_handle().typed<Schema>();
-  return op.call(problem.query, problem.key, problem.value, problem.query_segment_ids, problem.is_causal, problem.scale,
-                 problem.key_segment_ids, problem.window_left, problem.window_right, problem.softcap, problem.sinks);
-}
-
-std::tuple<at::Tensor, at::Tensor, at::Tensor> flash_attention_backward(const AttentionProblem& problem,
-                                                                        const AttentionGradients& gradients) {
-  using Schema = std::tuple<at::Tensor, at::Tensor, at::Tensor>(
-      const at::Tensor&, const OptionalTensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
-      const at::Tensor&, const at::Tensor&, const OptionalTensor&, bool, std::optional<double>, const OptionalTensor&,
-      int64_t, int64_t, double);
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("selfattn::flash_attention_backward", "").typed<Schema>();
-  return op.call(gradients.grad_out, gradients.grad_lse, problem.query, problem.key, problem.value, gradients.out,
-                 gradients.lse, problem.query_segment_ids, problem.is_causal, problem.scale, problem.key_segment_ids,
-                 problem.window_left, problem.window_right, problem.softcap);
-}
-
-std::tuple<at::Tensor, at::Tensor, at::Tensor> flash_attention_backward_into(const AttentionProblem& problem,
-                                                                             const AttentionGradients& gradients,
-                                                                             const GradientMemory& memory) {
-  using Schema = void(const at::Tensor&, const OptionalTensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                      const at::Tensor&, const at::Tensor&, const OptionalTensor&, bool, std::optional<double>,
-                      const OptionalTensor&, int64_t, int64_t, double, at::Tensor&, at::Tensor&, at::Tensor&);
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("selfattn::flash_attention_backward", "into").typed<Schema>();
-  const auto take = [](const OptionalTensor& memory, const at::Tensor& like) {
-    return memory ? *memory : at::empty(like.sizes(), like.options());
-  };
-  at::Tensor dq = take(memory.query, problem.query), dk = take(memory.key, problem.key),
-             dv = take(memory.value, problem.value);
-  op.call(gradients.grad_out, gradients.grad_lse, problem.query, problem.key, problem.value, gradients.out,
-          gradients.lse, problem.query_segment_ids, problem.is_causal, problem.scale, problem.key_segment_ids,
-          problem.window_left, problem.window_right, problem.softcap, dq, dk, dv);
-  return {dq, dk, dv};
-}
-
-AttentionProblem make_flash_problem(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                                    const AttentionArguments& arguments) {
-  AttentionProblem problem = make_attention_problem(q, k, v, arguments, /*needs_lse=*/true);
-  const auto reasons = reasons_against(flash_backend(), problem);
-  TORCH_CHECK_NOT_IMPLEMENTED(reasons.empty(),
-                              "selfattn: flash_attention cannot serve this call: ", c10::Join("; ", reasons));
-  return problem;
-}
 
 const AttentionBackend& flash_backend() {
   static const AttentionBackend backend{Backend::kFlash, kConstraints, call};

@@ -78,7 +78,7 @@ std::tuple<at::Tensor, at::Tensor> call(const AttentionProblem& problem) { retur
 
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor> reference_attention(const AttentionProblem& problem) {
+AttentionResults reference_attention(const AttentionProblem& problem) {
   const at::Tensor value = group_heads(problem, problem.value);
   const OptionalTensor allowed = allowed_pairs(problem);
   const at::Tensor score =
@@ -110,8 +110,7 @@ std::tuple<at::Tensor, at::Tensor> reference_attention(const AttentionProblem& p
   return {ungroup_heads(out).to(problem.query.scalar_type()), lse.squeeze(-1).flatten(1, 2).to(at::kFloat)};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> reference_attention_backward(const AttentionProblem& problem,
-                                                                            const AttentionGradients& gradients) {
+InputGradients reference_attention_backward(const AttentionProblem& problem, const AttentionGradients& gradients) {
   const at::Tensor query = group_heads(problem, problem.query);
   const at::Tensor key = group_heads(problem, problem.key);
   const at::Tensor value = group_heads(problem, problem.value);

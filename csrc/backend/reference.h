@@ -1,8 +1,6 @@
 #pragma once
 
-#include <tuple>
-
-#include "attention/problem.h"
+#include "attention/gradients.h"
 
 namespace selfattn {
 
@@ -11,22 +9,13 @@ namespace selfattn {
 /// What a query may not attend to has no influence, whatever its bits (attention/masked_matmul.h says where not).
 /// A sink of -inf is none, one of +inf takes all the weight: out 0, lse +inf.
 /// -> out (B, Sq, NH, DV) in q's dtype; lse (B, NH, Sq) float32, -inf for a row without an allowed pair.
-std::tuple<at::Tensor, at::Tensor> reference_attention(const AttentionProblem& problem);
-
-/// What a forward pass saved and received, for the gradient.
-struct AttentionGradients {
-  at::Tensor grad_out;      // (B, Sq, NH, DV)
-  OptionalTensor grad_lse;  // (B, NH, Sq)
-  at::Tensor out;           // (B, Sq, NH, DV)
-  at::Tensor lse;           // (B, NH, Sq)
-};
+AttentionResults reference_attention(const AttentionProblem& problem);
 
 /// The gradient of reference_attention from the saved out and lse: P = exp(S - lse), dS = P * (dP - rowsum(dO * O) +
 /// dlse) (FlashAttention-2, arXiv:2307.08691, section 3.1.2), in differentiable ATen operators: the gradient of a
 /// backend without a backward kernel of its own, and what makes kernels twice differentiable.
 /// -> dq, dk, dv in the inputs' shapes and dtype.
-std::tuple<at::Tensor, at::Tensor, at::Tensor> reference_attention_backward(const AttentionProblem& problem,
-                                                                            const AttentionGradients& gradients);
+InputGradients reference_attention_backward(const AttentionProblem& problem, const AttentionGradients& gradients);
 
 /// d loss / d sinks (NH,): a sink is a logit without a value, so dS of its column is P * (dlse - rowsum(dO * O)). Of a
 /// sink of -inf it is 0, of one of +inf the sum of dlse.

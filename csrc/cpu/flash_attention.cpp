@@ -7,7 +7,7 @@
 
 #include <atomic>
 
-#include "attention/kernel_ops.h"
+#include "attention/flash_attention_op.h"
 #include "cpu/gemm.h"
 #include "cpu/select_kernels.h"
 
@@ -186,14 +186,8 @@ void run_forward(Call& call, ForwardProblem& problem) {
   if (problem.parts) call.run(problem, kernels.merge, tiles, 0, heads, workspace_bytes);
 }
 
-std::tuple<at::Tensor, at::Tensor> flash_attention_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                                                       const OptionalTensor& segment_ids, bool causal,
-                                                       std::optional<double> qk_scale,
-                                                       const OptionalTensor& kv_segment_ids, int64_t window_left,
-                                                       int64_t window_right, double softcap,
-                                                       const OptionalTensor& sinks) {
-  const AttentionProblem attention = make_flash_problem(
-      q, k, v, {segment_ids, causal, qk_scale, kv_segment_ids, window_left, window_right, softcap, sinks});
+AttentionResults attend(const AttentionProblem& attention) {
+  const at::Tensor &q = attention.query, &v = attention.value;
   const at::Tensor out = at::empty({q.size(0), q.size(1), q.size(2), v.size(3)}, q.options());
   const at::Tensor lse = at::empty({q.size(0), q.size(2), q.size(1)}, q.options().dtype(at::kFloat));
   if (lse.numel() == 0) return {out, lse};
@@ -232,10 +226,7 @@ void run_backward(Call& call, BackwardProblem& problem) {
   }
 }
 
-using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
-
-/// dq, dk and dv of a problem whose gradients are checked.
-Gradients attend_backward(const AttentionProblem& attention, const AttentionGradients& gradients) {
+InputGradients attend_backward(const AttentionProblem& attention, const AttentionGradients& gradients) {
   const auto empty_like = [](const at::Tensor& tensor) { return at::empty(tensor.sizes(), tensor.options()); };
   const at::Tensor grad_query = empty_like(attention.query), grad_key = empty_like(attention.key),
                    grad_value = empty_like(attention.value);
@@ -258,31 +249,11 @@ Gradients attend_backward(const AttentionProblem& attention, const AttentionGrad
   return {grad_query, grad_key, grad_value};
 }
 
-Gradients flash_attention_backward_cpu(const at::Tensor& grad_out, const OptionalTensor& grad_lse, const at::Tensor& q,
-                                       const at::Tensor& k, const at::Tensor& v, const at::Tensor& out,
-                                       const at::Tensor& lse, const OptionalTensor& segment_ids, bool causal,
-                                       std::optional<double> qk_scale, const OptionalTensor& kv_segment_ids,
-                                       int64_t window_left, int64_t window_right, double softcap) {
-  const AttentionProblem problem = make_flash_problem(
-      q, k, v, {segment_ids, causal, qk_scale, kv_segment_ids, window_left, window_right, softcap, std::nullopt});
-  const AttentionGradients gradients{grad_out, grad_lse, out, lse};
-  check_gradients(problem, gradients);
-  return attend_backward(problem, gradients);
-}
-
-/// dq may be out, dk may be k and dv may be v: the gradients are copied when all is read.
-void flash_attention_backward_into_cpu(const at::Tensor& grad_out, const OptionalTensor& grad_lse, const at::Tensor& q,
-                                       const at::Tensor& k, const at::Tensor& v, const at::Tensor& out,
-                                       const at::Tensor& lse, const OptionalTensor& segment_ids, bool causal,
-                                       std::optional<double> qk_scale, const OptionalTensor& kv_segment_ids,
-                                       int64_t window_left, int64_t window_right, double softcap, at::Tensor& dq,
-                                       at::Tensor& dk, at::Tensor& dv) {
-  const AttentionProblem problem = make_flash_problem(
-      q, k, v, {segment_ids, causal, qk_scale, kv_segment_ids, window_left, window_right, softcap, std::nullopt});
-  const AttentionGradients gradients{grad_out, grad_lse, out, lse};
-  check_gradients(problem, gradients);
-  check_gradient_memory(problem, gradients, dq, dk, dv);
-  const auto [grad_query, grad_key, grad_value] = attend_backward(problem, gradients);
+/// The gradients are copied when all is read.
+void attend_backward_into(const AttentionProblem& attention, const AttentionGradients& gradients,
+                          const InputGradients& results) {
+  const auto [grad_query, grad_key, grad_value] = attend_backward(attention, gradients);
+  const auto& [dq, dk, dv] = results;
   dq.copy_(grad_query), dk.copy_(grad_key), dv.copy_(grad_value);
 }
 
@@ -290,7 +261,9 @@ void flash_attention_backward_into_cpu(const at::Tensor& grad_out, const Optiona
 }  // namespace selfattn
 
 TORCH_LIBRARY_IMPL(selfattn, CPU, m) {
-  m.impl("flash_attention", TORCH_FN(selfattn::flash_attention_cpu));
-  m.impl("flash_attention_backward", TORCH_FN(selfattn::flash_attention_backward_cpu));
-  m.impl("flash_attention_backward.into", TORCH_FN(selfattn::flash_attention_backward_into_cpu));
+  using namespace selfattn;
+  m.impl("flash_attention", TORCH_FN(flash_attention_from_schema<checked<attend>>));
+  m.impl("flash_attention_backward", TORCH_FN(flash_attention_backward_from_schema<checked<attend_backward>>));
+  m.impl("flash_attention_backward.into",
+         TORCH_FN(flash_attention_backward_into_from_schema<checked<attend_backward_into>>));
 }

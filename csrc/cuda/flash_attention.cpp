@@ -4,19 +4,14 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>
 
-#include "attention/kernel_ops.h"
+#include "attention/flash_attention_op.h"
 #include "binding.h"
 
 namespace selfattn::cuda {
 namespace {
 
-std::tuple<at::Tensor, at::Tensor> flash_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                                                   const OptionalTensor& segment_ids, bool causal,
-                                                   std::optional<double> qk_scale, const OptionalTensor& kv_segment_ids,
-                                                   int64_t window_left, int64_t window_right, double softcap,
-                                                   const OptionalTensor& sinks) {
-  const AttentionProblem problem = make_flash_problem(
-      q, k, v, {segment_ids, causal, qk_scale, kv_segment_ids, window_left, window_right, softcap, sinks});
+AttentionResults attend(const AttentionProblem& problem) {
+  const at::Tensor &q = problem.query, &k = problem.key, &v = problem.value;
   const c10::cuda::CUDAGuard guard(q.device());
   const cudaStream_t stream = at::cuda::getCurrentCUDAStream();
   const FlashKernels& kernels = flash_kernels();
@@ -62,4 +57,7 @@ std::tuple<at::Tensor, at::Tensor> flash_attention(const at::Tensor& q, const at
 }  // namespace
 }  // namespace selfattn::cuda
 
-TORCH_LIBRARY_IMPL(selfattn, CUDA, m) { m.impl("flash_attention", TORCH_FN(selfattn::cuda::flash_attention)); }
+TORCH_LIBRARY_IMPL(selfattn, CUDA, m) {
+  using namespace selfattn;
+  m.impl("flash_attention", TORCH_FN(flash_attention_from_schema<checked<selfattn::cuda::attend>>));
+}

@@ -5,7 +5,7 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>
 
-#include "attention/kernel_ops.h"
+#include "attention/flash_attention_op.h"
 #include "binding.h"
 
 namespace selfattn::cuda {
@@ -28,16 +28,11 @@ Tensor prepare_segments(const FlashKernels& kernels, const AttentionProblem& pro
 // No element of out is read once its place in dq is written, none of k once that in dk is, none of v once that in dv
 // is: a thread block that stores a tile of a gradient has read that tile of the other before, and no other block reads
 // it in this kernel or in a later one (docs/kernels/backward.md).
-void flash_attention_backward_into(const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& q,
-                                   const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
-                                   const OptionalTensor& segment_ids, bool causal, std::optional<double> qk_scale,
-                                   const OptionalTensor& kv_segment_ids, int64_t window_left, int64_t window_right,
-                                   double softcap, Tensor& dq, Tensor& dk, Tensor& dv) {
-  const AttentionProblem problem = make_flash_problem(
-      q, k, v, {segment_ids, causal, qk_scale, kv_segment_ids, window_left, window_right, softcap, std::nullopt});
-  const AttentionGradients gradients{grad_out, grad_lse, out, lse};
-  check_gradients(problem, gradients);
-  check_gradient_memory(problem, gradients, dq, dk, dv);
+void attend_backward_into(const AttentionProblem& problem, const AttentionGradients& gradients,
+                          const InputGradients& results) {
+  const Tensor &q = problem.query, &k = problem.key, &v = problem.value;
+  const auto& [grad_out, grad_lse, out, lse] = gradients;
+  const auto& [dq, dk, dv] = results;
   const c10::cuda::CUDAGuard guard(q.device());
   const cudaStream_t stream = at::cuda::getCurrentCUDAStream();
   const FlashKernels& kernels = flash_kernels();
@@ -64,23 +59,20 @@ void flash_attention_backward_into(const Tensor& grad_out, const OptionalTensor&
   if (scaled.sign != 1) dq.mul_(scaled.sign);
 }
 
-std::tuple<Tensor, Tensor, Tensor> flash_attention_backward(const Tensor& grad_out, const OptionalTensor& grad_lse,
-                                                            const Tensor& q, const Tensor& k, const Tensor& v,
-                                                            const Tensor& out, const Tensor& lse,
-                                                            const OptionalTensor& segment_ids, bool causal,
-                                                            std::optional<double> qk_scale,
-                                                            const OptionalTensor& kv_segment_ids, int64_t window_left,
-                                                            int64_t window_right, double softcap) {
-  Tensor dq = empty_like_contiguous(q), dk = empty_like_contiguous(k), dv = empty_like_contiguous(v);
-  flash_attention_backward_into(grad_out, grad_lse, q, k, v, out, lse, segment_ids, causal, qk_scale, kv_segment_ids,
-                                window_left, window_right, softcap, dq, dk, dv);
-  return {dq, dk, dv};
+InputGradients attend_backward(const AttentionProblem& problem, const AttentionGradients& gradients) {
+  InputGradients results{empty_like_contiguous(problem.query), empty_like_contiguous(problem.key),
+                         empty_like_contiguous(problem.value)};
+  attend_backward_into(problem, gradients, results);
+  return results;
 }
 
 }  // namespace
 }  // namespace selfattn::cuda
 
 TORCH_LIBRARY_IMPL(selfattn, CUDA, m) {
-  m.impl("flash_attention_backward", TORCH_FN(selfattn::cuda::flash_attention_backward));
-  m.impl("flash_attention_backward.into", TORCH_FN(selfattn::cuda::flash_attention_backward_into));
+  using namespace selfattn;
+  m.impl("flash_attention_backward",
+         TORCH_FN(flash_attention_backward_from_schema<checked<selfattn::cuda::attend_backward>>));
+  m.impl("flash_attention_backward.into",
+         TORCH_FN(flash_attention_backward_into_from_schema<checked<selfattn::cuda::attend_backward_into>>));
 }

@@ -1,14 +1,12 @@
 // vmap of flash_attention and of its gradient: the map becomes part of the batch.
 #include <torch/library.h>
 
-#include "attention/kernel_ops.h"
+#include "attention/flash_attention_op.h"
+#include "backend/reference.h"
 #include "functorch/vmap.h"
 
 namespace selfattn {
 namespace {
-
-using Results = std::tuple<at::Tensor, at::Tensor>;
-using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
 /// The problem of every element of the map as one; its sinks, which have no batch, are left as they are.
 AttentionProblem fold_problem(const Vmap& vmap, const AttentionProblem& problem) {
@@ -35,7 +33,7 @@ AttentionProblem element_of_problem(const Vmap& vmap, const AttentionProblem& pr
   return element;
 }
 
-Results attend(const Vmap& vmap, const AttentionProblem& problem) {
+AttentionResults attend(const Vmap& vmap, const AttentionProblem& problem) {
   const c10::impl::ExcludeDispatchKeyGuard not_again(vmap.key());
   if (!vmap.has_mapped()) return flash_attention(problem);
   const bool is_empty = vmap.size() == 0;       // which the kernels do not serve
@@ -49,17 +47,13 @@ Results attend(const Vmap& vmap, const AttentionProblem& problem) {
 }
 
 template <typename Map>
-Results flash_attention_batched(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                                const OptionalTensor& segment_ids, bool causal, std::optional<double> qk_scale,
-                                const OptionalTensor& kv_segment_ids, int64_t window_left, int64_t window_right,
-                                double softcap, const OptionalTensor& sinks) {
-  const AttentionProblem problem = make_attention_problem(
-      q, k, v, {segment_ids, causal, qk_scale, kv_segment_ids, window_left, window_right, softcap, sinks},
-      /*needs_lse=*/true);
-  return attend(Map({q, k, v, segment_ids, kv_segment_ids, sinks}), problem);
+AttentionResults attend_mapped(const AttentionProblem& problem) {
+  return attend(Map({problem.query, problem.key, problem.value, problem.query_segment_ids, problem.key_segment_ids,
+                     problem.sinks}),
+                problem);
 }
 
-Gradients attend_backward(const Vmap& vmap, const AttentionProblem& problem, const AttentionGradients& gradients) {
+InputGradients attend_backward(const Vmap& vmap, const AttentionProblem& problem, const AttentionGradients& gradients) {
   const c10::impl::ExcludeDispatchKeyGuard not_again(vmap.key());
   if (!vmap.has_mapped()) return flash_attention_backward(problem, gradients);
   const AttentionProblem folded = fold_problem(vmap, problem);
@@ -72,41 +66,29 @@ Gradients attend_backward(const Vmap& vmap, const AttentionProblem& problem, con
 }
 
 template <typename Map>
-Gradients flash_attention_backward_batched(const at::Tensor& grad_out, const OptionalTensor& grad_lse,
-                                           const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                                           const at::Tensor& out, const at::Tensor& lse,
-                                           const OptionalTensor& segment_ids, bool causal,
-                                           std::optional<double> qk_scale, const OptionalTensor& kv_segment_ids,
-                                           int64_t window_left, int64_t window_right, double softcap) {
-  const AttentionProblem problem = make_attention_problem(
-      q, k, v, {segment_ids, causal, qk_scale, kv_segment_ids, window_left, window_right, softcap, std::nullopt},
-      /*needs_lse=*/true);
-  return attend_backward(Map({grad_out, grad_lse, q, k, v, out, lse, segment_ids, kv_segment_ids}), problem,
-                         {grad_out, grad_lse, out, lse});
+InputGradients attend_backward_mapped(const AttentionProblem& problem, const AttentionGradients& gradients) {
+  return attend_backward(Map({gradients.grad_out, gradients.grad_lse, problem.query, problem.key, problem.value,
+                              gradients.out, gradients.lse, problem.query_segment_ids, problem.key_segment_ids}),
+                         problem, gradients);
 }
 
 /// Memory that is not mapped cannot take a result that is: copy_ says so.
-void flash_attention_backward_into_batched(const at::Tensor& grad_out, const OptionalTensor& grad_lse,
-                                           const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                                           const at::Tensor& out, const at::Tensor& lse,
-                                           const OptionalTensor& segment_ids, bool causal,
-                                           std::optional<double> qk_scale, const OptionalTensor& kv_segment_ids,
-                                           int64_t window_left, int64_t window_right, double softcap, at::Tensor& dq,
-                                           at::Tensor& dk, at::Tensor& dv) {
-  const AttentionProblem problem = make_attention_problem(
-      q, k, v, {segment_ids, causal, qk_scale, kv_segment_ids, window_left, window_right, softcap, std::nullopt},
-      /*needs_lse=*/true);
-  const auto [of_q, of_k, of_v] = flash_attention_backward(problem, {grad_out, grad_lse, out, lse});
-  dq.copy_(of_q);
-  dk.copy_(of_k);
-  dv.copy_(of_v);
+void attend_backward_into(const AttentionProblem& problem, const AttentionGradients& gradients,
+                          const InputGradients& results) {
+  const auto [of_q, of_k, of_v] = flash_attention_backward(problem, gradients);
+  const auto& [dq, dk, dv] = results;
+  dq.copy_(of_q), dk.copy_(of_k), dv.copy_(of_v);
+}
+
+void register_into(torch::Library& m) {
+  m.impl("flash_attention_backward.into", TORCH_FN(flash_attention_backward_into_from_schema<attend_backward_into>));
 }
 
 template <typename Map>
 void register_rules(torch::Library& m) {
-  m.impl("flash_attention", TORCH_FN(flash_attention_batched<Map>));
-  m.impl("flash_attention_backward", TORCH_FN(flash_attention_backward_batched<Map>));
-  m.impl("flash_attention_backward.into", TORCH_FN(flash_attention_backward_into_batched));
+  m.impl("flash_attention", TORCH_FN(flash_attention_from_schema<attend_mapped<Map>>));
+  m.impl("flash_attention_backward", TORCH_FN(flash_attention_backward_from_schema<attend_backward_mapped<Map>>));
+  register_into(m);
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
 // What every kernel of the attention's gradient requires of its arguments, on any device.
-#include "attention/kernel_ops.h"
+#include "attention/gradients.h"
 
 #include <ATen/MemoryOverlap.h>
 #include <c10/util/Exception.h>
@@ -51,8 +51,9 @@ void check_gradients(const AttentionProblem& problem, const AttentionGradients& 
   if (gradients.grad_lse) check({"grad_lse", *gradients.grad_lse}, at::kFloat, row_sizes, query);
 }
 
-void check_gradient_memory(const AttentionProblem& problem, const AttentionGradients& gradients, const at::Tensor& dq,
-                           const at::Tensor& dk, const at::Tensor& dv) {
+void check_gradient_memory(const AttentionProblem& problem, const AttentionGradients& gradients,
+                           const InputGradients& memory) {
+  const auto& [dq, dk, dv] = memory;
   const Named query{"q", problem.query}, key{"k", problem.key}, value{"v", problem.value}, out{"out", gradients.out};
   const Named results[] = {{"dq", dq}, {"dk", dk}, {"dv", dv}};
   check_result(results[0], problem.query);

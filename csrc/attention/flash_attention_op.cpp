@@ -1,0 +1,40 @@
+#include "attention/flash_attention_op.h"
+
+#include <ATen/ops/empty.h>
+#include <c10/util/StringUtil.h>
+
+#include "attention/select_backend.h"
+
+namespace selfattn {
+
+InputGradients flash_attention_backward(const AttentionProblem& problem, const AttentionGradients& gradients,
+                                        const GradientMemory& memory) {
+  const bool has_memory = memory.query || memory.key || memory.value;
+  if (!has_memory || !problem.query.is_cuda()) return flash_attention_backward(problem, gradients);
+  const auto take = [](const OptionalTensor& memory, const at::Tensor& like) {
+    return memory ? *memory : at::empty(like.sizes(), like.options());
+  };
+  InputGradients results{take(memory.query, problem.query), take(memory.key, problem.key),
+                         take(memory.value, problem.value)};
+  flash_attention_backward_into(problem, gradients, results);
+  return results;
+}
+
+void check_kernel_call(const AttentionProblem& problem) {
+  const auto reasons = reasons_against(flash_backend(), problem);
+  TORCH_CHECK_NOT_IMPLEMENTED(reasons.empty(),
+                              "selfattn: flash_attention cannot serve this call: ", c10::Join("; ", reasons));
+}
+
+void check_kernel_call(const AttentionProblem& problem, const AttentionGradients& gradients) {
+  check_kernel_call(problem);
+  check_gradients(problem, gradients);
+}
+
+void check_kernel_call(const AttentionProblem& problem, const AttentionGradients& gradients,
+                       const InputGradients& results) {
+  check_kernel_call(problem, gradients);
+  check_gradient_memory(problem, gradients, results);
+}
+
+}  // namespace selfattn
