@@ -120,6 +120,29 @@ bool AttentionProblem::requires_grad() const {
          (query.requires_grad() || key.requires_grad() || value.requires_grad() || (sinks && sinks->requires_grad()));
 }
 
+std::vector<at::Tensor> AttentionProblem::save(SavedNumbers& numbers) const {
+  numbers["is_causal"] = is_causal;
+  numbers["scale"] = scale;
+  numbers["window_left"] = window_left;
+  numbers["window_right"] = window_right;
+  numbers["softcap"] = softcap;
+  return {query, key, value, as_saved(sinks), as_saved(query_segment_ids), as_saved(key_segment_ids)};
+}
+
+AttentionProblem AttentionProblem::restore(at::TensorList saved, const SavedNumbers& numbers) {
+  return {.query = saved[0],
+          .key = saved[1],
+          .value = saved[2],
+          .query_segment_ids = as_optional(saved[4]),
+          .key_segment_ids = as_optional(saved[5]),
+          .sinks = as_optional(saved[3]),
+          .is_causal = numbers.at("is_causal").toBool(),
+          .scale = numbers.at("scale").toDouble(),
+          .window_left = numbers.at("window_left").toInt(),
+          .window_right = numbers.at("window_right").toInt(),
+          .softcap = numbers.at("softcap").toDouble()};
+}
+
 AttentionProblem make_attention_problem(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                         const AttentionArguments& arguments, bool needs_lse) {
   check_query_key_value(q, k, v);

@@ -1,10 +1,18 @@
 #pragma once
 
+#include <ATen/core/ivalue.h>
 #include <c10/core/SymInt.h>
+#include <c10/util/flat_hash_map.h>
+
+#include <string>
+#include <vector>
 
 #include "common/optional_tensor.h"
 
 namespace selfattn {
+
+/// The type of AutogradContext::saved_data.
+using SavedNumbers = ska::flat_hash_map<std::string, at::IValue>;
 
 /// One attention call, validated: the value that backends are chosen for and called with.
 ///
@@ -35,6 +43,13 @@ struct AttentionProblem {
   bool has_segments() const { return query_segment_ids.has_value(); }
   bool has_window() const { return window_left >= 0 || window_right >= 0; }
   bool requires_grad() const;
+
+  /// For an autograd node, what the call's gradient is made of: puts the numbers into the node's data and gives the
+  /// tensors, undefined where there is none, as the first ones for the node to save.
+  std::vector<at::Tensor> save(SavedNumbers& numbers) const;
+  /// The call again, of the tensors that the node saved; only `needs_lse` is forgotten.
+  static AttentionProblem restore(at::TensorList saved, const SavedNumbers& numbers);
+  static constexpr size_t kSavedTensors = 6;
 };
 
 /// What a caller may leave out, as the operators' schemas have it.

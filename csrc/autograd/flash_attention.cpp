@@ -15,17 +15,15 @@ using torch::autograd::variable_list;
 /// With a name that other files could see: it is what profilers and grad_fn show.
 class FlashAttention : public torch::autograd::Function<FlashAttention> {
  public:
-  static variable_list forward(AutogradContext* context, const at::Tensor& query, const at::Tensor& key,
-                               const at::Tensor& value, const OptionalTensor& sinks, const AttentionProblem& problem) {
+  /// The tensors that may want a gradient stand beside the problem that holds them: that is where apply() looks.
+  static variable_list forward(AutogradContext* context, const at::Tensor& query, const at::Tensor& /*key*/,
+                               const at::Tensor& /*value*/, const OptionalTensor& /*sinks*/,
+                               const AttentionProblem& problem) {
     at::AutoDispatchBelowADInplaceOrView guard;
     auto [out, lse] = flash_attention(problem);
-    context->save_for_backward({query, key, value, as_saved(sinks), as_saved(problem.query_segment_ids),
-                                as_saved(problem.key_segment_ids), out, lse});
-    context->saved_data["is_causal"] = problem.is_causal;
-    context->saved_data["scale"] = problem.scale;
-    context->saved_data["window_left"] = problem.window_left;
-    context->saved_data["window_right"] = problem.window_right;
-    context->saved_data["softcap"] = problem.softcap;
+    variable_list saved = problem.save(context->saved_data);
+    saved.insert(saved.end(), {out, lse});
+    context->save_for_backward(std::move(saved));
     context->saved_data["owns_heads"] = OwnedHeads::are(query);
     context->set_materialize_grads(false);
     return {out, lse};
@@ -34,25 +32,19 @@ class FlashAttention : public torch::autograd::Function<FlashAttention> {
   static variable_list backward(AutogradContext* context, variable_list grads) {
     const auto saved = context->get_saved_variables();
     if (!grads[0].defined() && !grads[1].defined()) return variable_list(5);
+    const at::Tensor &out = saved[AttentionProblem::kSavedTensors], &lse = saved[AttentionProblem::kSavedTensors + 1];
     GradientMemory memory;
     if (context->saved_data["owns_heads"].toBool() && OwnedHeads::are_free(grads)) {
-      memory = memory_of_heads(saved[0], saved[1], saved[2], saved[6]);
+      memory = memory_of_heads(saved[0], saved[1], saved[2], out);  // before the problem holds them too
     }
-    AttentionProblem problem{.query = saved[0], .key = saved[1], .value = saved[2]};
-    problem.query_segment_ids = as_optional(saved[4]);
-    problem.key_segment_ids = as_optional(saved[5]);
-    problem.is_causal = context->saved_data["is_causal"].toBool();
-    problem.scale = context->saved_data["scale"].toDouble();
-    problem.window_left = context->saved_data["window_left"].toInt();
-    problem.window_right = context->saved_data["window_right"].toInt();
-    problem.softcap = context->saved_data["softcap"].toDouble();
-    const AttentionGradients gradients{.grad_out = grads[0].defined() ? grads[0] : at::zeros_like(saved[6]),
+    const AttentionProblem problem = AttentionProblem::restore(saved, context->saved_data);
+    const AttentionGradients gradients{.grad_out = grads[0].defined() ? grads[0] : at::zeros_like(out),
                                        .grad_lse = as_optional(grads[1]),
-                                       .out = saved[6],
-                                       .lse = saved[7]};
+                                       .out = out,
+                                       .lse = lse};
     at::Tensor grad_query, grad_key, grad_value, grad_sinks;
     // First: it reads out, whose memory may be taken.
-    if (saved[3].defined() && context->needs_input_grad(3)) grad_sinks = sinks_gradient(saved[3], gradients);
+    if (problem.sinks && context->needs_input_grad(3)) grad_sinks = sinks_gradient(*problem.sinks, gradients);
     if (context->needs_input_grad(0) || context->needs_input_grad(1) || context->needs_input_grad(2)) {
       std::tie(grad_query, grad_key, grad_value) = flash_attention_backward(problem, gradients, memory);
     }

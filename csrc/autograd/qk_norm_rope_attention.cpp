@@ -15,22 +15,21 @@ using torch::autograd::variable_list;
 /// With a name that other files could see: it is what profilers and grad_fn show.
 class QkNormRopeAttention : public torch::autograd::Function<QkNormRopeAttention> {
  public:
-  static variable_list forward(AutogradContext* context, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                               const OptionalTensor& q_weight, const OptionalTensor& k_weight,
-                               const OptionalTensor& sinks, const NormRopeAttentionCall& call) {
+  /// The tensors that may want a gradient stand beside the call that holds them: that is where apply() looks.
+  static variable_list forward(AutogradContext* context, const at::Tensor& q, const at::Tensor& /*k*/,
+                               const at::Tensor& /*v*/, const OptionalTensor& q_weight, const OptionalTensor& k_weight,
+                               const OptionalTensor& /*sinks*/, const NormRopeAttentionCall& call) {
     at::AutoDispatchBelowADInplaceOrView guard;
     auto [out, lse] = qk_norm_rope_attention(call);
-    context->save_for_backward({q, k, v, as_saved(q_weight), as_saved(k_weight), as_saved(sinks),
-                                as_saved(call.prologue.freqs_sin), as_saved(call.prologue.freqs_cos),
-                                as_saved(call.problem.query_segment_ids), out, lse});
+    AttentionProblem problem = call.problem;
+    problem.key_segment_ids.reset();  // those of the queries
+    variable_list saved = problem.save(context->saved_data);
+    saved.insert(saved.end(), {out, lse, as_saved(q_weight), as_saved(k_weight), as_saved(call.prologue.freqs_sin),
+                               as_saved(call.prologue.freqs_cos)});
+    context->save_for_backward(std::move(saved));
     context->saved_data["eps"] = call.prologue.eps;
     context->saved_data["theta"] = call.prologue.theta;
     context->saved_data["pairs_halves"] = call.prologue.pairing == RotaryPairing::kHalf;
-    context->saved_data["is_causal"] = call.problem.is_causal;
-    context->saved_data["scale"] = call.problem.scale;
-    context->saved_data["window_left"] = call.problem.window_left;
-    context->saved_data["window_right"] = call.problem.window_right;
-    context->saved_data["softcap"] = call.problem.softcap;
     context->saved_data["owns_heads"] = OwnedHeads::are(q);
     context->set_materialize_grads(false);
     return {out, lse};
@@ -39,37 +38,32 @@ class QkNormRopeAttention : public torch::autograd::Function<QkNormRopeAttention
   static variable_list backward(AutogradContext* context, variable_list grads) {
     if (!grads[0].defined() && !grads[1].defined()) return variable_list(7);
     const auto saved = context->get_saved_variables();
+    const at::TensorList others = at::TensorList(saved).slice(AttentionProblem::kSavedTensors);
     const auto& data = context->saved_data;
     const bool owns_heads =
         data.at("owns_heads").toBool() && !at::GradMode::is_enabled() && OwnedHeads::are_free(grads);
     GradientMemory memory;
     if (owns_heads) {
-      memory = memory_of_heads(saved[0], saved[1], saved[2], saved[9]);
+      memory = memory_of_heads(saved[0], saved[1], saved[2], others[0]);  // before the problem holds them too
       memory.key.reset();  // the norm's gradient reads the raw one; that of the turned one is taken instead
     }
-    NormRopeCall prologue{.q = saved[0],
-                          .k = saved[1],
-                          .q_weight = as_optional(saved[3]),
-                          .k_weight = as_optional(saved[4]),
-                          .freqs_sin = as_optional(saved[6]),
-                          .freqs_cos = as_optional(saved[7]),
+    AttentionProblem problem = AttentionProblem::restore(saved, data);
+    problem.key_segment_ids = problem.query_segment_ids;
+    NormRopeCall prologue{.q = problem.query,
+                          .k = problem.key,
+                          .q_weight = as_optional(others[2]),
+                          .k_weight = as_optional(others[3]),
+                          .freqs_sin = as_optional(others[4]),
+                          .freqs_cos = as_optional(others[5]),
                           .eps = data.at("eps").toDouble(),
                           .theta = data.at("theta").toDouble()};
     if (data.at("pairs_halves").toBool()) prologue.pairing = RotaryPairing::kHalf;
-    AttentionProblem problem{.query = saved[0], .key = saved[1], .value = saved[2]};
-    problem.query_segment_ids = as_optional(saved[8]);
-    problem.key_segment_ids = problem.query_segment_ids;
-    problem.is_causal = data.at("is_causal").toBool();
-    problem.scale = data.at("scale").toDouble();
-    problem.window_left = data.at("window_left").toInt();
-    problem.window_right = data.at("window_right").toInt();
-    problem.softcap = data.at("softcap").toDouble();
-    const AttentionGradients gradients{.grad_out = grads[0].defined() ? grads[0] : at::zeros_like(saved[9]),
+    const AttentionGradients gradients{.grad_out = grads[0].defined() ? grads[0] : at::zeros_like(others[0]),
                                        .grad_lse = as_optional(grads[1]),
-                                       .out = saved[9],
-                                       .lse = saved[10]};
+                                       .out = others[0],
+                                       .lse = others[1]};
     // First: it reads out, whose memory may be taken.
-    const at::Tensor grad_sinks = saved[5].defined() ? sinks_gradient(saved[5], gradients) : at::Tensor();
+    const at::Tensor grad_sinks = problem.sinks ? sinks_gradient(*problem.sinks, gradients) : at::Tensor();
     const auto run = [&](const NormRopeAttentionCall& call) {
       if (!owns_heads) return qk_norm_rope_attention_backward(call, gradients);
       at::AutoDispatchBelowADInplaceOrView guard;
@@ -79,8 +73,8 @@ class QkNormRopeAttention : public torch::autograd::Function<QkNormRopeAttention
     return {dq,
             dk,
             dv,
-            saved[3].defined() ? dq_weight : at::Tensor(),
-            saved[4].defined() ? dk_weight : at::Tensor(),
+            prologue.q_weight ? dq_weight : at::Tensor(),
+            prologue.k_weight ? dk_weight : at::Tensor(),
             grad_sinks,
             at::Tensor()};
   }
