@@ -4,7 +4,7 @@
 #include <torch/library.h>
 
 #include "attention/flash_attention_op.h"
-#include "attention/owned_heads.h"
+#include "autograd/buffer_donation.h"
 #include "backend/reference.h"
 
 namespace selfattn {
@@ -24,7 +24,7 @@ class FlashAttention : public torch::autograd::Function<FlashAttention> {
     variable_list saved = problem.save(context->saved_data);
     saved.insert(saved.end(), {out, lse});
     context->save_for_backward(std::move(saved));
-    context->saved_data["owns_heads"] = OwnedHeads::are(query);
+    context->saved_data["are_donated"] = DonatedBuffers::include(query);
     context->set_materialize_grads(false);
     return {out, lse};
   }
@@ -34,8 +34,8 @@ class FlashAttention : public torch::autograd::Function<FlashAttention> {
     if (!grads[0].defined() && !grads[1].defined()) return variable_list(5);
     const at::Tensor &out = saved[AttentionProblem::kSavedTensors], &lse = saved[AttentionProblem::kSavedTensors + 1];
     GradientMemory memory;
-    if (context->saved_data["owns_heads"].toBool() && OwnedHeads::are_free(grads)) {
-      memory = memory_of_heads(saved[0], saved[1], saved[2], out);  // before the problem holds them too
+    if (context->saved_data["are_donated"].toBool() && DonatedBuffers::may_be_written(grads)) {
+      memory = donated_memory(saved[0], saved[1], saved[2], out);  // before the problem holds them too
     }
     const AttentionProblem problem = AttentionProblem::restore(saved, context->saved_data);
     const AttentionGradients gradients{.grad_out = grads[0].defined() ? grads[0] : at::zeros_like(out),

@@ -4,7 +4,7 @@
 #include <torch/library.h>
 
 #include "attention/norm_rope_attention.h"
-#include "attention/owned_heads.h"
+#include "autograd/buffer_donation.h"
 #include "backend/reference.h"
 
 namespace selfattn {
@@ -30,7 +30,7 @@ class QkNormRopeAttention : public torch::autograd::Function<QkNormRopeAttention
     context->saved_data["eps"] = call.prologue.eps;
     context->saved_data["theta"] = call.prologue.theta;
     context->saved_data["pairs_halves"] = call.prologue.pairing == RotaryPairing::kHalf;
-    context->saved_data["owns_heads"] = OwnedHeads::are(q);
+    context->saved_data["are_donated"] = DonatedBuffers::include(q);
     context->set_materialize_grads(false);
     return {out, lse};
   }
@@ -40,11 +40,11 @@ class QkNormRopeAttention : public torch::autograd::Function<QkNormRopeAttention
     const auto saved = context->get_saved_variables();
     const at::TensorList others = at::TensorList(saved).slice(AttentionProblem::kSavedTensors);
     const auto& data = context->saved_data;
-    const bool owns_heads =
-        data.at("owns_heads").toBool() && !at::GradMode::is_enabled() && OwnedHeads::are_free(grads);
+    const bool are_donated =
+        data.at("are_donated").toBool() && !at::GradMode::is_enabled() && DonatedBuffers::may_be_written(grads);
     GradientMemory memory;
-    if (owns_heads) {
-      memory = memory_of_heads(saved[0], saved[1], saved[2], others[0]);  // before the problem holds them too
+    if (are_donated) {
+      memory = donated_memory(saved[0], saved[1], saved[2], others[0]);  // before the problem holds them too
       memory.key.reset();  // the norm's gradient reads the raw one; that of the turned one is taken instead
     }
     AttentionProblem problem = AttentionProblem::restore(saved, data);
@@ -65,7 +65,7 @@ class QkNormRopeAttention : public torch::autograd::Function<QkNormRopeAttention
     // First: it reads out, whose memory may be taken.
     const at::Tensor grad_sinks = problem.sinks ? sinks_gradient(*problem.sinks, gradients) : at::Tensor();
     const auto run = [&](const NormRopeAttentionCall& call) {
-      if (!owns_heads) return qk_norm_rope_attention_backward(call, gradients);
+      if (!are_donated) return qk_norm_rope_attention_backward(call, gradients);
       at::AutoDispatchBelowADInplaceOrView guard;
       return attend_backward_then_norm_rope_in_place(call, gradients, memory);
     };

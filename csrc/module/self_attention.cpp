@@ -8,7 +8,7 @@
 #include <utility>
 
 #include "attention/norm_rope_attention.h"
-#include "attention/owned_heads.h"
+#include "autograd/buffer_donation.h"
 #include "common/dense_tensor.h"
 #include "common/plain_tensor.h"
 #include "module/projections.h"
@@ -71,7 +71,7 @@ at::Tensor split_heads(const at::Tensor& projected, int64_t head_dim) {
 /// the rotated ones are there.
 at::Tensor attend(NormRopeCall norm_rope, const at::Tensor& value, const AttentionArguments& arguments,
                   c10::string_view backend) {
-  const OwnedHeads owned;
+  const DonatedBuffers donated;
   if (const auto call = as_one_operator(norm_rope, value, arguments, backend)) {
     return std::get<0>(qk_norm_rope_attention(*call));
   }

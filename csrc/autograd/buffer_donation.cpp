@@ -1,4 +1,4 @@
-#include "attention/owned_heads.h"
+#include "autograd/buffer_donation.h"
 
 #include <ATen/SavedTensorHooks.h>
 #include <ATen/core/grad_mode.h>
@@ -13,7 +13,7 @@
 namespace selfattn {
 namespace {
 
-thread_local bool heads_are_owned = false;
+thread_local bool buffers_are_donated = false;
 
 /// How many tensors share the memory of one that nobody else holds: a view brings its base.
 size_t tensors_of_memory(const at::Tensor& tensor) {
@@ -32,22 +32,22 @@ bool is_last_use_of_output(const at::Tensor& saved) {
 
 }  // namespace
 
-OwnedHeads::OwnedHeads() : before_(std::exchange(heads_are_owned, true)) {}
+DonatedBuffers::DonatedBuffers() : before_(std::exchange(buffers_are_donated, true)) {}
 
-OwnedHeads::~OwnedHeads() { heads_are_owned = before_; }
+DonatedBuffers::~DonatedBuffers() { buffers_are_donated = before_; }
 
-bool OwnedHeads::are(const at::Tensor& heads) {
-  return heads_are_owned && is_plain(heads) && !at::SavedTensorDefaultHooks::get_hooks();
+bool DonatedBuffers::include(const at::Tensor& tensor) {
+  return buffers_are_donated && is_plain(tensor) && !at::SavedTensorDefaultHooks::get_hooks();
 }
 
-bool OwnedHeads::are_free(at::TensorList grads) {
+bool DonatedBuffers::may_be_written(at::TensorList grads) {
   return !is_function_transform_active() && std::all_of(grads.begin(), grads.end(), [](const at::Tensor& grad) {
     return !grad.defined() || (is_plain(grad) && !is_wrapped_by_transform(grad));
   });
 }
 
-GradientMemory memory_of_heads(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-                               const at::Tensor& out) {
+GradientMemory donated_memory(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                              const at::Tensor& out) {
   GradientMemory memory;
   if (at::GradMode::is_enabled() || torch::autograd::get_current_graph_task_keep_graph()) return memory;
   // As tensors without a history: they become gradients.
