@@ -3,9 +3,9 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include "attention/norm_rope_attention.h"
 #include "autograd/buffer_donation.h"
 #include "backend/reference.h"
+#include "norm_rope_attention/call.h"
 
 namespace selfattn {
 

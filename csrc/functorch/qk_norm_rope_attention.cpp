@@ -2,8 +2,8 @@
 // have rules of their own, serve the rest.
 #include <torch/library.h>
 
-#include "attention/norm_rope_attention.h"
 #include "functorch/vmap.h"
+#include "norm_rope_attention/call.h"
 
 namespace selfattn {
 namespace {

@@ -7,11 +7,11 @@
 
 #include <utility>
 
-#include "attention/norm_rope_attention.h"
 #include "autograd/buffer_donation.h"
 #include "common/dense_tensor.h"
 #include "common/plain_tensor.h"
 #include "module/projections.h"
+#include "norm_rope_attention/call.h"
 
 namespace selfattn {
 namespace {

@@ -1,5 +1,5 @@
 // qk_norm_rope_attention: qk_norm_rope and flash_attention as one operator, for what it keeps for the gradient.
-#include "attention/norm_rope_attention.h"
+#include "norm_rope_attention/call.h"
 
 #include <ATen/autocast_mode.h>
 #include <torch/library.h>
