@@ -1,44 +1,27 @@
 // The C++ fronts of the operators: each a typed call through the dispatcher.
 #include <selfattn/ops.h>
 
+#include "attention/multihead_attention.h"
 #include "common/dispatch.h"
 #include "rotary/norm_rope.h"
 
 namespace selfattn {
-namespace {
-
-template <typename Result>
-using AttentionSchema = Result(const at::Tensor&, const at::Tensor&, const at::Tensor&, const OptionalTensor&, bool,
-                               std::optional<double>, c10::string_view, const OptionalTensor&, int64_t, int64_t, double,
-                               const OptionalTensor&);
-
-template <typename Result>
-Result call_attention(const c10::TypedOperatorHandle<AttentionSchema<Result>>& op, const at::Tensor& q,
-                      const at::Tensor& k, const at::Tensor& v, const AttentionOptions& options) {
-  return op.call(q, k, v, options.segment_ids(), options.causal(), options.qk_scale(), options.backend(),
-                 options.kv_segment_ids(), options.window_left(), options.window_right(), options.softcap(),
-                 options.sinks());
-}
-
-}  // namespace
-
 at::Tensor multihead_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                const AttentionOptions& options) {
-  static const auto op = find_op<AttentionSchema<at::Tensor>>("selfattn::multihead_attention");
-  return call_attention(op, q, k, v, options);
+  static const MultiheadOp<at::Tensor> op("selfattn::multihead_attention");
+  return op(q, k, v, options);
 }
 
 std::tuple<at::Tensor, at::Tensor> multihead_attention_lse(const at::Tensor& q, const at::Tensor& k,
                                                            const at::Tensor& v, const AttentionOptions& options) {
-  static const auto op =
-      find_op<AttentionSchema<std::tuple<at::Tensor, at::Tensor>>>("selfattn::multihead_attention_lse");
-  return call_attention(op, q, k, v, options);
+  static const MultiheadOp<std::tuple<at::Tensor, at::Tensor>> op("selfattn::multihead_attention_lse");
+  return op(q, k, v, options);
 }
 
 std::string explain_backend(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                             const AttentionOptions& options) {
-  static const auto op = find_op<AttentionSchema<std::string>>("selfattn::explain_backend");
-  return call_attention(op, q, k, v, options);
+  static const MultiheadOp<std::string> op("selfattn::explain_backend");
+  return op(q, k, v, options);
 }
 
 std::tuple<at::Tensor, at::Tensor> merge_attention(const at::Tensor& out, const at::Tensor& lse,

@@ -2,7 +2,7 @@
 #include <ATen/autocast_mode.h>
 #include <torch/library.h>
 
-#include "common/optional_tensor.h"
+#include "attention/multihead_attention.h"
 
 namespace selfattn {
 namespace {
@@ -11,21 +11,20 @@ template <at::DeviceType kDevice>
 constexpr c10::DispatchKey kAutocastKey =
     kDevice == at::kCUDA ? c10::DispatchKey::AutocastCUDA : c10::DispatchKey::AutocastCPU;
 
-/// An operator of the schema of multihead_attention with q, k and v cast before it.
+/// One of the operators with q, k and v cast before it.
 template <at::DeviceType kDevice, typename Result, const char* kName>
 Result cast_query_key_value(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                            const OptionalTensor& segment_ids, bool causal, std::optional<double> qk_scale,
-                            c10::string_view backend, const OptionalTensor& kv_segment_ids, int64_t window_left,
-                            int64_t window_right, double softcap, const OptionalTensor& sinks) {
-  using Schema = Result(const at::Tensor&, const at::Tensor&, const at::Tensor&, const OptionalTensor&, bool,
-                        std::optional<double>, c10::string_view, const OptionalTensor&, int64_t, int64_t, double,
-                        const OptionalTensor&);
-  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(kName, "").template typed<Schema>();
+                            const AttentionArguments& arguments, c10::string_view backend) {
+  static const MultiheadOp<Result> op(kName);
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(kAutocastKey<kDevice>);
   const auto dtype = at::autocast::get_autocast_dtype(kDevice);
   const auto cast = [&](const at::Tensor& tensor) { return at::autocast::cached_cast(dtype, tensor, kDevice); };
-  return op.call(cast(q), cast(k), cast(v), segment_ids, causal, qk_scale, backend, kv_segment_ids, window_left,
-                 window_right, softcap, sinks);
+  return op(cast(q), cast(k), cast(v), arguments, backend);
+}
+
+template <at::DeviceType kDevice, typename Result, const char* kName>
+void register_cast(torch::Library& m) {
+  m.impl(kName, TORCH_FN((multihead_from_schema<Result, cast_query_key_value<kDevice, Result, kName>>)));
 }
 
 constexpr char kAttention[] = "selfattn::multihead_attention";
@@ -34,10 +33,9 @@ constexpr char kExplain[] = "selfattn::explain_backend";
 
 template <at::DeviceType kDevice>
 void register_casts(torch::Library& m) {
-  m.impl("multihead_attention", TORCH_FN((cast_query_key_value<kDevice, at::Tensor, kAttention>)));
-  m.impl("multihead_attention_lse",
-         TORCH_FN((cast_query_key_value<kDevice, std::tuple<at::Tensor, at::Tensor>, kAttentionLse>)));
-  m.impl("explain_backend", TORCH_FN((cast_query_key_value<kDevice, std::string, kExplain>)));
+  register_cast<kDevice, at::Tensor, kAttention>(m);
+  register_cast<kDevice, std::tuple<at::Tensor, at::Tensor>, kAttentionLse>(m);
+  register_cast<kDevice, std::string, kExplain>(m);
 }
 
 }  // namespace

@@ -2,11 +2,11 @@
 #include <ATen/ops/dropout.h>
 #include <ATen/ops/linear.h>
 #include <selfattn/backend.h>
-#include <selfattn/ops.h>
 #include <torch/library.h>
 
 #include <utility>
 
+#include "attention/multihead_attention.h"
 #include "autograd/buffer_donation.h"
 #include "common/dense_tensor.h"
 #include "common/plain_tensor.h"
@@ -77,16 +77,8 @@ at::Tensor attend(NormRopeCall norm_rope, const at::Tensor& value, const Attenti
   }
   const auto [query, key] = qk_norm_rope(norm_rope);
   norm_rope.q.reset(), norm_rope.k.reset();
-  return multihead_attention(query, key, value,
-                             AttentionOptions()
-                                 .segment_ids(arguments.segment_ids)
-                                 .causal(arguments.is_causal)
-                                 .qk_scale(arguments.qk_scale)
-                                 .backend(std::string(backend))
-                                 .window_left(arguments.window_left)
-                                 .window_right(arguments.window_right)
-                                 .softcap(arguments.softcap)
-                                 .sinks(arguments.sinks));
+  static const MultiheadOp<at::Tensor> op("selfattn::multihead_attention");
+  return op(query, key, value, arguments, backend);
 }
 
 at::Tensor self_attention(const at::Tensor& x, const at::Tensor& q_weight, const at::Tensor& k_weight,
