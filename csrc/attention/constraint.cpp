@@ -31,7 +31,7 @@ std::optional<std::string> no_forward_mode_ad(const AttentionProblem& problem) {
   return "an input carries a forward-mode tangent; only reference supports forward-mode differentiation";
 }
 
-std::optional<std::string> no_softcap(const AttentionProblem& problem) {
+std::optional<std::string> scaled_products(const AttentionProblem& problem) {
   if (problem.softcap == 0.0) return std::nullopt;
   return c10::str("softcap must be 0; got ", problem.softcap);
 }

@@ -31,7 +31,8 @@ std::vector<std::string> reasons_against(const AttentionBackend& backend, const 
 std::optional<std::string> no_function_transform(const AttentionProblem& problem);
 std::optional<std::string> no_differentiation_transform(const AttentionProblem& problem);
 std::optional<std::string> no_forward_mode_ad(const AttentionProblem& problem);
-std::optional<std::string> no_softcap(const AttentionProblem& problem);
+/// Scores are products times the scale, and nothing else.
+std::optional<std::string> scaled_products(const AttentionProblem& problem);
 std::optional<std::string> no_sinks(const AttentionProblem& problem);
 std::optional<std::string> no_lse_output(const AttentionProblem& problem);
 std::optional<std::string> no_empty_tensor(const AttentionProblem& problem);

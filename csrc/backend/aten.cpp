@@ -16,7 +16,7 @@
 namespace selfattn {
 namespace {
 
-constexpr Constraint kConstraints[] = {no_function_transform, no_forward_mode_ad, no_softcap, no_sinks,
+constexpr Constraint kConstraints[] = {no_function_transform, no_forward_mode_ad, scaled_products, no_sinks,
                                        no_lse_output,         no_empty_tensor};
 
 /// 0 where a pair is allowed, -inf elsewhere, in q's dtype.

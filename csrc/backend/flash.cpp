@@ -55,8 +55,8 @@ Reason supported_head_dim(const AttentionProblem& problem) {
                   " and ", value_dim);
 }
 
-Reason no_softcap_on_cuda(const AttentionProblem& problem) {
-  return problem.query.is_cuda() ? no_softcap(problem) : std::nullopt;
+Reason scaled_products_on_cuda(const AttentionProblem& problem) {
+  return problem.query.is_cuda() ? scaled_products(problem) : std::nullopt;
 }
 
 Reason rows_fit_kernels(const AttentionProblem& problem) {
@@ -77,7 +77,7 @@ constexpr Constraint kConstraints[] = {has_kernel,
                                        hopper,
                                        supported_dtype,
                                        supported_head_dim,
-                                       no_softcap_on_cuda,
+                                       scaled_products_on_cuda,
                                        rows_fit_kernels,
                                        rows_fit_metadata,
                                        no_empty_tensor,
