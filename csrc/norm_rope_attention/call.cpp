@@ -5,7 +5,6 @@
 #include <torch/library.h>
 
 #include "attention/select_backend.h"
-#include "common/dispatch.h"
 #include "common/plain_tensor.h"
 
 namespace selfattn {
@@ -35,7 +34,9 @@ std::optional<NormRopeAttentionCall> as_one_operator(const NormRopeCall& prologu
       needs_composition(prologue)) {
     return std::nullopt;
   }
-  NormRopeAttentionCall call = make_norm_rope_attention_call(prologue, v, arguments);
+  // The operator, or its parts in its place, checks the norm and the rotation; flash's constraints read the attention.
+  NormRopeAttentionCall call{prologue,
+                             make_attention_problem(prologue.q, prologue.k, v, arguments, /*needs_lse=*/true)};
   if (!reasons_against(flash_backend(), call.problem).empty()) return std::nullopt;
   return call;
 }
@@ -71,28 +72,6 @@ NormRopeAttentionGradients attend_backward_then_norm_rope_in_place(const NormRop
   memory = {};
   const auto [dq_weight, dk_weight] = qk_norm_rope_backward_in_place(call.prologue, dq, dk);
   return {dq, dk, dv, dq_weight, dk_weight};
-}
-
-AttentionResults qk_norm_rope_attention(const NormRopeAttentionCall& call) {
-  static const auto op = find_op<decltype(attention_from_schema<nullptr>)>("selfattn::qk_norm_rope_attention");
-  const NormRopeCall& prologue = call.prologue;
-  const AttentionProblem& problem = call.problem;
-  return op.call(prologue.q, prologue.k, problem.value, prologue.q_weight, prologue.k_weight, prologue.freqs_sin,
-                 prologue.freqs_cos, problem.query_segment_ids, prologue.eps, prologue.theta,
-                 to_string(prologue.pairing), problem.is_causal, problem.scale, problem.window_left,
-                 problem.window_right, problem.softcap, problem.sinks);
-}
-
-NormRopeAttentionGradients qk_norm_rope_attention_backward(const NormRopeAttentionCall& call,
-                                                           const AttentionGradients& gradients) {
-  static const auto op =
-      find_op<decltype(attention_backward_from_schema<nullptr>)>("selfattn::qk_norm_rope_attention_backward");
-  const NormRopeCall& prologue = call.prologue;
-  const AttentionProblem& problem = call.problem;
-  return op.call(gradients.grad_out, gradients.grad_lse, prologue.q, prologue.k, problem.value, gradients.out,
-                 gradients.lse, prologue.q_weight, prologue.k_weight, prologue.freqs_sin, prologue.freqs_cos,
-                 problem.query_segment_ids, prologue.eps, prologue.theta, to_string(prologue.pairing),
-                 problem.is_causal, problem.scale, problem.window_left, problem.window_right, problem.softcap);
 }
 
 namespace {

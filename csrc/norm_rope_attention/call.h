@@ -36,10 +36,7 @@ NormRopeAttentionGradients attend_backward_then_norm_rope_in_place(const NormRop
                                                                    const AttentionGradients& gradients,
                                                                    GradientMemory memory);
 
-/// The operators through the dispatcher.
-AttentionResults qk_norm_rope_attention(const NormRopeAttentionCall& call);
-NormRopeAttentionGradients qk_norm_rope_attention_backward(const NormRopeAttentionCall& call,
-                                                           const AttentionGradients& gradients);
+// The only place in C++ where the operators' arguments are listed.
 
 /// An implementation with the arguments of the schema.
 template <AttentionResults (*kImplementation)(const NormRopeAttentionCall&)>
@@ -85,6 +82,30 @@ NormRopeAttentionGradients attention_backward_from_schema(
   const AttentionGradients gradients{grad_out, grad_lse, out, lse};
   check_gradients(call.problem, gradients);
   return kImplementation(call, gradients);
+}
+
+// The operators through the dispatcher.
+
+inline AttentionResults qk_norm_rope_attention(const NormRopeAttentionCall& call) {
+  static const auto op = find_op<decltype(attention_from_schema<nullptr>)>("selfattn::qk_norm_rope_attention");
+  const NormRopeCall& prologue = call.prologue;
+  const AttentionProblem& problem = call.problem;
+  return op.call(prologue.q, prologue.k, problem.value, prologue.q_weight, prologue.k_weight, prologue.freqs_sin,
+                 prologue.freqs_cos, problem.query_segment_ids, prologue.eps, prologue.theta,
+                 to_string(prologue.pairing), problem.is_causal, problem.scale, problem.window_left,
+                 problem.window_right, problem.softcap, problem.sinks);
+}
+
+inline NormRopeAttentionGradients qk_norm_rope_attention_backward(const NormRopeAttentionCall& call,
+                                                                  const AttentionGradients& gradients) {
+  static const auto op =
+      find_op<decltype(attention_backward_from_schema<nullptr>)>("selfattn::qk_norm_rope_attention_backward");
+  const NormRopeCall& prologue = call.prologue;
+  const AttentionProblem& problem = call.problem;
+  return op.call(gradients.grad_out, gradients.grad_lse, prologue.q, prologue.k, problem.value, gradients.out,
+                 gradients.lse, prologue.q_weight, prologue.k_weight, prologue.freqs_sin, prologue.freqs_cos,
+                 problem.query_segment_ids, prologue.eps, prologue.theta, to_string(prologue.pairing),
+                 problem.is_causal, problem.scale, problem.window_left, problem.window_right, problem.softcap);
 }
 
 }  // namespace selfattn
