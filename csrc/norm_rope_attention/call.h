@@ -48,15 +48,8 @@ AttentionResults attention_from_schema(const at::Tensor& q, const at::Tensor& k,
                                        int64_t window_left, int64_t window_right, double softcap,
                                        const OptionalTensor& sinks) {
   return kImplementation(make_norm_rope_attention_call(
-      {.q = q,
-       .k = k,
-       .q_weight = q_weight,
-       .k_weight = k_weight,
-       .freqs_sin = freqs_sin,
-       .freqs_cos = freqs_cos,
-       .eps = eps,
-       .theta = theta,
-       .pairing = parse_pairing(pairing, "pairing")},
+      {q, k, q_weight, k_weight, freqs_sin, freqs_cos, /*norm=*/true, eps, /*rope=*/true, /*positions=*/std::nullopt,
+       theta, parse_pairing(pairing, "pairing")},
       v, {segment_ids, causal, qk_scale, std::nullopt, window_left, window_right, softcap, sinks}));
 }
 
@@ -69,15 +62,8 @@ NormRopeAttentionGradients attention_backward_from_schema(
     const OptionalTensor& segment_ids, double eps, double theta, c10::string_view pairing, bool causal,
     std::optional<double> qk_scale, int64_t window_left, int64_t window_right, double softcap) {
   const NormRopeAttentionCall call = make_norm_rope_attention_call(
-      {.q = q,
-       .k = k,
-       .q_weight = q_weight,
-       .k_weight = k_weight,
-       .freqs_sin = freqs_sin,
-       .freqs_cos = freqs_cos,
-       .eps = eps,
-       .theta = theta,
-       .pairing = parse_pairing(pairing, "pairing")},
+      {q, k, q_weight, k_weight, freqs_sin, freqs_cos, /*norm=*/true, eps, /*rope=*/true, /*positions=*/std::nullopt,
+       theta, parse_pairing(pairing, "pairing")},
       v, {segment_ids, causal, qk_scale, std::nullopt, window_left, window_right, softcap, std::nullopt});
   const AttentionGradients gradients{grad_out, grad_lse, out, lse};
   check_gradients(call.problem, gradients);

@@ -159,14 +159,9 @@ double eps_of_heads(double eps, const at::Tensor& heads) {
   return std::clamp<double>(eps, std::numeric_limits<float>::min(), std::numeric_limits<float>::max());
 }
 
-NormRopeCall make_backward_call(const at::Tensor& grad_q, const at::Tensor& grad_k, const OptionalTensor& q,
-                                const OptionalTensor& k, const OptionalTensor& q_weight, const OptionalTensor& k_weight,
-                                const OptionalTensor& freqs_sin, const OptionalTensor& freqs_cos, bool norm, double eps,
-                                bool rope, const OptionalTensor& positions, double theta, c10::string_view pairing) {
-  NormRopeCall call{as_saved(q), as_saved(k), q_weight, k_weight,  freqs_sin, freqs_cos,
-                    norm,        eps,         rope,     positions, theta,     parse_pairing(pairing, "pairing")};
+NormRopeCall make_backward_call(NormRopeCall call, const at::Tensor& grad_q, const at::Tensor& grad_k) {
   check_norm_rope_backward(call, grad_q, grad_k);
-  call.eps = eps_of_heads(eps, grad_q);
+  call.eps = eps_of_heads(call.eps, grad_q);
   return call;
 }
 

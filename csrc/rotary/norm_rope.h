@@ -96,11 +96,8 @@ NormRopeHeads from_schema(const at::Tensor& q, const at::Tensor& k, const Option
   return kImplementation(call);
 }
 
-/// The call whose gradient is asked for, validated.
-NormRopeCall make_backward_call(const at::Tensor& grad_q, const at::Tensor& grad_k, const OptionalTensor& q,
-                                const OptionalTensor& k, const OptionalTensor& q_weight, const OptionalTensor& k_weight,
-                                const OptionalTensor& freqs_sin, const OptionalTensor& freqs_cos, bool norm, double eps,
-                                bool rope, const OptionalTensor& positions, double theta, c10::string_view pairing);
+/// The same call, validated as one whose gradient is asked for.
+NormRopeCall make_backward_call(NormRopeCall call, const at::Tensor& grad_q, const at::Tensor& grad_k);
 
 /// The same for the gradient.
 template <NormRopeGradients (*kImplementation)(const NormRopeCall&, const at::Tensor&, const at::Tensor&)>
@@ -109,8 +106,9 @@ NormRopeGradients backward_from_schema(const at::Tensor& grad_q, const at::Tenso
                                        const OptionalTensor& k_weight, const OptionalTensor& freqs_sin,
                                        const OptionalTensor& freqs_cos, bool norm, double eps, bool rope,
                                        const OptionalTensor& positions, double theta, c10::string_view pairing) {
-  const NormRopeCall call = make_backward_call(grad_q, grad_k, q, k, q_weight, k_weight, freqs_sin, freqs_cos, norm,
-                                               eps, rope, positions, theta, pairing);
+  const NormRopeCall call = make_backward_call({as_saved(q), as_saved(k), q_weight, k_weight, freqs_sin, freqs_cos,
+                                                norm, eps, rope, positions, theta, parse_pairing(pairing, "pairing")},
+                                               grad_q, grad_k);
   return kImplementation(call, grad_q, grad_k);
 }
 
@@ -122,8 +120,9 @@ NormRopeWeightGradients backward_in_place_from_schema(at::Tensor& grad_q, at::Te
                                                       const OptionalTensor& freqs_cos, bool norm, double eps, bool rope,
                                                       const OptionalTensor& positions, double theta,
                                                       c10::string_view pairing) {
-  const NormRopeCall call = make_backward_call(grad_q, grad_k, q, k, q_weight, k_weight, freqs_sin, freqs_cos, norm,
-                                               eps, rope, positions, theta, pairing);
+  const NormRopeCall call = make_backward_call({as_saved(q), as_saved(k), q_weight, k_weight, freqs_sin, freqs_cos,
+                                                norm, eps, rope, positions, theta, parse_pairing(pairing, "pairing")},
+                                               grad_q, grad_k);
   TORCH_CHECK_VALUE(grad_q.is_contiguous(), "selfattn: grad_q must be contiguous; got strides ", grad_q.sym_strides());
   TORCH_CHECK_VALUE(grad_k.is_contiguous(), "selfattn: grad_k must be contiguous; got strides ", grad_k.sym_strides());
   return kImplementation(call, grad_q, grad_k);
