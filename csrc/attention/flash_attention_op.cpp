@@ -14,10 +14,10 @@ InputGradients flash_attention_backward(const AttentionProblem& problem, const A
   const auto take = [](const OptionalTensor& memory, const at::Tensor& like) {
     return memory ? *memory : at::empty(like.sizes(), like.options());
   };
-  InputGradients results{take(memory.query, problem.query), take(memory.key, problem.key),
-                         take(memory.value, problem.value)};
-  flash_attention_backward_into(problem, gradients, results);
-  return results;
+  at::Tensor dq = take(memory.query, problem.query), dk = take(memory.key, problem.key),
+             dv = take(memory.value, problem.value);
+  FlashAttentionBackwardInto::call(problem, gradients, dq, dk, dv);
+  return {dq, dk, dv};
 }
 
 void check_kernel_call(const AttentionProblem& problem) {
@@ -31,10 +31,10 @@ void check_kernel_call(const AttentionProblem& problem, const AttentionGradients
   check_gradients(problem, gradients);
 }
 
-void check_kernel_call(const AttentionProblem& problem, const AttentionGradients& gradients,
-                       const InputGradients& results) {
+void check_kernel_call(const AttentionProblem& problem, const AttentionGradients& gradients, const at::Tensor& dq,
+                       const at::Tensor& dk, const at::Tensor& dv) {
   check_kernel_call(problem, gradients);
-  check_gradient_memory(problem, gradients, results);
+  check_gradient_memory(problem, gradients, dq, dk, dv);
 }
 
 }  // namespace selfattn

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <type_traits>
+
 #include "attention/gradients.h"
 #include "attention/problem.h"
 #include "common/dispatch.h"
@@ -9,9 +11,8 @@
 
 namespace selfattn {
 
-// ---------------------------------------------------------------- schema -> problem
-// An implementation, as a function that can be registered. The call is validated, with `needs_lse`; of gradients and
-// memory nothing is checked yet: an implementation does that, or has a kernel_checks around it.
+// from_schema<implementation> is what can be registered. It validates the call, with `needs_lse`; of gradients and
+// memory nothing is checked yet: an implementation does that, or stands in `checked` (below).
 
 template <AttentionResults (*kImplementation)(const AttentionProblem&)>
 AttentionResults flash_attention_from_schema(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
@@ -24,61 +25,43 @@ AttentionResults flash_attention_from_schema(const at::Tensor& q, const at::Tens
       /*needs_lse=*/true));
 }
 
-/// `dq`, `dk` and `dv` are the memory for the gradients: dq may be out, dk may be k, dv may be v.
-template <void (*kImplementation)(const AttentionProblem&, const AttentionGradients&, const InputGradients&)>
-void flash_attention_backward_into_from_schema(const at::Tensor& grad_out, const OptionalTensor& grad_lse,
-                                               const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                                               const at::Tensor& out, const at::Tensor& lse,
-                                               const OptionalTensor& segment_ids, bool causal,
-                                               std::optional<double> qk_scale, const OptionalTensor& kv_segment_ids,
-                                               int64_t window_left, int64_t window_right, double softcap,
-                                               at::Tensor& dq, at::Tensor& dk, at::Tensor& dv) {
-  const AttentionProblem problem = make_attention_problem(
-      q, k, v, {segment_ids, causal, qk_scale, kv_segment_ids, window_left, window_right, softcap, std::nullopt},
-      /*needs_lse=*/true);
-  kImplementation(problem, {grad_out, grad_lse, out, lse}, {dq, dk, dv});
-}
-
-template <InputGradients (*kImplementation)(const AttentionProblem&, const AttentionGradients&)>
-InputGradients flash_attention_backward_from_schema(const at::Tensor& grad_out, const OptionalTensor& grad_lse,
-                                                    const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                                                    const at::Tensor& out, const at::Tensor& lse,
-                                                    const OptionalTensor& segment_ids, bool causal,
-                                                    std::optional<double> qk_scale,
-                                                    const OptionalTensor& kv_segment_ids, int64_t window_left,
-                                                    int64_t window_right, double softcap) {
-  const AttentionProblem problem = make_attention_problem(
-      q, k, v, {segment_ids, causal, qk_scale, kv_segment_ids, window_left, window_right, softcap, std::nullopt},
-      /*needs_lse=*/true);
-  return kImplementation(problem, {grad_out, grad_lse, out, lse});
-}
-
-// ---------------------------------------------------------------- problem -> schema
-// Calls through the dispatcher.
-
+/// Through the dispatcher.
 inline AttentionResults flash_attention(const AttentionProblem& problem) {
   static const auto op = find_op<decltype(flash_attention_from_schema<nullptr>)>("selfattn::flash_attention");
   return op.call(problem.query, problem.key, problem.value, problem.query_segment_ids, problem.is_causal, problem.scale,
                  problem.key_segment_ids, problem.window_left, problem.window_right, problem.softcap, problem.sinks);
 }
 
-inline InputGradients flash_attention_backward(const AttentionProblem& problem, const AttentionGradients& gradients) {
-  static const auto op =
-      find_op<decltype(flash_attention_backward_from_schema<nullptr>)>("selfattn::flash_attention_backward");
-  return op.call(gradients.grad_out, gradients.grad_lse, problem.query, problem.key, problem.value, gradients.out,
-                 gradients.lse, problem.query_segment_ids, problem.is_causal, problem.scale, problem.key_segment_ids,
-                 problem.window_left, problem.window_right, problem.softcap);
-}
+/// Both overloads of the gradient. `memory`: nothing, or for .into that of dq, dk and dv.
+template <typename Result, typename... Memory>
+struct FlashAttentionBackwardOp {
+  template <Result (*kImplementation)(const AttentionProblem&, const AttentionGradients&, const Memory&...)>
+  static Result from_schema(const at::Tensor& grad_out, const OptionalTensor& grad_lse, const at::Tensor& q,
+                            const at::Tensor& k, const at::Tensor& v, const at::Tensor& out, const at::Tensor& lse,
+                            const OptionalTensor& segment_ids, bool causal, std::optional<double> qk_scale,
+                            const OptionalTensor& kv_segment_ids, int64_t window_left, int64_t window_right,
+                            double softcap, Memory&... memory) {
+    const AttentionProblem problem = make_attention_problem(
+        q, k, v, {segment_ids, causal, qk_scale, kv_segment_ids, window_left, window_right, softcap, std::nullopt},
+        /*needs_lse=*/true);
+    return kImplementation(problem, {grad_out, grad_lse, out, lse}, memory...);
+  }
 
-/// Not differentiable.
-inline void flash_attention_backward_into(const AttentionProblem& problem, const AttentionGradients& gradients,
-                                          InputGradients& results) {
-  static const auto op = find_op<decltype(flash_attention_backward_into_from_schema<nullptr>)>(
-      "selfattn::flash_attention_backward", "into");
-  auto& [dq, dk, dv] = results;
-  op.call(gradients.grad_out, gradients.grad_lse, problem.query, problem.key, problem.value, gradients.out,
-          gradients.lse, problem.query_segment_ids, problem.is_causal, problem.scale, problem.key_segment_ids,
-          problem.window_left, problem.window_right, problem.softcap, dq, dk, dv);
+  static Result call(const AttentionProblem& problem, const AttentionGradients& gradients, Memory&... memory) {
+    static const auto op = find_op<decltype(from_schema<nullptr>)>("selfattn::flash_attention_backward",
+                                                                   sizeof...(Memory) == 0 ? "" : "into");
+    return op.call(gradients.grad_out, gradients.grad_lse, problem.query, problem.key, problem.value, gradients.out,
+                   gradients.lse, problem.query_segment_ids, problem.is_causal, problem.scale, problem.key_segment_ids,
+                   problem.window_left, problem.window_right, problem.softcap, memory...);
+  }
+};
+
+using FlashAttentionBackward = FlashAttentionBackwardOp<InputGradients>;
+/// dq may be out, dk may be k, dv may be v. Not differentiable.
+using FlashAttentionBackwardInto = FlashAttentionBackwardOp<void, at::Tensor, at::Tensor, at::Tensor>;
+
+inline InputGradients flash_attention_backward(const AttentionProblem& problem, const AttentionGradients& gradients) {
+  return FlashAttentionBackward::call(problem, gradients);
 }
 
 /// flash_attention_backward, over that memory where there is any and the device can.
@@ -91,8 +74,8 @@ InputGradients flash_attention_backward(const AttentionProblem& problem, const A
 
 void check_kernel_call(const AttentionProblem& problem);
 void check_kernel_call(const AttentionProblem& problem, const AttentionGradients& gradients);
-void check_kernel_call(const AttentionProblem& problem, const AttentionGradients& gradients,
-                       const InputGradients& results);
+void check_kernel_call(const AttentionProblem& problem, const AttentionGradients& gradients, const at::Tensor& dq,
+                       const at::Tensor& dk, const at::Tensor& dv);
 
 /// A kernel behind these checks: flash_attention_from_schema<checked<kernel>>.
 template <auto kKernel, typename... Arguments>

@@ -51,9 +51,8 @@ void check_gradients(const AttentionProblem& problem, const AttentionGradients& 
   if (gradients.grad_lse) check({"grad_lse", *gradients.grad_lse}, at::kFloat, row_sizes, query);
 }
 
-void check_gradient_memory(const AttentionProblem& problem, const AttentionGradients& gradients,
-                           const InputGradients& memory) {
-  const auto& [dq, dk, dv] = memory;
+void check_gradient_memory(const AttentionProblem& problem, const AttentionGradients& gradients, const at::Tensor& dq,
+                           const at::Tensor& dk, const at::Tensor& dv) {
   const Named query{"q", problem.query}, key{"k", problem.key}, value{"v", problem.value}, out{"out", gradients.out};
   const Named results[] = {{"dq", dq}, {"dk", dk}, {"dv", dv}};
   check_result(results[0], problem.query);

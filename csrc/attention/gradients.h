@@ -32,7 +32,7 @@ void check_gradients(const AttentionProblem& problem, const AttentionGradients& 
 
 /// Throws where the memory for the results is not contiguous, of the inputs' shapes, dtype and device, or overlaps what
 /// is still read: dq may be all of out, dk all of k and dv all of v, and nothing else.
-void check_gradient_memory(const AttentionProblem& problem, const AttentionGradients& gradients,
-                           const InputGradients& memory);
+void check_gradient_memory(const AttentionProblem& problem, const AttentionGradients& gradients, const at::Tensor& dq,
+                           const at::Tensor& dk, const at::Tensor& dv);
 
 }  // namespace selfattn

@@ -80,5 +80,5 @@ InputGradients attend_backward(const AttentionProblem& problem, const AttentionG
 TORCH_LIBRARY_IMPL(selfattn, Autograd, m) {
   using namespace selfattn;
   m.impl("flash_attention", TORCH_FN(flash_attention_from_schema<attend>));
-  m.impl("flash_attention_backward", TORCH_FN(flash_attention_backward_from_schema<attend_backward>));
+  m.impl("flash_attention_backward", TORCH_FN(FlashAttentionBackward::from_schema<attend_backward>));
 }

@@ -250,10 +250,9 @@ InputGradients attend_backward(const AttentionProblem& attention, const Attentio
 }
 
 /// The gradients are copied when all is read.
-void attend_backward_into(const AttentionProblem& attention, const AttentionGradients& gradients,
-                          const InputGradients& results) {
+void attend_backward_into(const AttentionProblem& attention, const AttentionGradients& gradients, const at::Tensor& dq,
+                          const at::Tensor& dk, const at::Tensor& dv) {
   const auto [grad_query, grad_key, grad_value] = attend_backward(attention, gradients);
-  const auto& [dq, dk, dv] = results;
   dq.copy_(grad_query), dk.copy_(grad_key), dv.copy_(grad_value);
 }
 
@@ -263,7 +262,7 @@ void attend_backward_into(const AttentionProblem& attention, const AttentionGrad
 TORCH_LIBRARY_IMPL(selfattn, CPU, m) {
   using namespace selfattn;
   m.impl("flash_attention", TORCH_FN(flash_attention_from_schema<checked<attend>>));
-  m.impl("flash_attention_backward", TORCH_FN(flash_attention_backward_from_schema<checked<attend_backward>>));
+  m.impl("flash_attention_backward", TORCH_FN(FlashAttentionBackward::from_schema<checked<attend_backward>>));
   m.impl("flash_attention_backward.into",
-         TORCH_FN(flash_attention_backward_into_from_schema<checked<attend_backward_into>>));
+         TORCH_FN(FlashAttentionBackwardInto::from_schema<checked<attend_backward_into>>));
 }

@@ -28,11 +28,10 @@ Tensor prepare_segments(const FlashKernels& kernels, const AttentionProblem& pro
 // No element of out is read once its place in dq is written, none of k once that in dk is, none of v once that in dv
 // is: a thread block that stores a tile of a gradient has read that tile of the other before, and no other block reads
 // it in this kernel or in a later one (docs/kernels/backward.md).
-void attend_backward_into(const AttentionProblem& problem, const AttentionGradients& gradients,
-                          const InputGradients& results) {
+void attend_backward_into(const AttentionProblem& problem, const AttentionGradients& gradients, const Tensor& dq,
+                          const Tensor& dk, const Tensor& dv) {
   const Tensor &q = problem.query, &k = problem.key, &v = problem.value;
   const auto& [grad_out, grad_lse, out, lse] = gradients;
-  const auto& [dq, dk, dv] = results;
   const c10::cuda::CUDAGuard guard(q.device());
   const cudaStream_t stream = at::cuda::getCurrentCUDAStream();
   const FlashKernels& kernels = flash_kernels();
@@ -60,10 +59,10 @@ void attend_backward_into(const AttentionProblem& problem, const AttentionGradie
 }
 
 InputGradients attend_backward(const AttentionProblem& problem, const AttentionGradients& gradients) {
-  InputGradients results{empty_like_contiguous(problem.query), empty_like_contiguous(problem.key),
-                         empty_like_contiguous(problem.value)};
-  attend_backward_into(problem, gradients, results);
-  return results;
+  const Tensor dq = empty_like_contiguous(problem.query), dk = empty_like_contiguous(problem.key),
+               dv = empty_like_contiguous(problem.value);
+  attend_backward_into(problem, gradients, dq, dk, dv);
+  return {dq, dk, dv};
 }
 
 }  // namespace
@@ -72,7 +71,7 @@ InputGradients attend_backward(const AttentionProblem& problem, const AttentionG
 TORCH_LIBRARY_IMPL(selfattn, CUDA, m) {
   using namespace selfattn;
   m.impl("flash_attention_backward",
-         TORCH_FN(flash_attention_backward_from_schema<checked<selfattn::cuda::attend_backward>>));
+         TORCH_FN(FlashAttentionBackward::from_schema<checked<selfattn::cuda::attend_backward>>));
   m.impl("flash_attention_backward.into",
-         TORCH_FN(flash_attention_backward_into_from_schema<checked<selfattn::cuda::attend_backward_into>>));
+         TORCH_FN(FlashAttentionBackwardInto::from_schema<checked<selfattn::cuda::attend_backward_into>>));
 }

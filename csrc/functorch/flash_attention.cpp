@@ -73,21 +73,20 @@ InputGradients attend_backward_mapped(const AttentionProblem& problem, const Att
 }
 
 /// Memory that is not mapped cannot take a result that is: copy_ says so.
-void attend_backward_into(const AttentionProblem& problem, const AttentionGradients& gradients,
-                          const InputGradients& results) {
+void attend_backward_into(const AttentionProblem& problem, const AttentionGradients& gradients, const at::Tensor& dq,
+                          const at::Tensor& dk, const at::Tensor& dv) {
   const auto [of_q, of_k, of_v] = flash_attention_backward(problem, gradients);
-  const auto& [dq, dk, dv] = results;
   dq.copy_(of_q), dk.copy_(of_k), dv.copy_(of_v);
 }
 
 void register_into(torch::Library& m) {
-  m.impl("flash_attention_backward.into", TORCH_FN(flash_attention_backward_into_from_schema<attend_backward_into>));
+  m.impl("flash_attention_backward.into", TORCH_FN(FlashAttentionBackwardInto::from_schema<attend_backward_into>));
 }
 
 template <typename Map>
 void register_rules(torch::Library& m) {
   m.impl("flash_attention", TORCH_FN(flash_attention_from_schema<attend_mapped<Map>>));
-  m.impl("flash_attention_backward", TORCH_FN(flash_attention_backward_from_schema<attend_backward_mapped<Map>>));
+  m.impl("flash_attention_backward", TORCH_FN(FlashAttentionBackward::from_schema<attend_backward_mapped<Map>>));
   register_into(m);
 }
 

@@ -22,7 +22,8 @@ InputGradients attend_backward(const AttentionProblem& problem, const AttentionG
   return {empty_like(problem.query), empty_like(problem.key), empty_like(problem.value)};
 }
 
-void attend_backward_into(const AttentionProblem&, const AttentionGradients&, const InputGradients&) {}
+void attend_backward_into(const AttentionProblem&, const AttentionGradients&, const at::Tensor&, const at::Tensor&,
+                          const at::Tensor&) {}
 
 }  // namespace
 }  // namespace selfattn
@@ -30,7 +31,7 @@ void attend_backward_into(const AttentionProblem&, const AttentionGradients&, co
 TORCH_LIBRARY_IMPL(selfattn, Meta, m) {
   using namespace selfattn;
   m.impl("flash_attention", TORCH_FN(flash_attention_from_schema<checked<attend>>));
-  m.impl("flash_attention_backward", TORCH_FN(flash_attention_backward_from_schema<checked<attend_backward>>));
+  m.impl("flash_attention_backward", TORCH_FN(FlashAttentionBackward::from_schema<checked<attend_backward>>));
   m.impl("flash_attention_backward.into",
-         TORCH_FN(flash_attention_backward_into_from_schema<checked<attend_backward_into>>));
+         TORCH_FN(FlashAttentionBackwardInto::from_schema<checked<attend_backward_into>>));
 }
