@@ -4,7 +4,7 @@ function(add_cuda_kernels name)
   cmake_parse_arguments(PARSE_ARGV 1 arg "" "" "ARCHITECTURES;SOURCES")
   add_library(${name} OBJECT ${arg_SOURCES})
   target_compile_features(${name} PUBLIC cuda_std_20)
-  target_include_directories(${name} PRIVATE csrc/cuda)
+  target_include_directories(${name} PRIVATE csrc csrc/cuda)
   target_compile_options(${name} PRIVATE -Xptxas=-v)  # cmake/check_ptxas.py reads it
   set_target_properties(${name} PROPERTIES CUDA_ARCHITECTURES "${arg_ARCHITECTURES}" POSITION_INDEPENDENT_CODE ON
                                            CUDA_VISIBILITY_PRESET hidden)

@@ -24,12 +24,12 @@ class QkNormRopeAttention : public torch::autograd::Function<QkNormRopeAttention
     AttentionProblem problem = call.problem;
     problem.key_segment_ids.reset();  // those of the queries
     variable_list saved = problem.save(context->saved_data);
-    saved.insert(saved.end(), {out, lse, as_saved(q_weight), as_saved(k_weight), as_saved(call.prologue.freqs_sin),
-                               as_saved(call.prologue.freqs_cos)});
+    saved.insert(saved.end(), {out, lse, as_saved(q_weight), as_saved(k_weight), as_saved(call.norm_rope.freqs_sin),
+                               as_saved(call.norm_rope.freqs_cos)});
     context->save_for_backward(std::move(saved));
-    context->saved_data["eps"] = call.prologue.eps;
-    context->saved_data["theta"] = call.prologue.theta;
-    context->saved_data["pairs_halves"] = call.prologue.pairing == RotaryPairing::kHalf;
+    context->saved_data["eps"] = call.norm_rope.eps;
+    context->saved_data["theta"] = call.norm_rope.theta;
+    context->saved_data["pairs_halves"] = call.norm_rope.pairing == RotaryPairing::kHalf;
     context->saved_data["are_donated"] = DonatedBuffers::include(q);
     context->set_materialize_grads(false);
     return {out, lse};
@@ -45,19 +45,19 @@ class QkNormRopeAttention : public torch::autograd::Function<QkNormRopeAttention
     GradientMemory memory;
     if (are_donated) {
       memory = donated_memory(saved[0], saved[1], saved[2], others[0]);  // before the problem holds them too
-      memory.key.reset();  // the norm's gradient reads the raw one; that of the turned one is taken instead
+      memory.key.reset();  // the norm's gradient reads the raw one; that of the rotated one is taken instead
     }
     AttentionProblem problem = AttentionProblem::restore(saved, data);
     problem.key_segment_ids = problem.query_segment_ids;
-    NormRopeCall prologue{.q = problem.query,
-                          .k = problem.key,
-                          .q_weight = as_optional(others[2]),
-                          .k_weight = as_optional(others[3]),
-                          .freqs_sin = as_optional(others[4]),
-                          .freqs_cos = as_optional(others[5]),
-                          .eps = data.at("eps").toDouble(),
-                          .theta = data.at("theta").toDouble()};
-    if (data.at("pairs_halves").toBool()) prologue.pairing = RotaryPairing::kHalf;
+    NormRopeCall norm_rope{.q = problem.query,
+                           .k = problem.key,
+                           .q_weight = as_optional(others[2]),
+                           .k_weight = as_optional(others[3]),
+                           .freqs_sin = as_optional(others[4]),
+                           .freqs_cos = as_optional(others[5]),
+                           .eps = data.at("eps").toDouble(),
+                           .theta = data.at("theta").toDouble()};
+    if (data.at("pairs_halves").toBool()) norm_rope.pairing = RotaryPairing::kHalf;
     const AttentionGradients gradients{.grad_out = grads[0].defined() ? grads[0] : at::zeros_like(others[0]),
                                        .grad_lse = as_optional(grads[1]),
                                        .out = others[0],
@@ -69,12 +69,12 @@ class QkNormRopeAttention : public torch::autograd::Function<QkNormRopeAttention
       at::AutoDispatchBelowADInplaceOrView guard;
       return attend_backward_then_norm_rope_in_place(call, gradients, memory);
     };
-    const auto [dq, dk, dv, dq_weight, dk_weight] = run({prologue, problem});
+    const auto [dq, dk, dv, dq_weight, dk_weight] = run({norm_rope, problem});
     return {dq,
             dk,
             dv,
-            prologue.q_weight ? dq_weight : at::Tensor(),
-            prologue.k_weight ? dk_weight : at::Tensor(),
+            norm_rope.q_weight ? dq_weight : at::Tensor(),
+            norm_rope.k_weight ? dk_weight : at::Tensor(),
             grad_sinks,
             at::Tensor()};
   }
@@ -83,23 +83,23 @@ class QkNormRopeAttention : public torch::autograd::Function<QkNormRopeAttention
 namespace {
 
 AttentionResults qk_norm_rope_attention_autograd(const NormRopeAttentionCall& call) {
-  const NormRopeCall& prologue = call.prologue;
+  const NormRopeCall& norm_rope = call.norm_rope;
   // What one node cannot differentiate, its parts can, or say why they cannot.
-  if (needs_composition(prologue)) return norm_rope_then_attend(call);
-  if (!any_requires_grad({prologue.q_weight, prologue.k_weight}) && !call.problem.requires_grad()) {
+  if (needs_composition(norm_rope)) return norm_rope_then_attend(call);
+  if (!any_requires_grad({norm_rope.q_weight, norm_rope.k_weight}) && !call.problem.requires_grad()) {
     at::AutoDispatchBelowADInplaceOrView guard;
     return qk_norm_rope_attention(call);
   }
-  const auto results = QkNormRopeAttention::apply(prologue.q, prologue.k, call.problem.value, prologue.q_weight,
-                                                  prologue.k_weight, call.problem.sinks, call);
+  const auto results = QkNormRopeAttention::apply(norm_rope.q, norm_rope.k, call.problem.value, norm_rope.q_weight,
+                                                  norm_rope.k_weight, call.problem.sinks, call);
   return {results[0], results[1]};
 }
 
 NormRopeAttentionGradients qk_norm_rope_attention_backward_autograd(const NormRopeAttentionCall& call,
                                                                     const AttentionGradients& gradients) {
-  const NormRopeCall& prologue = call.prologue;
-  if (needs_composition(prologue) || call.problem.requires_grad() ||
-      any_requires_grad({prologue.q_weight, prologue.k_weight, gradients.grad_out, gradients.grad_lse, gradients.out,
+  const NormRopeCall& norm_rope = call.norm_rope;
+  if (needs_composition(norm_rope) || call.problem.requires_grad() ||
+      any_requires_grad({norm_rope.q_weight, norm_rope.k_weight, gradients.grad_out, gradients.grad_lse, gradients.out,
                          gradients.lse})) {
     return attend_backward_then_norm_rope(call, gradients);  // whose gradients are differentiable
   }

@@ -4,18 +4,21 @@
 #include "attention/flash_attention_op.h"
 #include "attention/select_backend.h"
 #include "common/device.h"
+#include "common/kernel_limits.h"
 
 namespace selfattn {
 namespace {
 
 using Reason = std::optional<std::string>;
 
-constexpr int kHopper = 90;
 constexpr int64_t kMaxHeadDimCpu = 512;
-constexpr int64_t kMaxSegmentRow = 524288;  // what the metadata kernel holds in shared memory
-constexpr int64_t kMaxRow = 1 << 29;        // positions and windows are counted in 32 bits
-constexpr int64_t kMaxHeadDimCuda = 256;
-constexpr int64_t kAlignment = 8;  // elements of 2 bytes: the 16 bytes that the tensor memory accelerator asks for
+
+// What the kernels of a CUDA tensor's device take; null elsewhere, and where there are none.
+const KernelLimits* cuda_limits(const AttentionProblem& problem) {
+  if (!problem.query.is_cuda()) return nullptr;
+  const auto capability = compute_capability(problem.query.device());
+  return capability ? flash_kernel_limits(*capability) : nullptr;
+}
 
 Reason has_kernel(const AttentionProblem& problem) {
   static const auto op = find_op<decltype(flash_attention_from_schema<nullptr>)>("selfattn::flash_attention");
@@ -28,10 +31,10 @@ Reason has_kernel(const AttentionProblem& problem) {
   return c10::str("this build of selfattn has no kernels for ", query.device());
 }
 
-Reason hopper(const AttentionProblem& problem) {
-  if (!problem.query.is_cuda()) return std::nullopt;
+Reason supported_capability(const AttentionProblem& problem) {
+  if (!problem.query.is_cuda() || cuda_limits(problem)) return std::nullopt;
   const auto capability = compute_capability(problem.query.device());
-  if (!capability || *capability == kHopper) return std::nullopt;  // without CUDA, has_kernel says it
+  if (!capability) return std::nullopt;  // a build without CUDA: has_kernel says it
   return c10::str("it needs compute capability 9.0 (Hopper); got ", *capability / 10.0);
 }
 
@@ -49,10 +52,14 @@ Reason supported_head_dim(const AttentionProblem& problem) {
     if (dim <= kMaxHeadDimCpu && value_dim <= kMaxHeadDimCpu) return std::nullopt;
     return c10::str("head dimensions must be at most ", kMaxHeadDimCpu, "; got ", dim, " and ", value_dim);
   }
-  const auto suits = [](const c10::SymInt& d) { return d % kAlignment == 0 && d <= kMaxHeadDimCuda; };
+  const KernelLimits* limits = cuda_limits(problem);
+  if (!limits) return std::nullopt;
+  const auto suits = [&](const c10::SymInt& d) {
+    return d % limits->head_dim_multiple == 0 && d <= limits->max_head_dim;
+  };
   if (suits(dim) && suits(value_dim)) return std::nullopt;
-  return c10::str("head dimensions must be multiples of ", kAlignment, " up to ", kMaxHeadDimCuda, "; got ", dim,
-                  " and ", value_dim);
+  return c10::str("head dimensions must be multiples of ", limits->head_dim_multiple, " up to ", limits->max_head_dim,
+                  "; got ", dim, " and ", value_dim);
 }
 
 Reason scaled_products_on_cuda(const AttentionProblem& problem) {
@@ -60,29 +67,25 @@ Reason scaled_products_on_cuda(const AttentionProblem& problem) {
 }
 
 Reason rows_fit_kernels(const AttentionProblem& problem) {
-  if (!problem.query.is_cuda()) return std::nullopt;
-  if (problem.query_length() <= kMaxRow && problem.key_length() <= kMaxRow) return std::nullopt;
-  return c10::str("rows must hold at most ", kMaxRow, " tokens on CUDA; got ", problem.query_length(), " and ",
-                  problem.key_length());
+  const KernelLimits* limits = cuda_limits(problem);
+  if (!limits) return std::nullopt;
+  if (problem.query_length() <= limits->max_length && problem.key_length() <= limits->max_length) return std::nullopt;
+  return c10::str("rows must hold at most ", limits->max_length, " tokens on CUDA; got ", problem.query_length(),
+                  " and ", problem.key_length());
 }
 
 Reason rows_fit_metadata(const AttentionProblem& problem) {
-  if (!problem.query.is_cuda() || !problem.has_segments()) return std::nullopt;
-  if (problem.query_length() <= kMaxSegmentRow && problem.key_length() <= kMaxSegmentRow) return std::nullopt;
-  return c10::str("rows with segment ids must hold at most ", kMaxSegmentRow, " tokens on CUDA; got ",
-                  problem.query_length(), " and ", problem.key_length());
+  const KernelLimits* limits = cuda_limits(problem);
+  if (!limits || !problem.has_segments()) return std::nullopt;
+  const int64_t most = limits->max_packed_length;
+  if (problem.query_length() <= most && problem.key_length() <= most) return std::nullopt;
+  return c10::str("rows with segment ids must hold at most ", most, " tokens on CUDA; got ", problem.query_length(),
+                  " and ", problem.key_length());
 }
 
-constexpr Constraint kConstraints[] = {has_kernel,
-                                       hopper,
-                                       supported_dtype,
-                                       supported_head_dim,
-                                       scaled_products_on_cuda,
-                                       rows_fit_kernels,
-                                       rows_fit_metadata,
-                                       no_empty_tensor,
-                                       no_differentiation_transform,
-                                       no_forward_mode_ad};
+constexpr Constraint kConstraints[] = {
+    has_kernel,       supported_capability, supported_dtype, supported_head_dim,           scaled_products_on_cuda,
+    rows_fit_kernels, rows_fit_metadata,    no_empty_tensor, no_differentiation_transform, no_forward_mode_ad};
 
 AttentionResults call(const AttentionProblem& problem) { return flash_attention(problem); }
 

@@ -46,7 +46,7 @@ bool folds(const Vmap& vmap, const NormRopeCall& call, const at::Tensor& q, cons
   return !maps_angles || q.sym_size(0) == k.sym_size(0);
 }
 
-NormRopeHeads turn(const Vmap& vmap, const NormRopeCall& call) {
+NormRopeHeads rotate(const Vmap& vmap, const NormRopeCall& call) {
   const c10::impl::ExcludeDispatchKeyGuard not_again(vmap.key());
   if (!vmap.has_mapped()) return qk_norm_rope(call);
   if (!folds(vmap, call, call.q, call.k)) {
@@ -61,14 +61,14 @@ NormRopeHeads turn(const Vmap& vmap, const NormRopeCall& call) {
 
 template <typename Map>
 NormRopeHeads qk_norm_rope_batched(const NormRopeCall& call) {
-  return turn(Map({call.q, call.k, call.q_weight, call.k_weight, call.freqs_sin, call.freqs_cos, call.positions}),
-              call);
+  return rotate(Map({call.q, call.k, call.q_weight, call.k_weight, call.freqs_sin, call.freqs_cos, call.positions}),
+                call);
 }
 
 /// The kernels sum a weight's gradient over the whole batch: where each element of the map wants its own sum, the
 /// composition gives them.
-NormRopeGradients turn_back(const Vmap& vmap, const NormRopeCall& call, const at::Tensor& grad_q,
-                            const at::Tensor& grad_k) {
+NormRopeGradients rotate_back(const Vmap& vmap, const NormRopeCall& call, const at::Tensor& grad_q,
+                              const at::Tensor& grad_k) {
   const c10::impl::ExcludeDispatchKeyGuard not_again(vmap.key());
   if (!vmap.has_mapped()) return qk_norm_rope_backward(call, grad_q, grad_k);
   if (!folds(vmap, call, grad_q, grad_k)) {
@@ -90,9 +90,9 @@ NormRopeGradients turn_back(const Vmap& vmap, const NormRopeCall& call, const at
 template <typename Map>
 NormRopeGradients qk_norm_rope_backward_batched(const NormRopeCall& call, const at::Tensor& grad_q,
                                                 const at::Tensor& grad_k) {
-  return turn_back(Map({grad_q, grad_k, call.q, call.k, call.q_weight, call.k_weight, call.freqs_sin, call.freqs_cos,
-                        call.positions}),
-                   call, grad_q, grad_k);
+  return rotate_back(Map({grad_q, grad_k, call.q, call.k, call.q_weight, call.k_weight, call.freqs_sin, call.freqs_cos,
+                          call.positions}),
+                     call, grad_q, grad_k);
 }
 
 // Memory that is not mapped cannot take a result that is: copy_ says so.

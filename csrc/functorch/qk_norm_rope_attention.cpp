@@ -12,16 +12,16 @@ namespace {
 std::optional<AttentionResults> attend_folded(const Vmap& vmap, const NormRopeAttentionCall& call) {
   const c10::impl::ExcludeDispatchKeyGuard not_again(vmap.key());
   if (!vmap.has_mapped()) return qk_norm_rope_attention(call);
-  const NormRopeCall& prologue = call.prologue;
+  const NormRopeCall& norm_rope = call.norm_rope;
   const AttentionProblem& problem = call.problem;
-  if (vmap.maps(prologue.q_weight) || vmap.maps(prologue.k_weight) || vmap.maps(problem.sinks) || vmap.size() == 0) {
+  if (vmap.maps(norm_rope.q_weight) || vmap.maps(norm_rope.k_weight) || vmap.maps(problem.sinks) || vmap.size() == 0) {
     return std::nullopt;
   }
   NormRopeAttentionCall folded = call;
-  folded.prologue.q = vmap.fold(prologue.q);
-  folded.prologue.k = vmap.fold(prologue.k);
-  folded.prologue.freqs_sin = vmap.fold_rows(prologue.freqs_sin, problem.batch());
-  folded.prologue.freqs_cos = vmap.fold_rows(prologue.freqs_cos, problem.batch());
+  folded.norm_rope.q = vmap.fold(norm_rope.q);
+  folded.norm_rope.k = vmap.fold(norm_rope.k);
+  folded.norm_rope.freqs_sin = vmap.fold_rows(norm_rope.freqs_sin, problem.batch());
+  folded.norm_rope.freqs_cos = vmap.fold_rows(norm_rope.freqs_cos, problem.batch());
   folded.problem.value = vmap.fold(problem.value);
   folded.problem.query_segment_ids = vmap.fold(problem.query_segment_ids);
   const auto [out, lse] = qk_norm_rope_attention(folded);
@@ -30,15 +30,15 @@ std::optional<AttentionResults> attend_folded(const Vmap& vmap, const NormRopeAt
 
 template <typename Map>
 AttentionResults qk_norm_rope_attention_batched(const NormRopeAttentionCall& call) {
-  const NormRopeCall& prologue = call.prologue;
+  const NormRopeCall& norm_rope = call.norm_rope;
   const AttentionProblem& problem = call.problem;
-  const Map map({prologue.q, prologue.k, problem.value, prologue.q_weight, prologue.k_weight, prologue.freqs_sin,
-                 prologue.freqs_cos, problem.query_segment_ids, problem.sinks});
+  const Map map({norm_rope.q, norm_rope.k, problem.value, norm_rope.q_weight, norm_rope.k_weight, norm_rope.freqs_sin,
+                 norm_rope.freqs_cos, problem.query_segment_ids, problem.sinks});
   auto results = attend_folded(map, call);
   return results ? std::move(*results) : norm_rope_then_attend(call);
 }
 
-// Where gradients alone are mapped, which is the usual case, its parts make the turned q and k once for all.
+// Where gradients alone are mapped, which is the usual case, its parts make the rotated q and k once for all.
 NormRopeAttentionGradients backward_batched(const NormRopeAttentionCall& call, const AttentionGradients& gradients) {
   return attend_backward_then_norm_rope(call, gradients);
 }

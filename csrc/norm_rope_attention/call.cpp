@@ -17,60 +17,60 @@ bool is_cast_between(const at::Tensor& heads) {
 
 }  // namespace
 
-NormRopeAttentionCall make_norm_rope_attention_call(NormRopeCall prologue, const at::Tensor& v,
+NormRopeAttentionCall make_norm_rope_attention_call(NormRopeCall norm_rope, const at::Tensor& v,
                                                     const AttentionArguments& arguments) {
-  check_norm_rope(prologue);
-  prologue.eps = eps_of_heads(prologue.eps, prologue.q);
-  AttentionProblem problem = make_attention_problem(prologue.q, prologue.k, v, arguments, /*needs_lse=*/true);
-  return {std::move(prologue), std::move(problem)};
+  check_norm_rope(norm_rope);
+  norm_rope.eps = eps_of_heads(norm_rope.eps, norm_rope.q);
+  AttentionProblem problem = make_attention_problem(norm_rope.q, norm_rope.k, v, arguments, /*needs_lse=*/true);
+  return {std::move(norm_rope), std::move(problem)};
 }
 
-std::optional<NormRopeAttentionCall> as_one_operator(const NormRopeCall& prologue, const at::Tensor& v,
+std::optional<NormRopeAttentionCall> as_one_operator(const NormRopeCall& norm_rope, const at::Tensor& v,
                                                      const AttentionArguments& arguments, c10::string_view backend) {
   const Backend name = parse_backend(backend);
   if (name != Backend::kAuto && name != Backend::kFlash) return std::nullopt;
-  if (!prologue.norm || !prologue.rope || prologue.positions || is_cast_between(prologue.q)) return std::nullopt;
-  if (!any_requires_grad({prologue.q, prologue.k, v, prologue.q_weight, prologue.k_weight, arguments.sinks}) ||
-      needs_composition(prologue)) {
+  if (!norm_rope.norm || !norm_rope.rope || norm_rope.positions || is_cast_between(norm_rope.q)) return std::nullopt;
+  if (!any_requires_grad({norm_rope.q, norm_rope.k, v, norm_rope.q_weight, norm_rope.k_weight, arguments.sinks}) ||
+      needs_composition(norm_rope)) {
     return std::nullopt;
   }
   // The operator, or its parts in its place, checks the norm and the rotation; flash's constraints read the attention.
-  NormRopeAttentionCall call{prologue,
-                             make_attention_problem(prologue.q, prologue.k, v, arguments, /*needs_lse=*/true)};
+  NormRopeAttentionCall call{norm_rope,
+                             make_attention_problem(norm_rope.q, norm_rope.k, v, arguments, /*needs_lse=*/true)};
   if (!reasons_against(flash_backend(), call.problem).empty()) return std::nullopt;
   return call;
 }
 
 AttentionResults norm_rope_then_attend(const NormRopeAttentionCall& call) {
   AttentionProblem problem = call.problem;
-  std::tie(problem.query, problem.key) = qk_norm_rope(call.prologue);
+  std::tie(problem.query, problem.key) = qk_norm_rope(call.norm_rope);
   return flash_attention(problem);
 }
 
 NormRopeAttentionGradients attend_backward_then_norm_rope(const NormRopeAttentionCall& call,
                                                           const AttentionGradients& gradients) {
-  const auto attend_backward = [&] {  // the turned q and k live no longer than needed
+  const auto attend_backward = [&] {  // the rotated q and k live no longer than needed
     AttentionProblem problem = call.problem;
-    std::tie(problem.query, problem.key) = qk_norm_rope(call.prologue);
+    std::tie(problem.query, problem.key) = qk_norm_rope(call.norm_rope);
     return flash_attention_backward(problem, gradients);
   };
   const auto [grad_q, grad_k, dv] = attend_backward();
-  const auto [dq, dk, dq_weight, dk_weight] = qk_norm_rope_backward(call.prologue, grad_q, grad_k);
+  const auto [dq, dk, dq_weight, dk_weight] = qk_norm_rope_backward(call.norm_rope, grad_q, grad_k);
   return {dq, dk, dv, dq_weight, dk_weight};
 }
 
 NormRopeAttentionGradients attend_backward_then_norm_rope_in_place(const NormRopeAttentionCall& call,
                                                                    const AttentionGradients& gradients,
                                                                    GradientMemory memory) {
-  const auto attend_backward = [&] {  // the turned q lives no longer than needed
+  const auto attend_backward = [&] {  // the rotated q lives no longer than needed
     AttentionProblem problem = call.problem;
-    std::tie(problem.query, problem.key) = qk_norm_rope(call.prologue);
+    std::tie(problem.query, problem.key) = qk_norm_rope(call.norm_rope);
     memory.key = problem.key;
     return flash_attention_backward(problem, gradients, memory);
   };
   auto [dq, dk, dv] = attend_backward();
   memory = {};
-  const auto [dq_weight, dk_weight] = qk_norm_rope_backward_in_place(call.prologue, dq, dk);
+  const auto [dq_weight, dk_weight] = qk_norm_rope_backward_in_place(call.norm_rope, dq, dk);
   return {dq, dk, dv, dq_weight, dk_weight};
 }
 

@@ -10,19 +10,19 @@ namespace selfattn {
 /// One call of qk_norm_rope_attention, validated: qk_norm_rope with norm and rotation, then flash_attention. As one
 /// operator it keeps the raw q and k for its gradient, where two keep the normalised ones beside them.
 struct NormRopeAttentionCall {
-  NormRopeCall prologue;
+  NormRopeCall norm_rope;
   AttentionProblem problem;  // of the raw q and k
 };
 
 /// dq, dk, dv, dq_weight, dk_weight
 using NormRopeAttentionGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
-NormRopeAttentionCall make_norm_rope_attention_call(NormRopeCall prologue, const at::Tensor& v,
+NormRopeAttentionCall make_norm_rope_attention_call(NormRopeCall norm_rope, const at::Tensor& v,
                                                     const AttentionArguments& arguments);
 
 /// The call of that one operator where it serves: a gradient is wanted, there is a norm, and `backend` stands for
 /// flash.
-std::optional<NormRopeAttentionCall> as_one_operator(const NormRopeCall& prologue, const at::Tensor& v,
+std::optional<NormRopeAttentionCall> as_one_operator(const NormRopeCall& norm_rope, const at::Tensor& v,
                                                      const AttentionArguments& arguments, c10::string_view backend);
 
 /// The parts one after the other, each through the dispatcher; differentiable where they are.
@@ -30,8 +30,8 @@ AttentionResults norm_rope_then_attend(const NormRopeAttentionCall& call);
 NormRopeAttentionGradients attend_backward_then_norm_rope(const NormRopeAttentionCall& call,
                                                           const AttentionGradients& gradients);
 
-/// The same below autograd: gradients of the turned q and k become those of the raw ones in place, and the memory of
-/// the turned k, which this makes again, and `memory` are written over.
+/// The same below autograd: gradients of the rotated q and k become those of the raw ones in place, and the memory of
+/// the rotated k, which this makes again, and `memory` are written over.
 NormRopeAttentionGradients attend_backward_then_norm_rope_in_place(const NormRopeAttentionCall& call,
                                                                    const AttentionGradients& gradients,
                                                                    GradientMemory memory);
@@ -74,11 +74,11 @@ NormRopeAttentionGradients attention_backward_from_schema(
 
 inline AttentionResults qk_norm_rope_attention(const NormRopeAttentionCall& call) {
   static const auto op = find_op<decltype(attention_from_schema<nullptr>)>("selfattn::qk_norm_rope_attention");
-  const NormRopeCall& prologue = call.prologue;
+  const NormRopeCall& norm_rope = call.norm_rope;
   const AttentionProblem& problem = call.problem;
-  return op.call(prologue.q, prologue.k, problem.value, prologue.q_weight, prologue.k_weight, prologue.freqs_sin,
-                 prologue.freqs_cos, problem.query_segment_ids, prologue.eps, prologue.theta,
-                 to_string(prologue.pairing), problem.is_causal, problem.scale, problem.window_left,
+  return op.call(norm_rope.q, norm_rope.k, problem.value, norm_rope.q_weight, norm_rope.k_weight, norm_rope.freqs_sin,
+                 norm_rope.freqs_cos, problem.query_segment_ids, norm_rope.eps, norm_rope.theta,
+                 to_string(norm_rope.pairing), problem.is_causal, problem.scale, problem.window_left,
                  problem.window_right, problem.softcap, problem.sinks);
 }
 
@@ -86,11 +86,11 @@ inline NormRopeAttentionGradients qk_norm_rope_attention_backward(const NormRope
                                                                   const AttentionGradients& gradients) {
   static const auto op =
       find_op<decltype(attention_backward_from_schema<nullptr>)>("selfattn::qk_norm_rope_attention_backward");
-  const NormRopeCall& prologue = call.prologue;
+  const NormRopeCall& norm_rope = call.norm_rope;
   const AttentionProblem& problem = call.problem;
-  return op.call(gradients.grad_out, gradients.grad_lse, prologue.q, prologue.k, problem.value, gradients.out,
-                 gradients.lse, prologue.q_weight, prologue.k_weight, prologue.freqs_sin, prologue.freqs_cos,
-                 problem.query_segment_ids, prologue.eps, prologue.theta, to_string(prologue.pairing),
+  return op.call(gradients.grad_out, gradients.grad_lse, norm_rope.q, norm_rope.k, problem.value, gradients.out,
+                 gradients.lse, norm_rope.q_weight, norm_rope.k_weight, norm_rope.freqs_sin, norm_rope.freqs_cos,
+                 problem.query_segment_ids, norm_rope.eps, norm_rope.theta, to_string(norm_rope.pairing),
                  problem.is_causal, problem.scale, problem.window_left, problem.window_right, problem.softcap);
 }
 

@@ -1,16 +1,10 @@
 // The families of flash kernels: what each can do, and how it is called. Nothing above this file knows what a compute
 // capability means for attention.
 #pragma once
+#include "common/kernel_limits.h"
 #include "params.h"
 
 namespace selfattn::cuda {
-
-struct KernelLimits {
-  int max_head_dim;           // of q and k, and of v
-  int head_dim_multiple;      // elements
-  int64_t max_length;         // tokens of a row
-  int64_t max_packed_length;  // of a row with segment ids
-};
 
 // Launches throw std::runtime_error if a tensor map cannot be made; otherwise they return the launch status. Tile sizes
 // are for the preparation of the segments (segments/tables.h).
