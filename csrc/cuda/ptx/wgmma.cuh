@@ -37,7 +37,15 @@ __device__ __forceinline__ void pin(uint32_t (&registers)[kCount]) {
   for (int i = 0; i < kCount; i++) asm volatile("" : "+r"(registers[i])::"memory");
 }
 
-// Descriptor of an operand in 128-byte-swizzled panels. It advances by plain addition of bytes / 16.
+// What is added to an operand's descriptor to stand so many bytes further on.
+__host__ __device__ constexpr int operand_step(int bytes) { return bytes / 16; }
+
+// The same for the i-th 16 columns of rows that lie in panels of 64 columns, panel_bytes apart.
+__host__ __device__ constexpr int operand_columns(int i, int panel_bytes) {
+  return operand_step(i / 4 * panel_bytes + i % 4 * 32);
+}
+
+// Descriptor of an operand in 128-byte-swizzled panels. It advances by plain addition (operand_step).
 //   K-major (rows are m or n, columns the summed dimension): panel_bytes unused. k16 step: + 32 bytes within a panel,
 //     then the next panel.
 //   MN-major (rows are the summed dimension): panel_bytes leads to the next 64 of m or n. k16 step: + 2048 bytes.

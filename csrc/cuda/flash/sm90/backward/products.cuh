@@ -32,8 +32,7 @@ __device__ __forceinline__ void multiply_rows(float (&d)[kCount], uint64_t left,
   ptx::wgmma_fence();
 #pragma unroll
   for (int i = 0; i < kDim / kProductStep; i++) {
-    const uint64_t a = left + (i / 4 * kLeftPanel + i % 4 * 32) / 16,
-                   b = right + (i / 4 * kRightPanel + i % 4 * 32) / 16;
+    const uint64_t a = left + ptx::operand_columns(i, kLeftPanel), b = right + ptx::operand_columns(i, kRightPanel);
     if (i < Held::kCount && i == 0)
       Product::template rs_overwrite<>(d, held.fragments, b);
     else if (i < Held::kCount)
@@ -52,7 +51,8 @@ __device__ __forceinline__ void accumulate(float (&d)[kCount], const uint32_t* l
   ptx::wgmma_fence();
 #pragma unroll
   for (int i = 0; i < kRows / kProductStep; i++) {
-    ptx::Wgmma<Element, 2 * kCount>::template rs<true>(d, left + 4 * i, right + i * (kProductStep * 128 / 16));
+    ptx::Wgmma<Element, 2 * kCount>::template rs<true>(d, left + 4 * i,
+                                                       right + i * ptx::operand_step(kProductStep * 128));
   }
   ptx::wgmma_commit();
 }

@@ -76,8 +76,12 @@ struct ForwardConfig : ForwardTiles<kDimQk_, kDimV_> {
   static constexpr int kTileQuery = Tiles::kWarpgroups * kWarpgroupRows;
   static constexpr int kThreads = (Tiles::kWarpgroups + 1) * kWarpgroupSize;
   static constexpr int kConsumerWarps = Tiles::kWarpgroups * 4;
-  // Named barriers of the repair, for the consumers and for all threads; those of ping-pong come before.
-  static constexpr int kRepairBarrier = Tiles::kWarpgroups + 1, kPassBarrier = Tiles::kWarpgroups + 2;
+  // Barrier 0 is __syncthreads.
+  enum NamedBarrier : int {
+    kPingPongBarrier = 1,                                    // of consumer warpgroup 0; those of the others follow
+    kRepairBarrier = kPingPongBarrier + Tiles::kWarpgroups,  // the consumers, in the repair
+    kPassBarrier,                                            // all threads, between the passes
+  };
   // The first S of a tile is multiplied together with the last P V of the tile before: needs the next Q in time.
   static constexpr bool kOverlapsTiles = Tiles::kQueryStages > 1;
 

@@ -88,19 +88,19 @@ __device__ __forceinline__ void multiply_tiles(const ForwardKernelParams& p, con
       block.index--, block.is_last = block.index == 0;
   };
   const auto issue_scores = [&] {  // S = Q K^T
-    const uint64_t a = query_operand + q.stage * (Config::kQueryBytes >> 4),
-                   b = key_operand + k.stage * (Config::kKeyBytes >> 4);
+    const uint64_t a = query_operand + q.stage * ptx::operand_step(Config::kQueryBytes),
+                   b = key_operand + k.stage * ptx::operand_step(Config::kKeyBytes);
     ptx::wgmma_fence();
 #pragma unroll
     for (int i = 0; i < kDimQk / 16; i++) {
-      const uint64_t bi = b + (i / 4) * (Config::kKeyPanelBytes >> 4) + (i % 4) * 2;
+      const uint64_t bi = b + ptx::operand_columns(i, Config::kKeyPanelBytes);
       if constexpr (Config::kQueryInRegisters) {
         if (i == 0)
           ScoreProduct::template rs_overwrite<>(scores, query, bi);
         else
           ScoreProduct::template rs<>(scores, query + 4 * i, bi);
       } else {
-        const uint64_t ai = a + (i / 4) * (Config::kQueryPanelBytes >> 4) + (i % 4) * 2;
+        const uint64_t ai = a + ptx::operand_columns(i, Config::kQueryPanelBytes);
         if (i == 0)
           ScoreProduct::template ss_overwrite<>(scores, ai, bi);
         else
@@ -110,11 +110,11 @@ __device__ __forceinline__ void multiply_tiles(const ForwardKernelParams& p, con
     ptx::wgmma_commit();
   };
   const auto issue_out = [&] {  // O += P V
-    const uint64_t b = value_operand + v.stage * (Config::kValueBytes >> 4);
+    const uint64_t b = value_operand + v.stage * ptx::operand_step(Config::kValueBytes);
     ptx::wgmma_fence();
 #pragma unroll
     for (int i = 0; i < kTileKey / 16; i++)
-      OutProduct::template rs<true>(out, weights + 4 * i, b + i * (16 * kPanelRowBytes >> 4));
+      OutProduct::template rs<true>(out, weights + 4 * i, b + i * ptx::operand_step(16 * kPanelRowBytes));
     ptx::wgmma_commit();
   };
   const auto release_key = [&] {
@@ -153,10 +153,11 @@ __device__ __forceinline__ void multiply_tiles(const ForwardKernelParams& p, con
     for (int i = 0; i < kDimV / 2; i++) out[i] = 0.f;
   };
   const auto wait_for_ping_pong = [&] {
-    if (Config::kPingPong) ptx::barrier_sync(1 + w, kPingPongThreads);
+    if (Config::kPingPong) ptx::barrier_sync(Config::kPingPongBarrier + w, kPingPongThreads);
   };
   const auto pass_ping_pong = [&] {
-    if (Config::kPingPong) ptx::barrier_arrive(1 + (w + 1) % Config::kWarpgroups, kPingPongThreads);
+    if (Config::kPingPong)
+      ptx::barrier_arrive(Config::kPingPongBarrier + (w + 1) % Config::kWarpgroups, kPingPongThreads);
   };
   // V of the block just turned into P.
   const auto wait_value = [&](const Ring<Config::kValueStages>& ring) {

@@ -59,23 +59,24 @@ __device__ __forceinline__ void multiply_d128(const BackwardMaps& maps, const Ba
     v_held.template load<kKvPanel>(s_v + (warpgroup * 64 + warp * 16 + lane % 16) * 128, lane);
   };
   const auto issue_scores = [&](int stage) {
-    multiply_rows<Element, kD, kKvPanel, kQPanel>(scores, k_rows, q_rows + stage * (Config::kQueryBytes / 16));
+    multiply_rows<Element, kD, kKvPanel, kQPanel>(scores, k_rows, q_rows + stage * operand_step(Config::kQueryBytes));
   };
   const auto issue_dp = [&](int stage) {
-    multiply_rows<Element, kD, kKvPanel, kQPanel>(dp, v_rows, do_rows + stage * (Config::kQueryBytes / 16), v_held);
+    multiply_rows<Element, kD, kKvPanel, kQPanel>(dp, v_rows, do_rows + stage * operand_step(Config::kQueryBytes),
+                                                  v_held);
   };
   const auto issue_dv = [&](int stage) {
-    accumulate<Element, kTileQ>(dv, p_packed, do_summed + stage * (Config::kQueryBytes / 16));
+    accumulate<Element, kTileQ>(dv, p_packed, do_summed + stage * operand_step(Config::kQueryBytes));
   };
   const auto issue_dk = [&](int stage) {
-    accumulate<Element, kTileQ>(dk, ds_packed, q_summed + stage * (Config::kQueryBytes / 16));
+    accumulate<Element, kTileQ>(dk, ds_packed, q_summed + stage * operand_step(Config::kQueryBytes));
   };
   const auto issue_dq = [&](int buffer) {
-    const uint64_t right = ds_rows + buffer * (Config::kScoreBytes / 16);
+    const uint64_t right = ds_rows + buffer * operand_step(Config::kScoreBytes);
     wgmma_fence();
 #pragma unroll
     for (int i = 0; i < kTileKv / kProductStep; i++) {
-      const uint64_t a = k_columns + i * (kProductStep * 128 / 16), b = right + (i / 4 * kQPanel + i % 4 * 32) / 16;
+      const uint64_t a = k_columns + i * operand_step(kProductStep * 128), b = right + operand_columns(i, kQPanel);
       if (i == 0)
         Wgmma<Element, kDqTileRows>::template ss_overwrite<true, false>(dq, a, b);
       else

@@ -57,31 +57,35 @@ __device__ __forceinline__ void multiply_d256(const BackwardMaps& maps, const Ba
   const auto score_chunk = [&](int i) { return ((warpgroup * 4 + 2 * i + lane / 16) ^ (lane % 8)) * 16; };
 
   const auto issue_scores = [&](int stage) {
-    multiply_rows<Element, kD, kPanelBytes, kPanelBytes>(scores, k_rows, q_rows + stage * (Config::kQueryBytes / 16));
+    multiply_rows<Element, kD, kPanelBytes, kPanelBytes>(scores, k_rows,
+                                                         q_rows + stage * operand_step(Config::kQueryBytes));
   };
   const auto issue_dp = [&](int stage) {
-    multiply_rows<Element, kD, kPanelBytes, kPanelBytes>(dp, v_rows, do_rows + stage * (Config::kQueryBytes / 16));
+    multiply_rows<Element, kD, kPanelBytes, kPanelBytes>(dp, v_rows,
+                                                         do_rows + stage * operand_step(Config::kQueryBytes));
   };
   const auto accumulate = [&](float (&d)[kOwnColumns / 2], uint64_t left, uint64_t right) {  // over queries
     wgmma_fence();
 #pragma unroll
     for (int i = 0; i < kTileQ / kProductStep; i++)
-      Wgmma<Element, kOwnColumns>::template ss<false, true>(d, left + i * (32 / 16),
-                                                            right + i * (kProductStep * 128 / 16));
+      Wgmma<Element, kOwnColumns>::template ss<false, true>(d, left + i * operand_step(32),
+                                                            right + i * operand_step(kProductStep * 128));
     wgmma_commit();
   };
   const auto issue_dv = [&](int stage) {
-    accumulate(dv, p_keys + buffer * (Config::kScoreBytes / 16), do_summed + stage * (Config::kQueryBytes / 16));
+    accumulate(dv, p_keys + buffer * operand_step(Config::kScoreBytes),
+               do_summed + stage * operand_step(Config::kQueryBytes));
   };
   const auto issue_dk = [&](int stage) {
-    accumulate(dk, ds_keys + buffer * (Config::kScoreBytes / 16), q_summed + stage * (Config::kQueryBytes / 16));
+    accumulate(dk, ds_keys + buffer * operand_step(Config::kScoreBytes),
+               q_summed + stage * operand_step(Config::kQueryBytes));
   };
   const auto issue_dq = [&](int panel) {
     wgmma_fence();
 #pragma unroll
     for (int i = 0; i < kTileKv / kProductStep; i++) {
-      const uint64_t a = k_columns + (panel * kPanelBytes + i * kProductStep * 128) / 16;
-      const uint64_t b = ds_keys + (buffer * Config::kScoreBytes + i * kProductStep * 128) / 16;
+      const uint64_t a = k_columns + operand_step(panel * kPanelBytes + i * kProductStep * 128);
+      const uint64_t b = ds_keys + operand_step(buffer * Config::kScoreBytes + i * kProductStep * 128);
       if (i == 0)
         Wgmma<Element, kDqTileRows>::template ss_overwrite<true, true>(dq, a, b);
       else

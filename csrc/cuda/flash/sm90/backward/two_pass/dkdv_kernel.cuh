@@ -48,12 +48,12 @@ __device__ __forceinline__ void multiply_dkdv(const BackwardMaps& maps, const Ba
   const uint64_t q_summed = matrix_descriptor(s_q, kQPanel), do_summed = matrix_descriptor(s_do, kQPanel);
 
   const auto issue_scores = [&] {
-    multiply_rows<Element, kD, kKvPanel, kQPanel>(scores, k_rows + key_ring.stage * (Config::kKeyBytes / 16),
-                                                  q_rows + ring.stage * (Config::kQueryBytes / 16));
+    multiply_rows<Element, kD, kKvPanel, kQPanel>(scores, k_rows + key_ring.stage * operand_step(Config::kKeyBytes),
+                                                  q_rows + ring.stage * operand_step(Config::kQueryBytes));
   };
   const auto issue_dp = [&] {
-    multiply_rows<Element, kD, kKvPanel, kQPanel>(dp, v_rows + key_ring.stage * (Config::kKeyBytes / 16),
-                                                  do_rows + ring.stage * (Config::kQueryBytes / 16), v_held);
+    multiply_rows<Element, kD, kKvPanel, kQPanel>(dp, v_rows + key_ring.stage * operand_step(Config::kKeyBytes),
+                                                  do_rows + ring.stage * operand_step(Config::kQueryBytes), v_held);
   };
   const auto score_gradient = [&](int i, float delta) {  // dS = P (dP - delta)
     return kIsRepair && scores[i] == 0.f ? 0.f : scores[i] * (dp[i] - delta);
@@ -160,11 +160,11 @@ __device__ __forceinline__ void multiply_dkdv(const BackwardMaps& maps, const Ba
           scores[i] = exp2_approx(scores[i]), scores[i + 1] = exp2_approx(scores[i + 1]);
           p_packed[i / 2] = pack<Element>(scores[i], scores[i + 1]);
         }
-        accumulate<Element, kTileQ>(dv, p_packed, do_summed + ring.stage * (Config::kQueryBytes / 16));
+        accumulate<Element, kTileQ>(dv, p_packed, do_summed + ring.stage * operand_step(Config::kQueryBytes));
         wgmma_wait<1>();
         pin(dp);
         pack_score_gradients(stats);
-        accumulate<Element, kTileQ>(dk, ds_packed, q_summed + ring.stage * (Config::kQueryBytes / 16));
+        accumulate<Element, kTileQ>(dk, ds_packed, q_summed + ring.stage * operand_step(Config::kQueryBytes));
         stage = ring.stage;
         is_last = block.flags & kLastOfTile;
         ring.advance();

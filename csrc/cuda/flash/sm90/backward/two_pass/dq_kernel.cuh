@@ -54,11 +54,11 @@ __device__ __forceinline__ void multiply_dq(const DqMaps& maps, const BackwardPa
   const auto chunk = [&](int i) { return i / 4 * kPanel + (((i % 4) * 2 + lane / 16) ^ (lane % 8)) * 16; };
 
   const auto issue_scores = [&] {
-    const uint64_t right = k_rows + ring.stage * (Config::kKeyBytes / 16);
+    const uint64_t right = k_rows + ring.stage * operand_step(Config::kKeyBytes);
     wgmma_fence();
 #pragma unroll
     for (int i = 0; i < kD / kProductStep; i++) {
-      const uint64_t b = right + (i / 4 * kPanel + i % 4 * 32) / 16;
+      const uint64_t b = right + operand_columns(i, kPanel);
       if (i == 0)
         Wgmma<Element, kTileKv>::template rs_overwrite<>(scores, q, b);
       else
@@ -67,15 +67,15 @@ __device__ __forceinline__ void multiply_dq(const DqMaps& maps, const BackwardPa
     wgmma_commit();
   };
   const auto issue_dp = [&] {
-    multiply_rows<Element, kD, kPanel, kPanel>(dp, do_rows + grad_out_buffer * (Config::kQueryBytes / 16),
-                                               v_rows + ring.stage * (Config::kKeyBytes / 16));
+    multiply_rows<Element, kD, kPanel, kPanel>(dp, do_rows + grad_out_buffer * operand_step(Config::kQueryBytes),
+                                               v_rows + ring.stage * operand_step(Config::kKeyBytes));
   };
   const auto issue_dq = [&](int stage) {
     wgmma_fence();
 #pragma unroll
     for (int i = 0; i < kTileKv / kProductStep; i++)
-      Wgmma<Element, kD>::template rs<true>(dq, ds_packed + 4 * i,
-                                            k_summed + (stage * Config::kKeyBytes + i * kProductStep * 128) / 16);
+      Wgmma<Element, kD>::template rs<true>(
+          dq, ds_packed + 4 * i, k_summed + operand_step(stage * Config::kKeyBytes + i * kProductStep * 128));
     wgmma_commit();
   };
   const auto arrive = [&](uint64_t& barrier) {
