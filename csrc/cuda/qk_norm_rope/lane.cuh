@@ -6,7 +6,7 @@
 
 namespace selfattn::cuda {
 
-constexpr int kWarpSize = 32, kVectorWarps = 8, kVectorThreads = kVectorWarps * kWarpSize;
+constexpr int kWarpSize = 32, kVectorThreads = kVectorWarps * kWarpSize;
 constexpr int kLaneElements = 2 * kChunk;  // dim / kLaneElements lanes hold a head
 constexpr int kLanePairs = kChunk;
 

@@ -12,7 +12,6 @@ cudaError_t launch_qk_norm_rope_fp16(const NormRopeParams& params, bool is_backw
 
 namespace {
 
-constexpr int kWarpsOfBlock = 8;
 // Thread blocks per SM: many, so that it evens out who gets memory when; fewer where each leaves a row of
 // partial sums.
 constexpr int kForwardBlocks = 16, kBackwardBlocks = 8;
@@ -97,7 +96,7 @@ cudaError_t schedule_qk_norm_rope(NormRopeParams& params, bool is_backward) {
   if (const cudaError_t status = find_device(device, sms)) return status;
   const int most_blocks = sms * (is_backward ? kBackwardBlocks : kForwardBlocks);
   const bool is_vector = has_vector_kernel(params.dim);
-  const int warps = is_vector ? kWarpsOfBlock : 1;  // a block of the general kernel takes one token at a time
+  const int warps = is_vector ? kVectorWarps : 1;  // a block of the general kernel takes one token at a time
   int64_t tokens[2] = {0, 0};
   for (int i = 0; i < params.num_sides; i++) {
     const NormRopeSide& side = params.sides[i];

@@ -41,6 +41,7 @@ struct NormRopeSide {
   int blocks;             // thread blocks that work on it: schedule_qk_norm_rope
 };
 
+constexpr int kVectorWarps = 8;     // of a thread block of a vector kernel
 constexpr int kMaxVectorDim = 256;  // vector kernels: multiples of 16 up to this
 constexpr int kMaxNormRopeDim = 1024;
 

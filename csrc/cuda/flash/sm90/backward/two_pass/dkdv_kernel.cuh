@@ -99,7 +99,7 @@ __device__ __forceinline__ void multiply_dkdv(const BackwardMaps& maps, const Ba
   const int skip_flag = kSkipWarpgroup0 << warpgroup, mask_flag = kMaskWarpgroup0 << warpgroup;
 
   for (bool is_first = true;; is_first = false) {
-    mbarrier_wait(shared_address(&s.k_full[key_ring.stage]), key_ring.parity);
+    mbarrier_wait(shared_address(&s.k_full[key_ring.stage]), key_ring.parity);  // the tile and its K are there
     const TileInfo tile = s.tile[key_ring.stage];
     if (tile.key_tile < 0) break;
 #pragma unroll
@@ -123,7 +123,7 @@ __device__ __forceinline__ void multiply_dkdv(const BackwardMaps& maps, const Ba
     for (bool is_last = false; !is_last;) {  // runs of blocks that this warpgroup's keys meet, and what lies between
       mbarrier_wait(shared_address(&s.q_full[ring.stage]), ring.parity);
       BlockInfo block = s.block[ring.stage];
-      if (block.flags & skip_flag) {
+      if (block.flags & skip_flag) {  // the other warpgroup's alone: handed back unread
         is_last = block.flags & kLastOfTile;
         mbarrier_wait(shared_address(&s.grad_out_full[ring.stage]), ring.parity);
         arrive(s.q_free[ring.stage]), arrive(s.grad_out_free[ring.stage]);
@@ -143,7 +143,8 @@ __device__ __forceinline__ void multiply_dkdv(const BackwardMaps& maps, const Ba
         const float* stats = &s.row_stats[ring.stage][2 * (lane % 4)];
         const bool is_masked = block.flags & mask_flag;
         const int column = 2 * (lane % 4), first_query = block.query_tile * kTileQ + column;
-        wgmma_wait<1>();
+
+        wgmma_wait<1>();  // S is done
         pin(scores);
         take_exponents<kTileQ>(scores, stats, scale_log2);
         if constexpr (kIsRepair) {
@@ -161,20 +162,22 @@ __device__ __forceinline__ void multiply_dkdv(const BackwardMaps& maps, const Ba
           p_packed[i / 2] = pack<Element>(scores[i], scores[i + 1]);
         }
         accumulate<Element, kTileQ>(dv, p_packed, do_summed + ring.stage * operand_step(Config::kQueryBytes));
-        wgmma_wait<1>();
+
+        wgmma_wait<1>();  // dP is done, dV runs
         pin(dp);
         pack_score_gradients(stats);
         accumulate<Element, kTileQ>(dk, ds_packed, q_summed + ring.stage * operand_step(Config::kQueryBytes));
+
         stage = ring.stage;
         is_last = block.flags & kLastOfTile;
         ring.advance();
         if (is_last) break;
-        mbarrier_wait(shared_address(&s.q_full[ring.stage]), ring.parity);
+        mbarrier_wait(shared_address(&s.q_full[ring.stage]), ring.parity);  // the next block
         block = s.block[ring.stage];
         if (block.flags & skip_flag) break;
         wgmma_wait<0>();  // the packed P and dS give their registers back
         pin(dk), pin(dv);
-        arrive(s.q_free[stage]), arrive(s.grad_out_free[stage]);
+        arrive(s.q_free[stage]), arrive(s.grad_out_free[stage]);  // the producer may load over this block
         issue_scores();
         mbarrier_wait(shared_address(&s.grad_out_full[ring.stage]), ring.parity);
         issue_dp();

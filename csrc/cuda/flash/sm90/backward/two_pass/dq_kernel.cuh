@@ -107,7 +107,7 @@ __device__ __forceinline__ void multiply_dq(const DqMaps& maps, const BackwardPa
   const int skip_flag = kSkipWarpgroup0 << warpgroup, mask_flag = kMaskWarpgroup0 << warpgroup;
 
   for (bool is_first = true;; is_first = false, tile_parity ^= 1, grad_out_buffer ^= 1) {
-    mbarrier_wait(shared_address(&s.q_full), tile_parity);
+    mbarrier_wait(shared_address(&s.q_full), tile_parity);  // the tile, its Q and its dO are there
     const typename Config::Tile tile = s.tile;
     if (tile.query_tile < 0) break;
 #pragma unroll
@@ -128,9 +128,10 @@ __device__ __forceinline__ void multiply_dq(const DqMaps& maps, const BackwardPa
     }
     if (!is_first && lane == 0) bulk_wait_read<0>();  // dQ of the tile before has left its buffer
     __syncwarp();
-    arrive(s.q_free);
+    arrive(s.q_free);  // Q is in registers
     if (!is_first) arrive(s.grad_out_free[grad_out_buffer ^ 1]);
 
+    // O comes as the first block. delta of this lane's rows, and whether they are out of the ordinary.
     mbarrier_wait(shared_address(&(warpgroup ? s.v_full : s.k_full)[ring.stage]), ring.parity);
     const uint32_t s_out = shared_address((warpgroup ? s.v : s.k)[ring.stage]) + lane_row_of_warpgroup,
                    s_grad_out = shared_address(s.grad_out[grad_out_buffer]) + lane_row;
@@ -169,7 +170,7 @@ __device__ __forceinline__ void multiply_dq(const DqMaps& maps, const BackwardPa
     for (bool is_last = false; !is_last;) {  // runs of blocks that this warpgroup's queries meet, and what lies between
       mbarrier_wait(shared_address(&s.k_full[ring.stage]), ring.parity);
       typename Config::KeyTileInfo block = s.block[ring.stage];
-      if (block.flags & skip_flag) {
+      if (block.flags & skip_flag) {  // the other warpgroup's alone: handed back unread
         is_last = block.flags & kLastOfTile;
         mbarrier_wait(shared_address(&s.v_full[ring.stage]), ring.parity);
         arrive_both();
@@ -181,8 +182,8 @@ __device__ __forceinline__ void multiply_dq(const DqMaps& maps, const BackwardPa
       wgmma_commit();  // in the place of dQ
       int read_stage = -1, stage;
 #pragma unroll 1
-      for (;;) {  // on entry S, dP and dQ of the block before are in flight
-        wgmma_wait<2>();
+      for (;;) {          // on entry S, dP and dQ of the block before are in flight
+        wgmma_wait<2>();  // S is done
         pin(scores);
 #pragma unroll
         for (int i = 0; i < kTileKv / 2; i++) scores[i] = fmaf(scores[i], scale_log2, -lse[i / 2 % 2]);
@@ -209,15 +210,17 @@ __device__ __forceinline__ void multiply_dq(const DqMaps& maps, const BackwardPa
         }
 #pragma unroll
         for (int i = 0; i < kTileKv / 2; i++) scores[i] = exp2_approx(scores[i]);
-        wgmma_wait<1>();
+
+        wgmma_wait<1>();  // dP is done
         pin(dp);
-        arrive(s.v_free[ring.stage]);
+        arrive(s.v_free[ring.stage]);  // the producer may load over V
 #pragma unroll
         for (int i = 0; i < kTileKv / 2; i++)  // dS = P (dP - delta)
           scores[i] = kIsRepair && scores[i] == 0.f ? 0.f : scores[i] * (dp[i] - delta[i / 2 % 2]);
         if (kIsRepair && block.flags & mask_flag)
           clear_keys<Element, kTileKv, Config::kPanels, kPanel>(s.k[ring.stage], 0);
-        wgmma_wait<0>();
+
+        wgmma_wait<0>();  // dQ of the block before is done: over its K, too
         pin(dq);
         if (read_stage >= 0) arrive(s.k_free[read_stage]);
 #pragma unroll
@@ -226,7 +229,7 @@ __device__ __forceinline__ void multiply_dq(const DqMaps& maps, const BackwardPa
         is_last = block.flags & kLastOfTile;
         ring.advance();
         if (is_last) break;
-        mbarrier_wait(shared_address(&s.k_full[ring.stage]), ring.parity);
+        mbarrier_wait(shared_address(&s.k_full[ring.stage]), ring.parity);  // the next block
         block = s.block[ring.stage];
         if (block.flags & skip_flag) break;
         issue_scores();
@@ -241,6 +244,7 @@ __device__ __forceinline__ void multiply_dq(const DqMaps& maps, const BackwardPa
       arrive(s.k_free[stage]);
     }
 
+    // dQ leaves through the memory of dO.
     barrier_sync(kWarpgroup0Barrier + warpgroup, 128);  // this warpgroup has read its rows of dO
     FiniteTest<Element> test;
     const auto packed = [&](int i) { return pack<Element>(dq[i] * p.scale, dq[i + 1] * p.scale); };
