@@ -122,19 +122,6 @@ struct OrdinaryStats {
 // finite product, so one column tells of all rows.
 __device__ __forceinline__ bool is_any_non_finite(float x, float y) { return !is_finite(x) || !is_finite(y); }
 
-// 0 where the first of a lane's two rows is finite in all its columns, else NaN. In a block whose columns are keys,
-// that tells of all keys.
-template <int kCount>
-__device__ __forceinline__ float zero_if_finite(const float (&products)[kCount]) {
-  float sums[4] = {};  // chains that do not wait for each other
-#pragma unroll
-  for (int i = 0; i < kCount; i += 4) {
-    sums[i / 4 % 2 * 2] = fmaf(products[i], 0.f, sums[i / 4 % 2 * 2]);
-    sums[i / 4 % 2 * 2 + 1] = fmaf(products[i + 1], 0.f, sums[i / 4 % 2 * 2 + 1]);
-  }
-  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
-}
-
 // The rows of Q and dO with no finite statistic. Every warp does it for itself before it multiplies them, so that none
 // need wait for another.
 template <int kRows, int kPanels, int kPanelBytes>
