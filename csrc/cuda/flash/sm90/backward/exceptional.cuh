@@ -24,6 +24,7 @@
 #include "config.cuh"
 #include "flash/sm90/operand_rows.cuh"
 #include "flash/tile/online_softmax.cuh"
+#include "ptx/arithmetic.cuh"
 #include "ptx/fence.cuh"
 #include "schedule.cuh"
 
@@ -64,8 +65,28 @@ __device__ __forceinline__ void take_exponents(float (&scores)[kColumns / 2], co
   }
 }
 
-// The same for columns with exact statistics, behind it. first_query: this lane's first column. The exponents go round
-// in a loop instead of being unrolled: what the main loop has to jump over costs it time, executed or not.
+// dS = P (dP - delta) of such a block, rounded and packed. kSkipsMasked: where P is 0 so is dS, whatever dP is.
+template <class Element, int kColumns, bool kSkipsMasked = false>
+__device__ __forceinline__ void pack_score_gradients(const float (&weights)[kColumns / 2],
+                                                     const float (&dp)[kColumns / 2], const float* s_stats,
+                                                     uint32_t (&packed)[kColumns / 4]) {
+  const auto gradient = [&](int i, float delta) {
+    return kSkipsMasked && weights[i] == 0.f ? 0.f : weights[i] * (dp[i] - delta);
+  };
+#pragma unroll
+  for (int i = 0; i < kColumns / 8; i++) {
+    const float2 delta = *reinterpret_cast<const float2*>(s_stats + kStatRows + stat_index(8 * i));
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      const int at = 4 * i + 2 * r;
+      packed[2 * i + r] = ptx::pack<Element>(gradient(at, delta.x), gradient(at + 1, delta.y));
+    }
+  }
+}
+
+// The exponents of columns with exact statistics, behind take_exponents. first_query: this lane's first column. The
+// exponents go round in a loop instead of being unrolled: what the main loop has to jump over costs it time, executed
+// or not.
 template <int kColumns>
 __device__ __forceinline__ void refine_exponents(float (&exponents)[kColumns / 2], const BackwardParams& p,
                                                  const BackwardSchedule& schedule, const float* s_stats, int head,

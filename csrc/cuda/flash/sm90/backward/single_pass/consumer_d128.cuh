@@ -84,7 +84,6 @@ __device__ __forceinline__ void multiply_d128(const BackwardMaps& maps, const Ba
     }
     wgmma_commit();
   };
-  const auto stat_offset = [](int i) { return 8 * i + i / 8 * kStatRows; };  // of column 8i
   const auto arrive = [&](uint64_t& barrier) {
     __syncwarp();  // what all lanes have read may be written over
     if (lane == 0) mbarrier_arrive(shared_address(&barrier));
@@ -113,17 +112,6 @@ __device__ __forceinline__ void multiply_d128(const BackwardMaps& maps, const Ba
     const RowIntervals rows = query_intervals(p, block.flags, s.tile[0].batch, first_key);
     mask_scores<kTileQ>(scores, p, rows, block.flags, s.tile[0].batch, first_key, block.query_tile * kTileQ + column,
                         &s.query_ids[ring.stage][column]);
-  };
-  const auto pack_score_gradients = [&](const float* stats) {  // dS = P (dP - delta)
-#pragma unroll
-    for (int i = 0; i < kTileQ / 8; i++) {
-      const float2 delta = *reinterpret_cast<const float2*>(stats + kStatRows + stat_offset(i));
-#pragma unroll
-      for (int r = 0; r < 2; r++) {
-        const int at = 4 * i + 2 * r;
-        ds_packed[2 * i + r] = pack<Element>(scores[at] * (dp[at] - delta.x), scores[at + 1] * (dp[at + 1] - delta.y));
-      }
-    }
   };
   // Clears what a masked pair of this block would bring into a sum: rows of Q and dO, and of this warp's keys.
   const auto clear_rows = [&](bool has_bad_keys) {
@@ -208,7 +196,7 @@ __device__ __forceinline__ void multiply_d128(const BackwardMaps& maps, const Ba
       if (flags & kLastOfTile) arrive(s.v_free[0]);
       if (is_masked && __any_sync(~0u, flags & kExceptionalRows || is_any_non_finite(dp[0], dp[2]))) [[unlikely]]
         clear_products_without_weight(scores, dp);
-      pack_score_gradients(stats);
+      pack_score_gradients<Element, kTileQ>(scores, dp, stats, ds_packed);
       mbarrier_wait(shared_address(&s.grad_s_free[ds.stage]), ds.parity ^ 1);
 #pragma unroll
       for (int i = 0; i < kTileQ / 16; i++) {

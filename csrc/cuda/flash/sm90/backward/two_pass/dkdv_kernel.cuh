@@ -55,20 +55,6 @@ __device__ __forceinline__ void multiply_dkdv(const BackwardMaps& maps, const Ba
     multiply_rows<Element, kD, kKvPanel, kQPanel>(dp, v_rows + key_ring.stage * operand_step(Config::kKeyBytes),
                                                   do_rows + ring.stage * operand_step(Config::kQueryBytes), v_held);
   };
-  const auto score_gradient = [&](int i, float delta) {  // dS = P (dP - delta)
-    return kIsRepair && scores[i] == 0.f ? 0.f : scores[i] * (dp[i] - delta);
-  };
-  const auto pack_score_gradients = [&](const float* stats) {
-#pragma unroll
-    for (int i = 0; i < kTileQ / 8; i++) {
-      const float2 delta = *reinterpret_cast<const float2*>(stats + kStatRows + 8 * i);
-#pragma unroll
-      for (int r = 0; r < 2; r++) {
-        const int at = 4 * i + 2 * r;
-        ds_packed[2 * i + r] = pack<Element>(score_gradient(at, delta.x), score_gradient(at + 1, delta.y));
-      }
-    }
-  };
   const auto arrive = [&](uint64_t& barrier) {
     __syncwarp();  // what all lanes have read may be written over
     if (lane == 0) mbarrier_arrive(shared_address(&barrier));
@@ -165,7 +151,7 @@ __device__ __forceinline__ void multiply_dkdv(const BackwardMaps& maps, const Ba
 
         wgmma_wait<1>();  // dP is done, dV runs
         pin(dp);
-        pack_score_gradients(stats);
+        pack_score_gradients<Element, kTileQ, kIsRepair>(scores, dp, stats, ds_packed);
         accumulate<Element, kTileQ>(dk, ds_packed, q_summed + ring.stage * operand_step(Config::kQueryBytes));
 
         stage = ring.stage;
