@@ -1,6 +1,8 @@
-// A position in a ring of stages and the parity of the round, for one side of a pair of barriers.
+// Rings of stages in shared memory, each with a pair of barriers: a position and the parity of the round, for one side.
 #pragma once
 #include <cstdint>
+
+#include "ptx/mbarrier.cuh"
 
 namespace selfattn::cuda::sm90 {
 
@@ -21,5 +23,11 @@ struct Ring {
     return stage ? Ring{stage - 1, parity} : Ring{kStages - 1, parity ^ 1};
   }
 };
+
+// By a warp, once: what all of its lanes have read may be written over.
+__device__ __forceinline__ void arrive_by_warp(uint64_t& barrier, int lane) {
+  __syncwarp();
+  if (lane == 0) ptx::mbarrier_arrive(ptx::shared_address(&barrier));
+}
 
 }  // namespace selfattn::cuda::sm90

@@ -120,8 +120,7 @@ struct BackgroundWarps {
         preprocess(job, worker);
       else
         postprocess(job, worker);
-      __syncwarp();
-      if (lane == 0) ptx::mbarrier_arrive(ptx::shared_address(&s.background_free[ring.stage]));
+      arrive_by_warp(s.background_free[ring.stage], lane);
     }
   }
 

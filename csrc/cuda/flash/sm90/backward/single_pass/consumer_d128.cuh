@@ -84,10 +84,7 @@ __device__ __forceinline__ void multiply_d128(const BackwardMaps& maps, const Ba
     }
     wgmma_commit();
   };
-  const auto arrive = [&](uint64_t& barrier) {
-    __syncwarp();  // what all lanes have read may be written over
-    if (lane == 0) mbarrier_arrive(shared_address(&barrier));
-  };
+  const auto arrive = [&](uint64_t& barrier) { arrive_by_warp(barrier, lane); };
   // Adds dQ of the block whose first row of dQ tiles is `dq_tile_row`, if it has one: out of the registers, or by TMA
   // out of this warp's slice of shared memory.
   const auto add_dq = [&](int dq_tile_row) {

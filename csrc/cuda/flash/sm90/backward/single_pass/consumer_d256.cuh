@@ -93,10 +93,7 @@ __device__ __forceinline__ void multiply_d256(const BackwardMaps& maps, const Ba
     }
     wgmma_commit();
   };
-  const auto arrive = [&](uint64_t& barrier) {
-    __syncwarp();  // what all lanes have read may be written over
-    if (lane == 0) mbarrier_arrive(shared_address(&barrier));
-  };
+  const auto arrive = [&](uint64_t& barrier) { arrive_by_warp(barrier, lane); };
   const auto add_dq = [&](int dq_tile_row, int panel) {
     const int dq_tile = dq_tile_row * Config::kPanels + warpgroup * kOwnPanels + panel;
     if (dq_tile_row >= 0) add_slice(slice_of_dq_tile(schedule, dq_tile, warp), lane, dq);

@@ -78,16 +78,14 @@ struct DqSemaphore {
           counted_tile = key_tile + (schedule.walks_upward ? 1 : -1), adds_ahead = 0;
         }
         is_new_tile = block.flags & kLastOfTile;
-        __syncwarp();  // all lanes have read the block
-        if (lane == 0) ptx::mbarrier_arrive(ptx::shared_address(&s.q_free[ring.stage]));
+        arrive_by_warp(s.q_free[ring.stage], lane);
         if (block.dq_tile_row >= 0) {
           const int adds_ahead = adds_before(block.query_tile);
           while (ptx::load_relaxed(semaphore) != adds_ahead) {
           }
           ptx::fence_gpu();
         }
-        __syncwarp();
-        if (lane == 0) ptx::mbarrier_arrive(ptx::shared_address(&s.may_add[ring.stage]));
+        arrive_by_warp(s.may_add[ring.stage], lane);
       } else {
         ptx::mbarrier_wait(ptx::shared_address(&s.added[ring.stage]), ring.parity);
         __syncwarp();

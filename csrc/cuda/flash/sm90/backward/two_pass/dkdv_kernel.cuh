@@ -55,10 +55,7 @@ __device__ __forceinline__ void multiply_dkdv(const BackwardMaps& maps, const Ba
     multiply_rows<Element, kD, kKvPanel, kQPanel>(dp, v_rows + key_ring.stage * operand_step(Config::kKeyBytes),
                                                   do_rows + ring.stage * operand_step(Config::kQueryBytes), v_held);
   };
-  const auto arrive = [&](uint64_t& barrier) {
-    __syncwarp();  // what all lanes have read may be written over
-    if (lane == 0) mbarrier_arrive(shared_address(&barrier));
-  };
+  const auto arrive = [&](uint64_t& barrier) { arrive_by_warp(barrier, lane); };
   // Writes this warp's 16 keys of dK or dV over its rows of V or K and on to global memory.
   const auto store = [&](const CUtensorMap* map, float (&d)[kD / 2], float factor, unsigned char* s_panels,
                          const TileInfo& tile) {

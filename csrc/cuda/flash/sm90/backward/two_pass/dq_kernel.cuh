@@ -78,10 +78,7 @@ __device__ __forceinline__ void multiply_dq(const DqMaps& maps, const BackwardPa
           dq, ds_packed + 4 * i, k_summed + operand_step(stage * Config::kKeyBytes + i * kProductStep * 128));
     wgmma_commit();
   };
-  const auto arrive = [&](uint64_t& barrier) {
-    __syncwarp();  // what all lanes have read may be written over
-    if (lane == 0) mbarrier_arrive(shared_address(&barrier));
-  };
+  const auto arrive = [&](uint64_t& barrier) { arrive_by_warp(barrier, lane); };
   const auto arrive_both = [&] {
     arrive(s.k_free[ring.stage]), arrive(s.v_free[ring.stage]);
     ring.advance();
