@@ -35,9 +35,7 @@ bool has_kernel(const Tensor& x) {
 }
 
 bool have_kernels(const Tensor& q, const Tensor& k) {
-  if (!has_kernel(q) || !has_kernel(k) || q.device() != k.device()) return false;
-  const c10::cuda::CUDAGuard guard(q.device());
-  return qk_norm_rope_runs_here();
+  return has_kernel(q) && has_kernel(k) && q.device() == k.device() && qk_norm_rope_runs_on(q.device().index());
 }
 
 /// The tensor itself where the kernels can read it, else a contiguous copy.

@@ -40,15 +40,20 @@ inline cudaLaunchAttribute dependent_launch() {
   return attribute;
 }
 
-// Whether this build holds `kernel` for the device, which is the current one.
+// Whether this build holds `kernel` for the device, which need not be the current one.
 template <class Kernel>
 bool is_built_for(Kernel kernel, int device) {
   enum Answer : int { kUnknown, kYes, kNo };
   static std::atomic<int> answers[kMaxDevices];
+  if (device >= kMaxDevices) return false;
   int answer = answers[device].load(std::memory_order_relaxed);
   if (answer == kUnknown) {
+    int current = device;
+    cudaGetDevice(&current);
+    cudaSetDevice(device);
     cudaFuncAttributes attributes;
     answer = cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess ? kYes : kNo;
+    cudaSetDevice(current);
     if (answer == kNo) cudaGetLastError();  // an answer, not an error that a later check should find
     answers[device].store(answer, std::memory_order_relaxed);
   }

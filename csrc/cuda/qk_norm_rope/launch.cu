@@ -112,10 +112,7 @@ cudaError_t schedule_qk_norm_rope(NormRopeParams& params, bool is_backward) {
   return cudaSuccess;
 }
 
-bool qk_norm_rope_runs_here() {
-  int device = 0, sms = 0;
-  return find_device(device, sms) == cudaSuccess && is_built_for(sum_weight_gradients_kernel, device);
-}
+bool qk_norm_rope_runs_on(int device) { return is_built_for(sum_weight_gradients_kernel, device); }
 
 cudaError_t launch_qk_norm_rope_forward(const NormRopeParams& params, cudaStream_t stream) {
   return launch(params, /*is_backward=*/false, stream);

@@ -60,8 +60,8 @@ struct NormRopeParams {
 
 constexpr bool has_vector_kernel(int64_t dim) { return dim % 16 == 0 && dim > 0 && dim <= kMaxVectorDim; }
 
-// Whether this build holds the kernels for the current device.
-bool qk_norm_rope_runs_here();
+// Whether this build holds the kernels for the device.
+bool qk_norm_rope_runs_on(int device);
 
 // Cuts the work into thread blocks: fills in `blocks` and `tokens_per_warp`.
 cudaError_t schedule_qk_norm_rope(NormRopeParams& params, bool is_backward);
