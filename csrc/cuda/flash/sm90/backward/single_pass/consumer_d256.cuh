@@ -17,6 +17,7 @@
 #include "ptx/fence.cuh"
 #include "ptx/matrix.cuh"
 #include "ptx/mbarrier.cuh"
+#include "ptx/register.cuh"
 #include "ptx/tma.cuh"
 #include "ptx/wgmma.cuh"
 
@@ -31,8 +32,8 @@ __device__ __forceinline__ void multiply_d256(const BackwardMaps& maps, const Ba
   constexpr int kPanelBytes = 64 * 128;  // 64 rows, of every operand
   constexpr int kOwnQueries = 32, kOwnPanels = 2, kOwnColumns = kOwnPanels * kPanelColumns;
   static_assert(kTileQ == 64 && kTileKv == 64 && kD == 2 * kOwnColumns);
-  const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0) - 1, warp = threadIdx.x / 32 % 4,
-            lane = threadIdx.x % 32;
+  const int thread = forget(threadIdx.x);  // or ptxas reads the register anew at every use in the loop
+  const int warpgroup = __shfl_sync(~0u, thread / 128, 0) - 1, warp = thread / 32 % 4, lane = thread % 32;
   const float scale_log2 = p.scale * kLog2E;
 
   float dk[kOwnColumns / 2], dv[kOwnColumns / 2], scores[kOwnQueries / 2], dp[kOwnQueries / 2], dq[kDqTileRows / 2];
