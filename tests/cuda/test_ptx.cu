@@ -212,19 +212,19 @@ __global__ void copy_kernel(const __grid_constant__ CUtensorMap source, const __
                             uint16_t* g_box, int column, int row, int h, int b) {
   __shared__ __align__(1024) uint16_t s_box[kBoxRows * 64];
   __shared__ __align__(8) uint64_t s_barrier;
-  const uint32_t barrier = ptx::shared_address(&s_barrier), box = ptx::shared_address(s_box);
+  const uint32_t box = ptx::shared_address(s_box);
   if (threadIdx.x == 0) {
     ptx::prefetch_tensor_map(&source);
-    ptx::mbarrier_init(barrier, 2);
+    ptx::mbarrier_init(s_barrier, 2);
     ptx::fence_mbarrier_init();
   }
   __syncthreads();
   if (threadIdx.x == 0) {
-    ptx::mbarrier_arrive_expect(barrier, sizeof s_box);
-    ptx::tma_load_4d(&source, barrier, box, column, row, h, b);
+    ptx::mbarrier_arrive_expect(s_barrier, sizeof s_box);
+    ptx::tma_load_4d(&source, s_barrier, box, column, row, h, b);
   }
-  if (threadIdx.x == 32) ptx::mbarrier_arrive(barrier);
-  ptx::mbarrier_wait(barrier, 0);
+  if (threadIdx.x == 32) ptx::mbarrier_arrive(s_barrier);
+  ptx::mbarrier_wait(s_barrier, 0);
   for (int i = threadIdx.x; i < kBoxRows * 64; i += blockDim.x) {
     const int r = i / 64, c = i % 64;
     g_box[i] = s_box[r * 64 + ((c / 8) ^ (r % 8)) * 8 + c % 8];
@@ -273,18 +273,17 @@ void test_tensor_copies() {
 __global__ void bulk_kernel(const int* g_in, int* g_out, float* g_sum) {
   __shared__ __align__(16) int s_data[256];
   __shared__ __align__(8) uint64_t s_barrier;
-  const uint32_t barrier = ptx::shared_address(&s_barrier);
   if (threadIdx.x == 0) {
-    ptx::mbarrier_init(barrier, 1);
+    ptx::mbarrier_init(s_barrier, 1);
     ptx::fence_mbarrier_init();
   }
   __syncthreads();
   for (int round = 0; round < 3; round++) {  // the parity turns
     if (threadIdx.x == 0) {
-      ptx::mbarrier_arrive_expect(barrier, sizeof s_data);
-      ptx::bulk_load(barrier, ptx::shared_address(s_data), g_in + round * 256, sizeof s_data);
+      ptx::mbarrier_arrive_expect(s_barrier, sizeof s_data);
+      ptx::bulk_load(s_barrier, ptx::shared_address(s_data), g_in + round * 256, sizeof s_data);
     }
-    ptx::mbarrier_wait(barrier, round % 2);
+    ptx::mbarrier_wait(s_barrier, round % 2);
     g_out[round * 256 + threadIdx.x] = s_data[threadIdx.x];
     ptx::fence_proxy_async_shared();
     __syncthreads();

@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "mbarrier.cuh"
+
 namespace selfattn::ptx {
 
 __device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap* map) {
@@ -12,12 +14,12 @@ __device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap* map) {
 }
 
 // One box of a 4-D tensor into shared memory; what lies outside the tensor arrives as zeros (and counts as bytes).
-__device__ __forceinline__ void tma_load_4d(const CUtensorMap* map, uint32_t barrier, uint32_t s_destination, int c0,
+__device__ __forceinline__ void tma_load_4d(const CUtensorMap* map, uint64_t& barrier, uint32_t s_destination, int c0,
                                             int c1, int c2, int c3) {
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], "
       "[%2];" ::"r"(s_destination),
-      "l"(reinterpret_cast<uint64_t>(map)), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+      "l"(reinterpret_cast<uint64_t>(map)), "r"(shared_address(&barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
       : "memory");
 }
 
@@ -31,11 +33,11 @@ __device__ __forceinline__ void tma_store_4d(const CUtensorMap* map, uint32_t s_
 }
 
 // Contiguous bytes into shared memory. Both addresses and the size are multiples of 16.
-__device__ __forceinline__ void bulk_load(uint32_t barrier, uint32_t s_destination, const void* g_source,
+__device__ __forceinline__ void bulk_load(uint64_t& barrier, uint32_t s_destination, const void* g_source,
                                           uint32_t bytes) {
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(s_destination),
-      "l"(reinterpret_cast<uint64_t>(g_source)), "r"(bytes), "r"(barrier)
+      "l"(reinterpret_cast<uint64_t>(g_source)), "r"(bytes), "r"(shared_address(&barrier))
       : "memory");
 }
 

@@ -27,7 +27,7 @@ struct Ring {
 // By a warp, once: what all of its lanes have read may be written over.
 __device__ __forceinline__ void arrive_by_warp(uint64_t& barrier, int lane) {
   __syncwarp();
-  if (lane == 0) ptx::mbarrier_arrive(ptx::shared_address(&barrier));
+  if (lane == 0) ptx::mbarrier_arrive(barrier);
 }
 
 }  // namespace selfattn::cuda::sm90

@@ -54,9 +54,8 @@ struct RepairList {
   }
 };
 
-__device__ __forceinline__ void invalidate_barriers(const uint64_t* first, const uint64_t* last) {
-  for (const uint64_t* barrier = first; barrier <= last; barrier++)
-    ptx::mbarrier_invalidate(ptx::shared_address(barrier));
+__device__ __forceinline__ void invalidate_barriers(uint64_t* first, uint64_t* last) {
+  for (uint64_t* barrier = first; barrier <= last; barrier++) ptx::mbarrier_invalidate(*barrier);
 }
 
 // Between the passes, by all kThreads threads of the roles, which reach it in their own branches: whether there is a

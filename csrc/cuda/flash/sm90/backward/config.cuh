@@ -88,7 +88,7 @@ struct BackwardConfig {
   static constexpr int kStoreRows =
       kIsD256 ? 64 : 16;  // box of the stores of dK and dV: a warpgroup's or a warp's rows
   // Who frees K and V: every warp when it has read them, or (D 256) the thread that stores dK and dV from their memory.
-  static constexpr int kFreeKeyArrivals = kIsD256 ? 2 : kConsumerWarps;
+  static constexpr int kKeyEmptyArrivals = kIsD256 ? 2 : kConsumerWarps;
 
   // Background jobs (background_warps.cuh): a job is a tile of the dQ accumulator, or kBackgroundRows rows of out and
   // of dO. The kernel for D 256 has no memory for them.
@@ -114,10 +114,10 @@ struct BackwardConfig {
     BackgroundJob background_job[kBackgroundBuffers];
     float background_sums[kBackgroundRows];
     unsigned background_bits[kBackgroundRows];
-    uint64_t q_full[kStages], q_free[kStages], grad_out_full[kStages], grad_out_free[kStages];
-    uint64_t k_full[kKeyBuffers], k_free[kKeyBuffers], v_full[kKeyBuffers], v_free[kKeyBuffers];
-    uint64_t grad_s_full[2], grad_s_free[2];  // up to D 128
-    uint64_t background_full[kBackgroundBuffers], background_free[kBackgroundBuffers];
+    uint64_t q_full[kStages], q_empty[kStages], grad_out_full[kStages], grad_out_empty[kStages];
+    uint64_t k_full[kKeyBuffers], k_empty[kKeyBuffers], v_full[kKeyBuffers], v_empty[kKeyBuffers];
+    uint64_t grad_s_full[2], grad_s_empty[2];  // up to D 128
+    uint64_t background_full[kBackgroundBuffers], background_empty[kBackgroundBuffers];
     uint64_t may_add[kStages], added[kStages];  // deterministic mode: a block may add to dQ; it has
   };
   static_assert(sizeof(SharedStorage) <= 227 * 1024);
@@ -153,8 +153,8 @@ struct DkdvConfig {
     BlockInfo block[kStages];
     TileInfo tile[kKeyBuffers];
     RepairList<kKeyBuffers> repair;
-    uint64_t q_full[kStages], q_free[kStages], grad_out_full[kStages], grad_out_free[kStages];
-    uint64_t k_full[kKeyBuffers], k_free[kKeyBuffers], v_full[kKeyBuffers], v_free[kKeyBuffers];
+    uint64_t q_full[kStages], q_empty[kStages], grad_out_full[kStages], grad_out_empty[kStages];
+    uint64_t k_full[kKeyBuffers], k_empty[kKeyBuffers], v_full[kKeyBuffers], v_empty[kKeyBuffers];
   };
   static_assert(sizeof(SharedStorage) <= 227 * 1024);
 };
@@ -191,8 +191,8 @@ struct DqConfig {
     KeyTileInfo block[kStages];
     Tile tile;
     RepairList<2> repair;  // by buffers of dO
-    uint64_t q_full, q_free, grad_out_free[2];
-    uint64_t k_full[kStages], k_free[kStages], v_full[kStages], v_free[kStages];
+    uint64_t q_full, q_empty, grad_out_empty[2];
+    uint64_t k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
   };
   static_assert(sizeof(SharedStorage) <= 227 * 1024);
 };

@@ -58,14 +58,14 @@ struct QueryProducer {
       next_work = -1;
       key_ring.advance();
     }
-    ptx::mbarrier_wait(ptx::shared_address(&s.k_free[key_ring.stage]), key_ring.parity ^ 1);
+    ptx::mbarrier_wait(s.k_empty[key_ring.stage], key_ring.parity ^ 1);
     if (lane == 0) {
       s.tile[key_ring.stage].key_tile = -1;
-      ptx::mbarrier_arrive(ptx::shared_address(&s.k_full[key_ring.stage]));
+      ptx::mbarrier_arrive(s.k_full[key_ring.stage]);
       if (Config::kSumsQueries && p.is_deterministic) {
-        ptx::mbarrier_wait(ptx::shared_address(&s.q_free[ring.stage]), ring.parity ^ 1);
+        ptx::mbarrier_wait(s.q_empty[ring.stage], ring.parity ^ 1);
         s.block[ring.stage].flags = kEndOfBlocks;
-        ptx::mbarrier_arrive(ptx::shared_address(&s.q_full[ring.stage]));
+        ptx::mbarrier_arrive(s.q_full[ring.stage]);
       }
     }
   }
@@ -176,13 +176,12 @@ struct QueryProducer {
     using namespace ptx;
     const int flags = pending_flags | (is_last ? kLastOfTile : 0);
     const int64_t row = int64_t(batch) * p.shape.num_heads + head;
-    const uint32_t q_full = shared_address(&s.q_full[ring.stage]),
-                   grad_out_full = shared_address(&s.grad_out_full[ring.stage]);
+    uint64_t &q_full = s.q_full[ring.stage], &grad_out_full = s.grad_out_full[ring.stage];
     const float* g_stats =
         schedule.row_stats + row * schedule.stat_groups * kStatFloats + int64_t(pending_tile) * (2 * kTileQ);
     using Stats = std::conditional_t<Config::kSumsQueries, BlockStats<kTileQ>, OrdinaryStats>;
     const Stats stats(g_stats);  // they come while this waits for the consumers
-    mbarrier_wait(shared_address(&s.q_free[ring.stage]), ring.parity ^ 1);
+    mbarrier_wait(s.q_empty[ring.stage], ring.parity ^ 1);
     if (lane == 0) {  // the copies first: the consumers wait for them before long
       const bool wants_ids = flags & kMaskedByIds;
       constexpr int kStatBytes = 2 * kTileQ * 4, kIdBytes = kTileQ * 4;
@@ -201,7 +200,7 @@ struct QueryProducer {
                              static_cast<int>(row)};
       mbarrier_arrive(q_full);
     }
-    mbarrier_wait(shared_address(&s.grad_out_free[ring.stage]), ring.parity ^ 1);
+    mbarrier_wait(s.grad_out_empty[ring.stage], ring.parity ^ 1);
     if (lane == 0) {
       mbarrier_arrive_expect(grad_out_full, Config::kQueryBytes);
       load_panels(&maps.grad_out, grad_out_full, shared_address(s.grad_out[ring.stage]), kTileQ, pending_tile * kTileQ,
@@ -216,13 +215,13 @@ struct QueryProducer {
   __device__ __forceinline__ void load_keys() {
     using namespace ptx;
     const int buffer = key_ring.stage;
-    const uint32_t k_full = shared_address(&s.k_full[buffer]), v_full = shared_address(&s.v_full[buffer]);
-    mbarrier_wait(shared_address(&s.v_free[buffer]), key_ring.parity ^ 1);
+    uint64_t &k_full = s.k_full[buffer], &v_full = s.v_full[buffer];
+    mbarrier_wait(s.v_empty[buffer], key_ring.parity ^ 1);
     if (lane == 0) {
       mbarrier_arrive_expect(v_full, Config::kKeyBytes);
       load_panels(&maps.v, v_full, shared_address(s.v[buffer]), kTileKv, key_tile * kTileKv, kv_head);
     }
-    mbarrier_wait(shared_address(&s.k_free[buffer]), key_ring.parity ^ 1);
+    mbarrier_wait(s.k_empty[buffer], key_ring.parity ^ 1);
     if (lane == 0) {
       if constexpr (!Config::kSumsQueries)
         s.repair.take_stage(buffer, (batch * p.shape.num_kv_heads + kv_head) * schedule.key_tiles + key_tile,
@@ -234,7 +233,7 @@ struct QueryProducer {
     keys_are_loaded = true;
   }
 
-  __device__ __forceinline__ void load_panels(const CUtensorMap* map, uint32_t full, uint32_t s_panels, int rows,
+  __device__ __forceinline__ void load_panels(const CUtensorMap* map, uint64_t& full, uint32_t s_panels, int rows,
                                               int token, int head) const {
 #pragma unroll
     for (int panel = 0; panel < Config::kPanels; panel++) {

@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 
+#include "flash/sm90/repair_list.cuh"
 #include "flash/sm90/tensor_map.h"
 #include "flash/tile/constants.h"
 
@@ -66,6 +67,16 @@ struct ForwardTiles<256, 256> : ForwardTiles<192, 128> {
   static constexpr int kTileKey = 80;
 };
 
+// Beside the values of SegmentMode: the keys of a tile are limited by the window alone.
+constexpr int kNoSegments = -1;
+
+// What the producer warp tells the others about a tile; index -1 ends the work.
+struct QueryTile {
+  int index, head;
+  int first_block, end_block;
+  int mode;  // SegmentMode or kNoSegments
+};
+
 template <class Element_, int kDimQk_, int kDimV_, MaskKind kMask_>
 struct ForwardConfig : ForwardTiles<kDimQk_, kDimV_> {
   using Tiles = ForwardTiles<kDimQk_, kDimV_>;
@@ -93,36 +104,31 @@ struct ForwardConfig : ForwardTiles<kDimQk_, kDimV_> {
   static constexpr int kKeyPanelBytes = Tiles::kTileKey * kPanelRowBytes;
   static constexpr int kKeyBytes = kPanelsQk * kKeyPanelBytes, kValueBytes = kPanelsV * kKeyPanelBytes;
 
-  // Shared memory, from a 1024-byte boundary on.
-  static constexpr int kKeyOffset = Tiles::kQueryStages * kQueryBytes;
-  static constexpr int kValueOffset = kKeyOffset + Tiles::kKeyStages * kKeyBytes;
-  static constexpr int kRowTableOffset = kValueOffset + Tiles::kValueStages * kValueBytes;
-  static constexpr int kRowTableBytes = kMask == MaskKind::kMasked ? kTileQuery * 4 : 0;  // one int a query row
-  static constexpr int kBarrierOffset = kRowTableOffset + 2 * Tiles::kQueryStages * kRowTableBytes;
-  static constexpr int kSharedBytes = kBarrierOffset + 512;  // barriers, tiles, messages (shared.cuh)
+  // One int a query row, where tiles may be masked by segments.
+  static constexpr int kTableRows = kMask == MaskKind::kMasked ? kTileQuery : 0, kTableBytes = kTableRows * 4;
+
+  struct SharedStorage {
+    alignas(1024) unsigned char q[Tiles::kQueryStages][Tiles::kWarpgroups][kQueryWarpgroupBytes];  // and O
+    unsigned char k[Tiles::kKeyStages][kKeyBytes];
+    unsigned char v[Tiles::kValueStages][kValueBytes];
+    // [0]: first key of the row's run, or its id; [1]: end of its run.
+    alignas(16) int row_table[Tiles::kQueryStages][2][kTableRows ? kTableRows : 1];
+    uint64_t q_full[Tiles::kQueryStages], q_empty[Tiles::kQueryStages];
+    uint64_t out_full[Tiles::kQueryStages][Tiles::kWarpgroups];
+    uint64_t k_full[Tiles::kKeyStages], k_empty[Tiles::kKeyStages];
+    uint64_t v_full[Tiles::kValueStages], v_empty[Tiles::kValueStages];
+    QueryTile tile[Tiles::kQueryStages];
+    QueryTile upcoming;                    // the producer warp's own
+    int block_message[Tiles::kKeyStages];  // KeyBlock, encoded
+    RepairList<Tiles::kQueryStages> repair;
+  };
 
   static_assert(kDimQk % 32 == 0 && kDimV % 32 == 0, "whole steps of wgmma and of matrix stores");
   static_assert(kPanelsV <= kPanelsQk, "O leaves through the buffer of Q");
   static_assert(Tiles::kTileKey % 8 == 0 && Tiles::kTileKey <= 128, "a row's mask is 32 bits a lane");
-  static_assert(kSharedBytes <= 227 * 1024);
+  static_assert(sizeof(SharedStorage) <= 227 * 1024);
   static_assert(kWarpgroupSize * (Tiles::kProducerRegisters + Tiles::kWarpgroups * Tiles::kConsumerRegisters) <=
                 64 * 1024);
-};
-
-// Barriers in shared memory, 8 bytes each; [stage] or [stage][warpgroup].
-template <class Config>
-struct ForwardBarriers {
-  static constexpr int kQ = Config::kQueryStages, kK = Config::kKeyStages, kV = Config::kValueStages;
-  static constexpr int kW = Config::kWarpgroups;
-  uint32_t base;
-  __device__ uint32_t query_full(int stage) const { return base + 8 * stage; }
-  __device__ uint32_t query_empty(int stage) const { return base + 8 * (kQ + stage); }
-  __device__ uint32_t out_full(int stage, int warpgroup) const { return base + 8 * (2 * kQ + stage * kW + warpgroup); }
-  __device__ uint32_t key_full(int stage) const { return base + 8 * (2 * kQ + kQ * kW + stage); }
-  __device__ uint32_t key_empty(int stage) const { return base + 8 * (2 * kQ + kQ * kW + kK + stage); }
-  __device__ uint32_t value_full(int stage) const { return base + 8 * (2 * kQ + kQ * kW + 2 * kK + stage); }
-  __device__ uint32_t value_empty(int stage) const { return base + 8 * (2 * kQ + kQ * kW + 2 * kK + kV + stage); }
-  static constexpr int kCount = 2 * kQ + kQ * kW + 2 * kK + 2 * kV, kBytes = 8 * kCount;
 };
 
 }  // namespace selfattn::cuda::sm90

@@ -13,19 +13,19 @@
 #include "flash/tile/key_blocks.cuh"
 #include "flash/tile/mask.cuh"
 #include "flash/tile/online_softmax.cuh"
+#include "params.cuh"
 #include "ptx/barrier.cuh"
 #include "ptx/fence.cuh"
 #include "ptx/matrix.cuh"
 #include "ptx/register.cuh"
 #include "ptx/wgmma.cuh"
 #include "repair.cuh"
-#include "shared.cuh"
 
 namespace selfattn::cuda::sm90 {
 
 // kIsRepair: the second pass over tiles that the first could not get right (repair.cuh).
 template <class Config, bool kIsRepair>
-__device__ __forceinline__ void multiply_tiles(const ForwardKernelParams& p, const ForwardShared<Config>& s, int w) {
+__device__ __forceinline__ void multiply_tiles(const ForwardKernelParams& p, typename Config::SharedStorage& s, int w) {
   constexpr int kTileKey = Config::kTileKey, kDimQk = Config::kDimQk, kDimV = Config::kDimV;
   constexpr int kGroups = kTileKey / 8, kEarly = kGroups * Config::kEarlySixteenths / 16;
   constexpr bool kMasked = Config::kMask == MaskKind::kMasked, kLimited = Config::kMask != MaskKind::kFull;
@@ -50,8 +50,9 @@ __device__ __forceinline__ void multiply_tiles(const ForwardKernelParams& p, con
   Interval shared_keys{0, p.shape.key_length};    // seen by all 64 rows of the tile in work
   KeyBlock block{};
 
-  const uint64_t query_operand = ptx::matrix_descriptor(s.query(0, w)), key_operand = ptx::matrix_descriptor(s.key(0));
-  const uint64_t value_operand = ptx::matrix_descriptor(s.value(0), Config::kKeyPanelBytes);
+  const uint64_t query_operand = ptx::matrix_descriptor(ptx::shared_address(s.q[0][w])),
+                 key_operand = ptx::matrix_descriptor(ptx::shared_address(s.k[0]));
+  const uint64_t value_operand = ptx::matrix_descriptor(ptx::shared_address(s.v[0]), Config::kKeyPanelBytes);
   // Row lane % 16 of the warp's 16 rows and the chunk of 8 columns that matrix instructions take from this lane.
   const uint32_t lane_row = (warp * 16 + lane % 16) * kPanelRowBytes;
   const auto chunk = [&](int i) {
@@ -59,31 +60,31 @@ __device__ __forceinline__ void multiply_tiles(const ForwardKernelParams& p, con
   };
 
   const auto open_tile = [&]() -> bool {
-    ptx::mbarrier_wait(s.barriers.query_full(q.stage), q.parity);
-    if (s.tile(q.stage).index < 0) return false;
-    if (!kMasked) block.index = s.tile(q.stage).end_block;
+    ptx::mbarrier_wait(s.q_full[q.stage], q.parity);
+    if (s.tile[q.stage].index < 0) return false;
+    if (!kMasked) block.index = s.tile[q.stage].end_block;
     if constexpr (Config::kQueryInRegisters) {
 #pragma unroll
       for (int i = 0; i < kDimQk / 16; i++)
-        ptx::load_matrix_x4(s.query(q.stage, w) + lane_row + chunk(i), query + 4 * i);
+        ptx::load_matrix_x4(ptx::shared_address(s.q[q.stage][w]) + lane_row + chunk(i), query + 4 * i);
     }
     return true;
   };
   const auto keys_of = [&](int row_in_tile) {
-    const QueryTile& tile = s.tile(q.stage);
+    const QueryTile& tile = s.tile[q.stage];
     const Interval window =
         keys_of_query(p.window, tile.index * Config::kTileQuery + row_in_tile, offset, p.shape.key_length);
     if (!kMasked || tile.mode != kContiguous) return window;
-    return window & Interval{s.row_table(q.stage, 0)[row_in_tile], s.row_table(q.stage, 1)[row_in_tile]};
+    return window & Interval{s.row_table[q.stage][0][row_in_tile], s.row_table[q.stage][1][row_in_tile]};
   };
   const auto find_shared_keys = [&] {
     if (kLimited) shared_keys.end = keys_of(w * kWarpgroupRows).end;
     if (kMasked) shared_keys.begin = keys_of(w * kWarpgroupRows + kWarpgroupRows - 1).begin;
   };
   const auto next_block = [&] {
-    ptx::mbarrier_wait(s.barriers.key_full(k.stage), k.parity);
+    ptx::mbarrier_wait(s.k_full[k.stage], k.parity);
     if (kMasked)
-      block = KeyBlock::decode(s.block_message(k.stage));
+      block = KeyBlock::decode(s.block_message[k.stage]);
     else
       block.index--, block.is_last = block.index == 0;
   };
@@ -119,11 +120,11 @@ __device__ __forceinline__ void multiply_tiles(const ForwardKernelParams& p, con
   };
   const auto release_key = [&] {
     if (kMasked) __syncwarp();  // all lanes have read the block's message
-    if (lane == 0) ptx::mbarrier_arrive(s.barriers.key_empty(k.stage));
+    if (lane == 0) ptx::mbarrier_arrive(s.k_empty[k.stage]);
     k.advance();
   };
   const auto release_value = [&] {
-    if (lane == 0) ptx::mbarrier_arrive(s.barriers.value_empty(v.stage));
+    if (lane == 0) ptx::mbarrier_arrive(s.v_empty[v.stage]);
     v.advance();
   };
   const auto mask_scores = [&] {
@@ -133,8 +134,8 @@ __device__ __forceinline__ void multiply_tiles(const ForwardKernelParams& p, con
       mask_by_intervals<kMasked>(scores, keys, first_column);
     }
     if (kMasked && block.by_ids) {
-      const int b = s.tile(q.stage).head / p.shape.num_heads;
-      const int* s_ids = s.row_table(q.stage, 0) + row_in_tile;
+      const int b = s.tile[q.stage].head / p.shape.num_heads;
+      const int* s_ids = s.row_table[q.stage][0] + row_in_tile;
       mask_by_ids(scores, s_ids[0], s_ids[8], p.segments.key_ids + size_t(b) * p.segments.pitch_key + first_column);
     }
   };
@@ -162,7 +163,7 @@ __device__ __forceinline__ void multiply_tiles(const ForwardKernelParams& p, con
   // V of the block just turned into P.
   const auto wait_value = [&](const Ring<Config::kValueStages>& ring) {
     ptx::pin(scores);
-    ptx::mbarrier_wait(s.barriers.value_full(ring.stage), ring.parity);
+    ptx::mbarrier_wait(s.v_full[ring.stage], ring.parity);
   };
   struct OutFactors {
     float of_row[2];
@@ -170,7 +171,7 @@ __device__ __forceinline__ void multiply_tiles(const ForwardKernelParams& p, con
   };
   // The sums of a tile's rows are complete: writes lse, returns what their outputs are multiplied by.
   const auto finish_rows = [&](int stage) -> OutFactors {
-    const int head = s.tile(stage).head, first_row = s.tile(stage).index * Config::kTileQuery + row_in_tile;
+    const int head = s.tile[stage].head, first_row = s.tile[stage].index * Config::kTileQuery + row_in_tile;
     OutFactors factors;
     factors.is_good_enough = softmax.is_good_enough(0) && softmax.is_good_enough(1);
 #pragma unroll
@@ -198,12 +199,12 @@ __device__ __forceinline__ void multiply_tiles(const ForwardKernelParams& p, con
       const uint32_t o0 = packed(8 * i, f0), o1 = packed(8 * i + 2, f1), o2 = packed(8 * i + 4, f0),
                      o3 = packed(8 * i + 6, f1);
       if (!kIsRepair) test0.add_roughly(o0, o2), test1.add_roughly(o1, o3);
-      ptx::store_matrix_x4(s.query(stage, w) + lane_row + chunk(i), o0, o1, o2, o3);
+      ptx::store_matrix_x4(ptx::shared_address(s.q[stage][w]) + lane_row + chunk(i), o0, o1, o2, o3);
     }
     const bool is_spoilt = (!test0.all_finite() && f0 == f0) || (!test1.all_finite() && f1 == f1);
-    if constexpr (!kIsRepair) s.repair().mark_if(is_spoilt || !factors.is_good_enough, stage);
+    if constexpr (!kIsRepair) s.repair.mark_if(is_spoilt || !factors.is_good_enough, stage);
     ptx::fence_proxy_async_shared();
-    ptx::mbarrier_arrive(s.barriers.out_full(stage, w));
+    ptx::mbarrier_arrive(s.out_full[stage][w]);
   };
 
   // S of the next block and P V of the last one. kIsFirst: the next block opens a tile, the last one closes that in Q
@@ -236,7 +237,7 @@ __device__ __forceinline__ void multiply_tiles(const ForwardKernelParams& p, con
     softmax.template take_sum<kIsFirst>();
     pack_weights();
     if (kIsFirst) clear_out();
-    if constexpr (kIsRepair) take_out_non_finite_values(s, v.stage, scores, out);
+    if constexpr (kIsRepair) take_out_non_finite_values<Config>(s, v.stage, scores, out);
   };
 
   // A tile's first block with nothing to run beside it.
@@ -254,7 +255,7 @@ __device__ __forceinline__ void multiply_tiles(const ForwardKernelParams& p, con
     wait_value(v);
     pack_weights();
     clear_out();
-    if constexpr (kIsRepair) take_out_non_finite_values(s, v.stage, scores, out);
+    if constexpr (kIsRepair) take_out_non_finite_values<Config>(s, v.stage, scores, out);
   };
 
   // The last P V of the thread block's last tile, or of every tile where tiles do not overlap.

@@ -29,57 +29,57 @@
 namespace selfattn::cuda::sm90 {
 
 template <class Config>
-__device__ void init_barriers(const ForwardBarriers<Config>& barriers) {
+__device__ void init_barriers(typename Config::SharedStorage& s) {
   for (int i = 0; i < Config::kQueryStages; i++) {
-    ptx::mbarrier_init(barriers.query_full(i), 1);
-    ptx::mbarrier_init(barriers.query_empty(i), Config::kWarpgroups);
-    for (int w = 0; w < Config::kWarpgroups; w++) ptx::mbarrier_init(barriers.out_full(i, w), kWarpgroupSize);
+    ptx::mbarrier_init(s.q_full[i], 1);
+    ptx::mbarrier_init(s.q_empty[i], Config::kWarpgroups);
+    for (uint64_t& barrier : s.out_full[i]) ptx::mbarrier_init(barrier, kWarpgroupSize);
   }
   for (int i = 0; i < Config::kKeyStages; i++) {
-    ptx::mbarrier_init(barriers.key_full(i), 1);
-    ptx::mbarrier_init(barriers.key_empty(i), Config::kConsumerWarps);
+    ptx::mbarrier_init(s.k_full[i], 1);
+    ptx::mbarrier_init(s.k_empty[i], Config::kConsumerWarps);
   }
   for (int i = 0; i < Config::kValueStages; i++) {
-    ptx::mbarrier_init(barriers.value_full(i), 1);
-    ptx::mbarrier_init(barriers.value_empty(i), Config::kConsumerWarps);
+    ptx::mbarrier_init(s.v_full[i], 1);
+    ptx::mbarrier_init(s.v_empty[i], Config::kConsumerWarps);
   }
   ptx::fence_mbarrier_init();
 }
 
 // One thread sends the output rows of one consumer warpgroup out of the buffer of Q and hands the buffer back.
 template <class Config>
-__device__ __forceinline__ void store_tiles(const ForwardKernelParams& p, const ForwardShared<Config>& s,
+__device__ __forceinline__ void store_tiles(const ForwardKernelParams& p, typename Config::SharedStorage& s,
                                             int warpgroup) {
   for (Ring<Config::kQueryStages> q;; q.advance()) {
-    ptx::mbarrier_wait(s.barriers.query_full(q.stage), q.parity);
-    const int index = s.tile(q.stage).index, head = s.tile(q.stage).head;
+    ptx::mbarrier_wait(s.q_full[q.stage], q.parity);
+    const int index = s.tile[q.stage].index, head = s.tile[q.stage].head;
     if (index < 0) return;
-    ptx::mbarrier_wait(s.barriers.out_full(q.stage, warpgroup), q.parity);
+    ptx::mbarrier_wait(s.out_full[q.stage][warpgroup], q.parity);
     for (int panel = 0; panel < Config::kPanelsV; panel++)
-      ptx::tma_store_4d(&p.out, s.query(q.stage, warpgroup) + panel * Config::kQueryPanelBytes, panel * kPanelColumns,
-                        index * Config::kTileQuery + warpgroup * kWarpgroupRows, head % p.shape.num_heads,
-                        head / p.shape.num_heads);
+      ptx::tma_store_4d(&p.out, ptx::shared_address(s.q[q.stage][warpgroup]) + panel * Config::kQueryPanelBytes,
+                        panel * kPanelColumns, index * Config::kTileQuery + warpgroup * kWarpgroupRows,
+                        head % p.shape.num_heads, head / p.shape.num_heads);
     ptx::bulk_commit();
     ptx::bulk_wait_read<0>();
-    ptx::mbarrier_arrive(s.barriers.query_empty(q.stage));
+    ptx::mbarrier_arrive(s.q_empty[q.stage]);
   }
 }
 
 // The warps that move data, and those that multiply: all tiles of a pass.
 template <class Config, bool kIsRepair>
-__device__ __forceinline__ void move_tiles(const ForwardKernelParams& p, const ForwardShared<Config>& s, int warp) {
+__device__ __forceinline__ void move_tiles(const ForwardKernelParams& p, typename Config::SharedStorage& s, int warp) {
   if (warp == 0)
     load_tiles<Config, kIsRepair>(p, s);
   else if (warp <= Config::kWarpgroups && threadIdx.x % kWarpSize == 0)
-    store_tiles(p, s, warp - 1);
+    store_tiles<Config>(p, s, warp - 1);
   __syncwarp();
 }
 
 template <class Config>
-__device__ __forceinline__ bool begin_forward_repair(const ForwardKernelParams& p, const ForwardShared<Config>& s) {
-  return begin_repair<Config::kPassBarrier, Config::kThreads>(s.repair(), p.repair_list, false, [&] {
-    for (int i = 0; i < ForwardBarriers<Config>::kCount; i++) ptx::mbarrier_invalidate(s.barriers.base + 8 * i);
-    init_barriers(s.barriers);
+__device__ __forceinline__ bool begin_forward_repair(const ForwardKernelParams& p, typename Config::SharedStorage& s) {
+  return begin_repair<Config::kPassBarrier, Config::kThreads>(s.repair, p.repair_list, false, [&] {
+    invalidate_barriers(s.q_full, s.v_empty + Config::kValueStages - 1);
+    init_barriers<Config>(s);
   });
 }
 
@@ -87,11 +87,11 @@ template <class Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
     flash_attention_forward_kernel(const __grid_constant__ ForwardKernelParams p) {
   extern __shared__ __align__(1024) unsigned char s_memory[];
-  const ForwardShared<Config> s(s_memory);
+  auto& s = *reinterpret_cast<typename Config::SharedStorage*>(s_memory);
   if (threadIdx.x == 0) {
     for (const CUtensorMap* map : {&p.query, &p.key, &p.value, &p.out}) ptx::prefetch_tensor_map(map);
-    init_barriers(s.barriers);
-    s.repair().clear();
+    init_barriers<Config>(s);
+    s.repair.clear();
   }
   __syncthreads();
   const int warp = __shfl_sync(~0u, threadIdx.x / kWarpSize, 0);
@@ -99,12 +99,12 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   if (warp < 4) {
     ptx::lower_registers<Config::kProducerRegisters>();
     move_tiles<Config, false>(p, s, warp);
-    if (begin_forward_repair(p, s)) move_tiles<Config, true>(p, s, warp);
+    if (begin_forward_repair<Config>(p, s)) move_tiles<Config, true>(p, s, warp);
   } else {
     ptx::raise_registers<Config::kConsumerRegisters>();
     multiply_tiles<Config, false>(p, s, warp / 4 - 1);
-    if (begin_forward_repair(p, s)) {
-      const ForwardShared<Config> again(s_memory + ptx::forget(0));
+    if (begin_forward_repair<Config>(p, s)) {
+      auto& again = *reinterpret_cast<typename Config::SharedStorage*>(s_memory + ptx::forget(0));
       multiply_tiles<Config, true>(p, again, ptx::forget(warp) / 4 - 1);
     }
   }

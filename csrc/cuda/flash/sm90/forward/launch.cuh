@@ -54,7 +54,8 @@ cudaError_t launch_forward_kernel(const ForwardParams& params, cudaStream_t stre
   const auto kernel = flash_attention_forward_kernel<Config>;
   int device = 0, sms = 0;
   if (const cudaError_t status = find_device(device, sms)) return status;
-  if (const cudaError_t status = allow_shared_memory<Config>(kernel, Config::kSharedBytes, device)) return status;
+  if (const cudaError_t status = allow_shared_memory<Config>(kernel, sizeof(typename Config::SharedStorage), device))
+    return status;
   const int blocks = std::min(p.schedule.tiles, sms);
   // Where each thread block has one tile there is nothing to count.
   p.counters = p.schedule.tiles > blocks ? params.counters : nullptr;
@@ -66,7 +67,7 @@ cudaError_t launch_forward_kernel(const ForwardParams& params, cudaStream_t stre
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(blocks);
   config.blockDim = dim3(Config::kThreads);
-  config.dynamicSmemBytes = Config::kSharedBytes;
+  config.dynamicSmemBytes = sizeof(typename Config::SharedStorage);
   config.stream = stream;
   config.attrs = &early_start;
   config.numAttrs = has_segments ? 1 : 0;  // the kernel ahead is then the one that prepares the segments

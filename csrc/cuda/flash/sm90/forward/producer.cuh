@@ -3,10 +3,10 @@
 #include "flash/sm90/pipeline.cuh"
 #include "flash/tile/key_blocks.cuh"
 #include "flash/tile/mask.cuh"
+#include "params.cuh"
 #include "ptx/launch.cuh"
 #include "ptx/tma.cuh"
 #include "repair.cuh"
-#include "shared.cuh"
 
 namespace selfattn::cuda::sm90 {
 
@@ -58,7 +58,7 @@ __device__ __forceinline__ void describe_tile(const ForwardKernelParams& p, int 
 
 // The whole warp walks together; lane 0 issues.
 template <class Config, bool kIsRepair>
-__device__ __forceinline__ void load_tiles(const ForwardKernelParams& p, const ForwardShared<Config>& s) {
+__device__ __forceinline__ void load_tiles(const ForwardKernelParams& p, typename Config::SharedStorage& s) {
   constexpr bool kMasked = Config::kMask == MaskKind::kMasked;
   const int lane = threadIdx.x % kWarpSize, group = p.shape.num_heads / p.shape.num_kv_heads;
   Ring<Config::kQueryStages> q;
@@ -68,44 +68,44 @@ __device__ __forceinline__ void load_tiles(const ForwardKernelParams& p, const F
   const auto copy_query = [&](int index, int b, int h) {
     for (int w = 0; w < Config::kWarpgroups; w++)
       for (int panel = 0; panel < Config::kPanelsQk; panel++)
-        ptx::tma_load_4d(&p.query, s.barriers.query_full(q.stage),
-                         s.query(q.stage, w) + panel * Config::kQueryPanelBytes, panel * kPanelColumns,
+        ptx::tma_load_4d(&p.query, s.q_full[q.stage],
+                         ptx::shared_address(s.q[q.stage][w]) + panel * Config::kQueryPanelBytes, panel * kPanelColumns,
                          index * Config::kTileQuery + w * kWarpgroupRows, h, b);
   };
   const auto announce_query = [&](const QueryTile& tile, int b) {
-    s.tile(q.stage) = tile;
+    s.tile[q.stage] = tile;
     const int tables = !kMasked ? 0 : tile.mode == kContiguous ? 2 : tile.mode == kGeneral ? 1 : 0;
-    ptx::mbarrier_arrive_expect(s.barriers.query_full(q.stage), Config::kQueryBytes + tables * Config::kRowTableBytes);
+    ptx::mbarrier_arrive_expect(s.q_full[q.stage], Config::kQueryBytes + tables * Config::kTableBytes);
     const size_t at = size_t(b) * p.segments.pitch_query + tile.index * Config::kTileQuery;
     const auto copy_table = [&](int which, const int* g_table) {
-      ptx::bulk_load(s.barriers.query_full(q.stage), ptx::shared_address(s.row_table(q.stage, which)), g_table + at,
-                     Config::kRowTableBytes);
+      ptx::bulk_load(s.q_full[q.stage], ptx::shared_address(s.row_table[q.stage][which]), g_table + at,
+                     Config::kTableBytes);
     };
     if (tables > 0) copy_table(0, tile.mode == kContiguous ? p.segments.run_begin : p.segments.query_ids);
     if (tables > 1) copy_table(1, p.segments.run_end);
   };
   const auto copy_key = [&](int index, int b, int h) {
     for (int panel = 0; panel < Config::kPanelsQk; panel++)
-      ptx::tma_load_4d(&p.key, s.barriers.key_full(k.stage), s.key(k.stage) + panel * Config::kKeyPanelBytes,
+      ptx::tma_load_4d(&p.key, s.k_full[k.stage], ptx::shared_address(s.k[k.stage]) + panel * Config::kKeyPanelBytes,
                        panel * kPanelColumns, index * Config::kTileKey, h, b);
   };
   const auto announce_key = [&](const KeyBlock& block) {
-    if (kMasked) s.block_message(k.stage) = block.encode();
-    ptx::mbarrier_arrive_expect(s.barriers.key_full(k.stage), Config::kKeyBytes);
+    if (kMasked) s.block_message[k.stage] = block.encode();
+    ptx::mbarrier_arrive_expect(s.k_full[k.stage], Config::kKeyBytes);
   };
   // V lags one block behind K, across tiles too: the order of use.
   int value_block = -1, value_b = 0, value_h = 0;
   const auto load_value = [&] {
     if (value_block < 0) return;
-    ptx::mbarrier_wait(s.barriers.value_empty(v.stage), v.parity ^ 1);
-    ptx::mbarrier_arrive_expect(s.barriers.value_full(v.stage), Config::kValueBytes);
+    ptx::mbarrier_wait(s.v_empty[v.stage], v.parity ^ 1);
+    ptx::mbarrier_arrive_expect(s.v_full[v.stage], Config::kValueBytes);
     for (int panel = 0; panel < Config::kPanelsV; panel++)
-      ptx::tma_load_4d(&p.value, s.barriers.value_full(v.stage), s.value(v.stage) + panel * Config::kKeyPanelBytes,
+      ptx::tma_load_4d(&p.value, s.v_full[v.stage], ptx::shared_address(s.v[v.stage]) + panel * Config::kKeyPanelBytes,
                        panel * kPanelColumns, value_block * Config::kTileKey, value_h, value_b);
     v.advance();
   };
   int number = blockIdx.x, early_block = -1;
-  if (kIsRepair) number = __shfl_sync(~0u, lane == 0 ? s.repair().take(p.repair_list, p.schedule.tiles) : 0, 0);
+  if (kIsRepair) number = __shfl_sync(~0u, lane == 0 ? s.repair.take(p.repair_list, p.schedule.tiles) : 0, 0);
   if constexpr (kMasked && !kIsRepair) {
     // Under a causal mask the first tile and its rightmost block are known before the kernel ahead has made the tables.
     const TilePlace place = find_tile(p.schedule, number);
@@ -116,10 +116,10 @@ __device__ __forceinline__ void load_tiles(const ForwardKernelParams& p, const F
     }
     ptx::wait_for_previous_kernel();
   }
-  if (number < p.schedule.tiles) describe_tile<Config, kIsRepair>(p, number, s.upcoming());
+  if (number < p.schedule.tiles) describe_tile<Config, kIsRepair>(p, number, s.upcoming);
   // Loads the tiles in the order of use: K_n, (Q), V_{n+1}, ...
   while (number < p.schedule.tiles) {
-    const QueryTile tile = s.upcoming();
+    const QueryTile tile = s.upcoming;
     const int b = tile.head / p.shape.num_heads, h = tile.head % p.shape.num_heads, kv_head = h / group;
     const bool by_ids = kMasked && tile.mode == kGeneral;
     const auto test = [&](int index, bool& meets, bool& is_uniform) {
@@ -139,19 +139,19 @@ __device__ __forceinline__ void load_tiles(const ForwardKernelParams& p, const F
         // for.
         if (block.is_last) {
           if (kIsRepair)
-            number = s.repair().take(p.repair_list, p.schedule.tiles);
+            number = s.repair.take(p.repair_list, p.schedule.tiles);
           else
             number = p.counters ? gridDim.x + atomicAdd(p.counters, 1) : p.schedule.tiles;
         }
         const bool is_copied = is_first && early_block >= 0;
-        if (!is_copied) ptx::mbarrier_wait(s.barriers.key_empty(k.stage), k.parity ^ 1);
+        if (!is_copied) ptx::mbarrier_wait(s.k_empty[k.stage], k.parity ^ 1);
         announce_key(block);
         if (!is_copied) copy_key(block.index, b, kv_head);
         load_value();
         value_block = block.index, value_b = b, value_h = kv_head;
         if (is_first) {
-          if (!is_copied) ptx::mbarrier_wait(s.barriers.query_empty(q.stage), q.parity ^ 1);
-          s.repair().take_stage(q.stage, tile.head * p.schedule.tiles_per_head + tile.index, p.repair_list);
+          if (!is_copied) ptx::mbarrier_wait(s.q_empty[q.stage], q.parity ^ 1);
+          s.repair.take_stage(q.stage, tile.head * p.schedule.tiles_per_head + tile.index, p.repair_list);
           announce_query(tile, b);
           if (!is_copied) copy_query(tile.index, b, h);
           q.advance();
@@ -163,13 +163,13 @@ __device__ __forceinline__ void load_tiles(const ForwardKernelParams& p, const F
     }
     early_block = -1;
     number = __shfl_sync(~0u, number, 0);
-    if (number < p.schedule.tiles) describe_tile<Config, kIsRepair>(p, number, s.upcoming());
+    if (number < p.schedule.tiles) describe_tile<Config, kIsRepair>(p, number, s.upcoming);
   }
   if (lane == 0) {
     load_value();
-    ptx::mbarrier_wait(s.barriers.query_empty(q.stage), q.parity ^ 1);
-    s.tile(q.stage).index = -1;
-    ptx::mbarrier_arrive(s.barriers.query_full(q.stage));
+    ptx::mbarrier_wait(s.q_empty[q.stage], q.parity ^ 1);
+    s.tile[q.stage].index = -1;
+    ptx::mbarrier_arrive(s.q_full[q.stage]);
   }
 }
 

@@ -12,9 +12,9 @@
 #pragma once
 #include "flash/sm90/operand_rows.cuh"
 #include "flash/tile/online_softmax.cuh"
+#include "params.cuh"
 #include "ptx/barrier.cuh"
 #include "ptx/fence.cuh"
-#include "shared.cuh"
 
 namespace selfattn::cuda::sm90 {
 
@@ -23,12 +23,12 @@ namespace selfattn::cuda::sm90 {
 // clears it for the tensor cores. The output may still wait for its rescaling; that leaves NaN and infinity as they
 // are.
 template <class Config, int kScores, int kOutputs>
-__device__ __forceinline__ void take_out_non_finite_values(const ForwardShared<Config>& s, int stage,
+__device__ __forceinline__ void take_out_non_finite_values(typename Config::SharedStorage& s, int stage,
                                                            const float (&weights)[kScores], float (&out)[kOutputs]) {
   using Element = typename Config::Element;
   constexpr int kTileKey = Config::kTileKey;
   const int lane = threadIdx.x % kWarpSize;
-  unsigned char* s_value = s.memory + Config::kValueOffset + stage * Config::kValueBytes;
+  unsigned char* s_value = s.v[stage];
 #pragma unroll 1
   for (int key = 0; key < kTileKey; key++) {
     if (is_row_finite<Element, Config::kPanelsV, Config::kKeyPanelBytes>(s_value, key)) continue;

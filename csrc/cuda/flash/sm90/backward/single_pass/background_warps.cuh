@@ -53,7 +53,7 @@ struct BackgroundWarps {
       if (job.head < 0) break;
       load(job);
     }
-    ptx::mbarrier_arrive(ptx::shared_address(&s.background_full[ring.stage]));
+    ptx::mbarrier_arrive(s.background_full[ring.stage]);
     const int other = ring.stage ^ 1;
     retire(other, other < ring.stage ? ring.parity : ring.parity ^ 1);
   }
@@ -62,7 +62,7 @@ struct BackgroundWarps {
 
   // Waits until the buffer is free and reports what was preprocessed from it.
   __device__ __forceinline__ void retire(int buffer, uint32_t parity) {
-    ptx::mbarrier_wait(ptx::shared_address(&s.background_free[buffer]), parity);
+    ptx::mbarrier_wait(s.background_empty[buffer], parity);
     BackgroundJob& job = s.background_job[buffer];
     if (job.head >= 0 && job.preprocesses) ptx::add_release(schedule.rows_preprocessed(job.section), 1);
     job.head = -1;
@@ -95,8 +95,8 @@ struct BackgroundWarps {
 
   __device__ __forceinline__ void load(const BackgroundJob& job) const {
     using namespace ptx;
-    const uint32_t full = shared_address(&s.background_full[ring.stage]),
-                   s_buffer = shared_address(s.background[ring.stage]);
+    uint64_t& full = s.background_full[ring.stage];
+    const uint32_t s_buffer = shared_address(s.background[ring.stage]);
     mbarrier_arrive_expect(full, kBufferBytes);
     if (!job.preprocesses) return bulk_load(full, s_buffer, dq_tile_of(job), kBufferBytes);
     const int batch = job.head / p.shape.num_heads, head = job.head % p.shape.num_heads;
@@ -113,14 +113,14 @@ struct BackgroundWarps {
 
   __device__ __forceinline__ void run_worker(int worker) {
     for (;; ring.advance()) {
-      ptx::mbarrier_wait(ptx::shared_address(&s.background_full[ring.stage]), ring.parity);
+      ptx::mbarrier_wait(s.background_full[ring.stage], ring.parity);
       const BackgroundJob job = s.background_job[ring.stage];
       if (job.head < 0) break;
       if (job.preprocesses)
         preprocess(job, worker);
       else
         postprocess(job, worker);
-      arrive_by_warp(s.background_free[ring.stage], lane);
+      arrive_by_warp(s.background_empty[ring.stage], lane);
     }
   }
 

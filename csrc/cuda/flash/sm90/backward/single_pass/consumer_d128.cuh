@@ -144,13 +144,13 @@ __device__ __forceinline__ void multiply_d128(const BackwardMaps& maps, const Ba
 #pragma unroll
     for (int i = 0; i < kD / 2; i++) dk[i] = dv[i] = 0.f;
     pin(dk), pin(dv);
-    mbarrier_wait(shared_address(&s.k_full), tile_parity);
+    mbarrier_wait(s.k_full[0], tile_parity);
     if (s.tile[0].key_tile < 0) break;
-    mbarrier_wait(shared_address(&s.q_full[ring.stage]), ring.parity);
+    mbarrier_wait(s.q_full[ring.stage], ring.parity);
     issue_scores(ring.stage);
-    mbarrier_wait(shared_address(&s.v_full), tile_parity);
+    mbarrier_wait(s.v_full[0], tile_parity);
     hold_values();
-    mbarrier_wait(shared_address(&s.grad_out_full[ring.stage]), ring.parity);
+    mbarrier_wait(s.grad_out_full[ring.stage], ring.parity);
     issue_dp(ring.stage);
     if (lane == 0) bulk_wait_read<0>();  // dK of the tile before has left the memory of dS
     __syncwarp();
@@ -190,11 +190,11 @@ __device__ __forceinline__ void multiply_d128(const BackwardMaps& maps, const Ba
       issue_dv(ring.stage);
       wgmma_wait<1>();
       pin(dp);
-      if (flags & kLastOfTile) arrive(s.v_free[0]);
+      if (flags & kLastOfTile) arrive(s.v_empty[0]);
       if (is_masked && __any_sync(~0u, flags & kExceptionalRows || is_any_non_finite(dp[0], dp[2]))) [[unlikely]]
         clear_products_without_weight(scores, dp);
       pack_score_gradients<Element, kTileQ>(scores, dp, stats, ds_packed);
-      mbarrier_wait(shared_address(&s.grad_s_free[ds.stage]), ds.parity ^ 1);
+      mbarrier_wait(s.grad_s_empty[ds.stage], ds.parity ^ 1);
 #pragma unroll
       for (int i = 0; i < kTileQ / 16; i++) {
         store_matrix_x4_transposed(s_ds_out + ds.stage * Config::kScoreBytes + i * (16 * 128), ds_packed[4 * i],
@@ -203,13 +203,13 @@ __device__ __forceinline__ void multiply_d128(const BackwardMaps& maps, const Ba
       fence_proxy_async_shared();
       arrive(s.grad_s_full[ds.stage]);
       const Ring<2> ds_before = ds.previous();
-      mbarrier_wait(shared_address(&s.grad_s_full[ds_before.stage]), ds_before.parity);
+      mbarrier_wait(s.grad_s_full[ds_before.stage], ds_before.parity);
       issue_dq(ds_before.stage);
       issue_dk(ring.stage);
       wgmma_wait<1>();
       pin(dq);
-      arrive(s.grad_out_free[ring.stage]);
-      if (!is_first) arrive(s.grad_s_free[ds_before.stage]);
+      arrive(s.grad_out_empty[ring.stage]);
+      if (!is_first) arrive(s.grad_s_empty[ds_before.stage]);
       is_first = false;
       const int dq_tile_row = dq_tile_row_before;
       dq_tile_row_before = block.dq_tile_row;
@@ -219,7 +219,7 @@ __device__ __forceinline__ void multiply_d128(const BackwardMaps& maps, const Ba
       ds.advance();
       const Ring before = ring;
       ring.advance();
-      mbarrier_wait(shared_address(&s.q_full[ring.stage]), ring.parity);
+      mbarrier_wait(s.q_full[ring.stage], ring.parity);
       if constexpr (Config::kHeldSteps > 0) {  // dS gives its registers back
         wgmma_wait<0>();
         pin(dk);
@@ -227,11 +227,11 @@ __device__ __forceinline__ void multiply_d128(const BackwardMaps& maps, const Ba
       issue_scores(ring.stage);
       if constexpr (Config::kScoresBeforeAdding) add_dq(dq_tile_row);
       if constexpr (Config::kHeldSteps == 0) wgmma_wait<1>();
-      arrive(s.q_free[before.stage]);
-      mbarrier_wait(shared_address(&s.grad_out_full[ring.stage]), ring.parity);
+      arrive(s.q_empty[before.stage]);
+      mbarrier_wait(s.grad_out_full[ring.stage], ring.parity);
       issue_dp(ring.stage);
     }
-    mbarrier_wait(shared_address(&s.grad_s_full[ds.stage]), ds.parity);
+    mbarrier_wait(s.grad_s_full[ds.stage], ds.parity);
     if constexpr (Config::kHeldSteps > 0) {
       wgmma_wait<0>();
       pin(dk);
@@ -239,11 +239,11 @@ __device__ __forceinline__ void multiply_d128(const BackwardMaps& maps, const Ba
     issue_dq(ds.stage);
     wgmma_wait<0>();
     pin(dq), pin(dk), pin(dv);
-    arrive(s.grad_s_free[ds.stage]);
+    arrive(s.grad_s_empty[ds.stage]);
     ds.advance();
     const TileInfo tile = s.tile[0];
-    arrive(s.k_free[0]);
-    arrive(s.q_free[ring.stage]);
+    arrive(s.k_empty[0]);
+    arrive(s.q_empty[ring.stage]);
     ring.advance();
     add_dq(dq_tile_row_before);
     barrier_sync(kConsumerBarrier, Config::kConsumers);  // both warpgroups are done with dS

@@ -152,7 +152,7 @@ __device__ __forceinline__ void multiply_d256(const BackwardMaps& maps, const Ba
       }
       bulk_commit();
       bulk_wait_read<0>();
-      mbarrier_arrive(shared_address(&freed));
+      mbarrier_arrive(freed);
     }
   };
 
@@ -160,13 +160,13 @@ __device__ __forceinline__ void multiply_d256(const BackwardMaps& maps, const Ba
 #pragma unroll
     for (int i = 0; i < kOwnColumns / 2; i++) dk[i] = dv[i] = 0.f;
     pin(dk), pin(dv);
-    mbarrier_wait(shared_address(&s.k_full), tile_parity);
+    mbarrier_wait(s.k_full[0], tile_parity);
     const TileInfo tile = s.tile[0];
     if (tile.key_tile < 0) break;
-    mbarrier_wait(shared_address(&s.q_full[ring.stage]), ring.parity);
+    mbarrier_wait(s.q_full[ring.stage], ring.parity);
     issue_scores(ring.stage);
-    mbarrier_wait(shared_address(&s.v_full), tile_parity);
-    mbarrier_wait(shared_address(&s.grad_out_full[ring.stage]), ring.parity);
+    mbarrier_wait(s.v_full[0], tile_parity);
+    mbarrier_wait(s.grad_out_full[ring.stage], ring.parity);
     issue_dp(ring.stage);
 
     wgmma_commit();  // in the place of dQ
@@ -180,7 +180,7 @@ __device__ __forceinline__ void multiply_d256(const BackwardMaps& maps, const Ba
       const bool is_masked = flags & (kMaskWarpgroup0 << warpgroup);
       wgmma_wait<2>();
       pin(scores);
-      if (read_stage >= 0) arrive(s.q_free[read_stage]), arrive(s.grad_out_free[read_stage]);
+      if (read_stage >= 0) arrive(s.q_empty[read_stage]), arrive(s.grad_out_empty[read_stage]);
       const uint32_t out = score_out + buffer * Config::kScoreBytes;
       // P and dS. Blocks that are neither masked nor out of the ordinary have a path of their own, without a branch.
       const auto weigh = [&](auto is_ordinary) {
@@ -231,17 +231,17 @@ __device__ __forceinline__ void multiply_d256(const BackwardMaps& maps, const Ba
       read_stage = ring.stage;
       ring.advance();
       const auto add_first_half = [&] {
-        if (p.is_deterministic) mbarrier_wait(shared_address(&s.may_add[before.stage]), before.parity);
+        if (p.is_deterministic) mbarrier_wait(s.may_add[before.stage], before.parity);
         add_dq(dq_tile_row_before, 0);
       };
       if (flags & kLastOfTile) {
         add_first_half();
         break;
       }
-      mbarrier_wait(shared_address(&s.q_full[ring.stage]), ring.parity);
+      mbarrier_wait(s.q_full[ring.stage], ring.parity);
       issue_scores(ring.stage);
       add_first_half();
-      mbarrier_wait(shared_address(&s.grad_out_full[ring.stage]), ring.parity);
+      mbarrier_wait(s.grad_out_full[ring.stage], ring.parity);
       issue_dp(ring.stage);
       issue_dq(1);
       buffer ^= 1;
@@ -250,13 +250,13 @@ __device__ __forceinline__ void multiply_d256(const BackwardMaps& maps, const Ba
     buffer ^= 1;
     wgmma_wait<0>();
     pin(dq);
-    arrive(s.q_free[read_stage]), arrive(s.grad_out_free[read_stage]);
+    arrive(s.q_empty[read_stage]), arrive(s.grad_out_empty[read_stage]);
     add_dq(dq_tile_row_before, 1);
     report_added(read_stage);
     pin(dk), pin(dv);
-    store(&maps.grad_v, dv, 1.f, s_v, tile, s.v_free[0]);  // every dP is done, since the last barrier
-    barrier_sync(kConsumerBarrier, Config::kConsumers);    // and now every dQ, the last to read K
-    store(&maps.grad_k, dk, p.scale, s_k, tile, s.k_free[0]);
+    store(&maps.grad_v, dv, 1.f, s_v, tile, s.v_empty[0]);  // every dP is done, since the last barrier
+    barrier_sync(kConsumerBarrier, Config::kConsumers);     // and now every dQ, the last to read K
+    store(&maps.grad_k, dk, p.scale, s_k, tile, s.k_empty[0]);
     report_tile<Config::kAddsByTma>(schedule, tile.section, lane);
   }
   if (lane == 0) bulk_wait<0>();

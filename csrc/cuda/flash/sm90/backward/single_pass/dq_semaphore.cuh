@@ -63,13 +63,13 @@ struct DqSemaphore {
     uint32_t tile_parity = 0;
     bool is_new_tile = true;
     for (;; ring.advance()) {
-      ptx::mbarrier_wait(ptx::shared_address(&s.q_full[ring.stage]), ring.parity);
+      ptx::mbarrier_wait(s.q_full[ring.stage], ring.parity);
       const BlockInfo block = s.block[ring.stage];
       if (block.flags & kEndOfBlocks) break;
       int* semaphore = schedule.dq_semaphores + block.dq_tile_row / Config::kDqTileRowsPerTile;
       if (waits) {
         if (is_new_tile) {
-          ptx::mbarrier_wait(ptx::shared_address(&s.k_full), tile_parity);
+          ptx::mbarrier_wait(s.k_full[0], tile_parity);
           tile_parity ^= 1;
           key_tile = s.tile[0].key_tile, batch = s.tile[0].batch;
           const bool has_segments = p.segments.mode != nullptr;
@@ -78,7 +78,7 @@ struct DqSemaphore {
           counted_tile = key_tile + (schedule.walks_upward ? 1 : -1), adds_ahead = 0;
         }
         is_new_tile = block.flags & kLastOfTile;
-        arrive_by_warp(s.q_free[ring.stage], lane);
+        arrive_by_warp(s.q_empty[ring.stage], lane);
         if (block.dq_tile_row >= 0) {
           const int adds_ahead = adds_before(block.query_tile);
           while (ptx::load_relaxed(semaphore) != adds_ahead) {
@@ -87,10 +87,10 @@ struct DqSemaphore {
         }
         arrive_by_warp(s.may_add[ring.stage], lane);
       } else {
-        ptx::mbarrier_wait(ptx::shared_address(&s.added[ring.stage]), ring.parity);
+        ptx::mbarrier_wait(s.added[ring.stage], ring.parity);
         __syncwarp();
         if (lane == 0) {
-          ptx::mbarrier_arrive(ptx::shared_address(&s.q_free[ring.stage]));
+          ptx::mbarrier_arrive(s.q_empty[ring.stage]);
           if (block.dq_tile_row >= 0) ptx::add_release(semaphore, 1);
         }
         __syncwarp();

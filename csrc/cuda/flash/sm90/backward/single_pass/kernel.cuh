@@ -13,9 +13,9 @@
 //   tensor cores        S_i  dP_i  dV+=P_i dO_i  dQ_i-1  dK+=dS_i Q_i   S_i+1  dP_i+1   ..
 //   arithmetic               P_i        dS_i    dQ_i-1 to its accumulator       P_i+1   ..
 //
-// Hand-offs. q_full, grad_out_full, k_full, v_full: TMA completes what the producer announced, consumers wait. q_free,
-// grad_out_free, k_free, v_free: consumers arrive when they have read, the producer waits. grad_s_full, grad_s_free:
-// the two warpgroups lend each other their dS for dQ, which is why dQ lags one block behind.
+// Hand-offs. q_full, grad_out_full, k_full, v_full: TMA completes what the producer announced, consumers wait. q_empty,
+// grad_out_empty, k_empty, v_empty: consumers arrive when they have read, the producer waits. grad_s_full,
+// grad_s_empty: the two warpgroups lend each other their dS for dQ, which is why dQ lags one block behind.
 #pragma once
 #include "background_warps.cuh"
 #include "consumer_d128.cuh"
@@ -38,25 +38,22 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   if (threadIdx.x == 0) {
     const int readers_of_info = p.is_deterministic ? DqSemaphore<Config>::kWarps : 0;
     for (int i = 0; i < Config::kStages; i++) {
-      mbarrier_init(shared_address(&s.q_full[i]), 1);
-      mbarrier_init(shared_address(&s.q_free[i]), Config::kConsumerWarps + readers_of_info);
-      mbarrier_init(shared_address(&s.may_add[i]), 1),
-          mbarrier_init(shared_address(&s.added[i]), Config::kConsumerWarps);
-      mbarrier_init(shared_address(&s.grad_out_full[i]), 1),
-          mbarrier_init(shared_address(&s.grad_out_free[i]), Config::kConsumerWarps);
+      mbarrier_init(s.q_full[i], 1);
+      mbarrier_init(s.q_empty[i], Config::kConsumerWarps + readers_of_info);
+      mbarrier_init(s.may_add[i], 1), mbarrier_init(s.added[i], Config::kConsumerWarps);
+      mbarrier_init(s.grad_out_full[i], 1), mbarrier_init(s.grad_out_empty[i], Config::kConsumerWarps);
     }
     for (int i = 0; i < Config::kKeyBuffers; i++) {
-      mbarrier_init(shared_address(&s.k_full[i]), 1), mbarrier_init(shared_address(&s.v_full[i]), 1);
-      mbarrier_init(shared_address(&s.k_free[i]), Config::kFreeKeyArrivals);
-      mbarrier_init(shared_address(&s.v_free[i]), Config::kFreeKeyArrivals);
+      mbarrier_init(s.k_full[i], 1), mbarrier_init(s.v_full[i], 1);
+      mbarrier_init(s.k_empty[i], Config::kKeyEmptyArrivals);
+      mbarrier_init(s.v_empty[i], Config::kKeyEmptyArrivals);
     }
     for (int i = 0; i < 2; i++) {
-      mbarrier_init(shared_address(&s.grad_s_full[i]), Config::kConsumerWarps);
-      mbarrier_init(shared_address(&s.grad_s_free[i]), Config::kConsumerWarps);
+      mbarrier_init(s.grad_s_full[i], Config::kConsumerWarps);
+      mbarrier_init(s.grad_s_empty[i], Config::kConsumerWarps);
     }
     for (int i = 0; i < Config::kBackgroundBuffers; i++) {
-      mbarrier_init(shared_address(&s.background_full[i]), 1),
-          mbarrier_init(shared_address(&s.background_free[i]), Config::kBackgroundWorkers);
+      mbarrier_init(s.background_full[i], 1), mbarrier_init(s.background_empty[i], Config::kBackgroundWorkers);
       s.background_job[i].head = -1;
     }
     fence_mbarrier_init();

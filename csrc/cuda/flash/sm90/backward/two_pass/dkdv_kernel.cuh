@@ -82,13 +82,13 @@ __device__ __forceinline__ void multiply_dkdv(const BackwardMaps& maps, const Ba
   const int skip_flag = kSkipWarpgroup0 << warpgroup, mask_flag = kMaskWarpgroup0 << warpgroup;
 
   for (bool is_first = true;; is_first = false) {
-    mbarrier_wait(shared_address(&s.k_full[key_ring.stage]), key_ring.parity);  // the tile and its K are there
+    mbarrier_wait(s.k_full[key_ring.stage], key_ring.parity);  // the tile and its K are there
     const TileInfo tile = s.tile[key_ring.stage];
     if (tile.key_tile < 0) break;
 #pragma unroll
     for (int i = 0; i < kD / 2; i++) dk[i] = dv[i] = 0.f;
     pin(dk), pin(dv);
-    mbarrier_wait(shared_address(&s.v_full[key_ring.stage]), key_ring.parity);
+    mbarrier_wait(s.v_full[key_ring.stage], key_ring.parity);
     v_held.template load<kKvPanel>(shared_address(s.v[key_ring.stage]) + (own_row + lane % 16) * 128, lane);
     const int first_key = tile.key_tile * kTileKv + own_row + lane / 4;
     RowIntervals rows;
@@ -100,21 +100,21 @@ __device__ __forceinline__ void multiply_dkdv(const BackwardMaps& maps, const Ba
       if (lane == 0) bulk_wait_read<0>();  // dK and dV of the tile before have left
       __syncwarp();
       const int before = key_ring.next().stage;
-      arrive(s.k_free[before]), arrive(s.v_free[before]);
+      arrive(s.k_empty[before]), arrive(s.v_empty[before]);
     };
 
     for (bool is_last = false; !is_last;) {  // runs of blocks that this warpgroup's keys meet, and what lies between
-      mbarrier_wait(shared_address(&s.q_full[ring.stage]), ring.parity);
+      mbarrier_wait(s.q_full[ring.stage], ring.parity);
       BlockInfo block = s.block[ring.stage];
       if (block.flags & skip_flag) {  // the other warpgroup's alone: handed back unread
         is_last = block.flags & kLastOfTile;
-        mbarrier_wait(shared_address(&s.grad_out_full[ring.stage]), ring.parity);
-        arrive(s.q_free[ring.stage]), arrive(s.grad_out_free[ring.stage]);
+        mbarrier_wait(s.grad_out_full[ring.stage], ring.parity);
+        arrive(s.q_empty[ring.stage]), arrive(s.grad_out_empty[ring.stage]);
         ring.advance();
         continue;
       }
       issue_scores();
-      mbarrier_wait(shared_address(&s.grad_out_full[ring.stage]), ring.parity);
+      mbarrier_wait(s.grad_out_full[ring.stage], ring.parity);
       issue_dp();
       if (!is_open) {
         rows = query_intervals(p, block.flags, tile.batch, first_key);
@@ -155,19 +155,19 @@ __device__ __forceinline__ void multiply_dkdv(const BackwardMaps& maps, const Ba
         is_last = block.flags & kLastOfTile;
         ring.advance();
         if (is_last) break;
-        mbarrier_wait(shared_address(&s.q_full[ring.stage]), ring.parity);  // the next block
+        mbarrier_wait(s.q_full[ring.stage], ring.parity);  // the next block
         block = s.block[ring.stage];
         if (block.flags & skip_flag) break;
         wgmma_wait<0>();  // the packed P and dS give their registers back
         pin(dk), pin(dv);
-        arrive(s.q_free[stage]), arrive(s.grad_out_free[stage]);  // the producer may load over this block
+        arrive(s.q_empty[stage]), arrive(s.grad_out_empty[stage]);  // the producer may load over this block
         issue_scores();
-        mbarrier_wait(shared_address(&s.grad_out_full[ring.stage]), ring.parity);
+        mbarrier_wait(s.grad_out_full[ring.stage], ring.parity);
         issue_dp();
       }
       wgmma_wait<0>();
       pin(dk), pin(dv);
-      arrive(s.q_free[stage]), arrive(s.grad_out_free[stage]);
+      arrive(s.q_empty[stage]), arrive(s.grad_out_empty[stage]);
     }
     if (!is_open) free_buffers_before();
     // A dS that is not finite has made all of the key's row of dK so.
@@ -184,14 +184,14 @@ template <class Config>
 __device__ void init_dkdv_barriers(typename Config::SharedStorage& s) {
   using namespace ptx;
   for (int i = 0; i < Config::kStages; i++) {
-    mbarrier_init(shared_address(&s.q_full[i]), 1), mbarrier_init(shared_address(&s.grad_out_full[i]), 1);
-    mbarrier_init(shared_address(&s.q_free[i]), Config::kConsumerWarps);
-    mbarrier_init(shared_address(&s.grad_out_free[i]), Config::kConsumerWarps);
+    mbarrier_init(s.q_full[i], 1), mbarrier_init(s.grad_out_full[i], 1);
+    mbarrier_init(s.q_empty[i], Config::kConsumerWarps);
+    mbarrier_init(s.grad_out_empty[i], Config::kConsumerWarps);
   }
   for (int i = 0; i < Config::kKeyBuffers; i++) {
-    mbarrier_init(shared_address(&s.k_full[i]), 1), mbarrier_init(shared_address(&s.v_full[i]), 1);
-    mbarrier_init(shared_address(&s.k_free[i]), Config::kConsumerWarps);
-    mbarrier_init(shared_address(&s.v_free[i]), Config::kConsumerWarps);
+    mbarrier_init(s.k_full[i], 1), mbarrier_init(s.v_full[i], 1);
+    mbarrier_init(s.k_empty[i], Config::kConsumerWarps);
+    mbarrier_init(s.v_empty[i], Config::kConsumerWarps);
   }
   fence_mbarrier_init();
 }
@@ -215,7 +215,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   const bool repairs_all = *schedule.has_exact_stats();
   const auto begin_second_pass = [&] {
     return begin_repair<kPassBarrier, Config::kConsumers + 32>(s.repair, schedule.repair_list, repairs_all, [&] {
-      invalidate_barriers(s.q_full, s.v_free + Config::kKeyBuffers - 1);
+      invalidate_barriers(s.q_full, s.v_empty + Config::kKeyBuffers - 1);
       init_dkdv_barriers<Config>(s);
     });
   };

@@ -80,7 +80,7 @@ __device__ __forceinline__ void multiply_dq(const DqMaps& maps, const BackwardPa
   };
   const auto arrive = [&](uint64_t& barrier) { arrive_by_warp(barrier, lane); };
   const auto arrive_both = [&] {
-    arrive(s.k_free[ring.stage]), arrive(s.v_free[ring.stage]);
+    arrive(s.k_empty[ring.stage]), arrive(s.v_empty[ring.stage]);
     ring.advance();
   };
   // The statistics of this lane's rows where some may be out of the ordinary. Rows that are not finite, and those whose
@@ -104,7 +104,7 @@ __device__ __forceinline__ void multiply_dq(const DqMaps& maps, const BackwardPa
   const int skip_flag = kSkipWarpgroup0 << warpgroup, mask_flag = kMaskWarpgroup0 << warpgroup;
 
   for (bool is_first = true;; is_first = false, tile_parity ^= 1, grad_out_buffer ^= 1) {
-    mbarrier_wait(shared_address(&s.q_full), tile_parity);  // the tile, its Q and its dO are there
+    mbarrier_wait(s.q_full, tile_parity);  // the tile, its Q and its dO are there
     const typename Config::Tile tile = s.tile;
     if (tile.query_tile < 0) break;
 #pragma unroll
@@ -125,11 +125,11 @@ __device__ __forceinline__ void multiply_dq(const DqMaps& maps, const BackwardPa
     }
     if (!is_first && lane == 0) bulk_wait_read<0>();  // dQ of the tile before has left its buffer
     __syncwarp();
-    arrive(s.q_free);  // Q is in registers
-    if (!is_first) arrive(s.grad_out_free[grad_out_buffer ^ 1]);
+    arrive(s.q_empty);  // Q is in registers
+    if (!is_first) arrive(s.grad_out_empty[grad_out_buffer ^ 1]);
 
     // O comes as the first block. delta of this lane's rows, and whether they are out of the ordinary.
-    mbarrier_wait(shared_address(&(warpgroup ? s.v_full : s.k_full)[ring.stage]), ring.parity);
+    mbarrier_wait((warpgroup ? s.v_full : s.k_full)[ring.stage], ring.parity);
     const uint32_t s_out = shared_address((warpgroup ? s.v : s.k)[ring.stage]) + lane_row_of_warpgroup,
                    s_grad_out = shared_address(s.grad_out[grad_out_buffer]) + lane_row;
 #pragma unroll
@@ -165,16 +165,16 @@ __device__ __forceinline__ void multiply_dq(const DqMaps& maps, const BackwardPa
     pin(dq);
 
     for (bool is_last = false; !is_last;) {  // runs of blocks that this warpgroup's queries meet, and what lies between
-      mbarrier_wait(shared_address(&s.k_full[ring.stage]), ring.parity);
+      mbarrier_wait(s.k_full[ring.stage], ring.parity);
       typename Config::KeyTileInfo block = s.block[ring.stage];
       if (block.flags & skip_flag) {  // the other warpgroup's alone: handed back unread
         is_last = block.flags & kLastOfTile;
-        mbarrier_wait(shared_address(&s.v_full[ring.stage]), ring.parity);
+        mbarrier_wait(s.v_full[ring.stage], ring.parity);
         arrive_both();
         continue;
       }
       issue_scores();
-      mbarrier_wait(shared_address(&s.v_full[ring.stage]), ring.parity);
+      mbarrier_wait(s.v_full[ring.stage], ring.parity);
       issue_dp();
       wgmma_commit();  // in the place of dQ
       int read_stage = -1, stage;
@@ -210,7 +210,7 @@ __device__ __forceinline__ void multiply_dq(const DqMaps& maps, const BackwardPa
 
         wgmma_wait<1>();  // dP is done
         pin(dp);
-        arrive(s.v_free[ring.stage]);  // the producer may load over V
+        arrive(s.v_empty[ring.stage]);  // the producer may load over V
 #pragma unroll
         for (int i = 0; i < kTileKv / 2; i++)  // dS = P (dP - delta)
           scores[i] = kIsRepair && scores[i] == 0.f ? 0.f : scores[i] * (dp[i] - delta[i / 2 % 2]);
@@ -219,18 +219,18 @@ __device__ __forceinline__ void multiply_dq(const DqMaps& maps, const BackwardPa
 
         wgmma_wait<0>();  // dQ of the block before is done: over its K, too
         pin(dq);
-        if (read_stage >= 0) arrive(s.k_free[read_stage]);
+        if (read_stage >= 0) arrive(s.k_empty[read_stage]);
 #pragma unroll
         for (int i = 0; i < kTileKv / 4; i++) ds_packed[i] = pack<Element>(scores[2 * i], scores[2 * i + 1]);
         stage = ring.stage;
         is_last = block.flags & kLastOfTile;
         ring.advance();
         if (is_last) break;
-        mbarrier_wait(shared_address(&s.k_full[ring.stage]), ring.parity);  // the next block
+        mbarrier_wait(s.k_full[ring.stage], ring.parity);  // the next block
         block = s.block[ring.stage];
         if (block.flags & skip_flag) break;
         issue_scores();
-        mbarrier_wait(shared_address(&s.v_full[ring.stage]), ring.parity);
+        mbarrier_wait(s.v_full[ring.stage], ring.parity);
         issue_dp();
         issue_dq(stage);
         read_stage = stage;
@@ -238,7 +238,7 @@ __device__ __forceinline__ void multiply_dq(const DqMaps& maps, const BackwardPa
       issue_dq(stage);
       wgmma_wait<0>();
       pin(dq);
-      arrive(s.k_free[stage]);
+      arrive(s.k_empty[stage]);
     }
 
     // dQ leaves through the memory of dO.
@@ -271,12 +271,12 @@ __device__ __forceinline__ void multiply_dq(const DqMaps& maps, const BackwardPa
 template <class Config>
 __device__ void init_dq_barriers(typename Config::SharedStorage& s) {
   using namespace ptx;
-  mbarrier_init(shared_address(&s.q_full), 1), mbarrier_init(shared_address(&s.q_free), Config::kConsumerWarps);
-  for (int i = 0; i < 2; i++) mbarrier_init(shared_address(&s.grad_out_free[i]), Config::kConsumerWarps);
+  mbarrier_init(s.q_full, 1), mbarrier_init(s.q_empty, Config::kConsumerWarps);
+  for (int i = 0; i < 2; i++) mbarrier_init(s.grad_out_empty[i], Config::kConsumerWarps);
   for (int i = 0; i < Config::kStages; i++) {
-    mbarrier_init(shared_address(&s.k_full[i]), 1), mbarrier_init(shared_address(&s.v_full[i]), 1);
-    mbarrier_init(shared_address(&s.k_free[i]), Config::kConsumerWarps);
-    mbarrier_init(shared_address(&s.v_free[i]), Config::kConsumerWarps);
+    mbarrier_init(s.k_full[i], 1), mbarrier_init(s.v_full[i], 1);
+    mbarrier_init(s.k_empty[i], Config::kConsumerWarps);
+    mbarrier_init(s.v_empty[i], Config::kConsumerWarps);
   }
   fence_mbarrier_init();
 }
@@ -298,7 +298,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   if (!has_work(p, schedule, BackwardForm::kTwoPass)) return;
   const auto begin_second_pass = [&] {
     return begin_repair<kPassBarrier, Config::kConsumers + 32>(s.repair, schedule.repair_list, false, [&] {
-      invalidate_barriers(&s.q_full, s.v_free + Config::kStages - 1);
+      invalidate_barriers(&s.q_full, s.v_empty + Config::kStages - 1);
       init_dq_barriers<Config>(s);
     });
   };

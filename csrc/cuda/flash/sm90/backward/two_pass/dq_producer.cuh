@@ -52,10 +52,10 @@ struct KeyProducer {
       next_work = -1;
       tile_parity ^= 1, grad_out_ring.advance();
     }
-    ptx::mbarrier_wait(ptx::shared_address(&s.q_free), tile_parity ^ 1);
+    ptx::mbarrier_wait(s.q_empty, tile_parity ^ 1);
     if (lane == 0) {
       s.tile.query_tile = -1;
-      ptx::mbarrier_arrive(ptx::shared_address(&s.q_full));
+      ptx::mbarrier_arrive(s.q_full);
     }
   }
 
@@ -74,9 +74,9 @@ struct KeyProducer {
 
   __device__ __forceinline__ void load_queries() {
     using namespace ptx;
-    const uint32_t full = shared_address(&s.q_full);
-    mbarrier_wait(shared_address(&s.q_free), tile_parity ^ 1);
-    mbarrier_wait(shared_address(&s.grad_out_free[grad_out_ring.stage]), grad_out_ring.parity ^ 1);
+    uint64_t& full = s.q_full;
+    mbarrier_wait(s.q_empty, tile_parity ^ 1);
+    mbarrier_wait(s.grad_out_empty[grad_out_ring.stage], grad_out_ring.parity ^ 1);
     if (lane == 0) {
       s.repair.take_stage(grad_out_ring.stage, (batch * p.shape.num_heads + head) * tiles_of_head() + query_tile,
                           schedule.repair_list);
@@ -108,9 +108,9 @@ struct KeyProducer {
     using namespace ptx;
     static_assert(kTileKv == kTileQ / 2);
     const int stage = ring.stage;
-    const uint32_t k_full = shared_address(&s.k_full[stage]), v_full = shared_address(&s.v_full[stage]);
-    mbarrier_wait(shared_address(&s.k_free[stage]), ring.parity ^ 1);
-    mbarrier_wait(shared_address(&s.v_free[stage]), ring.parity ^ 1);
+    uint64_t &k_full = s.k_full[stage], &v_full = s.v_full[stage];
+    mbarrier_wait(s.k_empty[stage], ring.parity ^ 1);
+    mbarrier_wait(s.v_empty[stage], ring.parity ^ 1);
     if (lane == 0) {
       mbarrier_arrive_expect(k_full, Config::kKeyBytes), mbarrier_arrive_expect(v_full, Config::kKeyBytes);
       load_panels(maps.out, k_full, s.k[stage], query_tile * kTileQ, head);
@@ -121,7 +121,7 @@ struct KeyProducer {
   }
 
   // 64 rows.
-  __device__ __forceinline__ void load_panels(const CUtensorMap& map, uint32_t full, unsigned char* s_panels, int row,
+  __device__ __forceinline__ void load_panels(const CUtensorMap& map, uint64_t& full, unsigned char* s_panels, int row,
                                               int of_head) const {
 #pragma unroll
     for (int panel = 0; panel < Config::kPanels; panel++)
@@ -191,14 +191,14 @@ struct KeyProducer {
   __device__ __forceinline__ void announce(int flag) {
     using namespace ptx;
     const int stage = ring.stage, kv_head = head / schedule.group_size, first = pending_tile * kTileKv;
-    const uint32_t k_full = shared_address(&s.k_full[stage]), v_full = shared_address(&s.v_full[stage]);
-    mbarrier_wait(shared_address(&s.k_free[stage]), ring.parity ^ 1);
+    uint64_t &k_full = s.k_full[stage], &v_full = s.v_full[stage];
+    mbarrier_wait(s.k_empty[stage], ring.parity ^ 1);
     if (lane == 0) {
       s.block[stage] = {pending_tile, pending_flags | flag};
       mbarrier_arrive_expect(k_full, Config::kKeyBytes);
       load_panels(maps.k, k_full, s.k[stage], first, kv_head);
     }
-    mbarrier_wait(shared_address(&s.v_free[stage]), ring.parity ^ 1);
+    mbarrier_wait(s.v_empty[stage], ring.parity ^ 1);
     if (lane == 0) {
       mbarrier_arrive_expect(v_full, Config::kKeyBytes);
       load_panels(maps.v, v_full, s.v[stage], first, kv_head);

@@ -1,0 +1,21 @@
+// The parameters of the forward kernel.
+#pragma once
+#include "config.h"
+#include "flash/tile/tile_order.cuh"
+
+namespace selfattn::cuda::sm90 {
+
+struct ForwardKernelParams {
+  CUtensorMap query, key, value, out;  // boxes: query, out 64 rows; key, value a key block
+  AttentionShape shape;
+  AttentionWindow window;
+  float scale;
+  float* lse;          // (batch, num_heads, query_length)
+  const float* sinks;  // (num_heads,) or null
+  SegmentTables segments;
+  int* repair_list;  // (tiles) for RepairList
+  int* counters;     // [0]: tiles taken after each thread block's first; null where there are no others
+  TileSchedule schedule;
+};
+
+}  // namespace selfattn::cuda::sm90
