@@ -25,4 +25,10 @@ __device__ __forceinline__ void store_matrix_x4_transposed(uint32_t s_row, uint3
                : "memory");
 }
 
+// Where row lane % 16 of an operand has, for this lane, the i-th 16 columns: bytes from the start of the row, in panels
+// of 128-byte rows with 128-byte swizzle that are panel_bytes apart (wgmma.cuh).
+__device__ __forceinline__ int swizzled_columns(int i, int lane, int panel_bytes) {
+  return i / 4 * panel_bytes + ((i % 4 * 2 + lane / 16) ^ (lane % 8)) * 16;
+}
+
 }  // namespace selfattn::ptx

@@ -54,10 +54,6 @@ struct RepairList {
   }
 };
 
-__device__ __forceinline__ void invalidate_barriers(uint64_t* first, uint64_t* last) {
-  for (uint64_t* barrier = first; barrier <= last; barrier++) ptx::mbarrier_invalidate(*barrier);
-}
-
 // Between the passes, by all kThreads threads of the roles, which reach it in their own branches: whether there is a
 // second pass, which `is_wanted` asks for in any case. If so, every marked tile is on the list, and renew_barriers has
 // set the roles' barriers up again.

@@ -20,6 +20,16 @@ struct KeyBlock {
   }
 };
 
+// Whether two blocks of tokens may share a segment. May err on the side of yes.
+__device__ __forceinline__ bool may_share_segment(const SegmentBlock& a, const SegmentBlock& b) {
+  return a.min_id <= b.max_id && b.min_id <= a.max_id && (a.signature & b.signature) != 0;
+}
+
+// Whether all tokens of both are in one segment, so that no pair need be compared.
+__device__ __forceinline__ bool is_one_segment(const SegmentBlock& a, const SegmentBlock& b) {
+  return a.min_id == a.max_id && b.min_id == b.max_id && a.min_id == b.min_id;
+}
+
 // The blocks of [first, end); with ids only those that may hold an id of the query tile. The whole warp walks together:
 // each lane tests one of 32 candidates. A signature may claim a common id where there is none; that costs time, never
 // correctness.
@@ -55,12 +65,5 @@ class KeyBlockWalk {
   int first_, group_end_, always_;
   unsigned candidates_ = 0, uniform_ = 0;
 };
-
-__device__ __forceinline__ void test_by_ids(const SegmentBlock& query, const SegmentBlock& key, bool& meets,
-                                            bool& is_uniform) {
-  meets = key.min_id <= query.max_id && query.min_id <= key.max_id && (key.signature & query.signature) != 0;
-  // Equal too: a block that is visited without a common id must not pass for one that needs no mask.
-  is_uniform = query.min_id == query.max_id && key.min_id == key.max_id && query.min_id == key.min_id;
-}
 
 }  // namespace selfattn::cuda

@@ -30,16 +30,17 @@ __device__ __forceinline__ void mask_by_intervals(float (&s)[kCount], const Inte
   }
 }
 
-// g_key_ids points to the id of the lane's first column.
+// row_id: of the lane's rows; column_ids: from its first column on.
 template <int kCount>
-__device__ __forceinline__ void mask_by_ids(float (&s)[kCount], int query_id0, int query_id1, const int* g_key_ids) {
+__device__ __forceinline__ void mask_by_ids(float (&s)[kCount], const int (&row_id)[2], const int* column_ids) {
 #pragma unroll
   for (int group = 0; group < kCount / 4; group++) {
-    const int2 key = *reinterpret_cast<const int2*>(g_key_ids + 8 * group);
-    if (key.x != query_id0) s[4 * group] = -infinity();
-    if (key.y != query_id0) s[4 * group + 1] = -infinity();
-    if (key.x != query_id1) s[4 * group + 2] = -infinity();
-    if (key.y != query_id1) s[4 * group + 3] = -infinity();
+    const int2 column_id = *reinterpret_cast<const int2*>(column_ids + 8 * group);
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      if (column_id.x != row_id[r]) s[4 * group + 2 * r] = -infinity();
+      if (column_id.y != row_id[r]) s[4 * group + 2 * r + 1] = -infinity();
+    }
   }
 }
 

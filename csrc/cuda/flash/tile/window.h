@@ -1,5 +1,5 @@
-// Which keys a query may see by the causal limit, the window and the length of the row: an interval whose ends never
-// decrease from query to query.
+// Which keys a query may see by the causal limit, the window and the length of the row, and which queries see a key:
+// intervals whose ends never decrease from token to token.
 #pragma once
 #include "flash/params.h"
 
@@ -18,6 +18,11 @@ struct Interval {
 __device__ __forceinline__ Interval keys_of_query(const AttentionWindow& window, int query, int offset,
                                                   int key_length) {
   return {::max(query + offset - window.left, 0), ::min(query + offset + window.right + 1, key_length)};
+}
+
+__device__ __forceinline__ Interval queries_of_key(const AttentionWindow& window, int key, int offset,
+                                                   int query_length) {
+  return {::max(key - window.right - offset, 0), ::min(key + window.left - offset + 1, query_length)};
 }
 
 }  // namespace selfattn::cuda

@@ -2,44 +2,53 @@
 // one interval of queries each, so together they are one interval, and both its ends never decrease from key to key.
 #pragma once
 #include "config.cuh"
+#include "flash/tile/key_blocks.cuh"
+#include "flash/tile/window.h"
 #include "schedule.cuh"
 
 namespace selfattn::cuda::sm90 {
 
-// The queries [x, y) that see the key; y may lie below x (none do).
-__device__ __forceinline__ int2 visible_queries(const BackwardParams& p, int batch, bool is_contiguous, int key) {
-  const int shift = p.shape.key_length - p.shape.query_length;
-  int begin = max(0, key - p.window.right - shift), end = min(p.shape.query_length, key + p.window.left - shift + 1);
-  if (is_contiguous) {
-    const int64_t at = int64_t(batch) * p.segments.pitch_query + key;
-    begin = max(begin, p.segments.run_begin[at]);
-    end = min(end, p.segments.run_end[at]);
-  }
-  return {begin, end};
+// How the segments of a batch's row limit it: by runs, by ids, or not at all.
+struct RowSegments {
+  bool has_runs, has_ids;
+};
+
+__device__ __forceinline__ RowSegments segments_of_row(const SegmentTables& segments, int batch) {
+  const bool has_segments = segments.mode != nullptr;
+  const bool has_ids = has_segments && segments.mode[batch] == kGeneral;
+  return {has_segments && !has_ids, has_ids};
 }
 
-// The keys [x, y) that the query may see; y may lie below x. Both ends never decrease from query to query, too.
-__device__ __forceinline__ int2 visible_keys_by_window(const BackwardParams& p, int query) {
-  const int position = query + p.shape.key_length - p.shape.query_length;
-  return {max(0, position - p.window.left), min(p.shape.key_length, position + p.window.right + 1)};
+__device__ __forceinline__ Interval run_of(const SegmentTables& segments, int batch, int token) {
+  const int64_t at = int64_t(batch) * segments.pitch_query + token;
+  return {segments.run_begin[at], segments.run_end[at]};
 }
 
-__device__ __forceinline__ int2 visible_keys(const BackwardParams& p, int batch, bool is_contiguous, int query) {
-  int2 keys = visible_keys_by_window(p, query);
-  if (is_contiguous) {
-    const int64_t at = int64_t(batch) * p.segments.pitch_query + query;
-    keys.x = max(keys.x, p.segments.run_begin[at]), keys.y = min(keys.y, p.segments.run_end[at]);
-  }
+// The queries that see the key, ids aside.
+__device__ __forceinline__ Interval visible_queries(const BackwardParams& p, int batch, bool has_runs, int key) {
+  Interval queries = queries_of_key(p.window, key, p.shape.key_length - p.shape.query_length, p.shape.query_length);
+  if (has_runs) queries = queries & run_of(p.segments, batch, key);
+  return queries;
+}
+
+// The keys that the query may see by its window alone, and by its run, too.
+__device__ __forceinline__ Interval visible_keys_by_window(const BackwardParams& p, int query) {
+  return keys_of_query(p.window, query, p.shape.key_length - p.shape.query_length, p.shape.key_length);
+}
+
+__device__ __forceinline__ Interval visible_keys(const BackwardParams& p, int batch, bool has_runs, int query) {
+  Interval keys = visible_keys_by_window(p, query);
+  if (has_runs) keys = keys & run_of(p.segments, batch, query);
   return keys;
 }
 
-// The query tiles [x, y) that key tile `tile` meets, by the intervals alone.
+// The query tiles that key tile `tile` meets, ids aside.
 template <class Config>
-__device__ __forceinline__ int2 query_tiles_of(const BackwardParams& p, int batch, bool is_contiguous, int tile) {
+__device__ __forceinline__ Interval query_tiles_of(const BackwardParams& p, int batch, bool has_runs, int tile) {
   const int first = tile * Config::kTileKv, last = min(first + Config::kTileKv, p.shape.key_length) - 1;
-  const int begin = visible_queries(p, batch, is_contiguous, first).x,
-            end = visible_queries(p, batch, is_contiguous, last).y;
-  return begin < end ? int2{begin / Config::kTileQ, (end + Config::kTileQ - 1) / Config::kTileQ} : int2{0, 0};
+  const int begin = visible_queries(p, batch, has_runs, first).begin,
+            end = visible_queries(p, batch, has_runs, last).end;
+  return begin < end ? Interval{begin / Config::kTileQ, (end + Config::kTileQ - 1) / Config::kTileQ} : Interval{0, 0};
 }
 
 // Whether kernels of `form` have work. Called by whole warps, behind the wait for the kernel ahead.
@@ -66,11 +75,6 @@ __device__ __forceinline__ SegmentBlock query_block(const BackwardParams& p, con
     block.signature |= second.signature;
   }
   return block;
-}
-
-// Whether two blocks of tokens may share a segment. May err on the side of yes.
-__device__ __forceinline__ bool may_share_segment(const SegmentBlock& a, const SegmentBlock& b) {
-  return a.min_id <= b.max_id && b.min_id <= a.max_id && (a.signature & b.signature) != 0;
 }
 
 }  // namespace selfattn::cuda::sm90

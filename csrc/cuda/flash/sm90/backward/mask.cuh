@@ -2,6 +2,7 @@
 // do (wgmma.cuh); rows are keys and columns queries, or the other way round.
 #pragma once
 #include "config.cuh"
+#include "flash/tile/mask.cuh"
 #include "intervals.cuh"
 
 namespace selfattn::cuda::sm90 {
@@ -11,8 +12,8 @@ struct RowIntervals {
   int first[2];
   unsigned count[2];
 
-  __device__ __forceinline__ void set(int r, int2 interval) {
-    first[r] = interval.x, count[r] = max(interval.y - interval.x, 0);
+  __device__ __forceinline__ void set(int r, const Interval& interval) {
+    first[r] = interval.begin, count[r] = max(interval.end - interval.begin, 0);
   }
 };
 
@@ -27,21 +28,6 @@ __device__ __forceinline__ void mask_by_intervals(float (&scores)[kColumns / 2],
   }
 }
 
-// row_id: of the lane's rows; column_ids: from this lane's first column on.
-template <int kColumns>
-__device__ __forceinline__ void mask_by_ids(float (&scores)[kColumns / 2], const int (&row_id)[2],
-                                            const int* column_ids) {
-#pragma unroll
-  for (int i = 0; i < kColumns / 8; i++) {
-    const int2 column_id = *reinterpret_cast<const int2*>(column_ids + i * 8);
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-      if (column_id.x != row_id[r]) scores[4 * i + 2 * r] = -INFINITY;
-      if (column_id.y != row_id[r]) scores[4 * i + 2 * r + 1] = -INFINITY;
-    }
-  }
-}
-
 // The queries that see the lane's keys first_key and first_key + 8. `flags` of any block of the tile.
 __device__ __forceinline__ RowIntervals query_intervals(const BackwardParams& p, int flags, int batch, int first_key) {
   RowIntervals rows;
@@ -49,7 +35,7 @@ __device__ __forceinline__ RowIntervals query_intervals(const BackwardParams& p,
   for (int r = 0; r < 2; r++) {
     const int key = first_key + 8 * r;
     const bool sees_nothing = key >= p.shape.key_length || flags & kAllMasked;
-    rows.set(r, sees_nothing ? int2{0, 0} : visible_queries(p, batch, flags & kMaskedByRuns, key));
+    rows.set(r, sees_nothing ? Interval{0, 0} : visible_queries(p, batch, flags & kMaskedByRuns, key));
   }
   return rows;
 }
@@ -64,7 +50,7 @@ __device__ __forceinline__ void mask_scores(float (&scores)[kColumns / 2], const
   if (flags & kMaskedByIds) {
     const int* g_key_ids = p.segments.key_ids + int64_t(batch) * p.segments.pitch_key + first_key;
     const int key_id[2] = {g_key_ids[0], g_key_ids[8]};
-    mask_by_ids<kColumns>(scores, key_id, s_query_ids);
+    mask_by_ids(scores, key_id, s_query_ids);
   }
 }
 

@@ -1,6 +1,7 @@
-// Products that the backward kernels have in common. Operands lie in panels as wgmma.cuh describes; descriptors count
-// 16 bytes. Each issues one group of instructions and commits it.
+// Products that the backward kernels have in common, and the way of their sums into shared memory. Operands lie in
+// panels as wgmma.cuh describes; descriptors count 16 bytes. Each issues one group of instructions and commits it.
 #pragma once
+#include "ptx/arithmetic.cuh"
 #include "ptx/matrix.cuh"
 #include "ptx/wgmma.cuh"
 
@@ -19,7 +20,7 @@ struct HeldRows {
   __device__ __forceinline__ void load(uint32_t s_row, int lane) {
 #pragma unroll
     for (int i = 0; i < kSteps; i++)
-      ptx::load_matrix_x4(s_row + i / 4 * kPanel + ((i % 4 * 2 + lane / 16) ^ (lane % 8)) * 16, fragments + 4 * i);
+      ptx::load_matrix_x4(s_row + ptx::swizzled_columns(i, lane, kPanel), fragments + 4 * i);
   }
 };
 
@@ -55,6 +56,16 @@ __device__ __forceinline__ void accumulate(float (&d)[kCount], const uint32_t* l
                                                        right + i * ptx::operand_step(kProductStep * 128));
   }
   ptx::wgmma_commit();
+}
+
+// A sum times `factor`, rounded, as rows of panels in shared memory. s_row: of the warp's row lane % 16.
+template <class Element, int kPanel, int kCount>
+__device__ __forceinline__ void store_rows(uint32_t s_row, int lane, const float (&d)[kCount], float factor) {
+#pragma unroll
+  for (int i = 0; i < kCount / 8; i++) {
+    const auto pair = [&](int j) { return ptx::pack<Element>(d[8 * i + j] * factor, d[8 * i + j + 1] * factor); };
+    ptx::store_matrix_x4(s_row + ptx::swizzled_columns(i, lane, kPanel), pair(0), pair(2), pair(4), pair(6));
+  }
 }
 
 }  // namespace selfattn::cuda::sm90

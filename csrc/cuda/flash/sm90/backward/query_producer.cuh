@@ -38,7 +38,7 @@ struct QueryProducer {
   // The keys at work.
   int batch = 0, kv_head = 0, key_tile = 0;
   int section = -1;
-  bool is_contiguous = false, is_general = false;
+  RowSegments segments = {};
   bool keys_are_loaded = false;
   bool is_upward = false;  // the walk over the query tiles
   // The query tile found last. It is announced when the next one is found, or as the last of the key tile.
@@ -79,13 +79,11 @@ struct QueryProducer {
     const int kv_group =
         is_listed() ? work / schedule.key_tiles : section * schedule.kv_groups_per_section + rest % groups;
     batch = kv_group / p.shape.num_kv_heads, kv_head = kv_group % p.shape.num_kv_heads;
-    const bool has_segments = p.segments.mode != nullptr;
-    is_general = has_segments && p.segments.mode[batch] == kGeneral;
-    is_contiguous = has_segments && !is_general;
+    segments = segments_of_row(p.segments, batch);
     if (Config::kSumsQueries && p.is_deterministic)
       key_tile = schedule.walks_upward ? schedule.key_tiles - 1 - rank : rank;
     else
-      key_tile = has_segments ? p.segments.order[int64_t(batch) * schedule.key_tiles + rank] : rank;
+      key_tile = p.segments.mode ? p.segments.order[int64_t(batch) * schedule.key_tiles + rank] : rank;
     if (is_listed()) key_tile = work % schedule.key_tiles;
     is_upward = schedule.walks_upward || (schedule.reverses && rest >= static_cast<int>(gridDim.x));
     keys_are_loaded = false;
@@ -98,46 +96,45 @@ struct QueryProducer {
 
   __device__ __forceinline__ void produce_tile() {
     if (Config::kKeyBuffers > 1) load_keys();  // the other buffer's tile is still at work
-    const int2 tiles = query_tiles_of<Config>(p, batch, is_contiguous, key_tile);
-    // Queries [x, y) that see every (some) key of a warpgroup.
-    int2 by_all[2], by_some[2];
+    const Interval tiles = query_tiles_of<Config>(p, batch, segments.has_runs, key_tile);
+    // Queries that see every (some) key of a warpgroup.
+    Interval by_all[2], by_some[2];
 #pragma unroll
     for (int w = 0; w < 2; w++) {
       const int keys = Config::kIsD256 ? kTileKv : kTileKv / 2,
                 first = key_tile * kTileKv + (Config::kIsD256 ? 0 : w * keys);
       const int last = first + keys - 1;
-      const int2 of_first = visible_queries(p, batch, is_contiguous, first);
-      const int2 of_last = visible_queries(p, batch, is_contiguous, last);
+      const Interval of_first = visible_queries(p, batch, segments.has_runs, first);
+      const Interval of_last = visible_queries(p, batch, segments.has_runs, last);
       const bool exists = last < p.shape.key_length;
-      by_all[w] = exists ? int2{of_last.x, of_first.y} : int2{0, 0};
-      if (!Config::kSumsQueries) by_some[w] = {of_first.x, exists ? of_last.y : p.shape.query_length};
+      by_all[w] = exists ? Interval{of_last.begin, of_first.end} : Interval{0, 0};
+      if (!Config::kSumsQueries) by_some[w] = {of_first.begin, exists ? of_last.end : p.shape.query_length};
     }
     SegmentBlock keys = {};
-    if (is_general) keys = p.segments.key_blocks[int64_t(batch) * schedule.key_tiles + key_tile];
+    if (segments.has_ids) keys = p.segments.key_blocks[int64_t(batch) * schedule.key_tiles + key_tile];
 
-    for (int base = 0; base < tiles.y - tiles.x; base += 32) {
-      const int tile = is_upward ? tiles.x + base + lane : tiles.y - 1 - base - lane;
-      bool is_visible = tiles.x <= tile && tile < tiles.y;
-      int flags = is_contiguous ? kMaskedByRuns : 0;
+    for (int base = 0; base < tiles.end - tiles.begin; base += 32) {
+      const int tile = is_upward ? tiles.begin + base + lane : tiles.end - 1 - base - lane;
+      bool is_visible = tiles.begin <= tile && tile < tiles.end;
+      int flags = segments.has_runs ? kMaskedByRuns : 0;
       if (is_visible) {
         const int begin = tile * kTileQ, end = min(begin + kTileQ, p.shape.query_length);
-        if (begin < by_all[0].x || end > by_all[0].y) flags |= kMaskWarpgroup0;
-        if (begin < by_all[1].x || end > by_all[1].y) flags |= kMaskWarpgroup1;
+        if (begin < by_all[0].begin || end > by_all[0].end) flags |= kMaskWarpgroup0;
+        if (begin < by_all[1].begin || end > by_all[1].end) flags |= kMaskWarpgroup1;
         if (!Config::kSumsQueries) {
-          if (end <= by_some[0].x || begin >= by_some[0].y) flags |= kSkipWarpgroup0;
-          if (end <= by_some[1].x || begin >= by_some[1].y) flags |= kSkipWarpgroup1;
+          if (end <= by_some[0].begin || begin >= by_some[0].end) flags |= kSkipWarpgroup0;
+          if (end <= by_some[1].begin || begin >= by_some[1].end) flags |= kSkipWarpgroup1;
         }
-        if (is_general) {
+        if (segments.has_ids) {
           const SegmentBlock queries = query_block<kTileQ>(p, schedule, batch, tile);
           is_visible = may_share_segment(queries, keys);
-          const bool is_one_segment = queries.min_id == queries.max_id && keys.min_id == keys.max_id;
-          if (!is_one_segment) flags |= kMaskWarpgroup0 | kMaskWarpgroup1 | kMaskedByIds;
+          if (!is_one_segment(queries, keys)) flags |= kMaskWarpgroup0 | kMaskWarpgroup1 | kMaskedByIds;
         }
       }
       for (unsigned found = __ballot_sync(kAllLanes, is_visible); found; found &= found - 1) {
         const int source = __ffs(found) - 1, flags_of_found = __shfl_sync(kAllLanes, flags, source);
         if (pending_tile >= 0) announce_heads(false);
-        if (!Config::kSumsQueries && tiles.y - tiles.x - base - source <= kTilesAhead) claim_next();
+        if (!Config::kSumsQueries && tiles.end - tiles.begin - base - source <= kTilesAhead) claim_next();
         pending_tile = __shfl_sync(kAllLanes, tile, source), pending_flags = flags_of_found;
       }
     }

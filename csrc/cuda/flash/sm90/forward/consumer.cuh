@@ -55,9 +55,7 @@ __device__ __forceinline__ void multiply_tiles(const ForwardKernelParams& p, typ
   const uint64_t value_operand = ptx::matrix_descriptor(ptx::shared_address(s.v[0]), Config::kKeyPanelBytes);
   // Row lane % 16 of the warp's 16 rows and the chunk of 8 columns that matrix instructions take from this lane.
   const uint32_t lane_row = (warp * 16 + lane % 16) * kPanelRowBytes;
-  const auto chunk = [&](int i) {
-    return i / 4 * Config::kQueryPanelBytes + (((i % 4) * 2 + lane / 16) ^ (lane % 8)) * 16;
-  };
+  const auto chunk = [&](int i) { return ptx::swizzled_columns(i, lane, Config::kQueryPanelBytes); };
 
   const auto open_tile = [&]() -> bool {
     ptx::mbarrier_wait(s.q_full[q.stage], q.parity);
@@ -136,7 +134,8 @@ __device__ __forceinline__ void multiply_tiles(const ForwardKernelParams& p, typ
     if (kMasked && block.by_ids) {
       const int b = s.tile[q.stage].head / p.shape.num_heads;
       const int* s_ids = s.row_table[q.stage][0] + row_in_tile;
-      mask_by_ids(scores, s_ids[0], s_ids[8], p.segments.key_ids + size_t(b) * p.segments.pitch_key + first_column);
+      const int ids[2] = {s_ids[0], s_ids[8]};
+      mask_by_ids(scores, ids, p.segments.key_ids + size_t(b) * p.segments.pitch_key + first_column);
     }
   };
   const auto finish_out = [&] {

@@ -30,19 +30,11 @@ namespace selfattn::cuda::sm90 {
 
 template <class Config>
 __device__ void init_barriers(typename Config::SharedStorage& s) {
-  for (int i = 0; i < Config::kQueryStages; i++) {
-    ptx::mbarrier_init(s.q_full[i], 1);
-    ptx::mbarrier_init(s.q_empty[i], Config::kWarpgroups);
-    for (uint64_t& barrier : s.out_full[i]) ptx::mbarrier_init(barrier, kWarpgroupSize);
-  }
-  for (int i = 0; i < Config::kKeyStages; i++) {
-    ptx::mbarrier_init(s.k_full[i], 1);
-    ptx::mbarrier_init(s.k_empty[i], Config::kConsumerWarps);
-  }
-  for (int i = 0; i < Config::kValueStages; i++) {
-    ptx::mbarrier_init(s.v_full[i], 1);
-    ptx::mbarrier_init(s.v_empty[i], Config::kConsumerWarps);
-  }
+  init_ring(s.q_full, s.q_empty, Config::kWarpgroups);
+  for (auto& of_stage : s.out_full)
+    for (uint64_t& barrier : of_stage) ptx::mbarrier_init(barrier, kWarpgroupSize);
+  init_ring(s.k_full, s.k_empty, Config::kConsumerWarps);
+  init_ring(s.v_full, s.v_empty, Config::kConsumerWarps);
   ptx::fence_mbarrier_init();
 }
 

@@ -123,9 +123,10 @@ __device__ __forceinline__ void load_tiles(const ForwardKernelParams& p, typenam
     const int b = tile.head / p.shape.num_heads, h = tile.head % p.shape.num_heads, kv_head = h / group;
     const bool by_ids = kMasked && tile.mode == kGeneral;
     const auto test = [&](int index, bool& meets, bool& is_uniform) {
-      if (by_ids)
-        test_by_ids(p.segments.query_blocks[size_t(b) * p.segments.query_tiles + tile.index],
-                    p.segments.key_blocks[size_t(b) * p.segments.key_tiles + index], meets, is_uniform);
+      if (!by_ids) return;
+      const SegmentBlock queries = p.segments.query_blocks[size_t(b) * p.segments.query_tiles + tile.index],
+                         keys = p.segments.key_blocks[size_t(b) * p.segments.key_tiles + index];
+      meets = may_share_segment(queries, keys), is_uniform = is_one_segment(queries, keys);
     };
     const int first_block = early_block < 0 ? tile.first_block : min(tile.first_block, early_block);
     KeyBlockWalk walk(first_block, max(tile.end_block, early_block + 1), early_block);

@@ -29,8 +29,7 @@ __device__ __forceinline__ void multiply_d128(const BackwardMaps& maps, const Ba
   using Element = typename Config::Element;
   constexpr int kD = Config::kHeadDim, kTileQ = Config::kTileQ, kTileKv = Config::kTileKv;
   constexpr int kQPanel = kTileQ * 128, kKvPanel = kTileKv * 128;  // bytes
-  const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0) - 1, warp = threadIdx.x / 32 % 4,
-            lane = threadIdx.x % 32;
+  const auto [warpgroup, warp, lane] = WarpPlace(threadIdx.x);
   const float scale_log2 = p.scale * kLog2E;
 
   float dk[kD / 2], dv[kD / 2], scores[kTileQ / 2], dp[kTileQ / 2], dq[kDqTileRows / 2];
@@ -120,14 +119,7 @@ __device__ __forceinline__ void multiply_d128(const BackwardMaps& maps, const Ba
                          const TileInfo& tile) {
     const uint32_t s_slice = shared_address(slices) + (warpgroup * 4 + warp) * (16 * kD * 2),
                    s_row = s_slice + lane % 16 * 128;
-#pragma unroll
-    for (int i = 0; i < kD / 16; i++) {
-      store_matrix_x4(s_row + i / 4 * (16 * 128) + ((i % 4 * 2 + lane / 16) ^ (lane % 8)) * 16,
-                      pack<Element>(d[8 * i] * factor, d[8 * i + 1] * factor),
-                      pack<Element>(d[8 * i + 2] * factor, d[8 * i + 3] * factor),
-                      pack<Element>(d[8 * i + 4] * factor, d[8 * i + 5] * factor),
-                      pack<Element>(d[8 * i + 6] * factor, d[8 * i + 7] * factor));
-    }
+    store_rows<Element, 16 * 128>(s_row, lane, d, factor);
     fence_proxy_async_shared();
     __syncwarp();
     if (lane == 0) {

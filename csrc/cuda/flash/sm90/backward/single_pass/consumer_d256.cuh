@@ -32,8 +32,8 @@ __device__ __forceinline__ void multiply_d256(const BackwardMaps& maps, const Ba
   constexpr int kPanelBytes = 64 * 128;  // 64 rows, of every operand
   constexpr int kOwnQueries = 32, kOwnPanels = 2, kOwnColumns = kOwnPanels * kPanelColumns;
   static_assert(kTileQ == 64 && kTileKv == 64 && kD == 2 * kOwnColumns);
-  const int thread = forget(threadIdx.x);  // or ptxas reads the register anew at every use in the loop
-  const int warpgroup = __shfl_sync(~0u, thread / 128, 0) - 1, warp = thread / 32 % 4, lane = thread % 32;
+  const auto [warpgroup, warp, lane] =
+      WarpPlace(forget(threadIdx.x));  // or ptxas reads the register anew at every use in the loop
   const float scale_log2 = p.scale * kLog2E;
 
   float dk[kOwnColumns / 2], dv[kOwnColumns / 2], scores[kOwnQueries / 2], dp[kOwnQueries / 2], dq[kDqTileRows / 2];
@@ -109,21 +109,13 @@ __device__ __forceinline__ void multiply_d256(const BackwardMaps& maps, const Ba
     mask_scores<kOwnQueries>(scores, p, rows, block.flags, s.tile[0].batch, first_key,
                              block.query_tile * kTileQ + column, &s.query_ids[ring.stage][column]);
   };
-  const auto store_score_gradients = [&](const float* stats, uint32_t out) {  // dS = P (dP - delta)
+  const auto store_score_gradients = [&](const float* stats, uint32_t out) {
+    uint32_t packed[kOwnQueries / 4];
+    pack_score_gradients<Element, kOwnQueries>(scores, dp, stats, packed);
 #pragma unroll
-    for (int i = 0; i < kOwnQueries / 16; i++) {
-      uint32_t packed[4];
-#pragma unroll
-      for (int j = 0; j < 2; j++) {
-        const float2 delta = *reinterpret_cast<const float2*>(stats + kTileQ + 16 * i + 8 * j);
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-          const int at = 8 * i + 4 * j + 2 * r;
-          packed[2 * j + r] = pack<Element>(scores[at] * (dp[at] - delta.x), scores[at + 1] * (dp[at + 1] - delta.y));
-        }
-      }
-      store_matrix_x4(s_ds + out + score_chunk(i), packed[0], packed[1], packed[2], packed[3]);
-    }
+    for (int i = 0; i < kOwnQueries / 16; i++)
+      store_matrix_x4(s_ds + out + score_chunk(i), packed[4 * i], packed[4 * i + 1], packed[4 * i + 2],
+                      packed[4 * i + 3]);
   };
   // Clears what a masked pair of this block would bring into a sum: rows of Q and dO, and of the warp's 16 keys.
   const auto clear_rows = [&](bool has_bad_keys) {
@@ -135,13 +127,7 @@ __device__ __forceinline__ void multiply_d256(const BackwardMaps& maps, const Ba
   const auto store = [&](const CUtensorMap* map, float (&d)[kOwnColumns / 2], float factor, uint32_t s_panels,
                          const TileInfo& tile, uint64_t& freed) {
     const uint32_t s_row = s_panels + own_panels + (warp * 16 + lane % 16) * 128;
-#pragma unroll
-    for (int i = 0; i < kOwnColumns / 16; i++) {
-      const float* r = &d[8 * i];
-      store_matrix_x4(s_row + i / 4 * kPanelBytes + ((i % 4 * 2 + lane / 16) ^ (lane % 8)) * 16,
-                      pack<Element>(r[0] * factor, r[1] * factor), pack<Element>(r[2] * factor, r[3] * factor),
-                      pack<Element>(r[4] * factor, r[5] * factor), pack<Element>(r[6] * factor, r[7] * factor));
-    }
+    store_rows<Element, kPanelBytes>(s_row, lane, d, factor);
     fence_proxy_async_shared();
     barrier_sync(kWarpgroup0Barrier + warpgroup, 128);
     if (warp == 0 && lane == 0) {

@@ -21,7 +21,7 @@ struct DqSemaphore {
   int lane = threadIdx.x % 32;
   // Of the key tile at work.
   int key_tile = 0, batch = 0;
-  bool is_contiguous = false, is_general = false;
+  RowSegments segments = {};
   int counted_tile = 0,
       adds_ahead = 0;  // tiles ahead of it up to (not including) counted_tile, and how many of them meet queries
 
@@ -29,13 +29,13 @@ struct DqSemaphore {
   // tile.
   __device__ __forceinline__ int adds_before(int tile) {
     const int step = schedule.walks_upward ? 1 : -1;
-    if (is_general) return adds_before_by_segments(tile, step);
+    if (segments.has_ids) return adds_before_by_segments(tile, step);
     // All up to the last one that reaches the tile by intervals. The producer comes to ever farther ones, so the count
     // goes on.
     for (; 0 <= counted_tile && counted_tile < schedule.key_tiles; counted_tile += step) {
-      const int2 tiles = query_tiles_of<Config>(p, batch, is_contiguous, counted_tile);
-      if (tiles.x >= tiles.y) continue;
-      if (schedule.walks_upward ? tiles.x > tile : tiles.y <= tile) break;
+      const Interval tiles = query_tiles_of<Config>(p, batch, segments.has_runs, counted_tile);
+      if (tiles.begin >= tiles.end) continue;
+      if (schedule.walks_upward ? tiles.begin > tile : tiles.end <= tile) break;
       adds_ahead++;
     }
     return adds_ahead;
@@ -49,8 +49,8 @@ struct DqSemaphore {
       bool meets = base + lane < tiles_ahead;
       if (meets) {
         const int other = key_tile + step * (base + lane + 1);
-        const int2 tiles = query_tiles_of<Config>(p, batch, is_contiguous, other);
-        meets = tiles.x <= tile && tile < tiles.y &&
+        const Interval tiles = query_tiles_of<Config>(p, batch, segments.has_runs, other);
+        meets = tiles.begin <= tile && tile < tiles.end &&
                 may_share_segment(queries, p.segments.key_blocks[int64_t(batch) * schedule.key_tiles + other]);
       }
       adds += __popc(__ballot_sync(kAllLanes, meets));
@@ -72,9 +72,7 @@ struct DqSemaphore {
           ptx::mbarrier_wait(s.k_full[0], tile_parity);
           tile_parity ^= 1;
           key_tile = s.tile[0].key_tile, batch = s.tile[0].batch;
-          const bool has_segments = p.segments.mode != nullptr;
-          is_general = has_segments && p.segments.mode[batch] == kGeneral;
-          is_contiguous = has_segments && !is_general;
+          segments = segments_of_row(p.segments, batch);
           counted_tile = key_tile + (schedule.walks_upward ? 1 : -1), adds_ahead = 0;
         }
         is_new_tile = block.flags & kLastOfTile;

@@ -37,25 +37,17 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   launch_dependents();
   if (threadIdx.x == 0) {
     const int readers_of_info = p.is_deterministic ? DqSemaphore<Config>::kWarps : 0;
-    for (int i = 0; i < Config::kStages; i++) {
-      mbarrier_init(s.q_full[i], 1);
-      mbarrier_init(s.q_empty[i], Config::kConsumerWarps + readers_of_info);
-      mbarrier_init(s.may_add[i], 1), mbarrier_init(s.added[i], Config::kConsumerWarps);
-      mbarrier_init(s.grad_out_full[i], 1), mbarrier_init(s.grad_out_empty[i], Config::kConsumerWarps);
-    }
-    for (int i = 0; i < Config::kKeyBuffers; i++) {
-      mbarrier_init(s.k_full[i], 1), mbarrier_init(s.v_full[i], 1);
-      mbarrier_init(s.k_empty[i], Config::kKeyEmptyArrivals);
-      mbarrier_init(s.v_empty[i], Config::kKeyEmptyArrivals);
-    }
+    init_ring(s.q_full, s.q_empty, Config::kConsumerWarps + readers_of_info);
+    init_ring(s.grad_out_full, s.grad_out_empty, Config::kConsumerWarps);
+    init_ring(s.k_full, s.k_empty, Config::kKeyEmptyArrivals);
+    init_ring(s.v_full, s.v_empty, Config::kKeyEmptyArrivals);
+    init_ring(s.may_add, s.added, Config::kConsumerWarps);
     for (int i = 0; i < 2; i++) {
       mbarrier_init(s.grad_s_full[i], Config::kConsumerWarps);
       mbarrier_init(s.grad_s_empty[i], Config::kConsumerWarps);
     }
-    for (int i = 0; i < Config::kBackgroundBuffers; i++) {
-      mbarrier_init(s.background_full[i], 1), mbarrier_init(s.background_empty[i], Config::kBackgroundWorkers);
-      s.background_job[i].head = -1;
-    }
+    init_ring(s.background_full, s.background_empty, Config::kBackgroundWorkers);
+    for (BackgroundJob& job : s.background_job) job.head = -1;
     fence_mbarrier_init();
   }
   __syncthreads();

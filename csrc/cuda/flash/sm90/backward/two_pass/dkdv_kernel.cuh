@@ -29,8 +29,7 @@ __device__ __forceinline__ void multiply_dkdv(const BackwardMaps& maps, const Ba
   using Element = typename Config::Element;
   constexpr int kD = Config::kHeadDim, kTileQ = Config::kTileQ, kTileKv = Config::kTileKv;
   constexpr int kQPanel = kTileQ * 128, kKvPanel = kTileKv * 128;  // bytes
-  const int thread = kIsRepair ? forget(threadIdx.x) : threadIdx.x;
-  const int warpgroup = __shfl_sync(~0u, thread / 128, 0) - 1, warp = thread / 32 % 4, lane = thread % 32;
+  const auto [warpgroup, warp, lane] = WarpPlace(int(kIsRepair ? forget(threadIdx.x) : threadIdx.x));
   const float scale_log2 = p.scale * kLog2E;
   const int own_row = warpgroup * 64 + warp * 16;
 
@@ -60,14 +59,7 @@ __device__ __forceinline__ void multiply_dkdv(const BackwardMaps& maps, const Ba
   const auto store = [&](const CUtensorMap* map, float (&d)[kD / 2], float factor, unsigned char* s_panels,
                          const TileInfo& tile) {
     const uint32_t s_rows = shared_address(s_panels) + own_row * 128, s_row = s_rows + lane % 16 * 128;
-#pragma unroll
-    for (int i = 0; i < kD / 16; i++) {
-      store_matrix_x4(s_row + i / 4 * kKvPanel + ((i % 4 * 2 + lane / 16) ^ (lane % 8)) * 16,
-                      pack<Element>(d[8 * i] * factor, d[8 * i + 1] * factor),
-                      pack<Element>(d[8 * i + 2] * factor, d[8 * i + 3] * factor),
-                      pack<Element>(d[8 * i + 4] * factor, d[8 * i + 5] * factor),
-                      pack<Element>(d[8 * i + 6] * factor, d[8 * i + 7] * factor));
-    }
+    store_rows<Element, kKvPanel>(s_row, lane, d, factor);
     fence_proxy_async_shared();
     __syncwarp();
     if (lane == 0) {
@@ -182,18 +174,11 @@ __device__ __forceinline__ void multiply_dkdv(const BackwardMaps& maps, const Ba
 
 template <class Config>
 __device__ void init_dkdv_barriers(typename Config::SharedStorage& s) {
-  using namespace ptx;
-  for (int i = 0; i < Config::kStages; i++) {
-    mbarrier_init(s.q_full[i], 1), mbarrier_init(s.grad_out_full[i], 1);
-    mbarrier_init(s.q_empty[i], Config::kConsumerWarps);
-    mbarrier_init(s.grad_out_empty[i], Config::kConsumerWarps);
-  }
-  for (int i = 0; i < Config::kKeyBuffers; i++) {
-    mbarrier_init(s.k_full[i], 1), mbarrier_init(s.v_full[i], 1);
-    mbarrier_init(s.k_empty[i], Config::kConsumerWarps);
-    mbarrier_init(s.v_empty[i], Config::kConsumerWarps);
-  }
-  fence_mbarrier_init();
+  init_ring(s.q_full, s.q_empty, Config::kConsumerWarps);
+  init_ring(s.grad_out_full, s.grad_out_empty, Config::kConsumerWarps);
+  init_ring(s.k_full, s.k_empty, Config::kConsumerWarps);
+  init_ring(s.v_full, s.v_empty, Config::kConsumerWarps);
+  ptx::fence_mbarrier_init();
 }
 
 template <class Config>

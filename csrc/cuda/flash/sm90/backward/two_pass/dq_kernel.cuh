@@ -33,8 +33,7 @@ __device__ __forceinline__ void multiply_dq(const DqMaps& maps, const BackwardPa
   using Element = typename Config::Element;
   constexpr int kD = Config::kHeadDim, kTileQ = Config::kTileQ, kTileKv = Config::kTileKv;
   constexpr int kPanel = 64 * 128;  // bytes, of every operand
-  const int thread = kIsRepair ? forget(threadIdx.x) : threadIdx.x;
-  const int warpgroup = __shfl_sync(~0u, thread / 128, 0) - 1, warp = thread / 32 % 4, lane = thread % 32;
+  const auto [warpgroup, warp, lane] = WarpPlace(int(kIsRepair ? forget(threadIdx.x) : threadIdx.x));
   const float scale_log2 = p.scale * kLog2E;
   const int row_in_tile = warpgroup * 64 + warp * 16 + lane / 4;  // this lane's rows: this one and the eighth after it
 
@@ -51,7 +50,7 @@ __device__ __forceinline__ void multiply_dq(const DqMaps& maps, const BackwardPa
   // The row of 16 columns that matrix instructions take from this lane, in this warpgroup's panels.
   const uint32_t lane_row_of_warpgroup = (warp * 16 + lane % 16) * 128;
   const uint32_t lane_row = warpgroup * (Config::kPanels * kPanel) + lane_row_of_warpgroup;
-  const auto chunk = [&](int i) { return i / 4 * kPanel + (((i % 4) * 2 + lane / 16) ^ (lane % 8)) * 16; };
+  const auto chunk = [&](int i) { return swizzled_columns(i, lane, kPanel); };
 
   const auto issue_scores = [&] {
     const uint64_t right = k_rows + ring.stage * operand_step(Config::kKeyBytes);
@@ -118,8 +117,8 @@ __device__ __forceinline__ void multiply_dq(const DqMaps& maps, const BackwardPa
     for (int r = 0; r < 2; r++) {
       const int row = row_in_tile + 8 * r, query = tile.query_tile * kTileQ + row;
       lse[r] = query < p.shape.query_length ? p.lse[int64_t(head) * p.shape.query_length + query] : -INFINITY;
-      int2 keys = visible_keys_by_window(p, query);
-      if (tile.mode == kContiguous) keys = {max(keys.x, s.rows[0][row]), min(keys.y, s.rows[1][row])};
+      Interval keys = visible_keys_by_window(p, query);
+      if (tile.mode == kContiguous) keys = {max(keys.begin, s.rows[0][row]), min(keys.end, s.rows[1][row])};
       rows.set(r, keys);
       row_id[r] = s.rows[0][row];
     }
@@ -202,8 +201,7 @@ __device__ __forceinline__ void multiply_dq(const DqMaps& maps, const BackwardPa
           const int first_key = block.key_tile * kTileKv + column;
           mask_by_intervals<kTileKv>(scores, rows, first_key);
           if (block.flags & kMaskedByIds)
-            mask_by_ids<kTileKv>(scores, row_id,
-                                 p.segments.key_ids + int64_t(tile.batch) * p.segments.pitch_key + first_key);
+            mask_by_ids(scores, row_id, p.segments.key_ids + int64_t(tile.batch) * p.segments.pitch_key + first_key);
         }
 #pragma unroll
         for (int i = 0; i < kTileKv / 2; i++) scores[i] = exp2_approx(scores[i]);
@@ -270,15 +268,11 @@ __device__ __forceinline__ void multiply_dq(const DqMaps& maps, const BackwardPa
 
 template <class Config>
 __device__ void init_dq_barriers(typename Config::SharedStorage& s) {
-  using namespace ptx;
-  mbarrier_init(s.q_full, 1), mbarrier_init(s.q_empty, Config::kConsumerWarps);
-  for (int i = 0; i < 2; i++) mbarrier_init(s.grad_out_empty[i], Config::kConsumerWarps);
-  for (int i = 0; i < Config::kStages; i++) {
-    mbarrier_init(s.k_full[i], 1), mbarrier_init(s.v_full[i], 1);
-    mbarrier_init(s.k_empty[i], Config::kConsumerWarps);
-    mbarrier_init(s.v_empty[i], Config::kConsumerWarps);
-  }
-  fence_mbarrier_init();
+  ptx::mbarrier_init(s.q_full, 1), ptx::mbarrier_init(s.q_empty, Config::kConsumerWarps);
+  for (uint64_t& barrier : s.grad_out_empty) ptx::mbarrier_init(barrier, Config::kConsumerWarps);
+  init_ring(s.k_full, s.k_empty, Config::kConsumerWarps);
+  init_ring(s.v_full, s.v_empty, Config::kConsumerWarps);
+  ptx::fence_mbarrier_init();
 }
 
 template <class Config>

@@ -31,7 +31,7 @@ struct KeyProducer {
   int next_work = -1;
 
   int batch = 0, head = 0, query_tile = 0;
-  bool is_contiguous = false, is_general = false;
+  RowSegments segments = {};
   int pending_tile = -1, pending_flags = 0;
 
   __device__ __forceinline__ int tiles_of_head() const { return (p.shape.query_length + kTileQ - 1) / kTileQ; }
@@ -65,10 +65,8 @@ struct KeyProducer {
     const int section = work / tiles_of_section, rest = work % tiles_of_section, heads = schedule.heads_in(section);
     const int rank = rest / heads, row = kIsRepair ? work / tiles : schedule.first_head_of(section) + rest % heads;
     batch = row / p.shape.num_heads, head = row % p.shape.num_heads;
-    const bool has_segments = p.segments.mode != nullptr;
-    is_general = has_segments && p.segments.mode[batch] == kGeneral;
-    is_contiguous = has_segments && !is_general;
-    query_tile = has_segments ? p.segments.query_order[int64_t(batch) * tiles + rank] : tiles - 1 - rank;
+    segments = segments_of_row(p.segments, batch);
+    query_tile = p.segments.mode ? p.segments.query_order[int64_t(batch) * tiles + rank] : tiles - 1 - rank;
     if (kIsRepair) query_tile = work % tiles;
   }
 
@@ -82,10 +80,10 @@ struct KeyProducer {
                           schedule.repair_list);
       const int first = query_tile * kTileQ;
       constexpr int kRowBytes = kTileQ * 4;
-      s.tile = {query_tile, head, batch, is_contiguous ? kContiguous : is_general ? kGeneral : -1};
-      mbarrier_arrive_expect(full, 2 * Config::kQueryBytes + (is_contiguous ? 2 * kRowBytes
-                                                              : is_general  ? kRowBytes
-                                                                            : 0));
+      s.tile = {query_tile, head, batch, segments.has_runs ? kContiguous : segments.has_ids ? kGeneral : -1};
+      mbarrier_arrive_expect(full, 2 * Config::kQueryBytes + (segments.has_runs  ? 2 * kRowBytes
+                                                              : segments.has_ids ? kRowBytes
+                                                                                 : 0));
 #pragma unroll
       for (int w = 0; w < 2; w++) {
         const int half = w * (Config::kQueryBytes / 2);
@@ -93,10 +91,10 @@ struct KeyProducer {
         load_panels(maps.grad_out, full, s.grad_out[grad_out_ring.stage] + half, first + w * 64, head);
       }
       const int64_t at = int64_t(batch) * p.segments.pitch_query + first;
-      if (is_contiguous) {
+      if (segments.has_runs) {
         bulk_load(full, shared_address(s.rows[0]), p.segments.run_begin + at, kRowBytes);
         bulk_load(full, shared_address(s.rows[1]), p.segments.run_end + at, kRowBytes);
-      } else if (is_general) {
+      } else if (segments.has_ids) {
         bulk_load(full, shared_address(s.rows[0]), p.segments.query_ids + at, kRowBytes);
       }
     }
@@ -130,22 +128,22 @@ struct KeyProducer {
   }
 
   __device__ __forceinline__ void produce_tile() {
-    // Keys [x, y) that all (some) queries of a warpgroup see.
-    int2 by_all[2], by_some[2];
+    // Keys that all (some) queries of a warpgroup see.
+    Interval by_all[2], by_some[2];
 #pragma unroll
     for (int w = 0; w < 2; w++) {
       const int first = query_tile * kTileQ + w * (kTileQ / 2), last = first + kTileQ / 2 - 1;
       const int end = p.shape.query_length - 1;
-      const int2 of_first = visible_keys(p, batch, is_contiguous, min(first, end)),
-                 of_last = visible_keys(p, batch, is_contiguous, min(last, end));
-      by_all[w] = {of_last.x, min(of_first.y, p.shape.key_length)};
-      by_some[w] = first <= end ? int2{of_first.x, of_last.y} : int2{0, 0};
+      const Interval of_first = visible_keys(p, batch, segments.has_runs, min(first, end)),
+                     of_last = visible_keys(p, batch, segments.has_runs, min(last, end));
+      by_all[w] = {of_last.begin, min(of_first.end, p.shape.key_length)};
+      by_some[w] = first <= end ? Interval{of_first.begin, of_last.end} : Interval{0, 0};
     }
     // The second warpgroup's keys end where the tile's do, unless it has no queries.
-    const int begin = by_some[0].x, end = max(by_some[0].y, by_some[1].y);
+    const int begin = by_some[0].begin, end = max(by_some[0].end, by_some[1].end);
     const int first_tile = begin / kTileKv, end_tile = begin < end ? (end + kTileKv - 1) / kTileKv : first_tile;
     SegmentBlock queries = {};
-    if (is_general) queries = query_block<kTileQ>(p, schedule, batch, query_tile);
+    if (segments.has_ids) queries = query_block<kTileQ>(p, schedule, batch, query_tile);
     for (int base = first_tile; base < end_tile; base += 32) {
       const int tile = base + lane;
       bool is_visible = tile < end_tile;
@@ -154,15 +152,14 @@ struct KeyProducer {
         const int first = tile * kTileKv, behind = first + kTileKv;
 #pragma unroll
         for (int w = 0; w < 2; w++) {
-          if (first < by_all[w].x || behind > by_all[w].y) flags |= kMaskWarpgroup0 << w;
-          if (behind <= by_some[w].x || first >= by_some[w].y) flags |= kSkipWarpgroup0 << w;
+          if (first < by_all[w].begin || behind > by_all[w].end) flags |= kMaskWarpgroup0 << w;
+          if (behind <= by_some[w].begin || first >= by_some[w].end) flags |= kSkipWarpgroup0 << w;
         }
-        if (is_general) {
+        if (segments.has_ids) {
           const SegmentBlock keys =
               p.segments.key_blocks[int64_t(batch) * schedule.key_tiles + tile * kTileKv / kNarrowKeyBlock];
           is_visible = may_share_segment(queries, keys);
-          const bool is_one_segment = queries.min_id == queries.max_id && keys.min_id == keys.max_id;
-          if (!is_one_segment) flags |= kMaskWarpgroup0 | kMaskWarpgroup1 | kMaskedByIds;
+          if (!is_one_segment(queries, keys)) flags |= kMaskWarpgroup0 | kMaskWarpgroup1 | kMaskedByIds;
         }
       }
       for (unsigned found = __ballot_sync(kAllLanes, is_visible); found; found &= found - 1) {
