@@ -27,8 +27,7 @@ void check_out(const at::Tensor& out) {
 void check_lse(const at::Tensor& lse, const char* name, const at::Tensor& out) {
   TORCH_CHECK_TYPE(lse.scalar_type() == at::kFloat || lse.scalar_type() == at::kDouble, "selfattn: ", name,
                    " must be float32 or float64; got ", lse.scalar_type());
-  TORCH_CHECK_TYPE(lse.device() == out.device(), "selfattn: ", name, " must be on the device of out, ", out.device(),
-                   "; got ", lse.device());
+  check_device(lse, name, out.device(), "out");
   const auto sizes = out.sym_sizes();
   TORCH_CHECK_VALUE(
       lse.dim() == 3 && lse.sym_size(0) == sizes[0] && lse.sym_size(1) == sizes[2] && lse.sym_size(2) == sizes[1],
@@ -42,14 +41,11 @@ void check_arguments(const at::Tensor& out, const at::Tensor& lse, const at::Ten
   check_dense(other_out, "other_out"), check_dense(other_lse, "other_lse");
   check_out(out);
   check_lse(lse, "lse", out);
-  TORCH_CHECK_TYPE(other_out.scalar_type() == out.scalar_type(), "selfattn: other_out must have the dtype of out, ",
-                   out.scalar_type(), "; got ", other_out.scalar_type());
-  TORCH_CHECK_TYPE(other_out.device() == out.device(), "selfattn: other_out must be on the device of out, ",
-                   out.device(), "; got ", other_out.device());
+  check_dtype(other_out, "other_out", out.scalar_type(), "out");
+  check_device(other_out, "other_out", out.device(), "out");
   TORCH_CHECK_VALUE(other_out.sym_sizes() == out.sym_sizes(), "selfattn: other_out must have the shape of out, ",
                     out.sym_sizes(), "; got ", other_out.sym_sizes());
-  TORCH_CHECK_TYPE(other_lse.scalar_type() == lse.scalar_type(), "selfattn: other_lse must have the dtype of lse, ",
-                   lse.scalar_type(), "; got ", other_lse.scalar_type());
+  check_dtype(other_lse, "other_lse", lse.scalar_type(), "lse");
   check_lse(other_lse, "other_lse", out);
 }
 

@@ -1,6 +1,5 @@
 #include "attention/problem.h"
 
-#include <ATen/core/grad_mode.h>
 #include <c10/util/Exception.h>
 
 #include <algorithm>
@@ -28,10 +27,8 @@ double usable_scale(double scale, double softcap) {
 }
 
 void check_tensor_like_query(const at::Tensor& query, const at::Tensor& tensor, const char* name) {
-  TORCH_CHECK_TYPE(tensor.scalar_type() == query.scalar_type(), "selfattn: ", name, " must have the dtype of q, ",
-                   query.scalar_type(), "; got ", tensor.scalar_type());
-  TORCH_CHECK_TYPE(tensor.device() == query.device(), "selfattn: ", name, " must be on the device of q, ",
-                   query.device(), "; got ", tensor.device());
+  check_dtype(tensor, name, query.scalar_type(), "q");
+  check_device(tensor, name, query.device(), "q");
 }
 
 void check_query_key_value(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
@@ -99,26 +96,18 @@ void check_attention_numbers(const AttentionArguments& arguments) {
 
 void check_token_ids(const at::Tensor& ids, const char* name, const at::Tensor& tokens, const char* owner) {
   check_segment_ids(ids, name);
-  TORCH_CHECK_TYPE(ids.device() == tokens.device(), "selfattn: ", name, " must be on the device of ", owner, ", ",
-                   tokens.device(), "; got ", ids.device());
+  check_device(ids, name, tokens.device(), owner);
   TORCH_CHECK_VALUE(ids.sym_size(0) == tokens.sym_size(0) && ids.sym_size(1) == tokens.sym_size(1), "selfattn: ", name,
                     " must have the shape (B, S) = ", tokens.sym_sizes().slice(0, 2), "; got ", ids.sym_sizes());
 }
 
 void check_sinks(const at::Tensor& sinks, const c10::SymInt& heads, const at::Device& device, const char* owner) {
-  check_dense(sinks, "sinks");
-  TORCH_CHECK_TYPE(is_supported_dtype(sinks.scalar_type()), "selfattn: sinks must be floating point; got ",
-                   sinks.scalar_type());
-  TORCH_CHECK_TYPE(sinks.device() == device, "selfattn: sinks must be on the device of ", owner, ", ", device, "; got ",
-                   sinks.device());
+  check_floating_point(sinks, "sinks", device, owner);
   TORCH_CHECK_VALUE(sinks.dim() == 1 && sinks.sym_size(0) == heads, "selfattn: sinks must have the shape (NH,) = [",
                     heads, "]; got ", sinks.sym_sizes());
 }
 
-bool AttentionProblem::requires_grad() const {
-  return at::GradMode::is_enabled() &&
-         (query.requires_grad() || key.requires_grad() || value.requires_grad() || (sinks && sinks->requires_grad()));
-}
+bool AttentionProblem::requires_grad() const { return any_requires_grad({query, key, value, sinks}); }
 
 std::vector<at::Tensor> AttentionProblem::save(SavedNumbers& numbers) const {
   numbers["is_causal"] = is_causal;

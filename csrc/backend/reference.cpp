@@ -16,21 +16,18 @@
 #include "attention/mask.h"
 #include "attention/masked_matmul.h"
 #include "attention/select_backend.h"
+#include "common/dense_tensor.h"
 
 namespace selfattn {
 namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
-at::ScalarType score_dtype(const at::Tensor& query) {
-  return query.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
-
 /// (B, S, N, D) -> (B, NKV, N / NKV, S, D): heads of a group beside each other, so that keys and values broadcast.
 at::Tensor group_heads(const AttentionProblem& problem, const at::Tensor& tensor) {
   const auto sizes = tensor.sym_sizes();
   const c10::SymInt groups = problem.key_heads();
-  return tensor.to(score_dtype(problem.query))
+  return tensor.to(compute_dtype(problem.query))
       .view_symint({sizes[0], sizes[1], groups, sizes[2] / groups, sizes[3]})
       .permute({0, 2, 3, 1, 4});
 }
@@ -73,8 +70,6 @@ at::Tensor group_sinks(const AttentionProblem& problem, const at::Tensor& score)
 at::Tensor finite_sinks(const at::Tensor& sinks) {
   return sinks.masked_fill(sinks == kInfinity, 0.0).masked_fill(sinks == -kInfinity, -kInfinity);  // stops the gradient
 }
-
-std::tuple<at::Tensor, at::Tensor> call(const AttentionProblem& problem) { return reference_attention(problem); }
 
 }  // namespace
 
@@ -158,7 +153,7 @@ at::Tensor sinks_gradient(const at::Tensor& sinks, const AttentionGradients& gra
 }
 
 const AttentionBackend& reference_backend() {
-  static const AttentionBackend backend{Backend::kReference, /*constraints=*/{}, call};
+  static const AttentionBackend backend{Backend::kReference, /*constraints=*/{}, reference_attention};
   return backend;
 }
 

@@ -51,6 +51,37 @@ bool is_supported_dtype(at::ScalarType dtype) {
   return dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kDouble;
 }
 
+at::ScalarType compute_dtype(const at::Tensor& tensor) {
+  return tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+void check_floating_point(const at::Tensor& tensor, const char* name) {
+  check_dense(tensor, name);
+  TORCH_CHECK_TYPE(is_supported_dtype(tensor.scalar_type()), "selfattn: ", name,
+                   " must be floating point (float64, float32, bfloat16 or float16); got ", tensor.scalar_type());
+}
+
+void check_floating_point(const at::Tensor& tensor, const char* name, at::Device device, const char* owner) {
+  check_floating_point(tensor, name);
+  check_device(tensor, name, device, owner);
+}
+
+void check_integers(const at::Tensor& tensor, const char* name) {
+  check_dense(tensor, name);
+  TORCH_CHECK_TYPE(tensor.scalar_type() == at::kInt || tensor.scalar_type() == at::kLong, "selfattn: ", name,
+                   " must be int32 or int64; got ", tensor.scalar_type());
+}
+
+void check_device(const at::Tensor& tensor, const char* name, at::Device device, const char* owner) {
+  TORCH_CHECK_TYPE(tensor.device() == device, "selfattn: ", name, " must be on the device of ", owner, ", ", device,
+                   "; got ", tensor.device());
+}
+
+void check_dtype(const at::Tensor& tensor, const char* name, at::ScalarType dtype, const char* owner) {
+  TORCH_CHECK_TYPE(tensor.scalar_type() == dtype, "selfattn: ", name, " must have the dtype of ", owner, ", ", dtype,
+                   "; got ", tensor.scalar_type());
+}
+
 void refuse_tensors_of_key(torch::Library& library) {
   for (const c10::OperatorName& op : c10::Dispatcher::singleton().getAllOpNames()) {
     if (op.getNamespace() != "selfattn") continue;

@@ -17,9 +17,7 @@ namespace selfattn {
 namespace {
 
 void check_input(const at::Tensor& x, const at::Tensor& q_weight) {
-  check_dense(x, "x");
-  TORCH_CHECK_TYPE(is_supported_dtype(x.scalar_type()),
-                   "selfattn: x must be floating point (float64, float32, bfloat16 or float16); got ", x.scalar_type());
+  check_floating_point(x, "x");
   TORCH_CHECK_VALUE(x.dim() == 3, "selfattn: x must have three dimensions (B, S, E); got shape ", x.sym_sizes());
   check_dense(q_weight, "q_weight");
   TORCH_CHECK_TYPE(
@@ -32,13 +30,8 @@ void check_input(const at::Tensor& x, const at::Tensor& q_weight) {
 
 /// A parameter of the layer: of x's device, and of its dtype unless autocast gives both another.
 void check_parameter(const at::Tensor& parameter, const at::Tensor& x, const char* name) {
-  check_dense(parameter, name);
-  TORCH_CHECK_TYPE(is_supported_dtype(parameter.scalar_type()), "selfattn: ", name,
-                   " must be floating point (float64, float32, bfloat16 or float16); got ", parameter.scalar_type());
-  TORCH_CHECK_TYPE(parameter.device() == x.device(), "selfattn: ", name, " must be on the device of x, ", x.device(),
-                   "; got ", parameter.device());
-  TORCH_CHECK_TYPE(parameter.scalar_type() == x.scalar_type() || is_autocast_on(x), "selfattn: ", name,
-                   " must have the dtype of x, ", x.scalar_type(), "; got ", parameter.scalar_type());
+  check_floating_point(parameter, name, x.device(), "x");
+  if (!is_autocast_on(x)) check_dtype(parameter, name, x.scalar_type(), "x");
 }
 
 void check_bias(const OptionalTensor& bias, const at::Tensor& weight, const at::Tensor& x, const char* name,

@@ -19,22 +19,13 @@ namespace {
 
 void check_weight(const OptionalTensor& weight, const HeadsShape& heads, const char* name) {
   if (!weight) return;
-  check_dense(*weight, name);
-  TORCH_CHECK_TYPE(is_supported_dtype(weight->scalar_type()), "selfattn: ", name, " must be floating point; got ",
-                   weight->scalar_type());
-  TORCH_CHECK_TYPE(weight->device() == heads.device, "selfattn: ", name, " must be on the device of ", heads.name, ", ",
-                   heads.device, "; got ", weight->device());
+  check_floating_point(*weight, name, heads.device, heads.name);
   TORCH_CHECK_VALUE(weight->dim() == 1 && weight->sym_size(0) == heads.head_dim, "selfattn: ", name,
                     " must have the shape (D,) = [", heads.head_dim, "]; got ", weight->sym_sizes());
 }
 
 HeadsShape shape_of(const at::Tensor& x, const char* name) {
   return {name, x.sym_size(0), x.sym_size(1), x.sym_size(3), x.device()};
-}
-
-void check_device(const at::Tensor& x, const char* name, const at::Tensor& other, const char* other_name) {
-  TORCH_CHECK_TYPE(x.device() == other.device(), "selfattn: ", name, " must be on the device of ", other_name, ", ",
-                   other.device(), "; got ", x.device());
 }
 
 void check_gradient(const at::Tensor& grad, const at::Tensor& x, const char* name, const char* of) {
@@ -46,8 +37,6 @@ void check_gradient(const at::Tensor& grad, const at::Tensor& x, const char* nam
   TORCH_CHECK_VALUE(grad.sym_sizes() == x.sym_sizes(), "selfattn: ", name, " must have the shape of ", of, ", ",
                     x.sym_sizes(), "; got ", grad.sym_sizes());
 }
-
-at::ScalarType compute_dtype(const at::Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
 
 /// 1 / sqrt(mean(x^2) + eps) over the last dimension (Root Mean Square Layer Normalization, arXiv:1910.07467, eq. 4).
 at::Tensor reciprocal_rms(const at::Tensor& x, double eps) {
@@ -107,9 +96,7 @@ std::pair<RotaryTables, RotaryTables> tables_of(const NormRopeCall& call, const 
 }  // namespace
 
 void check_heads(const at::Tensor& x, const char* name) {
-  check_dense(x, name);
-  TORCH_CHECK_TYPE(is_supported_dtype(x.scalar_type()), "selfattn: ", name,
-                   " must be floating point (float64, float32, bfloat16 or float16); got ", x.scalar_type());
+  check_floating_point(x, name);
   TORCH_CHECK_VALUE(x.dim() == 4, "selfattn: ", name, " must have four dimensions (B, S, N, D); got shape ",
                     x.sym_sizes());
 }
@@ -141,14 +128,14 @@ void check_norm_rope_options(const NormRopeCall& call, const HeadsShape& q, cons
 void check_norm_rope(const NormRopeCall& call, const NormRopeNames& names) {
   check_heads(call.q, names.q);
   check_heads(call.k, names.k);
-  check_device(call.k, names.k, call.q, names.q);
+  check_device(call.k, names.k, call.q.device(), names.q);
   check_norm_rope_options(call, shape_of(call.q, names.q), shape_of(call.k, names.k), names);
 }
 
 void check_norm_rope_backward(const NormRopeCall& call, const at::Tensor& grad_q, const at::Tensor& grad_k) {
   check_heads(grad_q, "grad_q");
   check_heads(grad_k, "grad_k");
-  check_device(grad_k, "grad_k", grad_q, "grad_q");
+  check_device(grad_k, "grad_k", grad_q.device(), "grad_q");
   if (call.norm || call.q.defined()) check_gradient(grad_q, call.q, "grad_q", "q");
   if (call.norm || call.k.defined()) check_gradient(grad_k, call.k, "grad_k", "k");
   check_norm_rope_options(call, shape_of(grad_q, "grad_q"), shape_of(grad_k, "grad_k"));

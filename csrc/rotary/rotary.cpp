@@ -21,19 +21,13 @@ namespace {
 constexpr double kLeastTheta = 1e-6;
 
 void check_table(const at::Tensor& table, const HeadsShape& heads, const char* name) {
-  check_dense(table, name);
-  TORCH_CHECK_TYPE(is_supported_dtype(table.scalar_type()), "selfattn: ", name, " must be floating point; got ",
-                   table.scalar_type());
-  TORCH_CHECK_TYPE(table.device() == heads.device, "selfattn: ", name, " must be on the device of ", heads.name, ", ",
-                   heads.device, "; got ", table.device());
+  check_floating_point(table, name, heads.device, heads.name);
   const auto sizes = table.sym_sizes();
   const bool fits = table.dim() == 3 && (sizes[0] == 1 || sizes[0] == heads.batch) && sizes[1] == heads.length &&
                     sizes[2] * 2 == heads.head_dim;
   TORCH_CHECK_VALUE(fits, "selfattn: ", name, " must have the shape (1 or B, S, D / 2) = (1 or ", heads.batch, ", ",
                     heads.length, ", ", heads.head_dim / 2, ") of ", heads.name, "; got ", sizes);
 }
-
-at::ScalarType compute_dtype(const at::Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
 
 }  // namespace
 
@@ -99,8 +93,7 @@ void check_rotation(const HeadsShape& heads, const OptionalTensor& sin, const Op
   check_theta(theta, theta_name);
   if (!positions) return;
   check_positions_dtype(*positions, "positions");
-  TORCH_CHECK_TYPE(positions->device() == heads.device, "selfattn: positions must be on the device of ", heads.name,
-                   ", ", heads.device, "; got ", positions->device());
+  check_device(*positions, "positions", heads.device, heads.name);
   TORCH_CHECK_VALUE(positions->dim() == 2 && positions->sym_size(1) == heads.length &&
                         (positions->sym_size(0) == 1 || positions->sym_size(0) == heads.batch),
                     "selfattn: positions must have the shape (1 or B, S) = (1 or ", heads.batch, ", ", heads.length,

@@ -26,9 +26,7 @@ void check_values(const at::Tensor& mapped_condition, const std::string& message
 }
 
 void check_segment_ids(const at::Tensor& segment_ids, const char* name) {
-  check_dense(segment_ids, name);
-  TORCH_CHECK_TYPE(segment_ids.scalar_type() == at::kInt || segment_ids.scalar_type() == at::kLong, "selfattn: ", name,
-                   " must be int32 or int64; got ", segment_ids.scalar_type());
+  check_integers(segment_ids, name);
   TORCH_CHECK_VALUE(segment_ids.dim() == 2, "selfattn: ", name, " must have two dimensions (B, S); got ",
                     segment_ids.dim());
 }

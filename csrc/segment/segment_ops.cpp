@@ -25,10 +25,8 @@ void check_size(int64_t size, const char* name) {
   TORCH_CHECK_VALUE(size <= kMostTokens, "selfattn: ", name, " must be at most ", kMostTokens, "; got ", size);
 }
 
-void check_integers(const at::Tensor& tensor, const char* name, int64_t dim, const char* shape) {
-  check_dense(tensor, name);
-  TORCH_CHECK_TYPE(tensor.scalar_type() == at::kInt || tensor.scalar_type() == at::kLong, "selfattn: ", name,
-                   " must be int32 or int64; got ", tensor.scalar_type());
+void check_integers_of_shape(const at::Tensor& tensor, const char* name, int64_t dim, const char* shape) {
+  check_integers(tensor, name);
   TORCH_CHECK_VALUE(tensor.dim() == dim, "selfattn: ", name, " must have the shape ", shape, "; got ",
                     tensor.sym_sizes());
 }
@@ -46,21 +44,20 @@ at::Tensor segment_mask(const at::Tensor& segment_ids, const OptionalTensor& kv_
   const at::Tensor query = segment_ids_as_int32(segment_ids, "segment_ids");
   if (!kv_segment_ids) return same_segment(query, query);
   const at::Tensor key = segment_ids_as_int32(*kv_segment_ids, "kv_segment_ids");
-  TORCH_CHECK_TYPE(key.device() == query.device(), "selfattn: kv_segment_ids must be on the device of segment_ids, ",
-                   query.device(), "; got ", key.device());
+  check_device(key, "kv_segment_ids", query.device(), "segment_ids");
   TORCH_CHECK_VALUE(key.sym_size(0) == query.sym_size(0), "selfattn: kv_segment_ids must have the batch size of ",
                     "segment_ids, ", query.sym_size(0), "; got ", key.sym_size(0));
   return same_segment(query, key);
 }
 
 at::Tensor segment_ids_from_positions(const at::Tensor& positions) {
-  check_integers(positions, "positions", 2, "(B, S)");
+  check_integers_of_shape(positions, "positions", 2, "(B, S)");
   const at::Tensor starts = run_starts(positions, right_neighbours(positions) != left_neighbours(positions) + 1);
   return (at::cumsum(starts, 1, at::kInt) - 1).to(at::kInt);
 }
 
 at::Tensor segment_ids_from_cu_seqlens(const at::Tensor& cu_seqlens, int64_t length) {
-  check_integers(cu_seqlens, "cu_seqlens", 1, "(N + 1,)");
+  check_integers_of_shape(cu_seqlens, "cu_seqlens", 1, "(N + 1,)");
   TORCH_CHECK_VALUE(cu_seqlens.sym_size(0) >= 1, "selfattn: cu_seqlens must hold at least one boundary; got none");
   check_size(length, "length");
   const at::Tensor tokens = at::arange(length, cu_seqlens.options());
@@ -69,7 +66,7 @@ at::Tensor segment_ids_from_cu_seqlens(const at::Tensor& cu_seqlens, int64_t len
 }
 
 at::Tensor cu_seqlens_from_segment_ids(const at::Tensor& segment_ids, int64_t max_segments) {
-  check_integers(segment_ids, "segment_ids", 2, "(B, S)");
+  check_integers_of_shape(segment_ids, "segment_ids", 2, "(B, S)");
   check_size(max_segments, "max_segments");
   const c10::SymInt batch = segment_ids.sym_size(0), length = segment_ids.sym_size(1);
   const auto options = segment_ids.options().dtype(at::kInt);
