@@ -14,6 +14,10 @@
   SELFATTN_QKV ", " SELFATTN_PAIRS ", str backend=\"auto\", *, " SELFATTN_KEYWORDS ", Tensor? sinks=None"
 #define SELFATTN_NORM_ROPE \
   "Tensor? q_weight=None, Tensor? k_weight=None, Tensor? freqs_sin=None, Tensor? freqs_cos=None"
+#define SELFATTN_NORM_ROPE_CALL                                                                                     \
+  SELFATTN_NORM_ROPE                                                                                                \
+  ", *, bool norm=True, float eps=1e-06, bool rope=True, Tensor? positions=None, float theta=10000.0, str pairing=" \
+  "\"interleaved\""
 #define SELFATTN_NORM_ROPE_ATTENTION                                                                            \
   "float eps=1e-06, float theta=10000.0, str pairing=\"interleaved\", bool causal=True, float? qk_scale=None, " \
   "int window_left=-1, int window_right=-1, float softcap=0.0"
@@ -51,23 +55,14 @@ TORCH_LIBRARY(selfattn, m) {
       "apply_rotary_emb(Tensor xq, Tensor xk, Tensor? freqs_sin=None, Tensor? freqs_cos=None, "
       "float theta=10000.0, *, str pairing=\"interleaved\") -> (Tensor xq, Tensor xk)",
       tags);
-  m.def(
-      "qk_norm_rope(Tensor q, Tensor k, Tensor? q_weight=None, Tensor? k_weight=None, Tensor? freqs_sin=None, "
-      "Tensor? freqs_cos=None, *, bool norm=True, float eps=1e-06, bool rope=True, Tensor? positions=None, "
-      "float theta=10000.0, str pairing=\"interleaved\") -> (Tensor q, Tensor k)",
-      tags);
-  m.def(
-      "qk_norm_rope_backward(Tensor grad_q, Tensor grad_k, Tensor? q=None, Tensor? k=None, Tensor? q_weight=None, "
-      "Tensor? k_weight=None, Tensor? freqs_sin=None, Tensor? freqs_cos=None, *, bool norm=True, float eps=1e-06, "
-      "bool rope=True, Tensor? positions=None, float theta=10000.0, str pairing=\"interleaved\") -> "
-      "(Tensor dq, Tensor dk, Tensor dq_weight, Tensor dk_weight)",
-      tags);
+  m.def("qk_norm_rope(Tensor q, Tensor k, " SELFATTN_NORM_ROPE_CALL ") -> (Tensor q, Tensor k)", tags);
+  m.def("qk_norm_rope_backward(Tensor grad_q, Tensor grad_k, Tensor? q=None, Tensor? k=None, " SELFATTN_NORM_ROPE_CALL
+        ") -> (Tensor dq, Tensor dk, Tensor dq_weight, Tensor dk_weight)",
+        tags);
   // Over the incoming gradients, which are contiguous.
   m.def(
-      "qk_norm_rope_backward.in_place(Tensor(a!) grad_q, Tensor(b!) grad_k, Tensor? q=None, Tensor? k=None, "
-      "Tensor? q_weight=None, Tensor? k_weight=None, Tensor? freqs_sin=None, Tensor? freqs_cos=None, *, "
-      "bool norm=True, float eps=1e-06, bool rope=True, Tensor? positions=None, float theta=10000.0, "
-      "str pairing=\"interleaved\") -> (Tensor dq_weight, Tensor dk_weight)",
+      "qk_norm_rope_backward.in_place(Tensor(a!) grad_q, Tensor(b!) grad_k, Tensor? q=None, Tensor? "
+      "k=None, " SELFATTN_NORM_ROPE_CALL ") -> (Tensor dq_weight, Tensor dk_weight)",
       tags);
   // Both as one, for what is kept for the gradient
   m.def("qk_norm_rope_attention(" SELFATTN_QKV ", " SELFATTN_NORM_ROPE
