@@ -69,9 +69,9 @@ std::tuple<at::Tensor, at::Tensor> apply_rotary_emb(const at::Tensor& xq, const 
 
 std::tuple<at::Tensor, at::Tensor> qk_norm_rope(const at::Tensor& q, const at::Tensor& k,
                                                 const QkNormRopeOptions& options) {
-  static const auto op = find_op<decltype(from_schema<nullptr>)>("selfattn::qk_norm_rope");
-  return op.call(q, k, options.q_weight(), options.k_weight(), options.freqs_sin(), options.freqs_cos(), options.norm(),
-                 options.eps(), options.rope(), options.positions(), options.theta(), options.pairing());
+  return qk_norm_rope({q, k, options.q_weight(), options.k_weight(), options.freqs_sin(), options.freqs_cos(),
+                       options.norm(), options.eps(), options.rope(), options.positions(), options.theta(),
+                       parse_pairing(options.pairing(), "pairing")});
 }
 
 }  // namespace selfattn

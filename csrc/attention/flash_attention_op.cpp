@@ -2,6 +2,7 @@
 
 #include <ATen/ops/empty.h>
 #include <c10/util/StringUtil.h>
+#include <torch/library.h>
 
 #include "attention/select_backend.h"
 
@@ -18,6 +19,12 @@ InputGradients flash_attention_backward(const AttentionProblem& problem, const A
              dv = take(memory.value, problem.value);
   FlashAttentionBackwardInto::call(problem, gradients, dq, dk, dv);
   return {dq, dk, dv};
+}
+
+void copy_attention_backward(const AttentionProblem& problem, const AttentionGradients& gradients, const at::Tensor& dq,
+                             const at::Tensor& dk, const at::Tensor& dv) {
+  const auto [grad_query, grad_key, grad_value] = flash_attention_backward(problem, gradients);
+  dq.copy_(grad_query), dk.copy_(grad_key), dv.copy_(grad_value);
 }
 
 void check_kernel_call(const AttentionProblem& problem) {
@@ -38,3 +45,10 @@ void check_kernel_call(const AttentionProblem& problem, const AttentionGradients
 }
 
 }  // namespace selfattn
+
+// Any device without a kernel of its own.
+TORCH_LIBRARY_IMPL(selfattn, CompositeExplicitAutograd, m) {
+  using namespace selfattn;
+  m.impl("flash_attention_backward.into",
+         TORCH_FN(FlashAttentionBackwardInto::from_schema<checked<copy_attention_backward>>));
+}

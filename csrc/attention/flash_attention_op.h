@@ -68,6 +68,11 @@ inline InputGradients flash_attention_backward(const AttentionProblem& problem, 
 InputGradients flash_attention_backward(const AttentionProblem& problem, const AttentionGradients& gradients,
                                         const GradientMemory& memory);
 
+/// flash_attention_backward.into through flash_attention_backward, whose results are copied: for what has no kernel
+/// that writes into given memory.
+void copy_attention_backward(const AttentionProblem& problem, const AttentionGradients& gradients, const at::Tensor& dq,
+                             const at::Tensor& dk, const at::Tensor& dv);
+
 // ---------------------------------------------------------------- what a kernel checks
 // A kernel can be called by anyone. Beyond a valid call it needs what the flash backend's constraints say, else
 // c10::NotImplementedError with every reason; gradients that fit the call; and memory that can take the results.

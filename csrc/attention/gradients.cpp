@@ -2,6 +2,7 @@
 #include "attention/gradients.h"
 
 #include <ATen/MemoryOverlap.h>
+#include <ATen/ops/empty.h>
 #include <c10/util/Exception.h>
 
 #include "common/dense_tensor.h"
@@ -39,6 +40,21 @@ void check_overlap(const Named& result, const Named& other, bool may_be_same) {
 }
 
 }  // namespace
+
+AttentionResults empty_results(const AttentionProblem& problem) {
+  const auto options = problem.query.options();
+  return {
+      at::empty_symint({problem.batch(), problem.query_length(), problem.query_heads(), problem.value_head_dim()},
+                       options),
+      at::empty_symint({problem.batch(), problem.query_heads(), problem.query_length()}, options.dtype(at::kFloat))};
+}
+
+InputGradients empty_gradients(const AttentionProblem& problem) {
+  const auto empty_like = [](const at::Tensor& tensor) {
+    return at::empty_symint(tensor.sym_sizes(), tensor.options());
+  };
+  return {empty_like(problem.query), empty_like(problem.key), empty_like(problem.value)};
+}
 
 void check_gradients(const AttentionProblem& problem, const AttentionGradients& gradients) {
   const at::Tensor& query = problem.query;

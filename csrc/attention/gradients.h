@@ -26,6 +26,10 @@ struct GradientMemory {
   OptionalTensor query = std::nullopt, key = std::nullopt, value = std::nullopt;
 };
 
+/// Contiguous results and gradients for a call, not filled.
+AttentionResults empty_results(const AttentionProblem& problem);
+InputGradients empty_gradients(const AttentionProblem& problem);
+
 /// Throws where what a gradient is made of does not fit the call: grad_out and out of its results' shape and q's dtype,
 /// lse and grad_lse (B, NH, Sq) float32, all on q's device. Any strides. Sizes may be symbolic.
 void check_gradients(const AttentionProblem& problem, const AttentionGradients& gradients);

@@ -44,6 +44,12 @@ struct AttentionProblem {
   bool has_window() const { return window_left >= 0 || window_right >= 0; }
   bool requires_grad() const;
 
+  /// apply(tensor) of each tensor, of either kind.
+  template <typename Apply>
+  void for_each_tensor(const Apply& apply) {
+    apply(query), apply(key), apply(value), apply(query_segment_ids), apply(key_segment_ids), apply(sinks);
+  }
+
   /// For an autograd node, what the call's gradient is made of: puts the numbers into the node's data and gives the
   /// tensors, undefined where there is none, as the first ones for the node to save.
   std::vector<at::Tensor> save(SavedNumbers& numbers) const;

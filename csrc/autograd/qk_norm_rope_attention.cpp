@@ -112,7 +112,8 @@ NormRopeAttentionGradients qk_norm_rope_attention_backward_autograd(const NormRo
 
 TORCH_LIBRARY_IMPL(selfattn, Autograd, m) {
   m.impl("qk_norm_rope_attention",
-         TORCH_FN((selfattn::attention_from_schema<selfattn::qk_norm_rope_attention_autograd>)));
-  m.impl("qk_norm_rope_attention_backward",
-         TORCH_FN((selfattn::attention_backward_from_schema<selfattn::qk_norm_rope_attention_backward_autograd>)));
+         TORCH_FN(selfattn::NormRopeAttention::from_schema<selfattn::qk_norm_rope_attention_autograd>));
+  m.impl(
+      "qk_norm_rope_attention_backward",
+      TORCH_FN(selfattn::NormRopeAttentionBackward::from_schema<selfattn::qk_norm_rope_attention_backward_autograd>));
 }

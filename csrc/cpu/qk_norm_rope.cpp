@@ -2,10 +2,10 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
-#include <torch/library.h>
 
 #include "cpu/qk_norm_rope_kernels.h"
 #include "cpu/select_kernels.h"
+#include "cpu/token_view.h"
 #include "rotary/norm_rope.h"
 
 namespace selfattn {
@@ -21,11 +21,7 @@ bool has_kernel(const at::Tensor& x) {
   return dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf;
 }
 
-TokenView view_of(const at::Tensor& tensor) {
-  return {const_cast<void*>(tensor.const_data_ptr()), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
-}
-
-at::Tensor with_contiguous_rows(const at::Tensor& x) { return x.size(3) <= 1 || x.stride(3) == 1 ? x : x.contiguous(); }
+at::Tensor empty_like(const at::Tensor& tensor) { return at::empty(tensor.sizes(), tensor.options()); }
 
 /// One of q and k, with the tensors that its problem points into.
 struct Side {
@@ -36,13 +32,17 @@ struct Side {
   const NormRopeKernels* kernels = nullptr;
 };
 
-/// `result` is contiguous, of the shape and dtype of the heads.
-Side make_side(const NormRopeCall& call, const at::Tensor& result, const OptionalTensor& weight) {
+/// `result` is contiguous, of the shape and dtype of the heads. `input` and `grad` are undefined where they are not
+/// read.
+Side make_side(const NormRopeCall& call, const at::Tensor& input, const at::Tensor& grad, const OptionalTensor& weight,
+               const at::Tensor& result) {
   Side side;
   NormRopeProblem& p = side.problem;
   p.batch = result.size(0), p.length = result.size(1), p.heads = result.size(2), p.dim = result.size(3);
   side.result = result;
   p.result = side.result.mutable_data_ptr();
+  if (input.defined()) side.input = with_contiguous_rows(input), p.input = view_of(side.input);
+  if (grad.defined()) side.grad = with_contiguous_rows(grad), p.grad = view_of(side.grad);
   p.has_norm = call.norm, p.has_rope = call.rope, p.pairs_halves = call.pairing == RotaryPairing::kHalf;
   p.eps = static_cast<float>(call.eps);
   const auto as_rows = [&](const at::Tensor& tensor, at::ScalarType dtype) {
@@ -89,13 +89,8 @@ void for_each_range(const Side& q, const Side& k, const Run& run) {
 
 NormRopeHeads qk_norm_rope_cpu(const NormRopeCall& call) {
   if (!has_kernel(call.q) || !has_kernel(call.k)) return compose_norm_rope(call);
-  const auto make = [&](const at::Tensor& x, const OptionalTensor& weight) {
-    Side side = make_side(call, at::empty(x.sizes(), x.options()), weight);
-    side.input = with_contiguous_rows(x);
-    side.problem.input = view_of(side.input);
-    return side;
-  };
-  const Side q = make(call.q, call.q_weight), k = make(call.k, call.k_weight);
+  const Side q = make_side(call, call.q, /*grad=*/{}, call.q_weight, empty_like(call.q));
+  const Side k = make_side(call, call.k, /*grad=*/{}, call.k_weight, empty_like(call.k));
   for_each_range(q, k, [](const Side& side, int64_t, int64_t first_token, int64_t last_token) {
     side.kernels->forward(side.problem, first_token, last_token);
   });
@@ -118,18 +113,9 @@ at::Tensor sum_of_ranges(const at::Tensor& sums, const OptionalTensor& weight, c
 /// dq and dk may be grad_q and grad_k: a head is read whole before it is written.
 NormRopeWeightGradients run_backward(const NormRopeCall& call, const at::Tensor& grad_q, const at::Tensor& grad_k,
                                      const at::Tensor& dq, const at::Tensor& dk) {
-  const auto make = [&](const at::Tensor& grad, const at::Tensor& x, const OptionalTensor& weight,
-                        const at::Tensor& result) {
-    Side side = make_side(call, result, weight);
-    side.grad = with_contiguous_rows(grad);
-    side.problem.grad = view_of(side.grad);
-    if (call.norm) {
-      side.input = with_contiguous_rows(x);
-      side.problem.input = view_of(side.input);
-    }
-    return side;
-  };
-  const Side q = make(grad_q, call.q, call.q_weight, dq), k = make(grad_k, call.k, call.k_weight, dk);
+  const bool reads_input = call.norm;
+  const Side q = make_side(call, reads_input ? call.q : at::Tensor(), grad_q, call.q_weight, dq);
+  const Side k = make_side(call, reads_input ? call.k : at::Tensor(), grad_k, call.k_weight, dk);
   const auto zeros = [](const Side& side) {
     const int64_t rows = side.problem.weight ? side.ranges : 0;
     return at::zeros({rows, side.problem.dim}, side.result.options().dtype(at::kFloat));
@@ -146,18 +132,14 @@ NormRopeWeightGradients run_backward(const NormRopeCall& call, const at::Tensor&
 NormRopeGradients qk_norm_rope_backward_cpu(const NormRopeCall& call, const at::Tensor& grad_q,
                                             const at::Tensor& grad_k) {
   if (!has_kernel(grad_q) || !has_kernel(grad_k)) return compose_norm_rope_backward(call, grad_q, grad_k);
-  const at::Tensor dq = at::empty(grad_q.sizes(), grad_q.options()), dk = at::empty(grad_k.sizes(), grad_k.options());
+  const at::Tensor dq = empty_like(grad_q), dk = empty_like(grad_k);
   const auto [dq_weight, dk_weight] = run_backward(call, grad_q, grad_k, dq, dk);
   return {dq, dk, dq_weight, dk_weight};
 }
 
 NormRopeWeightGradients qk_norm_rope_backward_in_place_cpu(const NormRopeCall& call, at::Tensor& grad_q,
                                                            at::Tensor& grad_k) {
-  if (!has_kernel(grad_q) || !has_kernel(grad_k)) {
-    const auto [dq, dk, dq_weight, dk_weight] = compose_norm_rope_backward(call, grad_q, grad_k);
-    grad_q.copy_(dq), grad_k.copy_(dk);
-    return {dq_weight, dk_weight};
-  }
+  if (!has_kernel(grad_q) || !has_kernel(grad_k)) return copy_norm_rope_backward(call, grad_q, grad_k);
   return run_backward(call, grad_q, grad_k, grad_q, grad_k);
 }
 
@@ -165,8 +147,6 @@ NormRopeWeightGradients qk_norm_rope_backward_in_place_cpu(const NormRopeCall& c
 }  // namespace selfattn
 
 TORCH_LIBRARY_IMPL(selfattn, CPU, m) {
-  m.impl("qk_norm_rope", TORCH_FN((selfattn::from_schema<selfattn::qk_norm_rope_cpu>)));
-  m.impl("qk_norm_rope_backward", TORCH_FN((selfattn::backward_from_schema<selfattn::qk_norm_rope_backward_cpu>)));
-  m.impl("qk_norm_rope_backward.in_place",
-         TORCH_FN((selfattn::backward_in_place_from_schema<selfattn::qk_norm_rope_backward_in_place_cpu>)));
+  using namespace selfattn;
+  register_norm_rope<qk_norm_rope_cpu, qk_norm_rope_backward_cpu, qk_norm_rope_backward_in_place_cpu>(m);
 }

@@ -2,7 +2,6 @@
 #include <ATen/cuda/CUDAContext.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
-#include <torch/library.h>
 
 #include "binding.h"
 #include "qk_norm_rope/params.h"
@@ -225,11 +224,7 @@ NormRopeGradients qk_norm_rope_backward_cuda(const NormRopeCall& call, const Ten
 }
 
 NormRopeWeightGradients qk_norm_rope_backward_in_place_cuda(const NormRopeCall& call, Tensor& grad_q, Tensor& grad_k) {
-  if (!have_kernels(grad_q, grad_k)) {
-    const auto [dq, dk, dq_weight, dk_weight] = compose_norm_rope_backward(call, grad_q, grad_k);
-    grad_q.copy_(dq), grad_k.copy_(dk);
-    return {dq_weight, dk_weight};
-  }
+  if (!have_kernels(grad_q, grad_k)) return copy_norm_rope_backward(call, grad_q, grad_k);
   return launch_backward(call, {grad_q, grad_k}, {grad_q, grad_k});
 }
 
@@ -237,9 +232,6 @@ NormRopeWeightGradients qk_norm_rope_backward_in_place_cuda(const NormRopeCall& 
 }  // namespace selfattn::cuda
 
 TORCH_LIBRARY_IMPL(selfattn, CUDA, m) {
-  m.impl("qk_norm_rope", TORCH_FN((selfattn::from_schema<selfattn::cuda::qk_norm_rope_cuda>)));
-  m.impl("qk_norm_rope_backward",
-         TORCH_FN((selfattn::backward_from_schema<selfattn::cuda::qk_norm_rope_backward_cuda>)));
-  m.impl("qk_norm_rope_backward.in_place",
-         TORCH_FN((selfattn::backward_in_place_from_schema<selfattn::cuda::qk_norm_rope_backward_in_place_cuda>)));
+  using namespace selfattn::cuda;
+  selfattn::register_norm_rope<qk_norm_rope_cuda, qk_norm_rope_backward_cuda, qk_norm_rope_backward_in_place_cuda>(m);
 }

@@ -8,7 +8,7 @@
 
 namespace selfattn {
 
-BatchedGradientsVmap::BatchedGradientsVmap(std::initializer_list<OptionalTensor> tensors) {
+BatchedGradientsVmap::BatchedGradientsVmap(const std::vector<OptionalTensor>& tensors) {
   std::map<int64_t, c10::SymInt> size_of_level;
   for (const OptionalTensor& tensor : tensors) {
     if (!maps(tensor)) continue;

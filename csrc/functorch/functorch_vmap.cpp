@@ -5,7 +5,7 @@
 
 namespace selfattn {
 
-FunctorchVmap::FunctorchVmap(std::initializer_list<OptionalTensor> tensors) : level_(current_transform_level()) {
+FunctorchVmap::FunctorchVmap(const std::vector<OptionalTensor>& tensors) : level_(current_transform_level()) {
   for (const OptionalTensor& tensor : tensors) {
     if (!maps(tensor)) continue;
     const auto* batched = at::functorch::unsafeGetBatchedImpl(*tensor);

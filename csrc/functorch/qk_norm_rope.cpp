@@ -1,6 +1,4 @@
 // vmap of qk_norm_rope and of its gradient: the map becomes part of the batch.
-#include <torch/library.h>
-
 #include "functorch/vmap.h"
 #include "rotary/norm_rope.h"
 
@@ -28,25 +26,15 @@ NormRopeCall fold_call(const Vmap& vmap, const NormRopeCall& call, const c10::Sy
   return folded;
 }
 
-NormRopeCall element_of_call(const Vmap& vmap, const NormRopeCall& call, int64_t index) {
-  NormRopeCall element = call;
-  element.q = vmap.element(call.q, index);
-  element.k = vmap.element(call.k, index);
-  element.q_weight = vmap.element(call.q_weight, index);
-  element.k_weight = vmap.element(call.k_weight, index);
-  element.freqs_sin = vmap.element(call.freqs_sin, index);
-  element.freqs_cos = vmap.element(call.freqs_cos, index);
-  element.positions = vmap.element(call.positions, index);
-  return element;
-}
-
 /// Angles of each element of the map for heads of different batches have no one batch to fold into.
 bool folds(const Vmap& vmap, const NormRopeCall& call, const at::Tensor& q, const at::Tensor& k) {
   const bool maps_angles = vmap.maps(call.freqs_sin) || vmap.maps(call.freqs_cos) || vmap.maps(call.positions);
   return !maps_angles || q.sym_size(0) == k.sym_size(0);
 }
 
-NormRopeHeads rotate(const Vmap& vmap, const NormRopeCall& call) {
+template <typename Map>
+NormRopeHeads qk_norm_rope_batched(const NormRopeCall& call) {
+  const Map vmap(tensors_of(call));
   const c10::impl::ExcludeDispatchKeyGuard not_again(vmap.key());
   if (!vmap.has_mapped()) return qk_norm_rope(call);
   if (!folds(vmap, call, call.q, call.k)) {
@@ -59,16 +47,12 @@ NormRopeHeads rotate(const Vmap& vmap, const NormRopeCall& call) {
   return {vmap.unfold(q, batch_q), vmap.unfold(k, batch_k)};
 }
 
-template <typename Map>
-NormRopeHeads qk_norm_rope_batched(const NormRopeCall& call) {
-  return rotate(Map({call.q, call.k, call.q_weight, call.k_weight, call.freqs_sin, call.freqs_cos, call.positions}),
-                call);
-}
-
 /// The kernels sum a weight's gradient over the whole batch: where each element of the map wants its own sum, the
 /// composition gives them.
-NormRopeGradients rotate_back(const Vmap& vmap, const NormRopeCall& call, const at::Tensor& grad_q,
-                              const at::Tensor& grad_k) {
+template <typename Map>
+NormRopeGradients qk_norm_rope_backward_batched(const NormRopeCall& call, const at::Tensor& grad_q,
+                                                const at::Tensor& grad_k) {
+  const Map vmap(tensors_of(call, grad_q, grad_k));
   const c10::impl::ExcludeDispatchKeyGuard not_again(vmap.key());
   if (!vmap.has_mapped()) return qk_norm_rope_backward(call, grad_q, grad_k);
   if (!folds(vmap, call, grad_q, grad_k)) {
@@ -87,28 +71,10 @@ NormRopeGradients rotate_back(const Vmap& vmap, const NormRopeCall& call, const 
           call.k_weight ? vmap.put_in(dk_weight) : dk_weight};
 }
 
-template <typename Map>
-NormRopeGradients qk_norm_rope_backward_batched(const NormRopeCall& call, const at::Tensor& grad_q,
-                                                const at::Tensor& grad_k) {
-  return rotate_back(Map({grad_q, grad_k, call.q, call.k, call.q_weight, call.k_weight, call.freqs_sin, call.freqs_cos,
-                          call.positions}),
-                     call, grad_q, grad_k);
-}
-
 // Memory that is not mapped cannot take a result that is: copy_ says so.
-NormRopeWeightGradients backward_in_place_batched(const NormRopeCall& call, at::Tensor& grad_q, at::Tensor& grad_k) {
-  return copy_norm_rope_backward(call, grad_q, grad_k);
-}
-
-void register_in_place(torch::Library& m) {
-  m.impl("qk_norm_rope_backward.in_place", TORCH_FN(backward_in_place_from_schema<backward_in_place_batched>));
-}
-
 template <typename Map>
 void register_rules(torch::Library& m) {
-  m.impl("qk_norm_rope", TORCH_FN(from_schema<qk_norm_rope_batched<Map>>));
-  m.impl("qk_norm_rope_backward", TORCH_FN(backward_from_schema<qk_norm_rope_backward_batched<Map>>));
-  register_in_place(m);
+  register_norm_rope<qk_norm_rope_batched<Map>, qk_norm_rope_backward_batched<Map>, copy_norm_rope_backward>(m);
 }
 
 }  // namespace

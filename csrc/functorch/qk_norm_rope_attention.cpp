@@ -8,15 +8,16 @@
 namespace selfattn {
 namespace {
 
-/// nothing where a mapped tensor has no batch.
-std::optional<AttentionResults> attend_folded(const Vmap& vmap, const NormRopeAttentionCall& call) {
-  const c10::impl::ExcludeDispatchKeyGuard not_again(vmap.key());
-  if (!vmap.has_mapped()) return qk_norm_rope_attention(call);
+template <typename Map>
+AttentionResults qk_norm_rope_attention_batched(const NormRopeAttentionCall& call) {
   const NormRopeCall& norm_rope = call.norm_rope;
   const AttentionProblem& problem = call.problem;
-  if (vmap.maps(norm_rope.q_weight) || vmap.maps(norm_rope.k_weight) || vmap.maps(problem.sinks) || vmap.size() == 0) {
-    return std::nullopt;
-  }
+  const Map vmap(tensors_of(norm_rope, problem.value, problem.query_segment_ids, problem.sinks));
+  const bool maps_without_batch =
+      vmap.maps(norm_rope.q_weight) || vmap.maps(norm_rope.k_weight) || vmap.maps(problem.sinks);
+  if (vmap.has_mapped() && (maps_without_batch || vmap.size() == 0)) return norm_rope_then_attend(call);
+  const c10::impl::ExcludeDispatchKeyGuard not_again(vmap.key());
+  if (!vmap.has_mapped()) return qk_norm_rope_attention(call);
   NormRopeAttentionCall folded = call;
   folded.norm_rope.q = vmap.fold(norm_rope.q);
   folded.norm_rope.k = vmap.fold(norm_rope.k);
@@ -25,31 +26,18 @@ std::optional<AttentionResults> attend_folded(const Vmap& vmap, const NormRopeAt
   folded.problem.value = vmap.fold(problem.value);
   folded.problem.query_segment_ids = vmap.fold(problem.query_segment_ids);
   const auto [out, lse] = qk_norm_rope_attention(folded);
-  return AttentionResults(vmap.unfold(out, problem.batch()), vmap.unfold(lse, problem.batch()));
+  return {vmap.unfold(out, problem.batch()), vmap.unfold(lse, problem.batch())};
 }
 
-template <typename Map>
-AttentionResults qk_norm_rope_attention_batched(const NormRopeAttentionCall& call) {
-  const NormRopeCall& norm_rope = call.norm_rope;
-  const AttentionProblem& problem = call.problem;
-  const Map map({norm_rope.q, norm_rope.k, problem.value, norm_rope.q_weight, norm_rope.k_weight, norm_rope.freqs_sin,
-                 norm_rope.freqs_cos, problem.query_segment_ids, problem.sinks});
-  auto results = attend_folded(map, call);
-  return results ? std::move(*results) : norm_rope_then_attend(call);
-}
-
-// Where gradients alone are mapped, which is the usual case, its parts make the rotated q and k once for all.
-NormRopeAttentionGradients backward_batched(const NormRopeAttentionCall& call, const AttentionGradients& gradients) {
-  return attend_backward_then_norm_rope(call, gradients);
-}
-
+/// Where gradients alone are mapped, which is the usual case, its parts make the rotated q and k once for all.
 void register_gradient(torch::Library& m) {
-  m.impl("qk_norm_rope_attention_backward", TORCH_FN(attention_backward_from_schema<backward_batched>));
+  m.impl("qk_norm_rope_attention_backward",
+         TORCH_FN(NormRopeAttentionBackward::from_schema<attend_backward_then_norm_rope>));
 }
 
 template <typename Map>
 void register_rules(torch::Library& m) {
-  m.impl("qk_norm_rope_attention", TORCH_FN(attention_from_schema<qk_norm_rope_attention_batched<Map>>));
+  m.impl("qk_norm_rope_attention", TORCH_FN(NormRopeAttention::from_schema<qk_norm_rope_attention_batched<Map>>));
   register_gradient(m);
 }
 

@@ -5,7 +5,6 @@
 #include <c10/core/SymInt.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
-#include <initializer_list>
 #include <optional>
 #include <tuple>
 #include <type_traits>
@@ -77,10 +76,25 @@ auto call_one_by_one(const Vmap& vmap, const Function& function) {
   return std::apply([&](const auto&... tensors) { return Results{((void)tensors, next())...}; }, Results{});
 }
 
+/// Element `index` of the map of a whole call, of a type with for_each_tensor.
+template <typename Call>
+Call element_of_call(const Vmap& vmap, Call call, int64_t index) {
+  call.for_each_tensor([&](auto& tensor) { tensor = vmap.element(tensor, index); });
+  return call;
+}
+
+/// All tensors of a call, and others.
+template <typename Call, typename... Others>
+std::vector<OptionalTensor> tensors_of(Call call, const Others&... others) {
+  std::vector<OptionalTensor> tensors{others...};
+  call.for_each_tensor([&](const auto& tensor) { tensors.push_back(tensor); });
+  return tensors;
+}
+
 /// Of torch.func.vmap: tensors of the key FuncTorchBatched, at the level of the innermost transform.
 class FunctorchVmap final : public Vmap {
  public:
-  explicit FunctorchVmap(std::initializer_list<OptionalTensor> tensors);
+  explicit FunctorchVmap(const std::vector<OptionalTensor>& tensors);
   bool maps(const OptionalTensor& tensor) const override;
   c10::DispatchKey key() const override { return c10::DispatchKey::FuncTorchBatched; }
   at::Tensor take_out(const at::Tensor& tensor) const override;
@@ -93,7 +107,7 @@ class FunctorchVmap final : public Vmap {
 /// Of is_grads_batched: tensors of the key Batched. M counts the elements of every level together.
 class BatchedGradientsVmap final : public Vmap {
  public:
-  explicit BatchedGradientsVmap(std::initializer_list<OptionalTensor> tensors);
+  explicit BatchedGradientsVmap(const std::vector<OptionalTensor>& tensors);
   bool maps(const OptionalTensor& tensor) const override;
   c10::DispatchKey key() const override { return c10::DispatchKey::Batched; }
   at::Tensor take_out(const at::Tensor& tensor) const override;

@@ -1,6 +1,5 @@
 // Shapes and dtypes of the results of qk_norm_rope and of its gradient, for tracing. Every result is contiguous.
 #include <ATen/ops/empty.h>
-#include <torch/library.h>
 
 #include "rotary/norm_rope.h"
 
@@ -19,18 +18,10 @@ NormRopeGradients qk_norm_rope_backward_meta(const NormRopeCall& call, const at:
   return {empty_like(grad_q), empty_like(grad_k), of_weight(call.q_weight, grad_q), of_weight(call.k_weight, grad_k)};
 }
 
-NormRopeWeightGradients qk_norm_rope_backward_in_place_meta(const NormRopeCall& call, at::Tensor& grad_q,
-                                                            at::Tensor& grad_k) {
-  const auto [dq, dk, dq_weight, dk_weight] = qk_norm_rope_backward_meta(call, grad_q, grad_k);
-  return {dq_weight, dk_weight};
-}
-
 }  // namespace
 }  // namespace selfattn
 
 TORCH_LIBRARY_IMPL(selfattn, Meta, m) {
-  m.impl("qk_norm_rope", TORCH_FN((selfattn::from_schema<selfattn::qk_norm_rope_meta>)));
-  m.impl("qk_norm_rope_backward", TORCH_FN((selfattn::backward_from_schema<selfattn::qk_norm_rope_backward_meta>)));
-  m.impl("qk_norm_rope_backward.in_place",
-         TORCH_FN((selfattn::backward_in_place_from_schema<selfattn::qk_norm_rope_backward_in_place_meta>)));
+  using namespace selfattn;
+  register_norm_rope<qk_norm_rope_meta, qk_norm_rope_backward_meta, copy_norm_rope_backward>(m);
 }

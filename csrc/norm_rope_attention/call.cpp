@@ -15,12 +15,18 @@ bool is_cast_between(const at::Tensor& heads) {
   return is_autocast_on(heads) && heads.scalar_type() != at::autocast::get_autocast_dtype(heads.device().type());
 }
 
+/// The attention's problem, of the rotated q and k.
+AttentionProblem rotated(const NormRopeAttentionCall& call) {
+  AttentionProblem problem = call.problem;
+  std::tie(problem.query, problem.key) = qk_norm_rope(call.norm_rope);
+  return problem;
+}
+
 }  // namespace
 
 NormRopeAttentionCall make_norm_rope_attention_call(NormRopeCall norm_rope, const at::Tensor& v,
                                                     const AttentionArguments& arguments) {
-  check_norm_rope(norm_rope);
-  norm_rope.eps = eps_of_heads(norm_rope.eps, norm_rope.q);
+  validate(norm_rope);
   AttentionProblem problem = make_attention_problem(norm_rope.q, norm_rope.k, v, arguments, /*needs_lse=*/true);
   return {std::move(norm_rope), std::move(problem)};
 }
@@ -41,20 +47,12 @@ std::optional<NormRopeAttentionCall> as_one_operator(const NormRopeCall& norm_ro
   return call;
 }
 
-AttentionResults norm_rope_then_attend(const NormRopeAttentionCall& call) {
-  AttentionProblem problem = call.problem;
-  std::tie(problem.query, problem.key) = qk_norm_rope(call.norm_rope);
-  return flash_attention(problem);
-}
+AttentionResults norm_rope_then_attend(const NormRopeAttentionCall& call) { return flash_attention(rotated(call)); }
 
 NormRopeAttentionGradients attend_backward_then_norm_rope(const NormRopeAttentionCall& call,
                                                           const AttentionGradients& gradients) {
-  const auto attend_backward = [&] {  // the rotated q and k live no longer than needed
-    AttentionProblem problem = call.problem;
-    std::tie(problem.query, problem.key) = qk_norm_rope(call.norm_rope);
-    return flash_attention_backward(problem, gradients);
-  };
-  const auto [grad_q, grad_k, dv] = attend_backward();
+  // The rotated q and k live no longer than needed.
+  const auto [grad_q, grad_k, dv] = flash_attention_backward(rotated(call), gradients);
   const auto [dq, dk, dq_weight, dk_weight] = qk_norm_rope_backward(call.norm_rope, grad_q, grad_k);
   return {dq, dk, dv, dq_weight, dk_weight};
 }
@@ -63,14 +61,13 @@ NormRopeAttentionGradients attend_backward_then_norm_rope_in_place(const NormRop
                                                                    const AttentionGradients& gradients,
                                                                    GradientMemory memory) {
   const auto attend_backward = [&] {  // the rotated q lives no longer than needed
-    AttentionProblem problem = call.problem;
-    std::tie(problem.query, problem.key) = qk_norm_rope(call.norm_rope);
+    const AttentionProblem problem = rotated(call);
     memory.key = problem.key;
     return flash_attention_backward(problem, gradients, memory);
   };
   auto [dq, dk, dv] = attend_backward();
   memory = {};
-  const auto [dq_weight, dk_weight] = qk_norm_rope_backward_in_place(call.norm_rope, dq, dk);
+  const auto [dq_weight, dk_weight] = NormRopeBackwardInPlace::call(call.norm_rope, dq, dk);
   return {dq, dk, dv, dq_weight, dk_weight};
 }
 
@@ -86,7 +83,7 @@ NormRopeAttentionGradients backward_below_autograd(const NormRopeAttentionCall& 
 
 // For every device: the parts have kernels.
 TORCH_LIBRARY_IMPL(selfattn, CompositeExplicitAutograd, m) {
-  m.impl("qk_norm_rope_attention", TORCH_FN((selfattn::attention_from_schema<selfattn::norm_rope_then_attend>)));
+  m.impl("qk_norm_rope_attention", TORCH_FN(selfattn::NormRopeAttention::from_schema<selfattn::norm_rope_then_attend>));
   m.impl("qk_norm_rope_attention_backward",
-         TORCH_FN((selfattn::attention_backward_from_schema<selfattn::backward_below_autograd>)));
+         TORCH_FN(selfattn::NormRopeAttentionBackward::from_schema<selfattn::backward_below_autograd>));
 }

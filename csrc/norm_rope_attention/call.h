@@ -36,62 +36,60 @@ NormRopeAttentionGradients attend_backward_then_norm_rope_in_place(const NormRop
                                                                    const AttentionGradients& gradients,
                                                                    GradientMemory memory);
 
-// The only place in C++ where the operators' arguments are listed.
+/// qk_norm_rope_attention and qk_norm_rope_attention_backward: the only place in C++ where their arguments are listed.
+/// `Grads`: before the others, grad_out and grad_lse of the gradient. `Results`: after v, its out and lse. `Sinks`:
+/// last, those of the operator itself.
+template <typename Result, typename Grads, typename Results, typename Sinks>
+struct NormRopeAttentionOp;
 
-/// An implementation with the arguments of the schema.
-template <AttentionResults (*kImplementation)(const NormRopeAttentionCall&)>
-AttentionResults attention_from_schema(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                                       const OptionalTensor& q_weight, const OptionalTensor& k_weight,
-                                       const OptionalTensor& freqs_sin, const OptionalTensor& freqs_cos,
-                                       const OptionalTensor& segment_ids, double eps, double theta,
-                                       c10::string_view pairing, bool causal, std::optional<double> qk_scale,
-                                       int64_t window_left, int64_t window_right, double softcap,
-                                       const OptionalTensor& sinks) {
-  return kImplementation(make_norm_rope_attention_call(
-      {q, k, q_weight, k_weight, freqs_sin, freqs_cos, /*norm=*/true, eps, /*rope=*/true, /*positions=*/std::nullopt,
-       theta, parse_pairing(pairing, "pairing")},
-      v, {segment_ids, causal, qk_scale, std::nullopt, window_left, window_right, softcap, sinks}));
-}
+template <typename Result, typename... Grads, typename... Results, typename... Sinks>
+struct NormRopeAttentionOp<Result, Types<Grads...>, Types<Results...>, Types<Sinks...>> {
+  /// An implementation with the arguments of the schema, which can be registered. It validates the call.
+  template <auto kImplementation>
+  static Result from_schema(Grads... grads, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                            Results... results, const OptionalTensor& q_weight, const OptionalTensor& k_weight,
+                            const OptionalTensor& freqs_sin, const OptionalTensor& freqs_cos,
+                            const OptionalTensor& segment_ids, double eps, double theta, c10::string_view pairing,
+                            bool causal, std::optional<double> qk_scale, int64_t window_left, int64_t window_right,
+                            double softcap, Sinks... sinks) {
+    const NormRopeAttentionCall call = make_norm_rope_attention_call(
+        {q, k, q_weight, k_weight, freqs_sin, freqs_cos, /*norm=*/true, eps, /*rope=*/true, /*positions=*/std::nullopt,
+         theta, parse_pairing(pairing, "pairing")},
+        v, {segment_ids, causal, qk_scale, std::nullopt, window_left, window_right, softcap, sinks...});
+    if constexpr (sizeof...(Grads) == 0) {
+      return kImplementation(call);
+    } else {
+      const AttentionGradients gradients{grads..., results...};
+      check_gradients(call.problem, gradients);
+      return kImplementation(call, gradients);
+    }
+  }
 
-/// The same for the gradient.
-template <NormRopeAttentionGradients (*kImplementation)(const NormRopeAttentionCall&, const AttentionGradients&)>
-NormRopeAttentionGradients attention_backward_from_schema(
-    const at::Tensor& grad_out, const OptionalTensor& grad_lse, const at::Tensor& q, const at::Tensor& k,
-    const at::Tensor& v, const at::Tensor& out, const at::Tensor& lse, const OptionalTensor& q_weight,
-    const OptionalTensor& k_weight, const OptionalTensor& freqs_sin, const OptionalTensor& freqs_cos,
-    const OptionalTensor& segment_ids, double eps, double theta, c10::string_view pairing, bool causal,
-    std::optional<double> qk_scale, int64_t window_left, int64_t window_right, double softcap) {
-  const NormRopeAttentionCall call = make_norm_rope_attention_call(
-      {q, k, q_weight, k_weight, freqs_sin, freqs_cos, /*norm=*/true, eps, /*rope=*/true, /*positions=*/std::nullopt,
-       theta, parse_pairing(pairing, "pairing")},
-      v, {segment_ids, causal, qk_scale, std::nullopt, window_left, window_right, softcap, std::nullopt});
-  const AttentionGradients gradients{grad_out, grad_lse, out, lse};
-  check_gradients(call.problem, gradients);
-  return kImplementation(call, gradients);
-}
+  /// Through the dispatcher.
+  static Result call(const NormRopeAttentionCall& call, Grads... grads, Results... results, Sinks... sinks) {
+    static const auto op = find_op<decltype(from_schema<nullptr>)>(
+        sizeof...(Grads) == 0 ? "selfattn::qk_norm_rope_attention" : "selfattn::qk_norm_rope_attention_backward");
+    const auto& [norm_rope, problem] = call;
+    return op.call(grads..., norm_rope.q, norm_rope.k, problem.value, results..., norm_rope.q_weight,
+                   norm_rope.k_weight, norm_rope.freqs_sin, norm_rope.freqs_cos, problem.query_segment_ids,
+                   norm_rope.eps, norm_rope.theta, to_string(norm_rope.pairing), problem.is_causal, problem.scale,
+                   problem.window_left, problem.window_right, problem.softcap, sinks...);
+  }
+};
 
-// The operators through the dispatcher.
+using NormRopeAttention = NormRopeAttentionOp<AttentionResults, Types<>, Types<>, Types<const OptionalTensor&>>;
+using NormRopeAttentionBackward =
+    NormRopeAttentionOp<NormRopeAttentionGradients, Types<const at::Tensor&, const OptionalTensor&>,
+                        Types<const at::Tensor&, const at::Tensor&>, Types<>>;
 
 inline AttentionResults qk_norm_rope_attention(const NormRopeAttentionCall& call) {
-  static const auto op = find_op<decltype(attention_from_schema<nullptr>)>("selfattn::qk_norm_rope_attention");
-  const NormRopeCall& norm_rope = call.norm_rope;
-  const AttentionProblem& problem = call.problem;
-  return op.call(norm_rope.q, norm_rope.k, problem.value, norm_rope.q_weight, norm_rope.k_weight, norm_rope.freqs_sin,
-                 norm_rope.freqs_cos, problem.query_segment_ids, norm_rope.eps, norm_rope.theta,
-                 to_string(norm_rope.pairing), problem.is_causal, problem.scale, problem.window_left,
-                 problem.window_right, problem.softcap, problem.sinks);
+  return NormRopeAttention::call(call, call.problem.sinks);
 }
 
 inline NormRopeAttentionGradients qk_norm_rope_attention_backward(const NormRopeAttentionCall& call,
                                                                   const AttentionGradients& gradients) {
-  static const auto op =
-      find_op<decltype(attention_backward_from_schema<nullptr>)>("selfattn::qk_norm_rope_attention_backward");
-  const NormRopeCall& norm_rope = call.norm_rope;
-  const AttentionProblem& problem = call.problem;
-  return op.call(gradients.grad_out, gradients.grad_lse, norm_rope.q, norm_rope.k, problem.value, gradients.out,
-                 gradients.lse, norm_rope.q_weight, norm_rope.k_weight, norm_rope.freqs_sin, norm_rope.freqs_cos,
-                 problem.query_segment_ids, norm_rope.eps, norm_rope.theta, to_string(norm_rope.pairing),
-                 problem.is_causal, problem.scale, problem.window_left, problem.window_right, problem.softcap);
+  const auto& [grad_out, grad_lse, out, lse] = gradients;
+  return NormRopeAttentionBackward::call(call, grad_out, grad_lse, out, lse);
 }
 
 }  // namespace selfattn

@@ -14,7 +14,7 @@ NormRopeHeads apply_rotary_emb(const at::Tensor& xq, const at::Tensor& xk, const
   call.norm = false;
   call.theta = theta;
   call.pairing = parse_pairing(pairing, "pairing");
-  check_norm_rope(call, {.q = "xq", .k = "xk"});
+  validate(call, {.q = "xq", .k = "xk"});
   return qk_norm_rope(call);
 }
 

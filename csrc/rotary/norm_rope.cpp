@@ -2,16 +2,14 @@
 #include "rotary/norm_rope.h"
 
 #include <ATen/TensorOperators.h>
+#include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/rsqrt.h>
-#include <torch/library.h>
-
 #include <algorithm>
 #include <cmath>
 #include <limits>
 
 #include "common/dense_tensor.h"
-#include "common/dispatch.h"
 #include "common/function_transform.h"
 
 namespace selfattn {
@@ -22,6 +20,50 @@ void check_weight(const OptionalTensor& weight, const HeadsShape& heads, const c
   check_floating_point(*weight, name, heads.device, heads.name);
   TORCH_CHECK_VALUE(weight->dim() == 1 && weight->sym_size(0) == heads.head_dim, "selfattn: ", name,
                     " must have the shape (D,) = [", heads.head_dim, "]; got ", weight->sym_sizes());
+}
+
+/// Throws where x is not a floating point tensor of four dimensions (B, S, N, D).
+void check_heads(const at::Tensor& x, const char* name) {
+  check_floating_point(x, name);
+  TORCH_CHECK_VALUE(x.dim() == 4, "selfattn: ", name, " must have four dimensions (B, S, N, D); got shape ",
+                    x.sym_sizes());
+}
+
+double eps_of_heads(double eps, const at::Tensor& heads) {
+  if (heads.scalar_type() == at::kDouble || eps == 0.0) return eps;
+  return std::clamp<double>(eps, std::numeric_limits<float>::min(), std::numeric_limits<float>::max());
+}
+
+void check_table(const at::Tensor& table, const HeadsShape& heads, const char* name) {
+  check_floating_point(table, name, heads.device, heads.name);
+  const auto sizes = table.sym_sizes();
+  const bool fits = table.dim() == 3 && (sizes[0] == 1 || sizes[0] == heads.batch) && sizes[1] == heads.length &&
+                    sizes[2] * 2 == heads.head_dim;
+  TORCH_CHECK_VALUE(fits, "selfattn: ", name, " must have the shape (1 or B, S, D / 2) = (1 or ", heads.batch, ", ",
+                    heads.length, ", ", heads.head_dim / 2, ") of ", heads.name, "; got ", sizes);
+}
+
+/// Throws where heads cannot be rotated by the call's tables, or by its positions and theta.
+void check_rotation(const HeadsShape& heads, const NormRopeCall& call, const char* theta_name) {
+  const OptionalTensor &sin = call.freqs_sin, &cos = call.freqs_cos, &positions = call.positions;
+  TORCH_CHECK_VALUE(sin.has_value() == cos.has_value(),
+                    "selfattn: freqs_sin and freqs_cos must be given together; got one alone");
+  TORCH_CHECK_VALUE(heads.head_dim % 2 == 0, "selfattn: ", heads.name,
+                    " must have an even head dimension for the rotary embedding; got ", heads.head_dim);
+  if (sin) {
+    TORCH_CHECK_VALUE(!positions, "selfattn: positions must not be given beside freqs_sin and freqs_cos");
+    check_table(*sin, heads, "freqs_sin");
+    check_table(*cos, heads, "freqs_cos");
+    return;
+  }
+  check_theta(call.theta, theta_name);
+  if (!positions) return;
+  check_positions_dtype(*positions, "positions");
+  check_device(*positions, "positions", heads.device, heads.name);
+  TORCH_CHECK_VALUE(positions->dim() == 2 && positions->sym_size(1) == heads.length &&
+                        (positions->sym_size(0) == 1 || positions->sym_size(0) == heads.batch),
+                    "selfattn: positions must have the shape (1 or B, S) = (1 or ", heads.batch, ", ", heads.length,
+                    ") of ", heads.name, "; got ", positions->sym_sizes());
 }
 
 HeadsShape shape_of(const at::Tensor& x, const char* name) {
@@ -88,18 +130,24 @@ at::Tensor heads_of_one(const NormRopeCall& call, const at::Tensor& x, const Opt
   return as_result(heads, x);
 }
 
+/// The caller's tables, or those of `positions`, or of positions 0 .. S - 1, for a rotation of x.
+RotaryTables tables_of(const NormRopeCall& call, const at::Tensor& x) {
+  if (call.freqs_sin) return {*call.freqs_sin, *call.freqs_cos};
+  const auto indices = x.options().dtype(at::kLong).requires_grad(false);
+  return rotary_tables(call.positions ? *call.positions : at::arange(x.sym_size(1), indices),
+                       x.sym_size(3).guard_int(__FILE__, __LINE__), call.theta);
+}
+
+/// Those of q and of k; computed once where both have the same batch, length, head dimension and device.
 std::pair<RotaryTables, RotaryTables> tables_of(const NormRopeCall& call, const at::Tensor& q, const at::Tensor& k) {
   if (!call.rope) return {};
-  return choose_tables_of_both(q, k, call.freqs_sin, call.freqs_cos, call.positions, call.theta);
+  const RotaryTables of_q = tables_of(call, q);
+  const bool are_alike = q.device() == k.device() && q.sym_size(0) == k.sym_size(0) && q.sym_size(1) == k.sym_size(1) &&
+                         q.sym_size(3) == k.sym_size(3);
+  return {of_q, are_alike ? of_q : tables_of(call, k)};
 }
 
 }  // namespace
-
-void check_heads(const at::Tensor& x, const char* name) {
-  check_floating_point(x, name);
-  TORCH_CHECK_VALUE(x.dim() == 4, "selfattn: ", name, " must have four dimensions (B, S, N, D); got shape ",
-                    x.sym_sizes());
-}
 
 bool needs_composition(const NormRopeCall& call) {
   if (is_function_transform_active()) return true;
@@ -118,38 +166,34 @@ void check_norm_rope_options(const NormRopeCall& call, const HeadsShape& q, cons
   TORCH_CHECK_VALUE(call.rope || (!call.freqs_sin && !call.freqs_cos && !call.positions),
                     "selfattn: freqs_sin, freqs_cos and positions must not be given where rope is False");
   if (call.rope) {
-    check_rotation(q, call.freqs_sin, call.freqs_cos, call.positions, call.theta, names.theta);
-    check_rotation(k, call.freqs_sin, call.freqs_cos, call.positions, call.theta, names.theta);
+    check_rotation(q, call, names.theta);
+    check_rotation(k, call, names.theta);
   }
   check_weight(call.q_weight, q, names.q_weight);
   check_weight(call.k_weight, k, names.k_weight);
 }
 
-void check_norm_rope(const NormRopeCall& call, const NormRopeNames& names) {
+void validate(NormRopeCall& call, const NormRopeNames& names) {
   check_heads(call.q, names.q);
   check_heads(call.k, names.k);
   check_device(call.k, names.k, call.q.device(), names.q);
   check_norm_rope_options(call, shape_of(call.q, names.q), shape_of(call.k, names.k), names);
+  call.eps = eps_of_heads(call.eps, call.q);
 }
 
-void check_norm_rope_backward(const NormRopeCall& call, const at::Tensor& grad_q, const at::Tensor& grad_k) {
+void validate(NormRopeCall& call, const at::Tensor& grad_q, const at::Tensor& grad_k) {
   check_heads(grad_q, "grad_q");
   check_heads(grad_k, "grad_k");
   check_device(grad_k, "grad_k", grad_q.device(), "grad_q");
   if (call.norm || call.q.defined()) check_gradient(grad_q, call.q, "grad_q", "q");
   if (call.norm || call.k.defined()) check_gradient(grad_k, call.k, "grad_k", "k");
   check_norm_rope_options(call, shape_of(grad_q, "grad_q"), shape_of(grad_k, "grad_k"));
-}
-
-double eps_of_heads(double eps, const at::Tensor& heads) {
-  if (heads.scalar_type() == at::kDouble || eps == 0.0) return eps;
-  return std::clamp<double>(eps, std::numeric_limits<float>::min(), std::numeric_limits<float>::max());
-}
-
-NormRopeCall make_backward_call(NormRopeCall call, const at::Tensor& grad_q, const at::Tensor& grad_k) {
-  check_norm_rope_backward(call, grad_q, grad_k);
   call.eps = eps_of_heads(call.eps, grad_q);
-  return call;
+}
+
+void check_contiguous(const at::Tensor& grad_q, const at::Tensor& grad_k) {
+  TORCH_CHECK_VALUE(grad_q.is_contiguous(), "selfattn: grad_q must be contiguous; got strides ", grad_q.sym_strides());
+  TORCH_CHECK_VALUE(grad_k.is_contiguous(), "selfattn: grad_k must be contiguous; got strides ", grad_k.sym_strides());
 }
 
 NormRopeHeads compose_norm_rope(const NormRopeCall& call) {
@@ -170,26 +214,6 @@ NormRopeGradients compose_norm_rope_backward(const NormRopeCall& call, const at:
   return compose_norm_rope_backward(call, grad_q, grad_k, std::nullopt);
 }
 
-NormRopeHeads qk_norm_rope(const NormRopeCall& call) {
-  static const auto op = find_op<decltype(from_schema<nullptr>)>("selfattn::qk_norm_rope");
-  return op.call(call.q, call.k, call.q_weight, call.k_weight, call.freqs_sin, call.freqs_cos, call.norm, call.eps,
-                 call.rope, call.positions, call.theta, to_string(call.pairing));
-}
-
-NormRopeGradients qk_norm_rope_backward(const NormRopeCall& call, const at::Tensor& grad_q, const at::Tensor& grad_k) {
-  static const auto op = find_op<decltype(backward_from_schema<nullptr>)>("selfattn::qk_norm_rope_backward");
-  return op.call(grad_q, grad_k, as_optional(call.q), as_optional(call.k), call.q_weight, call.k_weight, call.freqs_sin,
-                 call.freqs_cos, call.norm, call.eps, call.rope, call.positions, call.theta, to_string(call.pairing));
-}
-
-NormRopeWeightGradients qk_norm_rope_backward_in_place(const NormRopeCall& call, at::Tensor& grad_q,
-                                                       at::Tensor& grad_k) {
-  static const auto op =
-      find_op<decltype(backward_in_place_from_schema<nullptr>)>("selfattn::qk_norm_rope_backward", "in_place");
-  return op.call(grad_q, grad_k, as_optional(call.q), as_optional(call.k), call.q_weight, call.k_weight, call.freqs_sin,
-                 call.freqs_cos, call.norm, call.eps, call.rope, call.positions, call.theta, to_string(call.pairing));
-}
-
 NormRopeWeightGradients copy_norm_rope_backward(const NormRopeCall& call, at::Tensor& grad_q, at::Tensor& grad_k) {
   const auto [dq, dk, dq_weight, dk_weight] = qk_norm_rope_backward(call, grad_q, grad_k);
   grad_q.copy_(dq);
@@ -201,8 +225,6 @@ NormRopeWeightGradients copy_norm_rope_backward(const NormRopeCall& call, at::Te
 
 // Any device without kernels.
 TORCH_LIBRARY_IMPL(selfattn, CompositeExplicitAutograd, m) {
-  m.impl("qk_norm_rope", TORCH_FN((selfattn::from_schema<selfattn::compose_norm_rope>)));
-  m.impl("qk_norm_rope_backward", TORCH_FN((selfattn::backward_from_schema<selfattn::compose_norm_rope_backward>)));
-  m.impl("qk_norm_rope_backward.in_place",
-         TORCH_FN((selfattn::backward_in_place_from_schema<selfattn::copy_norm_rope_backward>)));
+  using namespace selfattn;
+  register_norm_rope<compose_norm_rope, compose_norm_rope_backward, copy_norm_rope_backward>(m);
 }

@@ -20,15 +20,6 @@ namespace {
 /// Below it the angles of a head's last pairs at far positions are beyond the digits of float64.
 constexpr double kLeastTheta = 1e-6;
 
-void check_table(const at::Tensor& table, const HeadsShape& heads, const char* name) {
-  check_floating_point(table, name, heads.device, heads.name);
-  const auto sizes = table.sym_sizes();
-  const bool fits = table.dim() == 3 && (sizes[0] == 1 || sizes[0] == heads.batch) && sizes[1] == heads.length &&
-                    sizes[2] * 2 == heads.head_dim;
-  TORCH_CHECK_VALUE(fits, "selfattn: ", name, " must have the shape (1 or B, S, D / 2) = (1 or ", heads.batch, ", ",
-                    heads.length, ", ", heads.head_dim / 2, ") of ", heads.name, "; got ", sizes);
-}
-
 }  // namespace
 
 RotaryPairing parse_pairing(c10::string_view text, const char* name) {
@@ -76,45 +67,6 @@ void check_positions_dtype(const at::Tensor& positions, const char* name) {
   const auto dtype = positions.scalar_type();
   TORCH_CHECK_TYPE(at::isIntegralType(dtype, /*includeBool=*/false) || is_supported_dtype(dtype), "selfattn: ", name,
                    " must be integers or floating point; got ", dtype);
-}
-
-void check_rotation(const HeadsShape& heads, const OptionalTensor& sin, const OptionalTensor& cos,
-                    const OptionalTensor& positions, double theta, const char* theta_name) {
-  TORCH_CHECK_VALUE(sin.has_value() == cos.has_value(),
-                    "selfattn: freqs_sin and freqs_cos must be given together; got one alone");
-  TORCH_CHECK_VALUE(heads.head_dim % 2 == 0, "selfattn: ", heads.name,
-                    " must have an even head dimension for the rotary embedding; got ", heads.head_dim);
-  if (sin) {
-    TORCH_CHECK_VALUE(!positions, "selfattn: positions must not be given beside freqs_sin and freqs_cos");
-    check_table(*sin, heads, "freqs_sin");
-    check_table(*cos, heads, "freqs_cos");
-    return;
-  }
-  check_theta(theta, theta_name);
-  if (!positions) return;
-  check_positions_dtype(*positions, "positions");
-  check_device(*positions, "positions", heads.device, heads.name);
-  TORCH_CHECK_VALUE(positions->dim() == 2 && positions->sym_size(1) == heads.length &&
-                        (positions->sym_size(0) == 1 || positions->sym_size(0) == heads.batch),
-                    "selfattn: positions must have the shape (1 or B, S) = (1 or ", heads.batch, ", ", heads.length,
-                    ") of ", heads.name, "; got ", positions->sym_sizes());
-}
-
-RotaryTables choose_tables(const at::Tensor& x, const OptionalTensor& sin, const OptionalTensor& cos,
-                           const OptionalTensor& positions, double theta) {
-  if (sin) return {*sin, *cos};
-  const int64_t head_dim = x.sym_size(3).guard_int(__FILE__, __LINE__);
-  if (positions) return rotary_tables(*positions, head_dim, theta);
-  return rotary_tables(at::arange(x.sym_size(1), x.options().dtype(at::kLong).requires_grad(false)), head_dim, theta);
-}
-
-std::pair<RotaryTables, RotaryTables> choose_tables_of_both(const at::Tensor& q, const at::Tensor& k,
-                                                            const OptionalTensor& sin, const OptionalTensor& cos,
-                                                            const OptionalTensor& positions, double theta) {
-  const RotaryTables of_q = choose_tables(q, sin, cos, positions, theta);
-  const bool are_alike = q.device() == k.device() && q.sym_size(0) == k.sym_size(0) && q.sym_size(1) == k.sym_size(1) &&
-                         q.sym_size(3) == k.sym_size(3);
-  return {of_q, are_alike ? of_q : choose_tables(k, sin, cos, positions, theta)};
 }
 
 at::Tensor rotate(const at::Tensor& x, const RotaryTables& tables, RotaryPairing pairing) {

@@ -32,31 +32,11 @@ struct RotaryTables {
 /// Tables of positions (S,) or (B, S): angle = position / theta^(2i / D) (RoFormer, arXiv:2104.09864, eq. 15), float64.
 RotaryTables rotary_tables(const at::Tensor& positions, int64_t head_dim, double theta);
 
-/// Heads (B, S, N, D), which need not be there yet, as the checks see them.
-struct HeadsShape {
-  const char* name;  // of the argument that they come from, for messages
-  c10::SymInt batch, length, head_dim;
-  at::Device device;
-};
-
 /// Throws where theta is no base of finite frequencies. `name` is the argument's.
 void check_theta(double theta, const char* name);
 
 /// Throws where `positions` are no numbers on an axis. `name` is the argument's.
 void check_positions_dtype(const at::Tensor& positions, const char* name);
-
-/// Throws where heads cannot be rotated by these tables, or by these positions and theta.
-void check_rotation(const HeadsShape& heads, const OptionalTensor& sin, const OptionalTensor& cos,
-                    const OptionalTensor& positions, double theta, const char* theta_name);
-
-/// The caller's tables, or those of `positions`, or of positions 0 .. S - 1, for a checked rotation of x.
-RotaryTables choose_tables(const at::Tensor& x, const OptionalTensor& sin, const OptionalTensor& cos,
-                           const OptionalTensor& positions, double theta);
-
-/// choose_tables of q and of k; computed once where both have the same batch, length, head dimension and device.
-std::pair<RotaryTables, RotaryTables> choose_tables_of_both(const at::Tensor& q, const at::Tensor& k,
-                                                            const OptionalTensor& sin, const OptionalTensor& cos,
-                                                            const OptionalTensor& positions, double theta);
 
 /// Rotates the pairs of x (B, S, N, D) by the tables; computes and gives back at least float32.
 at::Tensor rotate(const at::Tensor& x, const RotaryTables& tables, RotaryPairing pairing);
