@@ -8,47 +8,42 @@
 namespace selfattn {
 at::Tensor multihead_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                const AttentionOptions& options) {
-  static const MultiheadOp<at::Tensor> op("selfattn::multihead_attention");
-  return op(q, k, v, options);
+  return call_multihead<at::Tensor>(q, k, v, options);
 }
 
 std::tuple<at::Tensor, at::Tensor> multihead_attention_lse(const at::Tensor& q, const at::Tensor& k,
                                                            const at::Tensor& v, const AttentionOptions& options) {
-  static const MultiheadOp<std::tuple<at::Tensor, at::Tensor>> op("selfattn::multihead_attention_lse");
-  return op(q, k, v, options);
+  return call_multihead<std::tuple<at::Tensor, at::Tensor>>(q, k, v, options);
 }
 
 std::string explain_backend(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                             const AttentionOptions& options) {
-  static const MultiheadOp<std::string> op("selfattn::explain_backend");
-  return op(q, k, v, options);
+  return call_multihead<std::string>(q, k, v, options);
 }
 
 std::tuple<at::Tensor, at::Tensor> merge_attention(const at::Tensor& out, const at::Tensor& lse,
                                                    const at::Tensor& other_out, const at::Tensor& other_lse) {
-  using Schema =
-      std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&);
-  static const auto op = find_op<Schema>("selfattn::merge_attention");
+  static const auto op = find_op<decltype(merge_attention)>("selfattn::merge_attention");
   return op.call(out, lse, other_out, other_lse);
 }
 
 at::Tensor segment_mask(const at::Tensor& segment_ids, const OptionalTensor& kv_segment_ids) {
-  static const auto op = find_op<at::Tensor(const at::Tensor&, const OptionalTensor&)>("selfattn::segment_mask");
+  static const auto op = find_op<decltype(segment_mask)>("selfattn::segment_mask");
   return op.call(segment_ids, kv_segment_ids);
 }
 
 at::Tensor segment_ids_from_positions(const at::Tensor& positions) {
-  static const auto op = find_op<at::Tensor(const at::Tensor&)>("selfattn::segment_ids_from_positions");
+  static const auto op = find_op<decltype(segment_ids_from_positions)>("selfattn::segment_ids_from_positions");
   return op.call(positions);
 }
 
 at::Tensor segment_ids_from_cu_seqlens(const at::Tensor& cu_seqlens, int64_t length) {
-  static const auto op = find_op<at::Tensor(const at::Tensor&, int64_t)>("selfattn::segment_ids_from_cu_seqlens");
+  static const auto op = find_op<decltype(segment_ids_from_cu_seqlens)>("selfattn::segment_ids_from_cu_seqlens");
   return op.call(cu_seqlens, length);
 }
 
 at::Tensor cu_seqlens_from_segment_ids(const at::Tensor& segment_ids, int64_t max_segments) {
-  static const auto op = find_op<at::Tensor(const at::Tensor&, int64_t)>("selfattn::cu_seqlens_from_segment_ids");
+  static const auto op = find_op<decltype(cu_seqlens_from_segment_ids)>("selfattn::cu_seqlens_from_segment_ids");
   return op.call(segment_ids, max_segments);
 }
 

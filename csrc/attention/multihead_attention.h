@@ -2,6 +2,9 @@
 
 #include <selfattn/ops.h>
 
+#include <string>
+#include <type_traits>
+
 #include "attention/problem.h"
 #include "common/dispatch.h"
 
@@ -21,26 +24,25 @@ Result multihead_from_schema(const at::Tensor& q, const at::Tensor& k, const at:
       q, k, v, {segment_ids, causal, qk_scale, kv_segment_ids, window_left, window_right, softcap, sinks}, backend);
 }
 
-/// One of the three operators; its call goes through the dispatcher.
+/// The one of the three operators that gives a Result, through the dispatcher.
 template <typename Result>
-struct MultiheadOp {
-  explicit MultiheadOp(const char* name) : op(find_op<decltype(multihead_from_schema<Result, nullptr>)>(name)) {}
+Result call_multihead(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                      const AttentionArguments& arguments, c10::string_view backend) {
+  static const auto op = find_op<decltype(multihead_from_schema<Result, nullptr>)>(
+      std::is_same_v<Result, at::Tensor>    ? "selfattn::multihead_attention"
+      : std::is_same_v<Result, std::string> ? "selfattn::explain_backend"
+                                            : "selfattn::multihead_attention_lse");
+  return op.call(q, k, v, arguments.segment_ids, arguments.is_causal, arguments.qk_scale, backend,
+                 arguments.kv_segment_ids, arguments.window_left, arguments.window_right, arguments.softcap,
+                 arguments.sinks);
+}
 
-  Result operator()(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const AttentionArguments& arguments,
-                    c10::string_view backend) const {
-    return op.call(q, k, v, arguments.segment_ids, arguments.is_causal, arguments.qk_scale, backend,
-                   arguments.kv_segment_ids, arguments.window_left, arguments.window_right, arguments.softcap,
-                   arguments.sinks);
-  }
-  Result operator()(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                    const AttentionOptions& options) const {
-    return (*this)(q, k, v,
-                   {options.segment_ids(), options.causal(), options.qk_scale(), options.kv_segment_ids(),
-                    options.window_left(), options.window_right(), options.softcap(), options.sinks()},
-                   options.backend());
-  }
-
-  c10::TypedOperatorHandle<decltype(multihead_from_schema<Result, nullptr>)> op;
-};
+template <typename Result>
+Result call_multihead(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const AttentionOptions& options) {
+  return call_multihead<Result>(q, k, v,
+                                {options.segment_ids(), options.causal(), options.qk_scale(), options.kv_segment_ids(),
+                                 options.window_left(), options.window_right(), options.softcap(), options.sinks()},
+                                options.backend());
+}
 
 }  // namespace selfattn

@@ -1,7 +1,8 @@
-// self_attention: the module's forward, once, for C++, Python and TorchScript.
+// self_attention: the module's forward, once, for C++, Python and TorchScript; and the C++ module's, which calls it.
 #include <ATen/ops/dropout.h>
 #include <ATen/ops/linear.h>
 #include <selfattn/backend.h>
+#include <selfattn/self_attention.h>
 #include <torch/library.h>
 
 #include <utility>
@@ -70,8 +71,7 @@ at::Tensor attend(NormRopeCall norm_rope, const at::Tensor& value, const Attenti
   }
   const auto [query, key] = qk_norm_rope(norm_rope);
   norm_rope.q.reset(), norm_rope.k.reset();
-  static const MultiheadOp<at::Tensor> op("selfattn::multihead_attention");
-  return op(query, key, value, arguments, backend);
+  return call_multihead<at::Tensor>(query, key, value, arguments, backend);
 }
 
 at::Tensor self_attention(const at::Tensor& x, const at::Tensor& q_weight, const at::Tensor& k_weight,
@@ -131,6 +131,23 @@ at::Tensor self_attention(const at::Tensor& x, const at::Tensor& q_weight, const
 }
 
 }  // namespace
+
+torch::Tensor SelfAttentionImpl::forward(const torch::Tensor& x, const torch::Tensor& freqs_sin,
+                                         const torch::Tensor& freqs_cos, const torch::Tensor& segment_ids) {
+  static const auto op = find_op<decltype(self_attention)>("selfattn::self_attention");
+  TORCH_CHECK_VALUE(x.dim() == 3 && x.sym_size(2) == options.embedding_dim(),
+                    "selfattn: x must have the shape (B, S, E) with E ", options.embedding_dim(), "; got ",
+                    x.sym_sizes());
+  return op.call(x, q_proj->weight, k_proj->weight, v_proj->weight, out_proj->weight, as_optional(q_proj->bias),
+                 as_optional(k_proj->bias), as_optional(v_proj->bias), as_optional(out_proj->bias),
+                 q_norm ? OptionalTensor(q_norm->weight) : std::nullopt,
+                 k_norm ? OptionalTensor(k_norm->weight) : std::nullopt, as_optional(sinks), as_optional(freqs_sin),
+                 as_optional(freqs_cos), as_optional(segment_ids), options.head_dim(), options.norm_eps(),
+                 options.rope_theta(), options.rope_pairing(), options.causal(), /*qk_scale=*/std::nullopt,
+                 options.attention_backend(), options.window_left(), options.window_right(), options.softcap(),
+                 options.dropout_rate(), is_training());
+}
+
 }  // namespace selfattn
 
 TORCH_LIBRARY_IMPL(selfattn, CompositeImplicitAutograd, m) {

@@ -6,19 +6,11 @@
 
 #include <cmath>
 
-#include "common/dispatch.h"
-#include "common/optional_tensor.h"
+#include "attention/problem.h"
+#include "rotary/rotary.h"
 
 namespace selfattn {
 namespace {
-
-using SelfAttentionSchema = at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                                       const at::Tensor&, const OptionalTensor&, const OptionalTensor&,
-                                       const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-                                       const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-                                       const OptionalTensor&, const OptionalTensor&, int64_t, double, double,
-                                       c10::string_view, bool, std::optional<double>, c10::string_view, int64_t,
-                                       int64_t, double, double, bool);
 
 void check(const SelfAttentionOptions& options) {
   TORCH_CHECK_VALUE(options.head_dim() > 0 && options.head_dim() % 2 == 0,
@@ -34,16 +26,11 @@ void check(const SelfAttentionOptions& options) {
                     "selfattn: dropout_rate must be at least 0 and below 1; got ", options.dropout_rate());
   TORCH_CHECK_VALUE(std::isfinite(options.norm_eps()) && options.norm_eps() >= 0.0,
                     "selfattn: norm_eps must be finite and at least 0; got ", options.norm_eps());
-  TORCH_CHECK_VALUE(options.window_left() >= -1, "selfattn: window_left must be -1 (unbounded) or at least 0; got ",
-                    options.window_left());
-  TORCH_CHECK_VALUE(options.window_right() >= -1, "selfattn: window_right must be -1 (unbounded) or at least 0; got ",
-                    options.window_right());
-  TORCH_CHECK_VALUE(std::isfinite(options.softcap()) && options.softcap() >= 0.0,
-                    "selfattn: softcap must be finite and at least 0 (0: none); got ", options.softcap());
+  check_attention_numbers(
+      {.window_left = options.window_left(), .window_right = options.window_right(), .softcap = options.softcap()});
   TORCH_CHECK_VALUE(std::isfinite(options.rope_theta()) && options.rope_theta() > 0.0,
                     "selfattn: rope_theta must be positive and finite; got ", options.rope_theta());
-  TORCH_CHECK_VALUE(options.rope_pairing() == "interleaved" || options.rope_pairing() == "half",
-                    "selfattn: rope_pairing must be 'interleaved' or 'half'; got '", options.rope_pairing(), "'");
+  parse_pairing(options.rope_pairing(), "rope_pairing");
   parse_backend(options.attention_backend());
 }
 
@@ -101,22 +88,6 @@ void SelfAttentionImpl::reset_parameters() {
     torch::nn::init::ones_(k_norm->weight);
   }
   if (options.sinks()) torch::nn::init::zeros_(sinks);
-}
-
-torch::Tensor SelfAttentionImpl::forward(const torch::Tensor& x, const torch::Tensor& freqs_sin,
-                                         const torch::Tensor& freqs_cos, const torch::Tensor& segment_ids) {
-  static const auto op = find_op<SelfAttentionSchema>("selfattn::self_attention");
-  TORCH_CHECK_VALUE(x.dim() == 3 && x.sym_size(2) == options.embedding_dim(),
-                    "selfattn: x must have the shape (B, S, E) with E ", options.embedding_dim(), "; got ",
-                    x.sym_sizes());
-  return op.call(x, q_proj->weight, k_proj->weight, v_proj->weight, out_proj->weight, as_optional(q_proj->bias),
-                 as_optional(k_proj->bias), as_optional(v_proj->bias), as_optional(out_proj->bias),
-                 q_norm ? OptionalTensor(q_norm->weight) : std::nullopt,
-                 k_norm ? OptionalTensor(k_norm->weight) : std::nullopt, as_optional(sinks), as_optional(freqs_sin),
-                 as_optional(freqs_cos), as_optional(segment_ids), options.head_dim(), options.norm_eps(),
-                 options.rope_theta(), options.rope_pairing(), options.causal(), /*qk_scale=*/std::nullopt,
-                 options.attention_backend(), options.window_left(), options.window_right(), options.softcap(),
-                 options.dropout_rate(), is_training());
 }
 
 void SelfAttentionImpl::pretty_print(std::ostream& stream) const {
