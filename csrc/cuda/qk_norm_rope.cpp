@@ -103,65 +103,57 @@ NormRopeParams make_params(const NormRopeCall& call, const Tensor& x) {
   return params;
 }
 
-void set_shape(NormRopeSide& side, const Tensor& x, const Tensor& result, const Angles& angles) {
-  side.batch = static_cast<int>(x.size(0)), side.length = static_cast<int>(x.size(1));
-  side.heads = static_cast<int>(x.size(2));
-  side.result = result.mutable_data_ptr();
-  side.angles = angles.source;
-}
-
-void set_weight(NormRopeSide& side, const Tensor& weight) {
-  if (!weight.defined()) return;
-  side.weight = weight.const_data_ptr();
-  side.weight_type = *float_type(weight.scalar_type());
-}
-
-Tensor readable_weight(const OptionalTensor& weight) {
-  return weight ? with_float_type(*weight).contiguous() : Tensor();
-}
-
-/// run(params) for q and k together where one kernel serves both, else for one after the other.
-template <typename Run>
-void for_each_launch(const NormRopeCall& call, const Tensor& q, const Tensor& k, const NormRopeSide& q_side,
-                     const NormRopeSide& k_side, const Run& run) {
-  NormRopeParams params = make_params(call, q);
-  params.sides[0] = q_side;
-  params.num_sides = 1;
-  if (q.size(3) == k.size(3) && q.scalar_type() == k.scalar_type()) {
-    params.sides[params.num_sides++] = k_side;
-    return run(params);
-  }
-  run(params);
-  params = make_params(call, k);
-  params.sides[0] = k_side;
-  params.num_sides = 1;
-  run(params);
-}
-
-/// The heads that a launch reads, and those that it writes, contiguous: others, or the same.
+/// The heads that a launch reads, or those that it writes, contiguous: others, or the same.
 struct Heads {
   const Tensor& q;
   const Tensor& k;
 };
 
+/// Both sides of a launch, whose input or gradient is not there yet, and the tensors that they point into.
+struct Sides {
+  Angles angles;
+  Tensor heads[2], weights[2];
+  NormRopeSide of[2] = {};
+
+  Sides(const NormRopeCall& call, const Heads& from, const Heads& to)
+      : angles(call), heads{readable(from.q), readable(from.k)} {
+    const OptionalTensor* const given_weights[] = {&call.q_weight, &call.k_weight};
+    for (int i = 0; i < 2; i++) {
+      NormRopeSide& side = of[i];
+      side.batch = static_cast<int>(heads[i].size(0)), side.length = static_cast<int>(heads[i].size(1));
+      side.heads = static_cast<int>(heads[i].size(2));
+      side.result = (i == 0 ? to.q : to.k).mutable_data_ptr();
+      side.angles = angles.source;
+      if (!*given_weights[i]) continue;
+      weights[i] = with_float_type(**given_weights[i]).contiguous();
+      side.weight = weights[i].const_data_ptr();
+      side.weight_type = *float_type(weights[i].scalar_type());
+    }
+  }
+};
+
+/// run(params) for q and k together where one kernel serves both, else for one after the other.
+template <typename Run>
+void for_each_launch(const NormRopeCall& call, const Sides& sides, const Run& run) {
+  const Tensor &q = sides.heads[0], &k = sides.heads[1];
+  const int sides_of_launch = q.size(3) == k.size(3) && q.scalar_type() == k.scalar_type() ? 2 : 1;
+  for (int first = 0; first < 2; first += sides_of_launch) {
+    NormRopeParams params = make_params(call, sides.heads[first]);
+    params.num_sides = sides_of_launch;
+    std::copy_n(sides.of + first, sides_of_launch, params.sides);
+    run(params);
+  }
+}
+
 /// `rotates_back`: the transposed rotation, which is the gradient of a call without norm.
 void launch_forward(const NormRopeCall& call, const Heads& from, const Heads& to, bool rotates_back) {
-  const Tensor &q = from.q, &k = from.k;
-  const c10::cuda::CUDAGuard guard(q.device());
-  const cudaStream_t stream = at::cuda::getCurrentCUDAStream();
-  const Angles angles(call);
-  const Tensor inputs[] = {readable(q), readable(k)};
-  const Tensor weights[] = {readable_weight(call.q_weight), readable_weight(call.k_weight)};
-  NormRopeSide sides[2] = {};
-  for (int i = 0; i < 2; i++) {
-    set_shape(sides[i], inputs[i], i == 0 ? to.q : to.k, angles);
-    set_weight(sides[i], weights[i]);
-    sides[i].input = view_of_heads(inputs[i]);
-  }
-  for_each_launch(call, q, k, sides[0], sides[1], [&](NormRopeParams& params) {
+  const c10::cuda::CUDAGuard guard(from.q.device());
+  Sides sides(call, from, to);
+  for (int i = 0; i < 2; i++) sides.of[i].input = view_of_heads(sides.heads[i]);
+  for_each_launch(call, sides, [&](NormRopeParams& params) {
     params.rotates_back = rotates_back;
     C10_CUDA_CHECK(schedule_qk_norm_rope(params, /*is_backward=*/false));
-    C10_CUDA_CHECK(launch_qk_norm_rope_forward(params, stream));
+    C10_CUDA_CHECK(launch_qk_norm_rope(params, /*is_backward=*/false, at::cuda::getCurrentCUDAStream()));
   });
 }
 
@@ -174,33 +166,27 @@ NormRopeHeads qk_norm_rope_cuda(const NormRopeCall& call) {
 
 /// `to` may be `grads` themselves: a lane has read what it writes over, and no other lane reads it.
 NormRopeWeightGradients launch_backward(const NormRopeCall& call, const Heads& from, const Heads& to) {
-  const Tensor &grad_q = from.q, &grad_k = from.k;
   const auto no_gradient = [](const Tensor& grad) { return empty({0}, grad.scalar_type(), grad.device()); };
   if (!call.norm) {
     launch_forward(call, from, to, /*rotates_back=*/true);
-    return {no_gradient(grad_q), no_gradient(grad_k)};
+    return {no_gradient(from.q), no_gradient(from.k)};
   }
-  const c10::cuda::CUDAGuard guard(grad_q.device());
-  const cudaStream_t stream = at::cuda::getCurrentCUDAStream();
-  const Angles angles(call);
-  const OptionalTensor* const given_weights[] = {&call.q_weight, &call.k_weight};
-  const Tensor inputs[] = {readable(call.q), readable(call.k)}, grads[] = {readable(grad_q), readable(grad_k)};
-  const Tensor weights[] = {readable_weight(call.q_weight), readable_weight(call.k_weight)};
+  const c10::cuda::CUDAGuard guard(from.q.device());
+  Sides sides(call, from, to);
+  const Tensor inputs[] = {readable(call.q), readable(call.k)};
   Tensor weight_gradients[2];
-  NormRopeSide sides[2] = {};
   for (int i = 0; i < 2; i++) {
-    set_shape(sides[i], grads[i], i == 0 ? to.q : to.k, angles);
-    set_weight(sides[i], weights[i]);
-    sides[i].input = view_of_heads(inputs[i]);
-    sides[i].grad = view_of_heads(grads[i]);
-    weight_gradients[i] = weights[i].defined() ? empty_like_contiguous(weights[i]) : no_gradient(grads[i]);
-    if (weights[i].defined()) sides[i].weight_gradient = weight_gradients[i].mutable_data_ptr();
+    NormRopeSide& side = sides.of[i];
+    side.input = view_of_heads(inputs[i]);
+    side.grad = view_of_heads(sides.heads[i]);
+    weight_gradients[i] = side.weight ? empty_like_contiguous(sides.weights[i]) : no_gradient(sides.heads[i]);
+    if (side.weight) side.weight_gradient = weight_gradients[i].mutable_data_ptr();
   }
-  for_each_launch(call, grad_q, grad_k, sides[0], sides[1], [&](NormRopeParams& params) {
+  for_each_launch(call, sides, [&](NormRopeParams& params) {
     C10_CUDA_CHECK(schedule_qk_norm_rope(params, /*is_backward=*/true));
     int64_t rows = 0;
     for (int i = 0; i < params.num_sides; i++) rows += params.sides[i].weight ? params.sides[i].blocks : 0;
-    const Tensor sums = empty({rows, params.dim}, at::kFloat, grad_q.device());
+    const Tensor sums = empty({rows, params.dim}, at::kFloat, from.q.device());
     float* row = sums.mutable_data_ptr<float>();
     for (int i = 0; i < params.num_sides; i++) {
       NormRopeSide& side = params.sides[i];
@@ -208,11 +194,10 @@ NormRopeWeightGradients launch_backward(const NormRopeCall& call, const Heads& f
       side.partial_sums = row;
       row += static_cast<int64_t>(side.blocks) * params.dim;
     }
-    C10_CUDA_CHECK(launch_qk_norm_rope_backward(params, stream));
+    C10_CUDA_CHECK(launch_qk_norm_rope(params, /*is_backward=*/true, at::cuda::getCurrentCUDAStream()));
   });
-  for (int i = 0; i < 2; i++) {
-    if (*given_weights[i]) weight_gradients[i] = weight_gradients[i].to((*given_weights[i])->scalar_type());
-  }
+  if (call.q_weight) weight_gradients[0] = weight_gradients[0].to(call.q_weight->scalar_type());
+  if (call.k_weight) weight_gradients[1] = weight_gradients[1].to(call.k_weight->scalar_type());
   return {weight_gradients[0], weight_gradients[1]};
 }
 

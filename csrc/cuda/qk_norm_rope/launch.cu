@@ -6,9 +6,9 @@
 
 namespace selfattn::cuda {
 
-cudaError_t launch_qk_norm_rope_float(const NormRopeParams& params, bool is_backward, cudaStream_t stream);
-cudaError_t launch_qk_norm_rope_bf16(const NormRopeParams& params, bool is_backward, cudaStream_t stream);
-cudaError_t launch_qk_norm_rope_fp16(const NormRopeParams& params, bool is_backward, cudaStream_t stream);
+// Of one element type: launch.cuh, compiled by the files in instantiations/.
+template <class Element>
+cudaError_t launch_kernels(const NormRopeParams& params, bool is_backward, cudaStream_t stream);
 
 namespace {
 
@@ -78,17 +78,6 @@ cudaError_t launch_sum_weight_gradients(const NormRopeParams& params, cudaStream
   return cudaLaunchKernelEx(&config, sum_weight_gradients_kernel, sums);
 }
 
-cudaError_t launch(const NormRopeParams& params, bool is_backward, cudaStream_t stream) {
-  switch (params.element) {
-    case FloatType::kBFloat16:
-      return launch_qk_norm_rope_bf16(params, is_backward, stream);
-    case FloatType::kHalf:
-      return launch_qk_norm_rope_fp16(params, is_backward, stream);
-    default:
-      return launch_qk_norm_rope_float(params, is_backward, stream);
-  }
-}
-
 }  // namespace
 
 cudaError_t schedule_qk_norm_rope(NormRopeParams& params, bool is_backward) {
@@ -114,13 +103,12 @@ cudaError_t schedule_qk_norm_rope(NormRopeParams& params, bool is_backward) {
 
 bool qk_norm_rope_runs_on(int device) { return is_built_for(sum_weight_gradients_kernel, device); }
 
-cudaError_t launch_qk_norm_rope_forward(const NormRopeParams& params, cudaStream_t stream) {
-  return launch(params, /*is_backward=*/false, stream);
-}
-
-cudaError_t launch_qk_norm_rope_backward(const NormRopeParams& params, cudaStream_t stream) {
-  const cudaError_t status = launch(params, /*is_backward=*/true, stream);
-  return status == cudaSuccess ? launch_sum_weight_gradients(params, stream) : status;
+cudaError_t launch_qk_norm_rope(const NormRopeParams& params, bool is_backward, cudaStream_t stream) {
+  const auto launch = params.element == FloatType::kBFloat16 ? launch_kernels<__nv_bfloat16>
+                      : params.element == FloatType::kHalf   ? launch_kernels<__half>
+                                                             : launch_kernels<float>;
+  const cudaError_t status = launch(params, is_backward, stream);
+  return is_backward && status == cudaSuccess ? launch_sum_weight_gradients(params, stream) : status;
 }
 
 }  // namespace selfattn::cuda

@@ -41,7 +41,7 @@ cudaError_t launch_general_kernel(const NormRopeParams& params, bool is_backward
 }
 
 template <class Element>
-cudaError_t launch_qk_norm_rope(const NormRopeParams& params, bool is_backward, cudaStream_t stream) {
+cudaError_t launch_kernels(const NormRopeParams& params, bool is_backward, cudaStream_t stream) {
   const int blocks = params.sides[0].blocks + (params.num_sides > 1 ? params.sides[1].blocks : 0);
   if (blocks == 0) return cudaSuccess;
   if (!has_vector_kernel(params.dim)) {

@@ -66,10 +66,8 @@ bool qk_norm_rope_runs_on(int device);
 // Cuts the work into thread blocks: fills in `blocks` and `tokens_per_warp`.
 cudaError_t schedule_qk_norm_rope(NormRopeParams& params, bool is_backward);
 
-// result = input, normalised and rotated. Gives the launch status.
-cudaError_t launch_qk_norm_rope_forward(const NormRopeParams& params, cudaStream_t stream);
-
-// result = the gradient of input, and weight_gradient; has_norm only.
-cudaError_t launch_qk_norm_rope_backward(const NormRopeParams& params, cudaStream_t stream);
+// Forward: result = input, normalised and rotated. Backward, with has_norm only: result = the gradient of input, and
+// weight_gradient. Gives the launch status.
+cudaError_t launch_qk_norm_rope(const NormRopeParams& params, bool is_backward, cudaStream_t stream);
 
 }  // namespace selfattn::cuda

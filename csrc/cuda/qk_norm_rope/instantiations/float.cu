@@ -2,8 +2,6 @@
 
 namespace selfattn::cuda {
 
-cudaError_t launch_qk_norm_rope_float(const NormRopeParams& params, bool is_backward, cudaStream_t stream) {
-  return launch_qk_norm_rope<float>(params, is_backward, stream);
-}
+template cudaError_t launch_kernels<float>(const NormRopeParams& params, bool is_backward, cudaStream_t stream);
 
 }  // namespace selfattn::cuda
