@@ -1,7 +1,5 @@
 // flash_attention and its backward on CPU: tensors -> problem -> tasks on threads.
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <c10/core/CPUAllocator.h>
 #include <torch/library.h>
 
@@ -10,6 +8,7 @@
 #include "attention/flash_attention_op.h"
 #include "cpu/gemm.h"
 #include "cpu/select_kernels.h"
+#include "cpu/token_view.h"
 
 namespace selfattn {
 namespace {
@@ -44,14 +43,6 @@ class PackedMemory {
   std::vector<at::DataPtr> memory_;
 };
 
-TokenView view_of(const at::Tensor& tensor) {
-  return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
-}
-
-at::Tensor with_contiguous_rows(const at::Tensor& tensor) {
-  return tensor.size(3) <= 1 || tensor.stride(3) == 1 ? tensor : tensor.contiguous();
-}
-
 at::Tensor contiguous_floats(const OptionalTensor& tensor) {
   return tensor ? tensor->to(at::kFloat).contiguous() : at::Tensor();
 }
@@ -72,33 +63,23 @@ struct Call {
     TORCH_CHECK_VALUE(key.size(1) <= kMost && query.size(1) * group <= kMost, "selfattn: at most ", kMost,
                       " keys, and queries times heads of a group, are supported on CPU; got ", key.size(1), " and ",
                       query.size(1) * group);
-    const int32_t* query_id_data = query_ids.defined() ? query_ids.const_data_ptr<int32_t>() : nullptr;
-    const int32_t* key_id_data = key_ids.defined() ? key_ids.const_data_ptr<int32_t>() : nullptr;
-    pair_table = make_pair_table({.batch = query.size(0),
-                                  .query_length = query.size(1),
-                                  .key_length = key.size(1),
-                                  .group = group,
-                                  .is_causal = attention.is_causal,
-                                  .window_left = attention.window_left,
-                                  .window_right = attention.window_right,
-                                  .query_ids = query_id_data,
-                                  .key_ids = key_id_data});
-    problem = {.batch = query.size(0),
-               .query_length = query.size(1),
-               .key_length = key.size(1),
-               .query_heads = query.size(2),
-               .key_heads = key.size(2),
-               .head_dim = query.size(3),
-               .value_dim = value.size(3),
-               .scale = attention.scale,
-               .softcap = attention.softcap,
-               .query = view_of(query),
-               .key = view_of(key),
-               .value = view_of(value),
-               .query_ids = query_id_data,
-               .key_ids = key_id_data,
-               .pair_table = &pair_table,
-               .matrix_unit = choice.matrix_unit};
+    static_cast<PairRules&>(problem) = {
+        .batch = query.size(0),
+        .query_length = query.size(1),
+        .key_length = key.size(1),
+        .group = group,
+        .is_causal = attention.is_causal,
+        .window_left = attention.window_left,
+        .window_right = attention.window_right,
+        .query_ids = query_ids.defined() ? query_ids.const_data_ptr<int32_t>() : nullptr,
+        .key_ids = key_ids.defined() ? key_ids.const_data_ptr<int32_t>() : nullptr};
+    pair_table = make_pair_table(problem);
+    problem.query_heads = query.size(2), problem.key_heads = key.size(2);
+    problem.head_dim = query.size(3), problem.value_dim = value.size(3);
+    problem.scale = attention.scale, problem.softcap = attention.softcap;
+    problem.query = view_of(query), problem.key = view_of(key), problem.value = view_of(value);
+    problem.pair_table = &pair_table;
+    problem.matrix_unit = choice.matrix_unit;
   }
   Call(const Call&) = delete;
 
@@ -136,7 +117,7 @@ struct Call {
   at::Tensor query, key, value, query_ids, key_ids;
   KernelChoice choice;
   PairTable pair_table;
-  FlashProblem problem;
+  FlashProblem problem{};
   PackedMemory memory;
 };
 
@@ -187,9 +168,7 @@ void run_forward(Call& call, ForwardProblem& problem) {
 }
 
 AttentionResults attend(const AttentionProblem& attention) {
-  const at::Tensor &q = attention.query, &v = attention.value;
-  const at::Tensor out = at::empty({q.size(0), q.size(1), q.size(2), v.size(3)}, q.options());
-  const at::Tensor lse = at::empty({q.size(0), q.size(2), q.size(1)}, q.options().dtype(at::kFloat));
+  const auto [out, lse] = empty_results(attention);
   if (lse.numel() == 0) return {out, lse};
 
   Call call(attention);
@@ -227,9 +206,7 @@ void run_backward(Call& call, BackwardProblem& problem) {
 }
 
 InputGradients attend_backward(const AttentionProblem& attention, const AttentionGradients& gradients) {
-  const auto empty_like = [](const at::Tensor& tensor) { return at::empty(tensor.sizes(), tensor.options()); };
-  const at::Tensor grad_query = empty_like(attention.query), grad_key = empty_like(attention.key),
-                   grad_value = empty_like(attention.value);
+  const auto [grad_query, grad_key, grad_value] = empty_gradients(attention);
   if (attention.query.size(2) == 0) return {grad_query, grad_key.zero_(), grad_value.zero_()};
 
   Call call(attention);
@@ -249,13 +226,6 @@ InputGradients attend_backward(const AttentionProblem& attention, const Attentio
   return {grad_query, grad_key, grad_value};
 }
 
-/// The gradients are copied when all is read.
-void attend_backward_into(const AttentionProblem& attention, const AttentionGradients& gradients, const at::Tensor& dq,
-                          const at::Tensor& dk, const at::Tensor& dv) {
-  const auto [grad_query, grad_key, grad_value] = attend_backward(attention, gradients);
-  dq.copy_(grad_query), dk.copy_(grad_key), dv.copy_(grad_value);
-}
-
 }  // namespace
 }  // namespace selfattn
 
@@ -263,6 +233,4 @@ TORCH_LIBRARY_IMPL(selfattn, CPU, m) {
   using namespace selfattn;
   m.impl("flash_attention", TORCH_FN(flash_attention_from_schema<checked<attend>>));
   m.impl("flash_attention_backward", TORCH_FN(FlashAttentionBackward::from_schema<checked<attend_backward>>));
-  m.impl("flash_attention_backward.into",
-         TORCH_FN(FlashAttentionBackwardInto::from_schema<checked<attend_backward_into>>));
 }

@@ -26,18 +26,22 @@ struct TokenView {
 using PanelGemm = void (*)(int64_t m, int64_t n, int64_t k, const void* a, int64_t lda, const void* b, int64_t ldb,
                            float* c, int64_t ldc, bool accumulate);
 
+/// The kernels of one instruction set for each storage type.
+template <typename Kernels>
+struct ByDtype {
+  Kernels of_float, of_bfloat16, of_half;
+};
+
 constexpr int64_t kColumns = 16;  // products compute multiples of this many columns
 
 /// A call's shapes, options and inputs.
-struct FlashProblem {
-  int64_t batch, query_length, key_length, query_heads, key_heads, head_dim, value_dim;
+struct FlashProblem : PairRules {
+  int64_t query_heads, key_heads, head_dim, value_dim;
   double scale, softcap;
   TokenView query, key, value;
-  const int32_t *query_ids, *key_ids;  // (B, Sq), (B, Skv) or null
   const PairTable* pair_table;
   PanelGemm matrix_unit;  // for large products; null: the kernels compute all of them
 
-  int64_t group() const { return query_heads / key_heads; }
   int64_t tiles() const { return pair_table->tiles; }
   int64_t blocks() const { return pair_table->blocks; }
   int64_t heads() const { return batch * key_heads; }
@@ -71,6 +75,7 @@ struct BackwardProblem : FlashProblem {
   void *key_transposed = nullptr, *value_transposed = nullptr, *key_rows = nullptr;
   uint64_t* nonfinite_keys = nullptr;  // (heads, blocks): the bits of find_nonfinite_rows
   char* query_tiles = nullptr;         // (heads, tiles, query_tile_bytes)
+  float* grad_queries = nullptr;       // (tiles, kTileRows, columns) of one head, where all its gradients are summed up
 };
 
 /// The kernels of one instruction set, for one storage type (of the tensors) and compute type (of the products).

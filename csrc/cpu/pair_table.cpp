@@ -6,8 +6,6 @@
 namespace selfattn::cpu {
 namespace {
 
-constexpr int32_t kNoId = -1;
-
 /// Consecutive keys of one id.
 struct Run {
   int32_t id, first, end;
@@ -61,7 +59,7 @@ void limit_to_runs(const std::vector<Run>& runs, const int32_t* query_ids, int64
 
 void append_key_block_ids(const int32_t* ids, int64_t length, std::vector<KeyBlockIds>& key_block_ids) {
   for (int64_t first = 0; first < length; first += kPanel) {
-    KeyBlockIds block{std::numeric_limits<int32_t>::max(), kNoId, false};
+    KeyBlockIds block;
     for (int64_t token = first; token < std::min(first + kPanel, length); ++token) {
       if (ids[token] < 0) {
         block.has_padding = true;
@@ -77,13 +75,7 @@ void append_key_block_ids(const int32_t* ids, int64_t length, std::vector<KeyBlo
 QueryTile make_tile(const PairRules& rules, const PairTable& table, int64_t batch, int64_t first_row, int64_t rows) {
   QueryTile tile{.batch = static_cast<int32_t>(batch),
                  .first_row = static_cast<int32_t>(first_row),
-                 .rows = static_cast<int32_t>(rows),
-                 .first_key = std::numeric_limits<int32_t>::max(),
-                 .end_key = 0,
-                 .common_first_key = 0,
-                 .common_end_key = std::numeric_limits<int32_t>::max(),
-                 .min_id = std::numeric_limits<int32_t>::max(),
-                 .max_id = kNoId};
+                 .rows = static_cast<int32_t>(rows)};
   for (int64_t token = first_row / rules.group; token * rules.group < first_row + rows; ++token) {
     const int64_t index = batch * rules.query_length + token;
     const int32_t first = table.first_key[index], end = table.end_key[index];

@@ -1,12 +1,14 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <vector>
 
 namespace selfattn::cpu {
 
 constexpr int64_t kTileRows = 64;  // query rows of a tile, at most
 constexpr int64_t kPanel = 64;     // columns of a packed panel; tokens of a key block
+constexpr int32_t kMaxIndex = std::numeric_limits<int32_t>::max(), kNoId = -1;
 
 /// The rules that say which pairs are allowed. Ids are null where there are none.
 struct PairRules {
@@ -23,17 +25,19 @@ struct PairRules {
 struct QueryTile {
   int32_t batch;
   int32_t first_row, rows;
-  int32_t first_key, end_key;  // the keys that some row may attend to lie in here; equal where there are none
-  int32_t common_first_key, common_end_key;  // the keys in here every row may attend to, its id permitting
-  int32_t min_id, max_id;                    // of the rows
+  int32_t first_key = kMaxIndex,
+          end_key = 0;  // the keys that some row may attend to lie in here; equal where there are none
+  int32_t common_first_key = 0,
+          common_end_key = kMaxIndex;          // the keys in here every row may attend to, its id permitting
+  int32_t min_id = kMaxIndex, max_id = kNoId;  // of the rows
 
   bool is_empty() const { return first_key >= end_key; }
 };
 
 /// The ids of a key block.
 struct KeyBlockIds {
-  int32_t min_id, max_id;  // without padding; min_id > max_id where there is nothing else
-  bool has_padding;
+  int32_t min_id = kMaxIndex, max_id = kNoId;  // without padding; min_id > max_id where there is nothing else
+  bool has_padding = false;
 };
 
 /// The allowed pairs, from O(S) facts: a query token may attend to the keys [first_key, end_key), and, where its batch

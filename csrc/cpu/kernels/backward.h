@@ -66,8 +66,8 @@ class Backward {
   }
 
   void pack_queries(int64_t task) {
-    const QueryTile& tile = tile_of(task);
-    const int64_t key_head = task / p_.tiles() % p_.key_heads, group = p_.group();
+    const QueryTile& tile = tile_of(p_, task);
+    const int64_t key_head = task / p_.tiles() % p_.key_heads, group = p_.group;
     const TileOperands operands = operands_of(task);
     uint64_t nonfinite_grads = 0;
     for (int64_t row = 0; row < kTileRows; ++row) {
@@ -103,22 +103,15 @@ class Backward {
   /// Bytes of the workspace of head_gradients.
   static int64_t head_workspace_bytes(const BackwardProblem& problem) {
     Workspace space(nullptr);
-    HeadOperands(space, problem);
+    problem_of_head(problem, 0, space);
     return space.bytes() + Backward(problem, nullptr).workspace_bytes();
   }
 
   /// All gradients of a head: what its tiles and spans of keys contribute to both sides is computed once.
   static void head_gradients(const BackwardProblem& problem, int64_t head, void* workspace) {
     Workspace space(workspace);
-    const HeadOperands operands(space, problem);
-    BackwardProblem of_head = problem;
-    of_head.first_head = head;
-    of_head.key_transposed = operands.key_transposed;
-    of_head.value_transposed = operands.value_transposed;
-    of_head.key_rows = operands.key_rows;
-    of_head.nonfinite_keys = operands.nonfinite_keys;
-    of_head.query_tiles = operands.query_tiles;
-    Backward(of_head, static_cast<char*>(workspace) + space.bytes()).all_gradients(head, operands.grad_queries);
+    const BackwardProblem of_head = problem_of_head(problem, head, space);
+    Backward(of_head, static_cast<char*>(workspace) + space.bytes()).all_gradients(head);
   }
 
   void key_gradients(int64_t task) {
@@ -129,7 +122,7 @@ class Backward {
   }
 
   void query_gradients(int64_t task) {
-    const QueryTile& tile = tile_of(task);
+    const QueryTile& tile = tile_of(p_, task);
     bool is_touched = false;
     for (int64_t first = tile.first_key / kBackwardSpan * kBackwardSpan; first < tile.end_key; first += kBackwardSpan) {
       is_touched |= add_tile(task, first, false, grad_query_, is_touched);
@@ -138,23 +131,19 @@ class Backward {
   }
 
  private:
-  /// Where head_gradients packs the operands of one head and sums up the gradients of its queries.
-  struct HeadOperands {
-    HeadOperands(Workspace& space, const FlashProblem& problem)
-        : key_transposed(space.take<E>(Layout<E>::transposed_elements(problem, problem.head_dim))),
-          value_transposed(space.take<E>(Layout<E>::transposed_elements(problem, problem.value_dim))),
-          key_rows(space.take<E>(Layout<E>::rows_elements(problem, problem.head_dim))),
-          nonfinite_keys(space.take<uint64_t>(problem.blocks())),
-          query_tiles(space.take<char>(problem.tiles() * query_tile_bytes(problem))),
-          grad_queries(space.take<float>(problem.tiles() * kTileRows * Layout<E>(problem).columns)) {}
+  /// The problem of one head, with memory that head_gradients packs its operands into.
+  static BackwardProblem problem_of_head(BackwardProblem problem, int64_t head, Workspace& space) {
+    problem.first_head = head;
+    problem.key_transposed = space.take<E>(Layout<E>::transposed_elements(problem, problem.head_dim));
+    problem.value_transposed = space.take<E>(Layout<E>::transposed_elements(problem, problem.value_dim));
+    problem.key_rows = space.take<E>(Layout<E>::rows_elements(problem, problem.head_dim));
+    problem.nonfinite_keys = space.take<uint64_t>(problem.blocks());
+    problem.query_tiles = space.take<char>(problem.tiles() * query_tile_bytes(problem));
+    problem.grad_queries = space.take<float>(problem.tiles() * kTileRows * Layout<E>(problem).columns);
+    return problem;
+  }
 
-    E *key_transposed, *value_transposed, *key_rows;
-    uint64_t* nonfinite_keys;
-    char* query_tiles;
-    float* grad_queries;  // (tiles, kTileRows, columns)
-  };
-
-  void all_gradients(int64_t head, float* grad_queries) {
+  void all_gradients(int64_t head) {
     for (int64_t block = 0; block < p_.blocks(); ++block) pack_keys(head * p_.blocks() + block);
     for (int64_t tile = 0; tile < p_.tiles(); ++tile) pack_queries(head * p_.tiles() + tile);
     const int64_t tile_floats = kTileRows * layout_.columns;
@@ -163,12 +152,12 @@ class Backward {
       is_first_ = true;
       for (int64_t tile = 0; tile < p_.tiles(); ++tile) {
         is_touched[tile] |=
-            add_tile(head * p_.tiles() + tile, first, true, grad_queries + tile * tile_floats, is_touched[tile]);
+            add_tile(head * p_.tiles() + tile, first, true, p_.grad_queries + tile * tile_floats, is_touched[tile]);
       }
       store_key_gradients(head, first);
     }
     for (int64_t tile = 0; tile < p_.tiles(); ++tile) {
-      store_query_gradients(head * p_.tiles() + tile, grad_queries + tile * tile_floats, is_touched[tile]);
+      store_query_gradients(head * p_.tiles() + tile, p_.grad_queries + tile * tile_floats, is_touched[tile]);
     }
   }
 
@@ -190,9 +179,6 @@ class Backward {
     uint64_t *nonfinite_queries, *nonfinite_grads;  // the bits of find_nonfinite_rows
   };
 
-  const QueryTile& tile_of(int64_t index) const {
-    return p_.pair_table->query_tiles[index / p_.tiles() / p_.key_heads * p_.tiles() + index % p_.tiles()];
-  }
   TileOperands operands_of(int64_t index) const {
     Workspace space(p_.query_tiles + (index - p_.first_head * p_.tiles()) * query_tile_bytes(p_));
     return TileOperands(space, layout_);
@@ -207,9 +193,6 @@ class Backward {
     return static_cast<E*>(p_.key_rows) + (head - p_.first_head) * layout_.tokens * layout_.columns;
   }
   uint64_t* nonfinite_keys(int64_t head) const { return p_.nonfinite_keys + (head - p_.first_head) * p_.blocks(); }
-  const int32_t* key_ids_of(const QueryTile& tile) const {
-    return p_.key_ids ? p_.key_ids + tile.batch * p_.key_length : nullptr;
-  }
 
   /// Zeros in the columns of a transposed tile whose bit is set.
   static void clear_columns(uint64_t bits, int64_t depth, E* transposed) {
@@ -218,32 +201,10 @@ class Backward {
     });
   }
 
-  static void copy_row(const T* src, int64_t dim, int64_t depth, E* dst) {
-    const auto rows = as_operand(src, 0, 1, dim, depth, dst);
-    if (rows.data != dst) std::copy_n(rows.data, depth, dst);
-  }
-
-  static float dot(const T* a, const T* b, int64_t count) {
-    Vec r_sum(0.0f);
-    int64_t i = 0;
-    if constexpr (std::is_same_v<T, float>) {
-      for (; i + kLanes <= count; i += kLanes) r_sum = at::vec::fmadd(load(a + i), load(b + i), r_sum);
-    } else {
-      for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
-        const auto [a_low, a_high] = at::vec::convert_to_float<T>(at::vec::Vectorized<T>::loadu(a + i));
-        const auto [b_low, b_high] = at::vec::convert_to_float<T>(at::vec::Vectorized<T>::loadu(b + i));
-        r_sum = at::vec::fmadd(a_low, b_low, at::vec::fmadd(a_high, b_high, r_sum));
-      }
-    }
-    float total = sum(r_sum);
-    for (; i < count; ++i) total += static_cast<float>(a[i]) * static_cast<float>(b[i]);
-    return total;
-  }
-
   /// Adds what the pairs of a tile and the keys [first, first + kBackwardSpan) contribute to the gradients of keys and
   /// values, if asked to, and to grad_query, if given. False where there are no such pairs.
   bool add_tile(int64_t index, int64_t first, bool with_keys, float* grad_query, bool is_touched) {
-    const QueryTile& tile = tile_of(index);
+    const QueryTile& tile = tile_of(p_, index);
     int64_t begin = first, end = std::min(first + kBackwardSpan, layout_.tokens);
     while (begin < end && !p_.pair_table->may_meet(tile, begin / kPanel)) begin += kPanel;
     while (begin < end && !p_.pair_table->may_meet(tile, (end - 1) / kPanel)) end = (end - 1) / kPanel * kPanel;
@@ -269,20 +230,10 @@ class Backward {
     return true;
   }
 
-  /// Calls apply(rows, keys) with groups of rows, and the keys that some row of the group may attend to.
-  template <typename Do>
-  void for_each_group(const QueryTile& tile, const TileRows& rows, Span keys, bool is_full, const Do& apply) const {
-    const int64_t group = is_full ? tile.rows : kRowGroup;
-    for (int64_t row = 0; row < tile.rows; row += group) {
-      const Span group_rows{row, std::min<int64_t>(row + group, tile.rows)};
-      apply(group_rows, is_full ? keys : rows.keys_of(group_rows, keys));
-    }
-  }
-
   /// Scores become P, the gradients of P become dS, and both become operands.
   void differentiate(const QueryTile& tile, const TileRows& rows, const TileOperands& operands, int64_t head, Span keys,
                      bool is_full) {
-    for_each_group(tile, rows, keys, is_full, [&](Span group, Span group_keys) {
+    rows.for_each_group(keys, is_full, [&](Span group, Span group_keys) {
       const int64_t at = group.first * kBackwardSpan + group_keys.first - keys.first;
       products_.with_transposed(group.count(), layout_.depth, operands.query + group.first * layout_.depth,
                                 key_transposed(head), group_keys, scores_ + at, kBackwardSpan);
@@ -297,7 +248,7 @@ class Backward {
       Span columns = is_full ? Span{0, keys.count()} : rows.columns_of(row, keys);
       if (is_empty) columns = {};
       differentiate_row(whole_vectors(columns), operands.lse[row], operands.delta[row], score, grad);
-      if (!is_full || is_empty) clear_forbidden(rows, row, key_ids_of(tile), keys, columns, score, grad);
+      if (!is_full || is_empty) clear_forbidden(rows, row, keys, columns, score, grad);
     }
     if constexpr (!kIsInPlace) make_operands(tile.rows, keys.count());
   }
@@ -322,7 +273,7 @@ class Backward {
     const auto add_row = [&](const float* weights, int64_t row, const E* values, int64_t dim, float* grad) {
       if (operands.lse[row] == kInfinity) return;
       for (int64_t key = keys.first; key < keys.end; ++key) {
-        if (!rows.allows(row, key, key_ids_of(tile))) continue;
+        if (!rows.allows(row, key)) continue;
         const int64_t column = key - keys.first;
         const float weight = weights[row * kBackwardSpan + column];
         for (int64_t i = 0; i < dim; ++i) {
@@ -342,7 +293,7 @@ class Backward {
                       Span keys, bool is_full, float* grad_query, bool is_touched) {
     const E* grad_scores = grad_scores_rows_;
     if constexpr (kIsInPlace) grad_scores = grad_weights_;
-    for_each_group(tile, rows, keys, is_full, [&](Span group, Span group_keys) {
+    rows.for_each_group(keys, is_full, [&](Span group, Span group_keys) {
       float* dst = grad_query + group.first * layout_.columns;
       if (group_keys.is_empty()) {
         if (!is_touched) std::fill_n(dst, group.count() * layout_.columns, 0.0f);
@@ -355,7 +306,7 @@ class Backward {
     for_each_nonfinite(nonfinite_keys(head), keys, [&](int64_t key) {
       const T* values = p_.key.at<const T>(tile.batch, key, head % p_.key_heads);
       for (int64_t row = 0; row < tile.rows; ++row) {
-        if (operands.lse[row] == kInfinity || !rows.allows(row, key, key_ids_of(tile))) continue;
+        if (operands.lse[row] == kInfinity || !rows.allows(row, key)) continue;
         const float weight = grad_weights_[row * kBackwardSpan + key - keys.first];
         float* dst = grad_query + row * layout_.columns;
         for (int64_t i = 0; i < p_.head_dim; ++i) dst[i] += weight * static_cast<float>(values[i]);
@@ -394,15 +345,15 @@ class Backward {
   }
 
   /// Zeros in place of a row's P and dS, whatever they are, where the pair is not allowed.
-  static void clear_forbidden(const TileRows& rows, int64_t row, const int32_t* key_ids, Span keys, Span columns,
-                              float* __restrict weight, float* __restrict grad_score) {
+  static void clear_forbidden(const TileRows& rows, int64_t row, Span keys, Span columns, float* __restrict weight,
+                              float* __restrict grad_score) {
     for (float* values : {weight, grad_score}) {
       std::fill(values, values + columns.first, 0.0f);
       std::fill(values + columns.end, values + keys.count(), 0.0f);
     }
     if (!rows.compares_ids) return;
     const int32_t id = rows.id[row];
-    const int32_t* __restrict ids = key_ids + keys.first;
+    const int32_t* __restrict ids = rows.key_ids + keys.first;
     for (int64_t i = columns.first; i < columns.end; ++i) {
       weight[i] = ids[i] == id ? weight[i] : 0.0f;
       grad_score[i] = ids[i] == id ? grad_score[i] : 0.0f;
@@ -463,8 +414,8 @@ class Backward {
   }
 
   void store_query_gradients(int64_t index, const float* grad_query, bool is_touched) {
-    const QueryTile& tile = tile_of(index);
-    const int64_t group = p_.group(), key_head = index / p_.tiles() % p_.key_heads;
+    const QueryTile& tile = tile_of(p_, index);
+    const int64_t group = p_.group, key_head = index / p_.tiles() % p_.key_heads;
     for (int64_t row = 0; row < tile.rows; ++row) {
       T* dst = p_.grad_query.at<T>(tile.batch, (tile.first_row + row) / group,
                                    key_head * group + (tile.first_row + row) % group);

@@ -36,13 +36,12 @@ constexpr FlashKernels make_kernels() {
   return kernels;
 }
 
-extern const FlashKernels kFloatKernels, kBFloat16Kernels, kHalfKernels;
+extern const ByDtype<FlashKernels> kFlashKernels;
 #if defined(__AVX512BF16__)
-const FlashKernels kBFloat16Kernels = make_kernels<c10::BFloat16, c10::BFloat16>();
+const ByDtype<FlashKernels> kFlashKernels{.of_bfloat16 = make_kernels<c10::BFloat16, c10::BFloat16>()};
 #else
-const FlashKernels kFloatKernels = make_kernels<float, float>();
-const FlashKernels kBFloat16Kernels = make_kernels<c10::BFloat16, float>();
-const FlashKernels kHalfKernels = make_kernels<c10::Half, float>();
+const ByDtype<FlashKernels> kFlashKernels{make_kernels<float, float>(), make_kernels<c10::BFloat16, float>(),
+                                          make_kernels<c10::Half, float>()};
 #endif
 
 }  // namespace CPU_CAPABILITY

@@ -42,19 +42,14 @@ class Forward {
   /// Bytes of the workspace of attend_head.
   static int64_t head_workspace_bytes(const ForwardProblem& problem) {
     Workspace space(nullptr);
-    HeadOperands(space, problem);
+    problem_of_head(problem, 0, space);
     return space.bytes() + Forward(problem, nullptr).workspace_bytes();
   }
 
   /// All tiles of a head, packing included.
   static void attend_head(const ForwardProblem& problem, int64_t head, void* workspace) {
     Workspace space(workspace);
-    const HeadOperands operands(space, problem);
-    ForwardProblem of_head = problem;
-    of_head.first_head = head;
-    of_head.key_transposed = operands.key_transposed;
-    of_head.value_rows = operands.value_rows;
-    of_head.nonfinite_values = operands.nonfinite_values;
+    const ForwardProblem of_head = problem_of_head(problem, head, space);
     Forward forward(of_head, static_cast<char*>(workspace) + space.bytes());
     for (int64_t block = 0; block < problem.blocks(); ++block) forward.pack(head * problem.blocks() + block);
     for (int64_t tile = 0; tile < problem.tiles(); ++tile) forward.attend(head * problem.tiles() + tile);
@@ -71,7 +66,7 @@ class Forward {
 
   void attend(int64_t task) {
     const int64_t split = task % p_.splits, head = task / p_.splits / p_.tiles();
-    const QueryTile& tile = tile_of(task / p_.splits);
+    const QueryTile& tile = tile_of(p_, task / p_.splits);
     // Parts of equal numbers of keys, in whole steps.
     const int64_t begin = tile.first_key / kColumns * kColumns;
     const int64_t end = std::min(round_up(tile.end_key, kColumns), layout_.tokens);
@@ -87,23 +82,21 @@ class Forward {
 
   /// Merges the parts of a tile.
   void merge(int64_t task) {
-    const QueryTile& tile = tile_of(task);
+    const QueryTile& tile = tile_of(p_, task);
     const float* parts = p_.parts + task * p_.splits * part_floats(p_);
     for (int64_t row = 0; row < tile.rows; ++row) merge_row(parts, row);
     finish(tile, task / p_.tiles());
   }
 
  private:
-  /// Where attend_head packs the operands of one head.
-  struct HeadOperands {
-    HeadOperands(Workspace& space, const FlashProblem& problem)
-        : key_transposed(space.take<E>(Layout<E>::transposed_elements(problem, problem.head_dim))),
-          value_rows(space.take<E>(Layout<E>::rows_elements(problem, problem.value_dim))),
-          nonfinite_values(space.take<uint64_t>(problem.blocks())) {}
-
-    E *key_transposed, *value_rows;
-    uint64_t* nonfinite_values;
-  };
+  /// The problem of one head, with memory that attend_head packs its operands into.
+  static ForwardProblem problem_of_head(ForwardProblem problem, int64_t head, Workspace& space) {
+    problem.first_head = head;
+    problem.key_transposed = space.take<E>(Layout<E>::transposed_elements(problem, problem.head_dim));
+    problem.value_rows = space.take<E>(Layout<E>::rows_elements(problem, problem.value_dim));
+    problem.nonfinite_values = space.take<uint64_t>(problem.blocks());
+    return problem;
+  }
 
   /// Packed keys and values, of a whole head or of one span only, whose first token is `origin`.
   struct KeyOperands {
@@ -112,9 +105,6 @@ class Forward {
     int64_t tokens, origin;
   };
 
-  const QueryTile& tile_of(int64_t index) const {
-    return p_.pair_table->query_tiles[index / p_.tiles() / p_.key_heads * p_.tiles() + index % p_.tiles()];
-  }
   E* key_of(int64_t head) const {
     return static_cast<E*>(p_.key_transposed) + (head - p_.first_head) * layout_.tokens * layout_.depth;
   }
@@ -140,13 +130,11 @@ class Forward {
 
   /// Reads the queries of a tile.
   void start(const QueryTile& tile, int64_t head) {
-    const int64_t group = p_.group();
+    const int64_t group = p_.group;
     for (int64_t row = 0; row < tile.rows; ++row) {
       const int64_t token = (tile.first_row + row) / group, in_group = (tile.first_row + row) % group;
       const T* src = p_.query.at<const T>(tile.batch, token, head % p_.key_heads * group + in_group);
-      E* dst = query_ + row * layout_.depth;
-      const auto rows = as_operand(src, 0, 1, p_.head_dim, layout_.depth, dst);
-      if (rows.data != dst) std::copy_n(rows.data, layout_.depth, dst);
+      copy_row(src, p_.head_dim, layout_.depth, query_ + row * layout_.depth);
     }
     std::fill_n(max_, tile.rows, -kInfinity);
     std::fill_n(sum_, tile.rows, 0.0f);
@@ -182,12 +170,9 @@ class Forward {
       }
     }
     const bool is_full = p_.pair_table->is_full(tile, keys.first, keys.end);
-    const int64_t group = is_full ? tile.rows : kRowGroup;
-    for (int64_t row = 0; row < tile.rows; row += group) {
-      const Span group_rows{row, std::min<int64_t>(row + group, tile.rows)};
-      const Span group_keys = is_full ? keys : rows.keys_of(group_rows, keys);
-      attend_rows(tile, rows, head, operands, group_rows, group_keys, is_full);
-    }
+    rows.for_each_group(keys, is_full, [&](Span group, Span group_keys) {
+      attend_rows(tile, rows, head, operands, group, group_keys, is_full);
+    });
     is_first_ = false;
   }
 
@@ -202,10 +187,9 @@ class Forward {
     const Span local{keys.first - operands.origin, keys.end - operands.origin};
     products_.with_transposed(group.count(), layout_.depth, query_ + group.first * layout_.depth, operands.key, local,
                               scores_, kForwardSpan);
-    const int32_t* key_ids = p_.key_ids ? p_.key_ids + tile.batch * p_.key_length : nullptr;
     for (int64_t row = group.first; row < group.end; ++row) {
       float* score = scores_ + (row - group.first) * kForwardSpan;
-      const Span span = mask_row(rows, row, key_ids, keys, is_full, rule_, score);
+      const Span span = mask_row(rows, row, keys, is_full, rule_, score);
       add_to_softmax(row, span, keys.count(), score, weights(row - group.first));
     }
     products_.with_rows(group.count(), layout_.value_columns, weights(0), kForwardSpan, operands.value, operands.tokens,
@@ -214,7 +198,7 @@ class Forward {
       const int64_t key = token + operands.origin;
       const T* value = p_.value.at<const T>(tile.batch, key, head % p_.key_heads);
       for (int64_t row = group.first; row < group.end; ++row) {
-        if (!rows.allows(row, key, key_ids)) continue;
+        if (!rows.allows(row, key)) continue;
         const float weight = static_cast<float>(weights(row - group.first)[key - keys.first]);
         for (int64_t i = 0; i < p_.value_dim; ++i) {
           out_[row * layout_.value_columns + i] += weight * static_cast<float>(value[i]);
@@ -283,7 +267,7 @@ class Forward {
 
   /// Divides by the sums and writes out and lse. A sink takes part in the sum only.
   void finish(const QueryTile& tile, int64_t head) {
-    const int64_t group = p_.group();
+    const int64_t group = p_.group;
     for (int64_t row = 0; row < tile.rows; ++row) {
       const int64_t token = (tile.first_row + row) / group, in_group = (tile.first_row + row) % group;
       const int64_t query_head = head % p_.key_heads * group + in_group;

@@ -42,6 +42,13 @@ Rows<E> as_operand(const T* src, int64_t stride, int64_t count, int64_t dim, int
   return {scratch, depth};
 }
 
+/// One row as E, in dst.
+template <typename T, typename E>
+void copy_row(const T* src, int64_t dim, int64_t depth, E* dst) {
+  const auto rows = as_operand(src, 0, 1, dim, depth, dst);
+  if (rows.data != dst) std::copy_n(rows.data, depth, dst);
+}
+
 // Operands whose rows are summed up with weights hold zeros in place of rows with an element that is NaN or infinite: a
 // pair that is not allowed has weight 0, and 0 times NaN would reach it. What those rows give to pairs that are allowed
 // is added one by one.

@@ -29,15 +29,6 @@ void rotate(const float* __restrict x, const float* __restrict sin, const float*
   }
 }
 
-inline float dot(const float* a, const float* b, int64_t count) {
-  Vec total(0.0f);
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) total = at::vec::fmadd(load(a + i), load(b + i), total);
-  float result = sum(total);
-  for (; i < count; ++i) result += a[i] * b[i];
-  return result;
-}
-
 /// x *= factor, and *= weight where there is one.
 inline void scale(float* __restrict x, float factor, const float* __restrict weight, int64_t count) {
   if (!weight) {
@@ -111,10 +102,10 @@ void norm_rope_backward(const NormRopeProblem& p, int64_t first_token, int64_t l
   });
 }
 
-extern const NormRopeKernels kFloatNormRopeKernels, kBFloat16NormRopeKernels, kHalfNormRopeKernels;
-const NormRopeKernels kFloatNormRopeKernels{norm_rope_forward<float>, norm_rope_backward<float>};
-const NormRopeKernels kBFloat16NormRopeKernels{norm_rope_forward<c10::BFloat16>, norm_rope_backward<c10::BFloat16>};
-const NormRopeKernels kHalfNormRopeKernels{norm_rope_forward<c10::Half>, norm_rope_backward<c10::Half>};
+extern const ByDtype<NormRopeKernels> kNormRopeKernels;
+const ByDtype<NormRopeKernels> kNormRopeKernels{{norm_rope_forward<float>, norm_rope_backward<float>},
+                                                {norm_rope_forward<c10::BFloat16>, norm_rope_backward<c10::BFloat16>},
+                                                {norm_rope_forward<c10::Half>, norm_rope_backward<c10::Half>}};
 
 }  // namespace CPU_CAPABILITY
 }  // namespace selfattn::cpu

@@ -96,14 +96,24 @@ struct Products {
   }
 };
 
+/// The tile of an index into (heads, tiles).
+inline const QueryTile& tile_of(const FlashProblem& problem, int64_t index) {
+  const int64_t tiles = problem.tiles();
+  return problem.pair_table->query_tiles[index / tiles / problem.key_heads * tiles + index % tiles];
+}
+
 /// The rows of a tile: which keys each may attend to.
 struct TileRows {
   int32_t first_key[kTileRows], end_key[kTileRows], id[kTileRows];
+  int64_t count;
   bool compares_ids;
+  const int32_t* key_ids;  // (Skv), where ids are compared
 
   TileRows(const FlashProblem& problem, const QueryTile& tile)
-      : compares_ids(problem.pair_table->compares_ids[tile.batch]) {
-    const int64_t group = problem.group();
+      : count(tile.rows),
+        compares_ids(problem.pair_table->compares_ids[tile.batch]),
+        key_ids(compares_ids ? problem.key_ids + tile.batch * problem.key_length : nullptr) {
+    const int64_t group = problem.group;
     for (int64_t row = 0; row < tile.rows; ++row) {
       const int64_t token = tile.batch * problem.query_length + (tile.first_row + row) / group;
       first_key[row] = problem.pair_table->first_key[token];
@@ -112,8 +122,18 @@ struct TileRows {
     }
   }
 
-  bool allows(int64_t row, int64_t key, const int32_t* key_ids) const {
+  bool allows(int64_t row, int64_t key) const {
     return first_key[row] <= key && key < end_key[row] && (!compares_ids || key_ids[key] == id[row]);
+  }
+
+  /// Calls apply(rows, keys) with groups of rows, and the keys that some row of the group may attend to.
+  template <typename Do>
+  void for_each_group(Span keys, bool is_full, const Do& apply) const {
+    const int64_t group = is_full ? count : kRowGroup;
+    for (int64_t row = 0; row < count; row += group) {
+      const Span rows{row, std::min(row + group, count)};
+      apply(rows, is_full ? keys : keys_of(rows, keys));
+    }
   }
 
   /// The columns of `keys` that the row may attend to, its id permitting.
@@ -204,8 +224,7 @@ inline Span whole_vectors(Span columns) { return {columns.first / kLanes * kLane
 
 /// Prepares a row's scores of the keys and makes those -inf where the pair is not allowed. Only the columns that it
 /// returns, whole vectors, are defined; elsewhere no pair is allowed.
-inline Span mask_row(const TileRows& rows, int64_t row, const int32_t* key_ids, Span keys, bool is_full,
-                     const LogitRule& rule, float* score) {
+inline Span mask_row(const TileRows& rows, int64_t row, Span keys, bool is_full, const LogitRule& rule, float* score) {
   const Span columns = is_full ? Span{0, keys.count()} : rows.columns_of(row, keys);
   if (columns.is_empty()) return {};
   const Span vectors = whole_vectors(columns);
@@ -215,7 +234,7 @@ inline Span mask_row(const TileRows& rows, int64_t row, const int32_t* key_ids, 
   std::fill(score + columns.end, score + vectors.end, -kInfinity);
   if (rows.compares_ids) {
     const int32_t id = rows.id[row];
-    const int32_t* ids = key_ids + keys.first;
+    const int32_t* ids = rows.key_ids + keys.first;
     for (int64_t i = columns.first; i < columns.end; ++i) score[i] = ids[i] == id ? score[i] : -kInfinity;
   }
   return vectors;

@@ -18,7 +18,6 @@ constexpr int64_t kLanes = Vec::size();
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 constexpr float kLog2e = 1.4426950408889634f;
-constexpr float kLn2 = 0.6931471805599453f;
 
 inline Vec load(const float* p) { return Vec::loadu(p); }
 
@@ -29,26 +28,21 @@ inline Vec exp2(Vec x) {
   constexpr float c0 = 1.0f, c1 = 0.693147004f, c2 = 0.240222424f, c3 = 0.0555073359f, c4 = 0.00967151299f,
                   c5 = 0.00132647261f;
 #if defined(CPU_CAPABILITY_AVX512)
-  const __m512 y = _mm512_max_ps(_mm512_set1_ps(-160.0f), x);  // 2^-160 rounds to 0; a NaN in the second place stays
-  const __m512 n = _mm512_roundscale_ps(y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const __m512 f = _mm512_sub_ps(y, n);
-  __m512 p = _mm512_fmadd_ps(_mm512_set1_ps(c5), f, _mm512_set1_ps(c4));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(c3));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(c2));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(c1));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(c0));
+  const Vec y = _mm512_max_ps(_mm512_set1_ps(-160.0f), x);  // 2^-160 rounds to 0; a NaN in the second place stays
+#else
+  const Vec y = _mm256_min_ps(_mm256_set1_ps(127.0f), _mm256_max_ps(_mm256_set1_ps(-127.0f), x));
+#endif
+  const Vec n = y.round(), f = y - n;
+  Vec p = at::vec::fmadd(Vec(c5), f, Vec(c4));
+  p = at::vec::fmadd(p, f, Vec(c3));
+  p = at::vec::fmadd(p, f, Vec(c2));
+  p = at::vec::fmadd(p, f, Vec(c1));
+  p = at::vec::fmadd(p, f, Vec(c0));
+#if defined(CPU_CAPABILITY_AVX512)
   return _mm512_scalef_ps(p, n);
 #else
-  const __m256 y = _mm256_min_ps(_mm256_set1_ps(127.0f), _mm256_max_ps(_mm256_set1_ps(-127.0f), x));
-  const __m256 n = _mm256_round_ps(y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const __m256 f = _mm256_sub_ps(y, n);
-  __m256 p = _mm256_fmadd_ps(_mm256_set1_ps(c5), f, _mm256_set1_ps(c4));
-  p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(c3));
-  p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(c2));
-  p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(c1));
-  p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(c0));
   const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));  // n = -127 gives 0
-  return _mm256_mul_ps(p, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
+  return p * Vec(_mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
 #endif
 #else
   return x.exp2();
@@ -72,6 +66,24 @@ inline float sum(Vec x) {
 
 inline float largest(Vec x) {
   return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return larger(a, b); }, x);
+}
+
+template <typename T>
+float dot(const T* a, const T* b, int64_t count) {
+  Vec r_sum(0.0f);
+  int64_t i = 0;
+  if constexpr (std::is_same_v<T, float>) {
+    for (; i + kLanes <= count; i += kLanes) r_sum = at::vec::fmadd(load(a + i), load(b + i), r_sum);
+  } else {
+    for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
+      const auto [a_low, a_high] = at::vec::convert_to_float<T>(at::vec::Vectorized<T>::loadu(a + i));
+      const auto [b_low, b_high] = at::vec::convert_to_float<T>(at::vec::Vectorized<T>::loadu(b + i));
+      r_sum = at::vec::fmadd(a_low, b_low, at::vec::fmadd(a_high, b_high, r_sum));
+    }
+  }
+  float total = sum(r_sum);
+  for (; i < count; ++i) total += static_cast<float>(a[i]) * static_cast<float>(b[i]);
+  return total;
 }
 
 /// dst[0, count) = src, converted.
