@@ -14,39 +14,39 @@ std::vector<std::string> reasons_against(const AttentionBackend& backend, const 
   return reasons;
 }
 
-std::optional<std::string> no_function_transform(const AttentionProblem&) {
+Reason no_function_transform(const AttentionProblem&) {
   if (!is_function_transform_active()) return std::nullopt;
   return "a torch.func transform (vmap, grad, jvp, ...) is active; only reference supports all of those";
 }
 
-std::optional<std::string> no_differentiation_transform(const AttentionProblem&) {
+Reason no_differentiation_transform(const AttentionProblem&) {
   if (!is_differentiation_transform_active()) return std::nullopt;
   return "a torch.func transform other than vmap (grad, jvp, ...) is active; only reference supports those";
 }
 
-std::optional<std::string> no_forward_mode_ad(const AttentionProblem& problem) {
+Reason no_forward_mode_ad(const AttentionProblem& problem) {
   const bool is_dual = has_tangent(problem.query) || has_tangent(problem.key) || has_tangent(problem.value) ||
                        (problem.sinks && has_tangent(*problem.sinks));
   if (!is_dual) return std::nullopt;
   return "an input carries a forward-mode tangent; only reference supports forward-mode differentiation";
 }
 
-std::optional<std::string> scaled_products(const AttentionProblem& problem) {
+Reason scaled_products(const AttentionProblem& problem) {
   if (problem.softcap == 0.0) return std::nullopt;
   return c10::str("softcap must be 0; got ", problem.softcap);
 }
 
-std::optional<std::string> no_sinks(const AttentionProblem& problem) {
+Reason no_sinks(const AttentionProblem& problem) {
   if (!problem.sinks) return std::nullopt;
   return "sinks must not be given";
 }
 
-std::optional<std::string> no_lse_output(const AttentionProblem& problem) {
+Reason no_lse_output(const AttentionProblem& problem) {
   if (!problem.needs_lse) return std::nullopt;
   return "it gives no differentiable logsumexp";
 }
 
-std::optional<std::string> no_empty_tensor(const AttentionProblem& problem) {
+Reason no_empty_tensor(const AttentionProblem& problem) {
   if (problem.query.sym_numel() != 0 && problem.key.sym_numel() != 0 && problem.value.sym_numel() != 0) {
     return std::nullopt;
   }

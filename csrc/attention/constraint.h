@@ -12,9 +12,11 @@
 
 namespace selfattn {
 
-/// One fact that a backend needs: nothing where the problem meets it, else the reason, a phrase that completes
-/// "<backend> cannot serve this call: ...".
-using Constraint = std::optional<std::string> (*)(const AttentionProblem&);
+/// Why a backend cannot serve a call, a phrase that completes "<backend> cannot serve this call: ...".
+using Reason = std::optional<std::string>;
+
+/// One fact that a backend needs: nothing where the problem meets it, else the reason.
+using Constraint = Reason (*)(const AttentionProblem&);
 
 /// A backend as the selection sees it. Its call runs only where no constraint objects; lse is undefined unless
 /// `problem.needs_lse`.
@@ -28,13 +30,13 @@ struct AttentionBackend {
 std::vector<std::string> reasons_against(const AttentionBackend& backend, const AttentionProblem& problem);
 
 // Facts that several backends need.
-std::optional<std::string> no_function_transform(const AttentionProblem& problem);
-std::optional<std::string> no_differentiation_transform(const AttentionProblem& problem);
-std::optional<std::string> no_forward_mode_ad(const AttentionProblem& problem);
+Reason no_function_transform(const AttentionProblem& problem);
+Reason no_differentiation_transform(const AttentionProblem& problem);
+Reason no_forward_mode_ad(const AttentionProblem& problem);
 /// Scores are products times the scale, and nothing else.
-std::optional<std::string> scaled_products(const AttentionProblem& problem);
-std::optional<std::string> no_sinks(const AttentionProblem& problem);
-std::optional<std::string> no_lse_output(const AttentionProblem& problem);
-std::optional<std::string> no_empty_tensor(const AttentionProblem& problem);
+Reason scaled_products(const AttentionProblem& problem);
+Reason no_sinks(const AttentionProblem& problem);
+Reason no_lse_output(const AttentionProblem& problem);
+Reason no_empty_tensor(const AttentionProblem& problem);
 
 }  // namespace selfattn

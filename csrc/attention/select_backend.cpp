@@ -10,17 +10,10 @@ namespace selfattn {
 namespace {
 
 const AttentionBackend& find_backend(Backend name) {
-  switch (name) {
-    case Backend::kFlash:
-      return flash_backend();
-    case Backend::kCudnn:
-      return cudnn_backend();
-    case Backend::kAten:
-      return aten_backend();
-    case Backend::kReference:
-      return reference_backend();
-    case Backend::kAuto:
-      break;
+  static const AttentionBackend* const backends[] = {&flash_backend(), &cudnn_backend(), &aten_backend(),
+                                                     &reference_backend()};
+  for (const AttentionBackend* backend : backends) {
+    if (backend->name == name) return *backend;
   }
   TORCH_INTERNAL_ASSERT(false, "auto names no single backend");
 }

@@ -11,8 +11,6 @@
 namespace selfattn {
 namespace {
 
-using Reason = std::optional<std::string>;
-
 constexpr int kAmpere = 80;
 constexpr int kHopper = 90;
 constexpr int64_t kMaxHeadDim = 128;

@@ -9,8 +9,6 @@
 namespace selfattn {
 namespace {
 
-using Reason = std::optional<std::string>;
-
 constexpr int64_t kMaxHeadDimCpu = 512;
 
 // What the kernels of a CUDA tensor's device take; null elsewhere, and where there are none.
@@ -87,12 +85,10 @@ constexpr Constraint kConstraints[] = {
     has_kernel,       supported_capability, supported_dtype, supported_head_dim,           scaled_products_on_cuda,
     rows_fit_kernels, rows_fit_metadata,    no_empty_tensor, no_differentiation_transform, no_forward_mode_ad};
 
-AttentionResults call(const AttentionProblem& problem) { return flash_attention(problem); }
-
 }  // namespace
 
 const AttentionBackend& flash_backend() {
-  static const AttentionBackend backend{Backend::kFlash, kConstraints, call};
+  static const AttentionBackend backend{Backend::kFlash, kConstraints, flash_attention};
   return backend;
 }
 
