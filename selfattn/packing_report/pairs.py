@@ -71,5 +71,5 @@ def count_allowed_keys(query_ids: Tensor, key_ids: Tensor, rules: PositionRules)
     # A key is the number id * Skv + position: sorted, those of one id are neighbours, in the order of the row.
     keys = (key_ids * key_length + torch.arange(key_length)).masked_fill(key_ids < 0, NO_ID).sort(1).values
     ids = query_ids.clamp(min=0) * key_length
-    count = torch.searchsorted(keys, ids + end.clamp(min=0)) - torch.searchsorted(keys, ids + begin)
+    count = torch.searchsorted(keys, ids + end) - torch.searchsorted(keys, ids + begin)
     return count.clamp(min=0).masked_fill(query_ids < 0, 0)

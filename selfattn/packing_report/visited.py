@@ -143,7 +143,7 @@ def _visited_on_cuda(
         begin = torch.where(compares[:, None], begin, begin.maximum(runs.begin[:, first]))
         end = torch.where(compares[:, None], end, end.minimum(runs.end[:, last]))
     blocks = tiling.key_blocks(key_length)
-    begin = (begin // tiling.key_block).clamp(max=blocks - 1)
+    begin = begin // tiling.key_block
     end = (-(-end // tiling.key_block)).maximum(begin + 1)
     tile_ids, block_ids = (
         _ranges_with_signatures(ids, size)
