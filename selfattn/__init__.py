@@ -24,6 +24,7 @@ from selfattn.functional import (  # noqa: E402
     segment_mask,
 )
 from selfattn.module import SelfAttention  # noqa: E402
+from selfattn.packing_report import packing_report  # noqa: E402
 
 _register_flops()
 
@@ -38,6 +39,7 @@ __all__ = [
     "merge_attention",
     "multihead_attention",
     "multihead_attention_lse",
+    "packing_report",
     "precompute_freqs",
     "qk_norm_rope",
     "segment_ids_from_cu_seqlens",

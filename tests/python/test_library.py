@@ -1,6 +1,7 @@
 """Where the library is found, and what a user reads where it is not or does not fit the installed torch."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,10 +18,7 @@ def run(program: str, tmp_path: Path, **environment: str) -> subprocess.Complete
     """A fresh process with a copy of the package that has no library of its own."""
     copy = tmp_path / "selfattn"
     if not copy.exists():
-        copy.mkdir()
-        for source in PACKAGE.glob("*.py"):
-            if source.name != "_build_info.py":
-                (copy / source.name).write_text(source.read_text())
+        shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("_build_info.py", "lib", "__pycache__"))
     clean = {k: v for k, v in os.environ.items() if k not in ("SELFATTN_LIBRARY", "PYTHONPATH")}
     return subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path, env={**clean, **environment}, capture_output=True, text=True

@@ -1,0 +1,213 @@
+"""Which key blocks the kernels of the backend `flash` visit for each query tile: their own rules, computed again here.
+
+The CUDA rule is that of the forward kernel's producer warp (``describe_tile`` and ``load_tiles`` of
+csrc/cuda/flash/sm90/forward/producer.cuh, ``test_by_ids`` of csrc/cuda/flash/tile/key_blocks.cuh) over the tables of
+csrc/cuda/flash/segments/. A tile reaches from the first key that its first query may see by position to the last key
+that its last query may see. In a contiguous row (no key ids of its own, the ids of the runs strictly increase, padding
+anywhere) this is cut to the run of the first query and that of the last. In any other row each block in reach is tested
+instead: the ranges of ids and the 64-bit signatures of tile and block must meet. A tile that meets nothing visits one
+block all the same.
+
+The CPU rule is that of csrc/cpu/pair_table.cpp (``make_pair_table``, ``may_meet``): the keys of each query are an
+interval, by position and, where the runs of the keys strictly increase, by the query's run; a tile reaches from the
+least to the largest. In other rows the ranges of ids of tile and block must meet. The heads that share a key head are
+rows beside each other, so a tile of 64 rows is 64 / group queries.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from selfattn.packing_report.pairs import NO_ID, PositionRules, Runs, find_runs
+
+# (largest DQK, largest DV) -> rows of a query tile, keys of a block: ForwardTiles of
+# csrc/cuda/flash/sm90/forward/config.h, in the order of dispatch.cu.
+CUDA_TILES = {
+    (64, 64): (192, 128),
+    (96, 96): (128, 128),
+    (128, 128): (128, 128),
+    (192, 128): (128, 128),
+    (192, 192): (128, 112),
+    (256, 256): (128, 80),
+}
+CPU_TILE = (64, 64)  # kTileRows and kPanel of csrc/cpu/pair_table.h
+
+_MATRIX_ELEMENTS = 1 << 24  # at a time
+_HIGHEST = 2**31 - 1
+_EVERY_BIT = -1
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How the kernels cut the score square of a row."""
+
+    kernels: str  # "cuda" or "cpu"
+    query_tile: int  # rows: queries, times `group`
+    key_block: int
+    group: int  # query heads that are rows of one tile; 1 on CUDA
+
+    @classmethod
+    def of(cls, kernels: str, head_dim: int, v_head_dim: int, group: int) -> "Tiling":
+        if kernels == "cpu":
+            return cls(kernels, *CPU_TILE, group)
+        for (most_qk, most_v), tiles in CUDA_TILES.items():
+            if head_dim <= most_qk and v_head_dim <= most_v:
+                return cls(kernels, *tiles, 1)
+        raise ValueError(
+            f"selfattn: head_dim must be at most 256 for the kernels on CUDA; got {max(head_dim, v_head_dim)}"
+        )
+
+    def query_tiles(self, query_length: int) -> int:
+        return -(-query_length * self.group // self.query_tile)
+
+    def key_blocks(self, key_length: int) -> int:
+        return -(-key_length // self.key_block)
+
+
+@dataclass(frozen=True)
+class IdRanges:
+    """The ids in each tile or block of some rows. A tile without ids has min > max, and signature 0."""
+
+    min_id: Tensor
+    max_id: Tensor
+    signature: Tensor  # int64, a bit for each id; every bit where the kernels keep none
+
+    def __getitem__(self, index: tuple) -> "IdRanges":
+        return IdRanges(self.min_id[index], self.max_id[index], self.signature[index])
+
+    def meets(self, other: "IdRanges") -> Tensor:
+        in_range = (self.min_id <= other.max_id) & (other.min_id <= self.max_id)
+        return in_range & ((self.signature & other.signature) != 0)
+
+
+@dataclass(frozen=True)
+class VisitedBlocks:
+    """The visited blocks of some rows, from facts about each tile."""
+
+    begin: Tensor  # (B, tiles) the key blocks in reach are begin .. end - 1
+    end: Tensor
+    blocks: int  # of a row
+    compares: Tensor  # (B,) bool, ids are compared block by block
+    tile_ids: IdRanges  # (B, tiles)
+    block_ids: IdRanges  # (B, blocks)
+    at_least_one: bool  # a tile visits its last block in reach where it meets none
+
+    def count(self) -> Tensor:
+        """(B,) blocks."""
+        counts = (self.end - self.begin).sum(1)
+        for row in self.compares.nonzero().flatten().tolist():
+            counts[row] = sum(int(part.sum()) for part in self._parts(row))
+        return counts
+
+    def matrix(self, row: int) -> Tensor:
+        """bool (tiles, blocks) of a row."""
+        return torch.cat(list(self._parts(row)))
+
+    def _parts(self, row: int) -> Iterator[Tensor]:
+        tiles = self.begin.shape[1]
+        step = max(1, _MATRIX_ELEMENTS // self.blocks)
+        block = torch.arange(self.blocks)
+        for first in range(0, tiles, step):
+            part = (row, slice(first, first + step), None)
+            begin, end = self.begin[part], self.end[part]
+            visits = (block >= begin) & (block < end)
+            if self.compares[row]:
+                visits &= self.tile_ids[part].meets(self.block_ids[row, None])
+                if self.at_least_one:
+                    visits |= ~visits.any(1, keepdim=True) & (block == end - 1)
+            yield visits
+
+
+def find_visited(
+    query_ids: Tensor, key_ids: Tensor, has_own_key_ids: bool, rules: PositionRules, tiling: Tiling
+) -> VisitedBlocks:
+    """Of rows of ids (B, Sq) and (B, Skv), in which padding is NO_ID. ``has_own_key_ids``: they are two tensors."""
+    find = _visited_on_cpu if tiling.kernels == "cpu" else _visited_on_cuda
+    return find(query_ids, key_ids, has_own_key_ids, rules, tiling)
+
+
+def _visited_on_cuda(
+    query_ids: Tensor, key_ids: Tensor, has_own_key_ids: bool, rules: PositionRules, tiling: Tiling
+) -> VisitedBlocks:
+    query_length, key_length = query_ids.shape[1], key_ids.shape[1]
+    first = torch.arange(0, query_length, tiling.query_tile)
+    last = (first + tiling.query_tile).clamp(max=query_length) - 1
+    key_begin, key_end = rules.key_limits(query_length, key_length)
+    begin, end = key_begin[first].repeat(len(query_ids), 1), key_end[last].repeat(len(query_ids), 1)
+    compares = torch.ones(len(query_ids), dtype=torch.bool)
+    if not has_own_key_ids:
+        runs = find_runs(query_ids)
+        compares = ~runs.is_ascending
+        begin = torch.where(compares[:, None], begin, begin.maximum(runs.begin[:, first]))
+        end = torch.where(compares[:, None], end, end.minimum(runs.end[:, last]))
+    blocks = tiling.key_blocks(key_length)
+    begin = begin // tiling.key_block
+    end = (-(-end // tiling.key_block)).maximum(begin + 1)
+    tile_ids, block_ids = (
+        _ranges_with_signatures(ids, size)
+        for ids, size in ((query_ids, tiling.query_tile), (key_ids, tiling.key_block))
+    )
+    return VisitedBlocks(begin, end, blocks, compares, tile_ids, block_ids, at_least_one=True)
+
+
+def _visited_on_cpu(
+    query_ids: Tensor, key_ids: Tensor, has_own_key_ids: bool, rules: PositionRules, tiling: Tiling
+) -> VisitedBlocks:
+    runs = find_runs(key_ids)
+    begin, end = rules.key_limits(query_ids.shape[1], key_ids.shape[1])
+    run_begin, run_end = _run_of_each_query(query_ids, key_ids, runs)
+    is_run = runs.is_ascending[:, None]
+    begin = torch.where(is_run, begin.maximum(run_begin), begin)
+    end = torch.where(is_run, end.minimum(run_end), end)
+    is_empty = (begin >= end) | (query_ids < 0)
+
+    def of_tiles(values: Tensor, if_empty: int) -> Tensor:
+        rows = values.masked_fill(is_empty, if_empty).repeat_interleave(tiling.group, 1)
+        return _split(rows, tiling.query_tile, if_empty)
+
+    begin, end = of_tiles(begin, _HIGHEST).amin(2), of_tiles(end, 0).amax(2)
+    is_empty_tile = begin >= end
+    begin = (begin // tiling.key_block).masked_fill(is_empty_tile, 0)
+    end = (-(-end // tiling.key_block)).masked_fill(is_empty_tile, 0)
+    tile_ids = _ranges(of_tiles(query_ids, _HIGHEST), of_tiles(query_ids, NO_ID))
+    keys = key_ids.masked_fill(key_ids < 0, _HIGHEST)
+    block_ids = _ranges(_split(keys, tiling.key_block, _HIGHEST), _split(key_ids, tiling.key_block, NO_ID))
+    blocks = tiling.key_blocks(key_ids.shape[1])
+    return VisitedBlocks(begin, end, blocks, ~runs.is_ascending, tile_ids, block_ids, at_least_one=False)
+
+
+def _run_of_each_query(query_ids: Tensor, key_ids: Tensor, runs: Runs) -> tuple[Tensor, Tensor]:
+    """begin and end of the run of keys with the query's id, in rows where runs ascend; empty where there is none."""
+    highest_so_far = key_ids.cummax(1).values  # not below the id sought from its run's first key on
+    first = torch.searchsorted(highest_so_far, query_ids).clamp(max=key_ids.shape[1] - 1)
+    is_found = (key_ids.gather(1, first) == query_ids) & (query_ids >= 0)
+    return first.masked_fill(~is_found, 0), runs.end.gather(1, first).masked_fill(~is_found, 0)
+
+
+def _split(values: Tensor, size: int, fill: int) -> Tensor:
+    """(B, S) as (B, tiles, size), the last tile filled up."""
+    missing = -values.shape[1] % size
+    return torch.nn.functional.pad(values, (0, missing), value=fill).view(len(values), -1, size)
+
+
+def _ranges(for_min: Tensor, for_max: Tensor) -> IdRanges:
+    min_id = for_min.amin(2)
+    return IdRanges(min_id, for_max.amax(2), torch.full_like(min_id, _EVERY_BIT))
+
+
+def _ranges_with_signatures(ids: Tensor, size: int) -> IdRanges:
+    """``write_block`` of prepare.cu: a block with one id and padding looks like two ids."""
+    tiles = _split(ids, size, NO_ID)
+    is_real = tiles >= 0
+    min_id, max_id = tiles.masked_fill(~is_real, _HIGHEST).amin(2), tiles.amax(2)
+    # Padding past the end of the row is none of the block's.
+    has_padding = (~is_real & _split(torch.ones_like(ids), size, 0).bool()).any(2)
+    looks_uniform = has_padding & (min_id == max_id)
+    max_id = max_id + (looks_uniform & (max_id < _HIGHEST)).long()
+    min_id = min_id - (looks_uniform & (max_id == min_id)).long()
+    bit = (tiles.clamp(min=0) * 0x9E3779B1 & 0xFFFFFFFF) >> 26
+    has_bit = torch.zeros(*tiles.shape[:2], 65, dtype=torch.bool)  # the last is the bit of padding
+    has_bit.scatter_(2, bit.masked_fill(~is_real, 64), True)
+    return IdRanges(min_id, max_id, (has_bit[..., :64].long() << torch.arange(64)).sum(2))
