@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from support.cases import PLACES, error, make_ids
+from support.cases import PLACES
+from support.problems import error, make_ids
 from support.serving_table import describe, skip_refused
 
 import selfattn

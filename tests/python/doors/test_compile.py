@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.cases import make_ids
+from support.problems import make_ids
 
 import selfattn
 from selfattn import SelfAttention, SelfAttentionConfig

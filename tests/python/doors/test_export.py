@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.cases import make_ids
+from support.problems import make_ids
 from torch.export import Dim
 
 from selfattn import SelfAttention, SelfAttentionConfig

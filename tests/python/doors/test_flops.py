@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from support.cases import make_ids
+from support.problems import make_ids
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.cases import make_ids
+from support.problems import make_ids
 
 OPS = torch.ops.selfattn
 IDS = make_ids("shuffled", 2, 6)

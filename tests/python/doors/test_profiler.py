@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.cases import make_ids
+from support.problems import make_ids
 from support.serving_table import skip_unless_flash_serves
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.reference import is_allowed
+from support import reference
+from support.problems import allowed_pairs, make_ids
 from torch import Tensor
 
 import selfattn  # noqa: F401  (registers the operators)
@@ -29,23 +30,8 @@ class Call:
     allowed: Tensor = field(init=False)  # (B, Sq, Skv)
 
     def __post_init__(self) -> None:
-        q, k = self.tensors["q"], self.tensors["k"]
-        ids = self.options.get("segment_ids")
-        kv_ids = self.options.get("kv_segment_ids")
-        kv_ids = ids if kv_ids is None else kv_ids
-        rules = [self.options[name] for name in ("causal", "window_left", "window_right")]
-        query_ids = torch.zeros(q.shape[:2]).tolist() if ids is None else ids.tolist()
-        key_ids = torch.zeros(k.shape[:2]).tolist() if kv_ids is None else kv_ids.tolist()
-        lengths = (q.shape[1], k.shape[1])
-        self.allowed = torch.tensor(
-            [
-                [
-                    [is_allowed(i, j, *lengths, query_ids[b][i], key_ids[b][j], *rules) for j in range(lengths[1])]
-                    for i in range(lengths[0])
-                ]
-                for b in range(q.shape[0])
-            ]
-        )
+        mask = {name: value for name, value in self.options.items() if name not in ("softcap", "qk_scale")}
+        self.allowed = allowed_pairs(self.tensors["q"], self.tensors["k"], **mask)[:, 0]
 
     def run(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Results with tokens in the second place."""
@@ -58,46 +44,20 @@ class Call:
 
     def expected(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The formula over allowed keys only, in float64."""
-        q, k, v = (tensors[name].double().requires_grad_() for name in "qkv")
-        group = q.shape[2] // k.shape[2]
-        cap, scale = self.options["softcap"], self.options["qk_scale"]
-        outs, lses = [], []
-        for b, i in [(b, i) for b in range(q.shape[0]) for i in range(q.shape[1])]:
-            keys = self.allowed[b, i].nonzero().flatten()
-            for h in range(q.shape[2]):
-                logits = scale * (k[b, keys, h // group] @ q[b, i, h])
-                logits = cap * torch.tanh(logits / cap) if cap > 0 else logits
-                if not len(keys) or (logits == -math.inf).all():  # a row without keys: no result depends on it
-                    outs.append(q.new_zeros(v.shape[-1]))
-                    lses.append(q.new_tensor(-math.inf if self.sinks is None else self.sinks[h].item()))
-                    continue
-                counted = logits if self.sinks is None else torch.cat([logits, self.sinks[h : h + 1].double()])
-                outs.append(torch.softmax(counted, 0)[: len(keys)] @ v[b, keys, h // group])
-                lses.append(torch.logsumexp(counted, 0))
-        out = torch.stack(outs).view(*q.shape[:3], -1)
-        lse = torch.stack(lses).view(*q.shape[:3])
-        results = [(out, tensors["grad_out"].double())]
-        if "grad_lse" in tensors:
-            results.append((lse, tensors["grad_lse"].double().transpose(1, 2)))
-        results = [(result, grad) for result, grad in results if result.requires_grad]
-        grads = [None] * 3
-        if results:
-            found, grad_found = zip(*results, strict=True)
-            grads = torch.autograd.grad(found, (q, k, v), grad_found, allow_unused=True)
-        grads = [torch.zeros_like(x) if grad is None else grad for x, grad in zip((q, k, v), grads, strict=True)]
-        return dict(zip(NAMES, (out.detach(), lse.detach(), *grads), strict=True))
+        leaves = [tensors[name].double().requires_grad_() for name in "qkv"]
+        out, lse = reference.attention(*leaves, **self.options, sinks=self.sinks)
+        gradients = reference.gradients(out, leaves, tensors["grad_out"])
+        if "grad_lse" in tensors and lse.requires_grad:
+            of_lse = reference.gradients(lse, leaves, tensors["grad_lse"])
+            gradients = [sum(both) for both in zip(gradients, of_lse, strict=True)]
+        return dict(zip(NAMES, (out.detach(), lse.detach().transpose(1, 2), *gradients), strict=True))
 
 
-def make_ids(rng: random.Random, kind: str, batch: int, length: int) -> Tensor:
-    if kind == "packed":
-        ids = (torch.rand(batch, length) < 1 / 8).cumsum(1)
-    elif kind == "shuffled":
-        ids = torch.randint(0, 3, (batch, length))
-    else:
-        ids = torch.randint(-2, 2, (batch, length))
+def padded_ids(rng: random.Random, kind: str, batch: int, length: int) -> Tensor:
+    ids = make_ids(kind, batch, length)
     if rng.random() < 0.5:
         ids[:, length - length // 5 :] = -1
-    return ids.int()
+    return ids
 
 
 def make_call(rng: random.Random, dtype: torch.dtype, is_split: bool) -> Call:
@@ -107,12 +67,12 @@ def make_call(rng: random.Random, dtype: torch.dtype, is_split: bool) -> Call:
     if is_split:
         batch, kv_heads, group, num_queries, num_keys = 1, 1, 2, 3, 1500
     dim, value_dim = rng.choice([1, 8, 16, 19, 32, 72]), rng.choice([1, 8, 16, 20, 33, 70])
-    kind = rng.choice([None, "packed", "shuffled", "padding"])
+    kind = rng.choice([None, "short_documents", "shuffled", "mixed_padding"])
     ids = kv_ids = None
     if kind:
-        ids = make_ids(rng, kind, batch, num_queries)
+        ids = padded_ids(rng, kind, batch, num_queries)
         if num_queries != num_keys or rng.random() < 0.3:
-            kv_ids = make_ids(rng, kind, batch, num_keys)
+            kv_ids = padded_ids(rng, kind, batch, num_keys)
     heads = kv_heads * group
     tensors = {
         "q": torch.randn(batch, num_queries, heads, dim).to(dtype),

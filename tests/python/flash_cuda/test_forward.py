@@ -4,10 +4,12 @@ import itertools
 import math
 import random
 import zlib
+from typing import Any
 
 import pytest
 import torch
-from support.cases import ID_KINDS, make_ids
+from support.cases import ID_KINDS
+from support.problems import allowed_pairs, dense_attention, make_ids, norm_error
 from torch import Tensor
 
 import selfattn  # noqa: F401
@@ -22,74 +24,10 @@ LSE_ERROR = 1e-3
 DTYPES = [torch.bfloat16, torch.float16]
 
 
-def is_allowed(
-    num_queries: int,
-    num_keys: int,
-    ids: Tensor | None = None,
-    causal: bool = True,
-    kv_ids: Tensor | None = None,
-    window_left: int = -1,
-    window_right: int = -1,
-) -> Tensor:
-    """(1 or B, 1, Sq, Skv) bool on the GPU."""
-    query = torch.arange(num_queries, device="cuda")[:, None] + num_keys - num_queries
-    key = torch.arange(num_keys, device="cuda")[None]
-    allowed = torch.ones(num_queries, num_keys, dtype=torch.bool, device="cuda")
-    if causal:
-        allowed &= key <= query
-    if window_left >= 0:
-        allowed &= key >= query - window_left
-    if window_right >= 0:
-        allowed &= key <= query + window_right
-    allowed = allowed[None, None]
-    if ids is not None:
-        kv_ids = ids if kv_ids is None else kv_ids
-        allowed = allowed & ((ids[:, :, None] == kv_ids[:, None, :]) & (ids[:, :, None] >= 0))[:, None]
-    return allowed
-
-
-def oracle(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, sinks: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """out (B, Sq, NH, DV) and lse (B, NH, Sq) in float64."""
-    groups = q.shape[2] // k.shape[2]
-    query = q.double().transpose(1, 2)
-    key, value = (x.double().transpose(1, 2).repeat_interleave(groups, 1) for x in (k, v))
-    logits = (query @ key.transpose(-1, -2) / math.sqrt(q.shape[-1])).masked_fill(~allowed, -math.inf)
-    counted = logits
-    if sinks is not None:
-        column = sinks.double()[None, :, None, None].expand(*logits.shape[:3], 1)
-        counted = torch.cat([logits, column], -1)
-    lse = counted.logsumexp(-1)
-    weights = (logits - lse.masked_fill(lse == -math.inf, 0.0)[..., None]).exp()
-    return (weights @ value).transpose(1, 2), lse
-
-
-def formula(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, sinks: Tensor | None = None) -> Tensor:
-    """out (B, Sq, NH, DV) by the formula in the kernel's precision: products and sums in float32, the weights rounded
-    to the dtype of v between them."""
-    groups = q.shape[2] // k.shape[2]
-    query = q.float().transpose(1, 2)
-    key, value = (x.float().transpose(1, 2).repeat_interleave(groups, 1) for x in (k, v))
-    logits = (query @ key.transpose(-1, -2) / math.sqrt(q.shape[-1])).masked_fill(~allowed, -math.inf)
-    largest = logits.amax(-1, keepdim=True)
-    if sinks is not None:
-        largest = torch.maximum(largest, sinks.float()[None, :, None, None])
-    largest = largest.masked_fill(largest == -math.inf, 0.0)
-    weights = (logits - largest).exp()
-    total = weights.sum(-1, keepdim=True)
-    if sinks is not None:
-        total = total + (sinks.float()[None, :, None, None] - largest).exp()
-    out = weights.to(v.dtype).float() @ value / total.masked_fill(total == 0.0, 1.0)
-    return out.to(v.dtype).transpose(1, 2)
-
-
-def check_error(out: Tensor, expected: Tensor, *call: Tensor | None) -> None:
-    """``call``: the arguments of the formula."""
-    in_own_precision = formula(*call)
-    deviation, allowance = (
-        ((result.double() - expected).norm() / expected.norm().clamp_min(1e-6)).item()
-        for result in (out, in_own_precision)
-    )
-    assert deviation <= 2 * allowance + ROUNDING_OF_ONE[out.dtype]
+def check_error(out: Tensor, expected: Tensor, call: dict[str, Any]) -> None:
+    """At most twice that of the formula in the same precision."""
+    peer = dense_attention(**call, precision=torch.float32, rounding=out.dtype)["out"]
+    assert norm_error(out, expected) <= 2 * norm_error(peer, expected) + ROUNDING_OF_ONE[out.dtype]
 
 
 def poison(q: Tensor, v: Tensor) -> None:
@@ -108,20 +46,18 @@ def check(
     sinks: Tensor | None = None,
     **mask,
 ) -> None:
-    """One call against the oracle: an error of at most twice the formula's in the same precision, lse, rows without a
-    key, nothing unwritten."""
+    """One call against the oracle: out, lse, rows without a key, nothing unwritten."""
     poison(q, v)
-    out, lse = torch.ops.selfattn.flash_attention(q, k, v, ids, kv_segment_ids=kv_ids, sinks=sinks, **mask)
-    allowed = is_allowed(q.shape[1], k.shape[1], ids, kv_ids=kv_ids, **mask)
-    expected, expected_lse = oracle(q, k, v, allowed, sinks)
-    assert not out.isnan().any()
-    check_error(out, expected, q, k, v, allowed, sinks)
+    call = {"q": q, "k": k, "v": v, "segment_ids": ids, "kv_segment_ids": kv_ids, "sinks": sinks, **mask}
+    out, lse = torch.ops.selfattn.flash_attention(**call)
+    expected, expected_lse = dense_attention(**call).values()
+    check_error(out, expected, call)
     finite = expected_lse.isfinite()
     assert torch.equal(lse.isfinite(), finite)
     assert (lse[~finite] == -math.inf).all()
     if finite.any():
         assert (lse.double() - expected_lse)[finite].abs().max() < LSE_ERROR
-    hidden = ~allowed.any(-1).expand(q.shape[0], q.shape[2], -1).transpose(1, 2)
+    hidden = ~allowed_pairs(q, k, ids, kv_segment_ids=kv_ids, **mask).any(-1)[:, 0]
     assert (out[hidden] == 0).all()
 
 
@@ -182,10 +118,12 @@ def test_heads_beyond_one_section(kind: str | None) -> None:
             alone = torch.ops.selfattn.flash_attention(q[:, :, one], k[:, :, one], v[:, :, one], ids, causal)
             assert torch.equal(out[:, :, one], alone[0])
             assert torch.equal(lse[:, one], alone[1])
-        rows = slice(length - 256, length)  # and one head's last rows against the oracle
-        allowed = is_allowed(length, length, ids, causal=causal)[:, :, rows]
-        call = (q[:, rows, :1], k[:, :, :1], v[:, :, :1], allowed)
-        check_error(out[:, rows, :1], oracle(*call)[0], *call)
+        # And one head's last rows against the oracle.
+        rows = slice(length - 256, length)
+        call = {"q": q[:, rows, :1], "k": k[:, :, :1], "v": v[:, :, :1], "causal": causal}
+        if ids is not None:
+            call |= {"segment_ids": ids[:, rows], "kv_segment_ids": ids}
+        check_error(out[:, rows, :1], dense_attention(**call)["out"], call)
 
 
 def test_key_ids_that_no_query_has() -> None:
@@ -250,7 +188,7 @@ def test_layouts_with_a_copy() -> None:
 def test_error_is_that_of_the_precision() -> None:
     for dtype, causal in itertools.product(DTYPES, (True, False)):
         q, k, v = random_qkv(dtype, (128, 128), 1000, 1000)
-        expected, _ = oracle(q, k, v, is_allowed(1000, 1000, causal=causal))
+        expected = dense_attention(q, k, v, causal=causal)["out"]
         out, _ = torch.ops.selfattn.flash_attention(q, k, v, causal=causal)
         peer = torch.nn.functional.scaled_dot_product_attention(
             *(x.transpose(1, 2) for x in (q, k, v)), is_causal=causal

@@ -1,11 +1,11 @@
 """CUDA flash: what a query may not attend to has no influence on out, lse, dq, dk and dv, whatever bits stand there."""
 
-from dataclasses import replace
-
 import pytest
 import torch
-from support.problems import Problem, allowed_pairs, long, make_ids
+from support.cases import CudaCase, long
 from torch import Tensor
+
+import selfattn  # noqa: F401
 
 pytestmark = pytest.mark.gpu
 
@@ -16,33 +16,33 @@ VALUES = {"nan": float("nan"), "inf": float("inf"), "minus_inf": -float("inf")}
 # leave the choice to the device.
 PROBLEMS = {
     **{
-        f"short_{ids}_d{dim}{'' if causal else '_full'}": Problem(ids=ids, dim=dim, causal=causal)
-        for ids in ("packed_padded", "random", "blocks", "one_row_general", "distinct")
+        f"short_{ids}_d{dim}{'' if causal else '_full'}": CudaCase(ids=ids, dim=dim, causal=causal)
+        for ids in ("padding_around", "shuffled_padding", "blocks", "one_row_reversed", "permuted")
         for dim in (64, 128, 256)
         for causal in (True, False)
     },
-    **{f"dense_d{dim}": Problem(dim=dim) for dim in (40, 64, 96, 128, 192, 256)},
-    "values_narrower": Problem(dim=192, value_dim=128, ids="packed_padded"),
-    "fp16": Problem(dtype=torch.float16, ids="packed_padded"),
-    "grad_lse": Problem(has_grad_lse=True, ids="packed_padded"),
-    "window": Problem(window_left=30, window_right=20, causal=False),
-    "window_ids": Problem(window_left=40, ids="packed_padded"),
-    "one_key_head": Problem(num_heads=8, num_kv_heads=1, ids="packed_padded"),
-    "separate": Problem(ids="separate", num_queries=200, num_keys=333, causal=False),
-    "fewer_queries": Problem(num_queries=100, num_keys=400),
-    "more_queries": Problem(num_queries=400, num_keys=100),
+    **{f"dense_d{dim}": CudaCase(dim=dim) for dim in (40, 64, 96, 128, 192, 256)},
+    "values_narrower": CudaCase(dim=192, value_dim=128, ids="padding_around"),
+    "fp16": CudaCase(dtype=torch.float16, ids="padding_around"),
+    "grad_lse": CudaCase(has_grad_lse=True, ids="padding_around"),
+    "window": CudaCase(window_left=30, window_right=20, causal=False),
+    "window_ids": CudaCase(window_left=40, ids="padding_around"),
+    "one_key_head": CudaCase(num_heads=8, num_kv_heads=1, ids="padding_around"),
+    "separate": CudaCase(ids="shuffled_padding", has_kv_ids=True, num_queries=200, num_keys=333, causal=False),
+    "fewer_queries": CudaCase(num_queries=100, num_keys=400),
+    "more_queries": CudaCase(num_queries=400, num_keys=100),
     **{
         f"long_{ids}_d{dim}": long(2689, ids=ids, dim=dim)
-        for ids in (None, "long_documents", "random", "packed")
+        for ids in (None, "long_documents", "shuffled_padding", "documents")
         for dim in (64, 128, 256)
     },
     "long_full": long(2600, ids="long_documents", causal=False),
-    "long_padded_bnsd": long(2600, ids="packed_padded", layout="bnsd"),
-    **{f"either_{ids}": long(1500, batch=4, ids=ids, causal=False) for ids in ("packed", "mostly_long_documents")},
+    "long_padded_bnsd": long(2600, ids="padding_around", layout="bnsd"),
+    **{f"either_{ids}": long(1500, batch=4, ids=ids, causal=False) for ids in ("documents", "mostly_long_documents")},
 }
 
 
-def chosen_tokens(problem: Problem, ids: Tensor | None, length: int) -> Tensor:
+def chosen_tokens(problem: CudaCase, ids: Tensor | None, length: int) -> Tensor:
     """(B, length): tokens of one document, all padding, and (dense) some of the last ones."""
     chosen = torch.zeros(problem.batch, length, dtype=torch.bool, device="cuda")
     if ids is None:
@@ -54,27 +54,13 @@ def chosen_tokens(problem: Problem, ids: Tensor | None, length: int) -> Tensor:
     return chosen | (ids < 0)
 
 
-def run(
-    tensors: dict[str, Tensor], grad_lse: Tensor | None, problem: Problem, ids: Tensor | None, key_ids: Tensor | None
-):
+def run(problem: CudaCase, tensors: dict[str, Tensor], grads: dict[str, Tensor]) -> dict[str, Tensor]:
     """Every result, through autograd."""
     leaves = {name: tensors[name].detach().clone().requires_grad_() for name in ("q", "k", "v")}
-    out, lse = torch.ops.selfattn.flash_attention(
-        leaves["q"],
-        leaves["k"],
-        leaves["v"],
-        ids,
-        problem.causal,
-        window_left=problem.window_left,
-        window_right=problem.window_right,
-        kv_segment_ids=key_ids,
-    )
-    grads = torch.autograd.grad(
-        (out, lse) if grad_lse is not None else (out,),
-        list(leaves.values()),
-        (tensors["grad_out"], grad_lse) if grad_lse is not None else (tensors["grad_out"],),
-    )
-    return {"out": out.detach(), "lse": lse.detach().transpose(1, 2), "dq": grads[0], "dk": grads[1], "dv": grads[2]}
+    results = torch.ops.selfattn.flash_attention(**{**tensors, **leaves}, **problem.options)
+    out, lse = (result.detach() for result in results)
+    gradients = torch.autograd.grad(results[: len(grads)], list(leaves.values()), list(grads.values()))
+    return {"out": out, "lse": lse.transpose(1, 2), **dict(zip(("dq", "dk", "dv"), gradients, strict=True))}
 
 
 @pytest.mark.parametrize("is_deterministic", [False, True], ids=["", "deterministic"])
@@ -82,35 +68,15 @@ def run(
 @pytest.mark.parametrize("poisoned", POISONED)
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_isolation_of_the_cuda_kernels(name: str, poisoned: str, value: str, is_deterministic: bool) -> None:
-    import selfattn  # noqa: F401
-
-    problem = PROBLEMS[name]
+    problem = PROBLEMS[name].with_(spread=1.0)
     if is_deterministic and problem.num_queries < 1000 and problem.dim <= 128:
-        problem = replace(problem, batch=1)
-    value_dim = problem.value_dim or problem.dim
-    ids, key_ids = (
-        (None, None)
-        if problem.ids is None
-        else make_ids(problem.ids, problem.batch, problem.num_queries, problem.num_keys)
-    )
-    ids = None if ids is None else ids.to("cuda", torch.int32)
-    key_ids = None if key_ids is None else key_ids.to("cuda", torch.int32)
-
-    def random(length: int, heads: int, dim: int) -> Tensor:
-        return torch.randn(problem.batch, length, heads, dim, device="cuda").to(problem.dtype)
-
-    clean = {
-        "q": random(problem.num_queries, problem.num_heads, problem.dim),
-        "k": random(problem.num_keys, problem.num_kv_heads, problem.dim),
-        "v": random(problem.num_keys, problem.num_kv_heads, value_dim),
-        "grad_out": random(problem.num_queries, problem.num_heads, value_dim),
-    }
-    grad_lse = torch.randn(problem.batch, problem.num_heads, problem.num_queries, device="cuda")
-    grad_lse = grad_lse if problem.has_grad_lse else None
-    query_tokens = chosen_tokens(problem, ids, problem.num_queries)
-    key_tokens = query_tokens if problem.num_queries == problem.num_keys and key_ids is None else None
-    if key_tokens is None:
-        key_tokens = chosen_tokens(problem, ids if key_ids is None else key_ids, problem.num_keys)
+        problem = problem.with_(batch=1)
+    tensors, grads = problem.tensors(device="cuda"), problem.grads(device="cuda")
+    ids = tensors.get("segment_ids")
+    query_tokens = key_tokens = chosen_tokens(problem, ids, problem.num_queries)
+    if problem.has_kv_ids or problem.num_queries != problem.num_keys:
+        key_tokens = chosen_tokens(problem, tensors.get("kv_segment_ids", ids), problem.num_keys)
+    clean = {key: (tensors | grads)[key] for key in ("q", "k", "v", "grad_out")}
     bad = {key: key_tokens if key in ("k", "v") else query_tokens for key in clean}
     bad = {key: tokens if poisoned in (key, "all") else torch.zeros_like(tokens) for key, tokens in bad.items()}
     poisoned_tensors = {key: tensor.clone() for key, tensor in clean.items()}
@@ -123,12 +89,13 @@ def test_isolation_of_the_cuda_kernels(name: str, poisoned: str, value: str, is_
 
     torch.use_deterministic_algorithms(is_deterministic)
     try:
-        expected = run(clean, grad_lse, problem, ids, key_ids)
-        actual = run(poisoned_tensors, grad_lse, problem, ids, key_ids)
+        expected = run(problem, tensors, grads)
+        poisoned_grad = {"grad_out": poisoned_tensors.pop("grad_out")}
+        actual = run(problem, tensors | poisoned_tensors, grads | poisoned_grad)
     finally:
         torch.use_deterministic_algorithms(False)
 
-    allowed = allowed_pairs(problem, ids, key_ids)[:, 0]  # (B, Sq, Skv)
+    allowed = problem.allowed(tensors)[:, 0]  # (B, Sq, Skv)
     bad_key = bad["k"] | bad["v"]
     of_forward = bad["q"] | (allowed & bad_key[:, None]).any(-1)
     of_query = of_forward | bad["grad_out"]

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from support import reference
-from support.cases import CASES, PLACES, Case, error
+from support.cases import CASES, PLACES
+from support.problems import Case, error
 from support.serving_table import describe, is_refused
 
 import selfattn

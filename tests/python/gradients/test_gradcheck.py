@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from support.cases import CASES, Case
+from support.cases import CASES
+from support.problems import Case
 
 import selfattn
 

@@ -3,7 +3,7 @@ goes through the kernels too."""
 
 import pytest
 import torch
-from support.cases import error, make_ids
+from support.problems import error, make_ids
 
 import selfattn
 

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 from support import reference
-from support.cases import error, make_ids
+from support.problems import error, make_ids
 from torch import Tensor
 
 import selfattn

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.cases import error, make_ids
+from support.problems import error, make_ids
 from torch import Tensor
 
 from selfattn import SelfAttention, SelfAttentionConfig, precompute_freqs

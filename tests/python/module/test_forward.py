@@ -3,7 +3,7 @@
 import pytest
 import torch
 from support import reference
-from support.cases import error, make_ids
+from support.problems import error, make_ids
 
 from selfattn import SelfAttention, SelfAttentionConfig, precompute_freqs
 

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from support.cases import make_ids
+from support.problems import make_ids
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.cases import error
 from support.plain_module import module_results, plain_results
+from support.problems import error, norm_error
 from torch import Tensor
 
 from selfattn import SelfAttention, SelfAttentionConfig, precompute_freqs
@@ -94,11 +94,6 @@ def results_and_exact(
     return actual, *(plain_results(module, kind, x, grad, **inputs) for kind in (torch.float64, dtype))
 
 
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    difference = actual.double() - expected.double()
-    return (difference.norm() / expected.double().norm()).item()
-
-
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
 def test_float32_is_within_1e_5_of_float64(layer: Layer, device: str) -> None:
     actual, exact, _ = results_and_exact(layer, device, torch.float32)
@@ -112,8 +107,8 @@ def test_bfloat16_errs_at_most_twice_as_much_as_plain_pytorch(layer: Layer, devi
     actual, exact, plain = results_and_exact(layer, device, torch.bfloat16)
     for name, expected in exact.items():
         assert actual[name].dtype == torch.bfloat16
-        allowed = 2 * max(relative_error(plain[name], expected), ROUNDING_BFLOAT16)
-        assert relative_error(actual[name], expected) <= allowed, name
+        allowed = 2 * max(norm_error(plain[name], expected), ROUNDING_BFLOAT16)
+        assert norm_error(actual[name], expected) <= allowed, name
 
 
 def test_autocast_errs_at_most_twice_as_much_as_plain_pytorch_in_bfloat16(device: str) -> None:
@@ -128,5 +123,5 @@ def test_autocast_errs_at_most_twice_as_much_as_plain_pytorch_in_bfloat16(device
     exact, plain = (plain_results(module, kind, x, grad, **inputs) for kind in (torch.float64, torch.bfloat16))
     for name, expected in exact.items():
         assert name == "out" or actual[name].dtype == torch.float32
-        allowed = 2 * max(relative_error(plain[name], expected), ROUNDING_BFLOAT16)
-        assert relative_error(actual[name], expected) <= allowed, name
+        allowed = 2 * max(norm_error(plain[name], expected), ROUNDING_BFLOAT16)
+        assert norm_error(actual[name], expected) <= allowed, name

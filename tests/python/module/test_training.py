@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.cases import error
+from support.problems import error
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.cases import error, make_ids
+from support.problems import error, make_ids
 from support.serving_table import skip_unless_flash_serves
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from support.norm_rope import CASES, NormRopeCase, deviation, expected, in_own_precision
+from support.norm_rope import CASES, NormRopeCase, expected, in_own_precision
+from support.problems import norm_error
 
 import selfattn
 
@@ -24,7 +25,7 @@ def test_values_equal_float64(case: NormRopeCase, device: str) -> None:
         results, in_own_precision(arguments, tables), expected(arguments, tables), strict=True
     ):
         assert actual.dtype == case.dtype and actual.is_contiguous()
-        assert deviation(actual, wanted) <= 2 * deviation(peer, wanted) + FLOOR
+        assert norm_error(actual, wanted) <= 2 * norm_error(peer, wanted) + FLOOR
 
 
 @pytest.mark.parametrize("position", [0, 1, 4095, 100_003, 2**24 + 1])

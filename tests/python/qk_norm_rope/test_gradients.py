@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from support.norm_rope import CASES, NormRopeCase, deviation, expected, in_own_precision
+from support.norm_rope import CASES, NormRopeCase, expected, in_own_precision
+from support.problems import norm_error
 from torch import Tensor
 
 import selfattn
@@ -40,7 +41,7 @@ def test_gradients_equal_float64(case: NormRopeCase, device: str) -> None:
     wanted = gradients(expected, doubled, tables, grads)
     for name, gradient in actual.items():
         assert gradient.dtype == arguments[name].dtype
-        assert deviation(gradient, wanted[name]) <= 2 * deviation(peers[name], wanted[name]) + FLOOR, name
+        assert norm_error(gradient, wanted[name]) <= 2 * norm_error(peers[name], wanted[name]) + FLOOR, name
 
 
 @pytest.mark.parametrize("dim", [64, 40])

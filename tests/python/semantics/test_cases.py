@@ -3,7 +3,8 @@
 import pytest
 import torch
 from support import reference
-from support.cases import CASES, PLACES, ROUNDING, Case, error
+from support.cases import CASES, PLACES, ROUNDING
+from support.problems import Case, error
 from support.serving_table import describe, is_refused
 
 import selfattn

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support import reference
-from support.cases import BACKENDS_ON_CPU, PLACES, error, make_ids, segment_ids
+from support.cases import BACKENDS_ON_CPU, PLACES, segment_ids
+from support.problems import error, make_ids
 from support.serving_table import describe, is_refused
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx

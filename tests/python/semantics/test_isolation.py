@@ -5,12 +5,12 @@ the gradients that come in. What they may not reach equals the results of the sa
 """
 
 import math
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import pytest
 import torch
-from support.cases import BACKENDS_ON_CPU, error, make_ids
+from support.cases import BACKENDS_ON_CPU
+from support.problems import Case, error, make_ids
 from support.serving_table import Call as ServedCall
 from support.serving_table import describe, skip_refused
 from torch import Tensor
@@ -29,46 +29,13 @@ PLACES = [
 
 
 @dataclass(frozen=True)
-class Call:
+class Call(Case):
     """A call, and the tokens that are poisoned: of queries where a query's tensor is, else of keys."""
 
-    name: str
-    poisoned: str
     num_queries: int = 24
-    num_keys: int = 24
-    batch: int = 2
-    num_heads: int = 4
-    num_kv_heads: int = 2
-    dim: int = 16
-    value_dim: int | None = None
     ids: str | None = "shuffled"
-    has_kv_ids: bool = False
-    has_sinks: bool = False
-    options: dict[str, Any] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        return self.name
-
-    def make_ids(self) -> tuple[Tensor | None, Tensor | None]:
-        if self.ids is None:
-            return None, None
-        query_ids = make_ids(self.ids, self.batch, self.num_queries)
-        return query_ids, make_ids(self.ids, self.batch, self.num_keys) if self.has_kv_ids else query_ids
-
-    def allowed(self, query_ids: Tensor | None, key_ids: Tensor | None) -> Tensor:
-        """(B, Sq, Skv), from docs/semantics.md."""
-        query = torch.arange(self.num_queries)[:, None] + self.num_keys - self.num_queries
-        key = torch.arange(self.num_keys)
-        allowed = torch.ones(self.batch, self.num_queries, self.num_keys, dtype=torch.bool)
-        if query_ids is not None:
-            allowed &= (query_ids[:, :, None] == key_ids[:, None, :]) & (query_ids >= 0)[:, :, None]
-        if self.options.get("causal", True):
-            allowed &= key <= query
-        if self.options.get("window_left", -1) >= 0:
-            allowed &= key >= query - self.options["window_left"]
-        if self.options.get("window_right", -1) >= 0:
-            allowed &= key <= query + self.options["window_right"]
-        return allowed
+    has_grad_lse: bool = True
+    poisoned: str = "document"
 
     def poisoned_tokens(self, ids: Tensor | None, length: int) -> Tensor:
         """(B, length)."""
@@ -84,45 +51,39 @@ class Call:
 
 
 SMALL = [
-    Call("another_document", "document", ids="packed"),
-    Call("another_document_in_any_order", "document", options={"causal": False}),
-    Call("one_of_reused_ids", "document", ids="reused"),
-    Call("padding_at_the_end", "padding", ids="packed", options={"causal": False}),
-    Call("padding_anywhere", "padding", ids="mixed_padding"),
-    Call("padding_anywhere_with_sinks", "padding", ids="mixed_padding", has_sinks=True, options={"causal": False}),
-    Call("nothing_but_padding", "padding", ids="all_padding", has_sinks=True),
-    Call("causal_future", "last", ids=None),
-    Call("causal_future_of_half", "middle", ids=None, num_kv_heads=4),
-    Call("causal_future_of_a_document", "middle", ids="one_document", has_sinks=True),
-    Call("outside_the_window", "first", ids=None, options={"window_left": 4}),
-    Call("outside_both_windows", "middle", ids=None, options={"window_left": 2, "window_right": 3, "causal": False}),
-    Call("window_and_documents", "document", options={"window_left": 5}),
-    Call("fewer_queries", "last", num_queries=7, ids=None, options={"window_left": 3}),
-    Call("more_queries", "first", num_keys=9, ids=None),
-    Call("own_ids_for_keys", "document", num_queries=11, has_kv_ids=True),
-    Call("own_ids_for_keys_with_padding", "padding", num_keys=11, ids="mixed_padding", has_kv_ids=True),
-    Call("softcap", "document", ids="packed", options={"softcap": 1.5}),
-    Call("softcap_and_padding", "padding", ids="mixed_padding", has_sinks=True, options={"softcap": 1.5}),
-    Call("scale", "padding", ids="packed", options={"qk_scale": -0.3}),
-    Call("value_dim_differs", "document", ids="packed", value_dim=8),
-    Call("odd_dims", "document", dim=5, value_dim=3, num_heads=3, num_kv_heads=1),
+    Call("another_document", ids="packed"),
+    Call("another_document_in_any_order", causal=False),
+    Call("one_of_reused_ids", ids="reused"),
+    Call("padding_at_the_end", poisoned="padding", ids="packed", causal=False),
+    Call("padding_anywhere", poisoned="padding", ids="mixed_padding"),
+    Call("padding_anywhere_with_sinks", poisoned="padding", ids="mixed_padding", has_sinks=True, causal=False),
+    Call("nothing_but_padding", poisoned="padding", ids="all_padding", has_sinks=True),
+    Call("causal_future", poisoned="last", ids=None),
+    Call("causal_future_of_half", poisoned="middle", ids=None, num_kv_heads=4),
+    Call("causal_future_of_a_document", poisoned="middle", ids="one_document", has_sinks=True),
+    Call("outside_the_window", poisoned="first", ids=None, window_left=4),
+    Call("outside_both_windows", poisoned="middle", ids=None, window_left=2, window_right=3, causal=False),
+    Call("window_and_documents", window_left=5),
+    Call("fewer_queries", poisoned="last", num_queries=7, num_keys=24, ids=None, window_left=3),
+    Call("more_queries", poisoned="first", num_keys=9, ids=None),
+    Call("own_ids_for_keys", num_queries=11, num_keys=24, has_kv_ids=True),
+    Call("own_ids_for_keys_with_padding", poisoned="padding", num_keys=11, ids="mixed_padding", has_kv_ids=True),
+    Call("softcap", ids="packed", softcap=1.5),
+    Call("softcap_and_padding", poisoned="padding", ids="mixed_padding", has_sinks=True, softcap=1.5),
+    Call("scale", poisoned="padding", ids="packed", qk_scale=-0.3),
+    Call("value_dim_differs", ids="packed", value_dim=8),
+    Call("odd_dims", dim=5, value_dim=3, num_heads=3, num_kv_heads=1),
 ]
-TILES = {"batch": 1, "num_queries": 300, "num_keys": 300, "num_heads": 2}
+TILES = {"batch": 1, "num_queries": 300, "num_heads": 2}
 LARGE = [
-    Call("tiles_of_documents", "document", ids="packed", num_kv_heads=1, dim=64, **TILES),
-    Call("tiles_in_any_order", "document", num_kv_heads=2, dim=128, options={"causal": False}, **TILES),
-    Call("tiles_of_padding", "padding", ids="packed", num_kv_heads=1, dim=128, has_sinks=True, **TILES),
-    Call("tiles_of_wide_heads", "document", ids="mixed_padding", num_kv_heads=1, dim=256, **TILES),
-    Call("tiles_of_wide_heads_dense", "middle", ids=None, num_kv_heads=2, dim=256, **TILES),
-    Call("tiles_of_the_future", "middle", ids=None, num_kv_heads=1, dim=64, **TILES),
-    Call("tiles_outside_the_window", "first", ids=None, num_kv_heads=2, dim=64, options={"window_left": 40}, **TILES),
-    Call(
-        "tiles_of_own_ids",
-        "document",
-        has_kv_ids=True,
-        dim=64,
-        **{**TILES, "num_queries": 140, "num_heads": 4},
-    ),
+    Call("tiles_of_documents", ids="packed", num_kv_heads=1, dim=64, **TILES),
+    Call("tiles_in_any_order", num_kv_heads=2, dim=128, causal=False, **TILES),
+    Call("tiles_of_padding", poisoned="padding", ids="packed", num_kv_heads=1, dim=128, has_sinks=True, **TILES),
+    Call("tiles_of_wide_heads", ids="mixed_padding", num_kv_heads=1, dim=256, **TILES),
+    Call("tiles_of_wide_heads_dense", poisoned="middle", ids=None, num_kv_heads=2, dim=256, **TILES),
+    Call("tiles_of_the_future", poisoned="middle", ids=None, num_kv_heads=1, dim=64, **TILES),
+    Call("tiles_outside_the_window", poisoned="first", ids=None, num_kv_heads=2, dim=64, window_left=40, **TILES),
+    Call("tiles_of_own_ids", batch=1, num_queries=140, num_keys=300, has_kv_ids=True, dim=64),
 ]
 
 
@@ -131,18 +92,11 @@ class Problem:
 
     def __init__(self, call: Call, dtype: torch.dtype, device: str) -> None:
         self.call, self.device = call, device
-        self.query_ids, self.key_ids = call.make_ids()
-        value_dim = call.value_dim or call.dim
-        shapes = {
-            "q": (call.batch, call.num_queries, call.num_heads, call.dim),
-            "k": (call.batch, call.num_keys, call.num_kv_heads, call.dim),
-            "v": (call.batch, call.num_keys, call.num_kv_heads, value_dim),
-            "grad_out": (call.batch, call.num_queries, call.num_heads, value_dim),
-        }
-        self.tensors = {name: torch.randn(shape).to(dtype) for name, shape in shapes.items()}
-        self.tensors["grad_lse"] = torch.randn(call.batch, call.num_heads, call.num_queries)
-        self.sinks = torch.randn(call.num_heads) if call.has_sinks else None
-        self.allowed = call.allowed(self.query_ids, self.key_ids)
+        self.tensors = call.tensors(dtype) | call.grads(dtype)
+        self.allowed = call.allowed(self.tensors)[:, 0]
+        self.query_ids = self.tensors.pop("segment_ids", None)
+        self.key_ids = self.tensors.pop("kv_segment_ids", self.query_ids)
+        self.sinks = self.tensors.pop("sinks").float() if call.has_sinks else None
         self.query_tokens = call.poisoned_tokens(self.query_ids, call.num_queries)
         self.key_tokens = call.poisoned_tokens(self.key_ids, call.num_keys)
 
@@ -252,7 +206,7 @@ def test_poison_stays_in_its_tiles(
 @pytest.mark.parametrize("poison", POISONS)
 @pytest.mark.parametrize("name", ["q", "k", "v"])
 def test_second_derivatives_of_the_reference_are_isolated(name: str, poison: float) -> None:
-    problem = Problem(Call("second", "document", ids="mixed_padding", has_sinks=True), torch.float64, "cpu")
+    problem = Problem(Call("second", ids="mixed_padding", has_sinks=True), torch.float64, "cpu")
 
     def run(tensors: dict[str, Tensor]) -> list[Tensor]:
         leaves = [tensors[name].clone().requires_grad_() for name in ("q", "k", "v")]
@@ -269,7 +223,7 @@ def test_second_derivatives_of_the_reference_are_isolated(name: str, poison: flo
 def test_compiled_graph_of_the_reference_isolates() -> None:
     # A graph is made without a look at the values.
     torch.compiler.reset()
-    problem = Problem(Call("compiled", "document", ids="mixed_padding"), torch.float32, "cpu")
+    problem = Problem(Call("compiled", ids="mixed_padding"), torch.float32, "cpu")
 
     def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return selfattn.multihead_attention(q, k, v, problem.query_ids, backend="reference")

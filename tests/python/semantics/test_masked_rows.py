@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from support.cases import BACKENDS_ON_CPU, make_ids
+from support.cases import BACKENDS_ON_CPU
+from support.problems import make_ids
 from support.serving_table import describe, is_refused
 
 import selfattn

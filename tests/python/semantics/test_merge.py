@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 from support import reference
-from support.cases import ID_KINDS, ROUNDING, error, make_ids
+from support.cases import ID_KINDS, ROUNDING
+from support.problems import error, make_ids
 from support.serving_table import describe, skip_refused
 from torch import Tensor
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from support import reference
-from support.cases import ROUNDING, error
+from support.cases import ROUNDING
+from support.problems import error
 
 import selfattn
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from support import reference
-from support.cases import PLACES, ROUNDING, Case, error
+from support.cases import PLACES, ROUNDING
+from support.problems import Case, error
 from support.serving_table import describe, skip_refused
 
 import selfattn

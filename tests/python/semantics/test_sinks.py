@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 from support import reference
-from support.cases import PLACES, ROUNDING, Case, error
+from support.cases import PLACES, ROUNDING
+from support.problems import Case, error
 from support.serving_table import describe, skip_refused
 from torch import Tensor
 
@@ -20,12 +21,12 @@ SINKS = {
 }
 CALLS = [
     Case("padding", ids="mixed_padding"),
-    Case("padding_full", ids="mixed_padding", options={"causal": False}),
+    Case("padding_full", ids="mixed_padding", causal=False),
     Case("nothing_but_padding", ids="all_padding"),
     Case("dense", ids=None),
     Case("more_queries", num_keys=5, ids=None),
-    Case("softcap", ids="packed", options={"softcap": 1.5}),
-    Case("window", ids="shuffled", options={"window_left": 2, "window_right": 1, "causal": False}),
+    Case("softcap", ids="packed", softcap=1.5),
+    Case("window", ids="shuffled", window_left=2, window_right=1, causal=False),
 ]
 GRADIENT_TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-5, torch.bfloat16: 4e-2, torch.float16: 6e-3}
 

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from support.cases import BACKENDS_ON_CPU, make_ids
+from support.cases import BACKENDS_ON_CPU
+from support.problems import make_ids
 
 import selfattn
 

@@ -123,14 +123,6 @@ def in_own_precision(arguments: dict, tables: tuple[Tensor, Tensor] | None) -> t
     return tuple(results)
 
 
-def deviation(actual: Tensor, wanted: Tensor) -> float:
-    """Norm of the error over the norm of what is wanted; a few roundings of a sum of zero count as 1e-6."""
-    actual, wanted = actual.detach().cpu().double(), wanted.detach().cpu().double()
-    assert actual.shape == wanted.shape
-    assert actual.isfinite().all()
-    return ((actual - wanted).norm() / wanted.norm().clamp_min(1e-6)).item()
-
-
 def generated_cases() -> list[NormRopeCase]:
     """Every dtype, dimension and pairing with what else there is, drawn so that each value of each choice is met."""
     generator = random.Random(7)

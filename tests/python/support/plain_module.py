@@ -9,24 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from selfattn import SelfAttention
-
-
-def allowed_pairs(
-    length: int, segment_ids: Tensor | None, causal: bool, window_left: int, window_right: int, device: torch.device
-) -> Tensor:
-    """(B or 1, 1, S, S), True where a query may see a key."""
-    i, j = torch.arange(length, device=device)[:, None], torch.arange(length, device=device)[None]
-    allowed = torch.ones(length, length, dtype=torch.bool, device=device)
-    if causal:
-        allowed = allowed & (j <= i)
-    if window_left >= 0:
-        allowed = allowed & (j >= i - window_left)
-    if window_right >= 0:
-        allowed = allowed & (j <= i + window_right)
-    if segment_ids is None:
-        return allowed[None, None]
-    same = (segment_ids[:, :, None] == segment_ids[:, None, :]) & (segment_ids >= 0)[:, :, None]
-    return (same & allowed)[:, None]
+from support.problems import allowed_pairs
 
 
 def rotate(x: Tensor, positions: Tensor, theta: float, pairing: str) -> Tensor:
@@ -66,7 +49,8 @@ def plain_forward(
     scores = q @ k.transpose(2, 3) / math.sqrt(layer.head_dim)
     if layer.softcap > 0:
         scores = layer.softcap * torch.tanh(scores / layer.softcap)
-    allowed = allowed_pairs(length, segment_ids, layer.causal, layer.window_left, layer.window_right, x.device)
+    windows = {"window_left": layer.window_left, "window_right": layer.window_right}
+    allowed = allowed_pairs(x, x, segment_ids, layer.causal, **windows)
     scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
     if layer.sinks is not None:
         sinks = parameters["sinks"].to(scores.dtype)[None, :, None, None].expand(batch, -1, length, 1)

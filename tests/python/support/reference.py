@@ -71,14 +71,14 @@ def attention(
             for head in range(num_heads):
                 kv_head = head // (num_heads // num_kv_heads)
                 has_sink = sinks is not None and sinks[head] != -math.inf
-                if not keys or (has_sink and sinks[head] == math.inf):
+                logits = scale * (k[b, keys, kv_head] @ q[b, i, head])
+                if softcap > 0:
+                    logits = softcap * torch.tanh(logits / softcap)
+                if (logits == -math.inf).all() or (has_sink and sinks[head] == math.inf):  # no key, or none that counts
                     nothing = v[b, [], kv_head].sum(dim=0)  # of no values: 0
                     outs.append(nothing)
                     lses.append(sinks[head] if has_sink else nothing.sum() - math.inf)
                     continue
-                logits = scale * (k[b, keys, kv_head] @ q[b, i, head])
-                if softcap > 0:
-                    logits = softcap * torch.tanh(logits / softcap)
                 counted = torch.cat([logits, sinks[head : head + 1]]) if has_sink else logits
                 lse = torch.logsumexp(counted, dim=0)
                 outs.append(torch.exp(logits - lse) @ v[b, keys, kv_head])
