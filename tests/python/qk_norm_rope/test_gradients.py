@@ -109,3 +109,17 @@ def test_only_the_raw_inputs_are_saved(device: str) -> None:
         sin.data_ptr(),
         cos.data_ptr(),
     }
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_in_place_gradient_of_qk_norm_rope_is_the_same(qk_norm: bool, device: str) -> None:
+    dtypes = [torch.float32, torch.bfloat16, torch.float16]
+    for dtype, dim in ((dtype, dim) for dtype in dtypes for dim in (48, 64, 128, 24)):
+        q, k, dq, dk = (torch.randn(2, 9, n, dim, device=device).to(dtype) for n in (4, 2, 4, 2))
+        heads = (q, k, *(torch.rand(dim, device=device) for _ in range(2))) if qk_norm else (None,) * 4
+        for pairing in ("interleaved", "half"):
+            options = {"norm": qk_norm, "pairing": pairing}
+            wanted = torch.ops.selfattn.qk_norm_rope_backward(dq, dk, *heads, **options)
+            found = dq.clone(), dk.clone()
+            weights = torch.ops.selfattn.qk_norm_rope_backward.in_place(*found, *heads, **options)
+            assert all(torch.equal(a, b) for a, b in zip((*found, *weights), wanted, strict=True)), (dtype, dim)
