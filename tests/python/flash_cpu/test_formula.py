@@ -159,17 +159,10 @@ def test_any_problem_equals_the_formula(problem: Problem, dtype: torch.dtype) ->
     check(problem, dtype, is_strict=False)
 
 
-@pytest.fixture
-def threads(request: pytest.FixtureRequest):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
-@pytest.mark.parametrize("threads", [1, 2, 7], indirect=True)
+@pytest.mark.parametrize("threads", [1, 2, 7])
 @pytest.mark.parametrize("num_heads", [1, 3])
 def test_any_number_of_threads_gives_the_result(threads: int, num_heads: int) -> None:
+    torch.set_num_threads(threads)
     check(Problem(num_queries=520, num_heads=num_heads, num_kv_heads=num_heads), torch.bfloat16, True)
     check(Problem(num_queries=2, num_keys=2600, num_heads=num_heads, num_kv_heads=num_heads), torch.bfloat16, True)
 

@@ -182,13 +182,6 @@ def test_backward_matches_float64_on_random_problems(seed: int) -> None:
     check(random_problem(seed))
 
 
-@pytest.fixture
-def deterministic():
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 DETERMINISTIC = [
     CudaCase(num_queries=1500, dim=dim, causal=causal, ids=ids, num_heads=8)
     for dim in (64, 128, 256)

@@ -15,20 +15,17 @@ pytestmark = pytest.mark.gpu
 @pytest.mark.parametrize("is_deterministic", [False, True])
 def test_gradient_of_the_attention_over_its_inputs_is_the_same(kind, dim: int, is_deterministic: bool) -> None:
     """Short rows and long ones: both forms of the backward pass."""
+    torch.use_deterministic_algorithms(is_deterministic)
     for batch, length in ((3, 300), (2, 6000)):
         q, k, v, grad = (torch.randn(batch, length, 4, dim, device="cuda").bfloat16() for _ in range(4))
         ids = None if kind is None else make_ids(kind, batch, length).cuda()
         if kind == "packed" and length > 5000:
             ids = torch.zeros_like(ids)  # one document: the fused form
-        torch.use_deterministic_algorithms(is_deterministic)
-        try:
-            out, lse = torch.ops.selfattn.flash_attention(q, k, v, ids)
-            wanted = torch.ops.selfattn.flash_attention_backward(grad, None, q, k, v, out, lse, ids)
-            dq, dk, dv = out.clone(), k.clone(), v.clone()
-            call = torch.ops.selfattn.flash_attention_backward.into
-            call(grad, None, q, dk, dv, dq, lse, ids, dq=dq, dk=dk, dv=dv)
-        finally:
-            torch.use_deterministic_algorithms(False)
+        out, lse = torch.ops.selfattn.flash_attention(q, k, v, ids)
+        wanted = torch.ops.selfattn.flash_attention_backward(grad, None, q, k, v, out, lse, ids)
+        dq, dk, dv = out.clone(), k.clone(), v.clone()
+        call = torch.ops.selfattn.flash_attention_backward.into
+        call(grad, None, q, dk, dv, dq, lse, ids, dq=dq, dk=dk, dv=dv)
         for found, expected, name in zip((dq, dk, dv), wanted, ("dq", "dk", "dv"), strict=True):
             if is_deterministic or name != "dq":
                 assert torch.equal(found, expected), (name, batch, length)

@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 import selfattn
 from selfattn import SelfAttention, SelfAttentionConfig
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("deterministic")]
 
 OPS = torch.ops.selfattn
 BATCH, LENGTH = 2, 333
@@ -28,13 +28,6 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "at_8_bytes": lambda ids: torch.cat([ids.new_zeros(1), ids.flatten()]).long()[1:].view(ids.shape),
 }
 MIXED = [(torch.int32, torch.int64), (torch.int64, torch.int32)]
-
-
-@pytest.fixture(autouse=True)
-def deterministic() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def leaves() -> list[Tensor]:

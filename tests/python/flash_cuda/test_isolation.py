@@ -88,12 +88,9 @@ def test_isolation_of_the_cuda_kernels(name: str, poisoned: str, value: str, is_
             tensor[bad[key]] = rows
 
     torch.use_deterministic_algorithms(is_deterministic)
-    try:
-        expected = run(problem, tensors, grads)
-        poisoned_grad = {"grad_out": poisoned_tensors.pop("grad_out")}
-        actual = run(problem, tensors | poisoned_tensors, grads | poisoned_grad)
-    finally:
-        torch.use_deterministic_algorithms(False)
+    expected = run(problem, tensors, grads)
+    poisoned_grad = {"grad_out": poisoned_tensors.pop("grad_out")}
+    actual = run(problem, tensors | poisoned_tensors, grads | poisoned_grad)
 
     allowed = problem.allowed(tensors)[:, 0]  # (B, Sq, Skv)
     bad_key = bad["k"] | bad["v"]

@@ -56,10 +56,7 @@ def test_training_step_writes_gradients_over_what_is_read(qk_norm: bool) -> None
     module, x, ids = make("cuda", qk_norm=qk_norm)
     leaves, grad = [x, *module.parameters()], torch.randn_like(x)
     torch.use_deterministic_algorithms(True)  # the attention's gradient needs no float32 sum
-    try:
-        peak = peak_of(lambda: torch.autograd.grad(module(x, segment_ids=ids), leaves, grad))
-    finally:
-        torch.use_deterministic_algorithms(False)
+    peak = peak_of(lambda: torch.autograd.grad(module(x, segment_ids=ids), leaves, grad))
     # The module's output, its gradient's product, q, k, v, the attention's output; with the norm also raw q and k.
     assert peak <= (8 if qk_norm else 6) * TENSOR + WEIGHT + SLACK
 
@@ -90,12 +87,9 @@ def test_gradients_do_not_depend_on_who_else_holds_memory(qk_norm: bool, device:
             return module(x, segment_ids=ids), False
 
     torch.use_deterministic_algorithms(True)
-    try:
-        wanted = step(device, qk_norm, lambda module, x, ids: (module(x, segment_ids=ids), False))
-        retained = step(device, qk_norm, lambda module, x, ids: (module(x, segment_ids=ids), True))
-        hooked = step(device, qk_norm, with_hooks)
-    finally:
-        torch.use_deterministic_algorithms(False)
+    wanted = step(device, qk_norm, lambda module, x, ids: (module(x, segment_ids=ids), False))
+    retained = step(device, qk_norm, lambda module, x, ids: (module(x, segment_ids=ids), True))
+    hooked = step(device, qk_norm, with_hooks)
     for name, gradient in wanted.items():
         assert torch.equal(retained[name], gradient) and torch.equal(hooked[name], gradient), name
     assert kept and all(torch.equal(tensor.detach(), copy) for tensor, copy in kept)

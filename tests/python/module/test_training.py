@@ -13,14 +13,6 @@ CONFIG = SelfAttentionConfig(head_dim=32, num_kv_heads=2, qk_norm=True, use_bias
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-@pytest.fixture
-def deterministic():
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(before)
-
-
 def make_step(device: str, dtype: torch.dtype, **changes) -> tuple[SelfAttention, Tensor, Tensor, Tensor]:
     """A module, its input, ids with padding, and the gradient of the output."""
     config = SelfAttentionConfig(**(CONFIG.to_dict() | changes))

@@ -7,14 +7,6 @@ from support.problems import make_ids
 import selfattn
 
 
-@pytest.fixture
-def deterministic():
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(before)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_repeated_runs_give_the_same_bits(dtype: torch.dtype, device: str, deterministic: None) -> None:
     length = 300

@@ -153,14 +153,6 @@ class Problem:
         return dict(zip(RESULTS, [out.detach(), lse.detach().transpose(1, 2), *gradients], strict=False))
 
 
-@pytest.fixture
-def deterministic():
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(before)
-
-
 def compare(problem: Problem, backend: str, dtype: torch.dtype) -> None:
     try:
         clean = problem.run(problem.tensors, backend)
