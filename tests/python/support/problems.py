@@ -228,7 +228,7 @@ def dense_attention(
     ``out`` and ``lse`` where they are given. The formula in a kernel's own precision is that in float32 with
     ``rounding`` to the dtype of q of what enters a product or leaves: P, dS and the results."""
     windows = {"window_left": window_left, "window_right": window_right}
-    hidden = ~allowed_pairs(q, k, segment_ids, causal, kv_segment_ids=kv_segment_ids, **windows)
+    masked = ~allowed_pairs(q, k, segment_ids, causal, kv_segment_ids=kv_segment_ids, **windows)
     group, scale = q.shape[2] // k.shape[2], q.shape[-1] ** -0.5 if qk_scale is None else qk_scale
 
     def rounded(tensor: Tensor) -> Tensor:
@@ -242,7 +242,7 @@ def dense_attention(
     logits = scale * (q @ k.mT)
     if softcap > 0:
         logits = softcap * torch.tanh(logits / softcap)
-    scores = counted = logits.masked_fill(hidden, -math.inf)
+    scores = counted = logits.masked_fill(masked, -math.inf)
     if sinks is not None:
         column = sinks.detach().to(precision)[None, :, None, None].expand(*scores.shape[:3], 1)
         counted = torch.cat([scores, column], -1)
