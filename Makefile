@@ -82,7 +82,7 @@ sanitize: $(VENV)/.packages
 	$(SANITIZER_OPTIONS) $(BIN)/ctest --test-dir build-sanitize --output-on-failure
 	$(SANITIZER_OPTIONS) LD_PRELOAD="$(SANITIZER_LIBRARIES)" OMP_NUM_THREADS=2 SELFATTN_FUZZ_CALLS=60 \
 	  SELFATTN_LIBRARY=$(abspath build-sanitize/libselfattn.so) \
-	  $(BIN)/python -m pytest -q -p no:cacheprovider tests/python/test_fuzz_operators.py
+	  $(BIN)/python -m pytest -q -p no:cacheprovider tests/python/errors/test_fuzz_operators.py
 
 lint: $(VENV)/.packages
 	$(BIN)/clang-format --dry-run --Werror $(SOURCES)

@@ -19,6 +19,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
+from cases import document_lengths
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
@@ -59,22 +60,11 @@ CASES = [
 ]
 
 
-def document_lengths(total: int, mean: int) -> list[int]:
-    """Exponential lengths of at least 16, the last cut off."""
-    generator = torch.Generator().manual_seed(0)
-    lengths: list[int] = []
-    while total > 0:
-        length = max(16, int(torch.empty(1).exponential_(1 / mean, generator=generator).item()))
-        lengths.append(min(length, total))
-        total -= lengths[-1]
-    return lengths
-
-
 def implementations(case: Case, with_flex: bool) -> tuple[dict[str, Attention], float]:
     """By name, and the number of allowed pairs of a head."""
     ids, lengths = None, [case.keys]
     if case.mean_length:
-        lengths = document_lengths(case.keys, case.mean_length)
+        lengths = document_lengths(case.keys, case.mean_length, seed=0)
         ids = torch.repeat_interleave(torch.arange(len(lengths), dtype=torch.int32), torch.tensor(lengths))
     pairs = case.queries * case.keys if case.queries != case.keys else sum(n * n for n in lengths)
 

@@ -4,6 +4,7 @@ import argparse
 import datetime
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent
+sys.path.append(str(ROOT.parent / "tests" / "python"))  # support: problems that the tests share
 Call = Callable[[], object]
 
 

@@ -18,13 +18,14 @@ from pathlib import Path
 
 import torch
 from measure import add_record_options, describe_run
+from support.problems import make_ids
 
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 OURS = ["--kernel-name", "kernel_substring=selfattn"]
 LENGTH = 200
 
 
-def call(dim: int, length: int = LENGTH, ids: str = "none", values: str = "finite", **options: object) -> None:
+def call(dim: int, length: int = LENGTH, ids: str | None = None, values: str = "finite", **options: object) -> None:
     """One forward and one backward pass over bf16 rows of two query heads and one key head."""
 
     def normal(heads: int) -> torch.Tensor:
@@ -32,11 +33,7 @@ def call(dim: int, length: int = LENGTH, ids: str = "none", values: str = "finit
 
     factor = 60 if values == "large" else 1  # logits of several thousand: their rows go through the repair
     q, k, v, grad = factor * normal(2), factor * normal(1), normal(1), normal(2)
-    segment_ids = {
-        "none": lambda: None,
-        "documents": lambda: (torch.arange(length, device="cuda") // 70).int()[None],
-        "any": lambda: torch.randint(-1, 3, (1, length), device="cuda").int(),
-    }[ids]()
+    segment_ids = None if ids is None else make_ids(ids, 1, length).cuda()
     if values == "nan":
         for tensor in (q, k, v, grad):
             tensor[:, length // 2] = float("nan")
@@ -54,11 +51,11 @@ def run_forms(tool: str) -> int:
     problems = [
         dict(dim=dim, ids=ids, values=values, causal=True)
         for dim in (64, 128, 256)
-        for ids in ("none", "documents", "any")
+        for ids in (None, "padding_after", "shuffled_padding")
         for values in ("finite", "nan")
     ]
     problems += [dict(dim=dim, length=130, values="large", causal=True) for dim in (64, 128, 256)]
-    problems += [dict(dim=128, length=90, causal=True, qk_scale=-0.3), dict(dim=72, ids="documents", causal=False)]
+    problems += [dict(dim=128, length=90, causal=True, qk_scale=-0.3), dict(dim=72, ids="padding_after", causal=False)]
     if tool == "memcheck":
         problems += [dict(dim=dim, length=1700, values="nan", causal=False) for dim in (64, 128, 256)]
     for problem in problems:

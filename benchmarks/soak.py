@@ -22,28 +22,17 @@ from pathlib import Path
 
 import torch
 from measure import add_record_options, describe_run
+from support.memory import poison_free_memory
+from support.problems import dense_attention, lay_out, make_ids
 from torch import Tensor
 
 DTYPES = (torch.bfloat16, torch.float16)
-NAN = float("nan")
+ID_KINDS = ["documents", "short_documents", "padding_around", "shuffled_padding", "blocks", "permuted"]
+ID_KINDS += ["one_document", "all_padding"]
 
 
 def draw_ids(rng: random.Random, batch: int, length: int, dtype: torch.dtype) -> Tensor:
-    kind = rng.choice(["packed", "short", "padded", "shuffled", "blocks", "distinct", "one", "none"])
-    if kind in ("packed", "short", "padded"):
-        ids = (torch.rand(batch, length) < (1 / 90 if kind != "short" else 1 / 5)).cumsum(1)
-        if kind == "padded":
-            ids[:, length - length // 3 :] = -1
-            ids[0, : length // 5] = -7
-    elif kind == "shuffled":
-        ids = torch.randint(-1, 4, (batch, length))
-    elif kind == "blocks":
-        ids = torch.randint(0, 5, (batch, length // 50 + 1)).repeat_interleave(50, 1)[:, :length]
-    elif kind == "distinct":
-        ids = torch.stack([torch.randperm(length) for _ in range(batch)])
-    else:
-        ids = torch.full((batch, length), 3 if kind == "one" else -1)
-    ids = ids.to("cuda", dtype)
+    ids = make_ids(rng.choice(ID_KINDS), batch, length).to("cuda", dtype)
     layout = rng.choice(["plain", "transposed", "strided", "expanded"])
     if layout == "transposed":
         return ids.t().contiguous().t()
@@ -56,16 +45,7 @@ def draw_ids(rng: random.Random, batch: int, length: int, dtype: torch.dtype) ->
 
 def draw_rows(rng: random.Random, batch: int, length: int, heads: int, dim: int, dtype: torch.dtype) -> Tensor:
     rows = torch.randn(batch, length, heads, dim, device="cuda").to(dtype)
-    layout = rng.choice(["plain", "plain", "bnsd", "padded", "odd"])
-    if layout == "bnsd":
-        return rows.transpose(1, 2).contiguous().transpose(1, 2)
-    if layout in ("padded", "odd"):
-        wide = torch.full(
-            (batch, length, heads, dim + (8 if layout == "padded" else 3)), NAN, dtype=dtype, device="cuda"
-        )
-        wide[..., :dim] = rows
-        return wide[..., :dim]
-    return rows
+    return lay_out(rows, rng.choice(["bsnd", "bsnd", "bnsd", "padded", "odd"]))
 
 
 def draw_problem(rng: random.Random) -> dict:
@@ -100,57 +80,8 @@ def draw_problem(rng: random.Random) -> dict:
     return call
 
 
-def allowed_pairs(call: dict) -> Tensor:
-    q, k = call["q"], call["k"]
-    i = torch.arange(q.shape[1], device="cuda")[:, None] + k.shape[1] - q.shape[1]
-    j = torch.arange(k.shape[1], device="cuda")[None]
-    allowed = torch.ones(q.shape[0], q.shape[1], k.shape[1], dtype=torch.bool, device="cuda")
-    if call["causal"]:
-        allowed &= j <= i
-    if call.get("window_left", -1) >= 0:
-        allowed &= j >= i - call["window_left"]
-    if call.get("window_right", -1) >= 0:
-        allowed &= j <= i + call["window_right"]
-    if "segment_ids" in call:
-        ids = call["segment_ids"]
-        key_ids = call.get("kv_segment_ids", ids)
-        allowed &= (ids[:, :, None] == key_ids[:, None]) & (ids >= 0)[:, :, None] & (key_ids >= 0)[:, None]
-    return allowed[:, None]
-
-
-def formula(call: dict, grad: Tensor, precision: torch.dtype, rounding: torch.dtype) -> dict[str, Tensor]:
-    """out, lse, dq, dk, dv by the formula in ``precision``, with P, dS, out and gradients rounded to ``rounding``."""
-    q, k, v = call["q"], call["k"], call["v"]
-    group, allowed = q.shape[2] // k.shape[2], allowed_pairs(call)
-    scale = q.shape[-1] ** -0.5 if call["qk_scale"] is None else call["qk_scale"]
-    q, grad = (tensor.to(precision).transpose(1, 2) for tensor in (q, grad))
-    k, v = (tensor.to(precision).transpose(1, 2).repeat_interleave(group, 1) for tensor in (k, v))
-    logits = (scale * (q @ k.transpose(-1, -2))).masked_fill(~allowed, -math.inf)
-    counted = logits
-    if "sinks" in call:
-        sinks = call["sinks"].to(precision).view(1, -1, 1, 1).expand(*logits.shape[:3], 1)
-        counted = torch.cat([logits, sinks], -1)
-    lse = counted.logsumexp(-1)
-    p = (logits - lse[..., None]).exp().masked_fill(~allowed, 0.0)
-
-    def rounded(tensor: Tensor) -> Tensor:
-        return tensor.to(rounding).to(precision)
-
-    out = rounded(rounded(p) @ v)
-    ds = rounded((p * (grad @ v.transpose(-1, -2) - (grad * out).sum(-1, keepdim=True))).masked_fill(~allowed, 0.0))
-    dk = (scale * (ds.transpose(-1, -2) @ q)).unflatten(1, (-1, group)).sum(2)
-    dv = (rounded(p).transpose(-1, -2) @ grad).unflatten(1, (-1, group)).sum(2)
-    results = {"out": out, "dq": rounded(scale * (ds @ k)), "dk": rounded(dk), "dv": rounded(dv)}
-    return {"lse": lse, **{name: tensor.transpose(1, 2) for name, tensor in results.items()}}
-
-
-def poison_memory() -> None:
-    tensors = [torch.full((size // 4,), NAN, device="cuda") for size in (1 << 25, *[1 << 21] * 6, *[1 << 17] * 12)]
-    del tensors
-
-
 def run(call: dict, grad: Tensor) -> dict[str, Tensor]:
-    poison_memory()
+    poison_free_memory(1 << 26)  # other processes want the card too
     leaves = {name: call[name].detach().requires_grad_() for name in ("q", "k", "v")}
     arguments = {**call, **leaves}
     positional = [arguments.pop(name, None) for name in ("q", "k", "v", "segment_ids", "causal", "qk_scale")]
@@ -161,8 +92,8 @@ def run(call: dict, grad: Tensor) -> dict[str, Tensor]:
 
 
 def faults(call: dict, grad: Tensor) -> list[str]:
-    exact, same = (formula(call, grad, precision, call["q"].dtype) for precision in (torch.float64, torch.float32))
-    exact = formula(call, grad, torch.float64, torch.float64)
+    exact = dense_attention(**call, grad_out=grad)
+    same = dense_attention(**call, grad_out=grad, precision=torch.float32, rounding=grad.dtype)
     first, second = run(call, grad), run(call, grad)
     found = []
     for name, mine in first.items():

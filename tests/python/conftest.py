@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,8 +56,19 @@ def pytest_runtest_makereport(
 
 
 @pytest.fixture(autouse=True)
-def seeded() -> None:
+def seeded() -> Iterator[None]:
+    """The same numbers for every test, which may change what PyTorch's settings say for itself."""
     torch.manual_seed(0)
+    threads, is_deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    yield
+    torch.use_deterministic_algorithms(is_deterministic)
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def deterministic() -> None:
+    torch.use_deterministic_algorithms(True)
 
 
 @pytest.fixture(

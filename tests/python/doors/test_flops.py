@@ -1,0 +1,184 @@
+"""FlopCounterMode counts the operators as PyTorch counts its own attention: the products that the shapes say."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from support.problems import make_ids
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
+
+import selfattn
+from selfattn import SelfAttention, SelfAttentionConfig
+
+OPS = torch.ops.selfattn
+ATEN = torch.ops.aten
+BATCH, QUERIES, KEYS, HEADS, KV_HEADS, DIM, VALUE_DIM = 2, 7, 9, 4, 2, 8, 6
+
+
+def counts(function, *arguments, **options) -> dict[str, int]:
+    """Operator -> its count, in one call."""
+    with FlopCounterMode(display=False) as counter:
+        function(*arguments, **options)
+    return {str(operator): count for operator, count in counter.get_flop_counts().get("Global", {}).items()}
+
+
+def make(device: str = "cpu", dtype: torch.dtype = torch.float32, keys: int = KEYS, value_dim: int = VALUE_DIM):
+    shapes = ((QUERIES, HEADS, DIM), (keys, KV_HEADS, DIM), (keys, KV_HEADS, value_dim))
+    return [torch.randn(BATCH, *shape, device=device, dtype=dtype, requires_grad=True) for shape in shapes]
+
+
+def count_of_sdpa(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int]:
+    """What PyTorch counts forward and backward for its own operator, of heads that are repeated, without data."""
+    query, key, value = (
+        torch.empty(x.shape[0], q.shape[2], x.shape[1], x.shape[3], device="meta") for x in (q, k, v)
+    )  # fmt: skip
+    grad_out = torch.empty(*query.shape[:3], value.shape[3], device="meta")
+    lse = torch.empty(query.shape[:3], device="meta")
+    seed = torch.empty((), dtype=torch.int64, device="meta")
+    forward = counts(ATEN._scaled_dot_product_efficient_attention, query, key, value, None, True)
+    backward = counts(
+        ATEN._scaled_dot_product_efficient_attention_backward,
+        *(grad_out, query, key, value, None, grad_out, lse, seed, seed, 0.0, [True, True, True, False]),
+    )
+    return sum(forward.values()), sum(backward.values())
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": False}, {"window_left": 2}, {"softcap": 1.0}], ids=str)
+@pytest.mark.parametrize("has_lse", [False, True])
+def test_attention_counts_as_sdpa_of_the_same_shapes(options: dict, has_lse: bool) -> None:
+    """Whatever may be masked: grouped heads, DQK other than DV, Sq other than Skv."""
+    q, k, v = make()
+    forward, backward = count_of_sdpa(q, k, v)
+    assert forward == 2 * BATCH * HEADS * QUERIES * KEYS * (DIM + VALUE_DIM)
+    function = selfattn.multihead_attention_lse if has_lse else selfattn.multihead_attention
+
+    def step() -> None:
+        out = function(q, k, v, **options)
+        (out[0] if has_lse else out).sum().backward()
+
+    assert counts(step) == {"selfattn.flash_attention": forward, "selfattn.flash_attention_backward": backward}
+
+
+def test_packed_rows_count_as_one_document() -> None:
+    q, k, v = make(keys=QUERIES)
+    ids = make_ids("packed", BATCH, QUERIES)
+    assert counts(selfattn.multihead_attention, q, k, v, ids) == counts(selfattn.multihead_attention, q, k, v)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("is_outside", [False, True])
+def test_calls_without_gradients_count_too(mode, is_outside: bool) -> None:
+    q, k, v = make()
+
+    def call() -> None:
+        with mode():
+            selfattn.multihead_attention(q, k, v)
+
+    if is_outside:
+        with mode():
+            found = counts(selfattn.multihead_attention, q, k, v)
+    else:
+        found = counts(call)
+    assert found == {"selfattn.flash_attention": count_of_sdpa(q, k, v)[0]}
+
+
+def test_reference_counts_its_own_products() -> None:
+    """More than the formula's where values cannot be read, as under a counter: those that keep NaN to its own pairs."""
+    q, k, v = make()
+    found = counts(selfattn.multihead_attention, q, k, v, backend="reference")
+    assert list(found) == ["aten.bmm"]
+    assert found["aten.bmm"] > count_of_sdpa(q, k, v)[0]
+
+
+def test_backward_operators_count_under_their_own_names() -> None:
+    """After a norm and a rotation too. A formula is one for every overload."""
+    q, k, v = (tensor.detach() for tensor in make(keys=QUERIES, value_dim=DIM))
+    forward, backward = count_of_sdpa(q, k, v)
+    out, lse = OPS.flash_attention(q, k, v)
+    attended = (torch.ones_like(out), None, q, k, v, out, lse)
+    assert counts(OPS.flash_attention_backward, *attended) == {"selfattn.flash_attention_backward": backward}
+    assert counts(OPS.qk_norm_rope_attention, q, k, v) == {"selfattn.qk_norm_rope_attention": forward}
+    found = counts(OPS.qk_norm_rope_attention_backward, *attended)
+    assert found == {"selfattn.qk_norm_rope_attention_backward": backward}
+    assert OPS.flash_attention_backward.into.overloadpacket in flop_registry
+
+
+COUNTED = {name + way for name in ("flash_attention", "qk_norm_rope_attention") for way in ("", "_backward")}
+MADE_OF_OTHERS = {"multihead_attention", "multihead_attention_lse", "self_attention"}
+WITHOUT_PRODUCTS = {
+    "apply_rotary_emb",
+    "cu_seqlens_from_segment_ids",
+    "explain_backend",
+    "merge_attention",
+    "precompute_freqs",
+    "qk_norm_rope",
+    "qk_norm_rope_backward",
+    "segment_ids_from_cu_seqlens",
+    "segment_ids_from_positions",
+    "segment_mask",
+}
+
+
+def test_every_operator_is_counted_or_has_no_product() -> None:
+    schemas = torch._C._jit_get_all_schemas()
+    names = {schema.name.removeprefix("selfattn::") for schema in schemas if schema.name.startswith("selfattn::")}
+    assert names <= COUNTED | MADE_OF_OTHERS | WITHOUT_PRODUCTS
+    assert {name for name in names if getattr(OPS, name) in flop_registry} == COUNTED
+
+
+def test_operators_without_a_product_count_nothing() -> None:
+    q, k, _ = make()
+    assert counts(OPS.qk_norm_rope, q, k) == {}
+    assert counts(OPS.apply_rotary_emb, q, q) == {}
+
+
+def step_of(module: torch.nn.Module, x: Tensor, ids: Tensor) -> None:
+    module(x, segment_ids=ids).sum().backward()
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("how", ["eager", "meta", "aot_eager", "dynamic"])
+def test_training_step_of_the_module(how: str, qk_norm: bool) -> None:
+    """Each projection is a product forward and two backward."""
+    embedding, length = 64, 12
+    config = SelfAttentionConfig(head_dim=16, num_kv_heads=2, qk_norm=qk_norm)
+    module = SelfAttention(embedding, config, device="meta" if how == "meta" else "cpu")
+    x = torch.randn(2, length, embedding, device=module.q_proj.weight.device, requires_grad=True)
+    ids = make_ids("packed", 2, length).to(x.device)
+    torch.compiler.reset()
+    run = module
+    if how in ("aot_eager", "dynamic"):
+        run = torch.compile(module, backend="aot_eager", fullgraph=True, dynamic=how == "dynamic")
+        step_of(run, x, ids)  # compiled before it is counted
+    projections = 3 * 2 * x.shape[0] * length * embedding * (2 * embedding + 2 * 32)
+    heads = (torch.empty(2, length, n, 16) for n in (4, 2, 2))
+    forward, backward = count_of_sdpa(*heads)
+    name = "selfattn.qk_norm_rope_attention" if qk_norm else "selfattn.flash_attention"
+    assert counts(step_of, run, x, ids) == {"aten.mm": projections, name: forward, f"{name}_backward": backward}
+
+
+PROGRAMS = {
+    "package_first": """
+import sys, torch, selfattn
+assert "torch.utils.flop_counter" not in sys.modules, "importing selfattn must not import Triton by way of it"
+import torch.utils.flop_counter
+""",
+    "counter_first": """
+import torch.utils.flop_counter
+import selfattn
+""",
+    "again": """
+import importlib, selfattn, torch.utils.flop_counter
+importlib.reload(selfattn)
+""",
+}
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_importing_the_package_registers_the_formulas(program: str) -> None:
+    check = "assert torch.ops.selfattn.flash_attention in torch.utils.flop_counter.flop_registry"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", f"{PROGRAMS[program]}\n{check}"], check=True, env=environment)

@@ -1,0 +1,155 @@
+"""torch.library.opcheck finds nothing wrong with any operator: schema, autograd registration, fake tensors, compile."""
+
+import pytest
+import torch
+from support.problems import make_ids
+
+OPS = torch.ops.selfattn
+IDS = make_ids("shuffled", 2, 6)
+
+
+def random(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, requires_grad=True)
+
+
+def attention_samples() -> list[tuple[tuple, dict]]:
+    qkv = random(2, 6, 4, 8), random(2, 6, 2, 8), random(2, 6, 2, 8)
+    longer_keys = random(2, 5, 4, 8), random(2, 9, 2, 8), random(2, 9, 2, 4)
+    ids = {"kv_segment_ids": make_ids("shuffled", 2, 9)}
+    return [
+        (qkv, {}),
+        ((*qkv, IDS), {}),
+        ((*qkv, IDS.long(), False, 0.3), {"window_left": 2, "window_right": 1}),
+        ((*longer_keys, IDS[:, :5].contiguous()), ids),
+        ((*qkv, IDS), {"backend": "reference", "softcap": 1.0, "sinks": random(4)}),
+    ]
+
+
+def flash_samples() -> list[tuple[tuple, dict]]:
+    return [(args, {k: v for k, v in kwargs.items() if k != "backend"}) for args, kwargs in attention_samples()]
+
+
+def flash_backward_samples() -> list[tuple[tuple, dict]]:
+    samples = []
+    for (q, k, v, *pairs), kwargs in flash_samples():
+        call = {name: value for name, value in kwargs.items() if name != "sinks"}
+        leaves = [tensor.detach() for tensor in (q, k, v)]
+        out, lse = OPS.flash_attention(*leaves, *pairs, **call)
+        samples.append(((torch.randn_like(out), torch.randn_like(lse), *leaves, out, lse, *pairs), call))
+        samples.append(((torch.randn_like(out), None, *leaves, out, lse, *pairs), call))
+    return samples
+
+
+def flash_backward_into_samples() -> list[tuple[tuple, dict]]:
+    samples = []
+    for args, call in flash_backward_samples():
+        results = {f"d{name}": torch.empty_like(args[i]) for name, i in (("q", 2), ("k", 3), ("v", 4))}
+        samples.append((args, call | results))
+    return samples
+
+
+def merge_samples() -> list[tuple[tuple, dict]]:
+    lse, other_lse = random(2, 4, 6), random(2, 4, 6)
+    empty = torch.where(torch.rand(2, 4, 6) < 0.5, -float("inf"), 0.0)
+    return [
+        ((random(2, 6, 4, 8), lse, random(2, 6, 4, 8), other_lse), {}),
+        ((random(2, 6, 4, 8), empty, random(2, 6, 4, 8), empty.flip(0)), {}),
+        ((random(2, 6, 4, 8).detach().bfloat16(), lse.detach(), torch.zeros(2, 6, 4, 8).bfloat16(), empty), {}),
+    ]
+
+
+def norm_rope_samples() -> list[tuple[tuple, dict]]:
+    q, k = random(2, 6, 4, 8), random(2, 6, 2, 8)
+    return [
+        ((q, k, random(8), random(8)), {}),
+        ((q, k), {"positions": torch.arange(6)[None], "norm": False}),
+        ((q, k, None, random(8), *OPS.precompute_freqs(8, None, 6)), {"pairing": "half"}),
+        ((q.detach().bfloat16(), k.detach().bfloat16()), {"rope": False}),
+    ]
+
+
+def norm_rope_backward_samples() -> list[tuple[tuple, dict]]:
+    samples = []
+    for (q, k, *others), options in norm_rope_samples():
+        tensors = [None if tensor is None else tensor.detach() for tensor in (q, k, *others)]
+        grads = torch.randn_like(tensors[0]), torch.randn_like(tensors[1])
+        heads = tensors[:2] if options.get("norm", True) else [None, None]
+        samples.append(((*grads, *heads, *tensors[2:]), options))
+    return samples
+
+
+def norm_rope_attention_samples() -> list[tuple[tuple, dict]]:
+    qkv = random(2, 6, 4, 8), random(2, 6, 2, 8), random(2, 6, 2, 8)
+    freqs = OPS.precompute_freqs(8, None, 6)
+    return [
+        ((*qkv, random(8), random(8)), {}),
+        ((*qkv, random(8), None, *freqs, IDS), {"pairing": "half", "window_left": 2, "sinks": random(4)}),
+    ]
+
+
+def norm_rope_attention_backward_samples() -> list[tuple[tuple, dict]]:
+    samples = []
+    for arguments, options in norm_rope_attention_samples():
+        q, k, v, *others = (None if tensor is None else tensor.detach() for tensor in arguments)
+        call = {name: value for name, value in options.items() if name != "sinks"}
+        out, lse = OPS.qk_norm_rope_attention(q, k, v, *others, **call)
+        samples.append(((torch.randn_like(out), torch.randn_like(lse), q, k, v, out, lse, *others), call))
+        samples.append(((torch.randn_like(out), None, q, k, v, out, lse, *others), call))
+    return samples
+
+
+def self_attention_samples() -> list[tuple[tuple, dict]]:
+    x, wide, narrow = random(2, 6, 32), random(32, 32), random(16, 32)
+    options = {"head_dim": 8}
+    everything = (random(32), random(16), random(16), random(32), random(8), random(8), random(4))
+    sin, cos = OPS.precompute_freqs(8, None, 6)
+    return [
+        ((x, wide, wide, wide, wide), options),
+        ((x, wide, narrow, narrow, wide, *everything, sin, cos, IDS), {**options, "softcap": 1.0, "causal": False}),
+    ]
+
+
+SAMPLES = {
+    "multihead_attention": attention_samples,
+    "multihead_attention_lse": attention_samples,
+    "merge_attention": merge_samples,
+    "flash_attention": flash_samples,
+    "flash_attention_backward": flash_backward_samples,
+    "flash_attention_backward.into": flash_backward_into_samples,
+    "segment_mask": lambda: [((IDS,), {}), ((IDS, make_ids("packed", 2, 9)), {})],
+    "segment_ids_from_positions": lambda: [((torch.tensor([[0, 1, 0, 1, 2, 0]]),), {})],
+    "segment_ids_from_cu_seqlens": lambda: [((torch.tensor([0, 2, 5]), 7), {})],
+    "cu_seqlens_from_segment_ids": lambda: [((IDS, 6), {})],
+    "precompute_freqs": lambda: [
+        ((8, None, 5), {}),
+        ((8, torch.tensor([[0, 1, 0]]), None, 100.0), {"dtype": torch.bfloat16}),
+    ],
+    "apply_rotary_emb": lambda: [
+        ((random(2, 6, 4, 8), random(2, 6, 2, 8)), {}),
+        ((random(2, 6, 4, 8), random(2, 6, 2, 8), *OPS.precompute_freqs(8, None, 6)), {"pairing": "half"}),
+    ],
+    "qk_norm_rope": norm_rope_samples,
+    "qk_norm_rope_backward": norm_rope_backward_samples,
+    "qk_norm_rope_backward.in_place": norm_rope_backward_samples,
+    "qk_norm_rope_attention": norm_rope_attention_samples,
+    "qk_norm_rope_attention_backward": norm_rope_attention_backward_samples,
+    "self_attention": self_attention_samples,
+}
+
+
+def test_every_operator_with_tensors_has_samples() -> None:
+    registered = {
+        schema.name.removeprefix("selfattn::") + (schema.overload_name and f".{schema.overload_name}")
+        for schema in torch._C._jit_get_all_schemas()
+        if schema.name.startswith("selfattn::")
+    }
+    assert registered - {"explain_backend"} == set(SAMPLES)  # that one gives a string
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_operator_is_clean(name: str) -> None:
+    samples = SAMPLES[name]()
+    packet, _, overload = name.partition(".")
+    operator = getattr(getattr(OPS, packet), overload or "default")
+    for args, kwargs in samples:
+        torch.library.opcheck(operator, args, kwargs)

@@ -1,0 +1,17 @@
+"""The training that the demo's tests run."""
+
+import torch
+from training import Plan
+
+PLAN = Plan(
+    seed=3,
+    steps=7,
+    rows_per_step=2,
+    row_length=32,
+    embedding_dim=32,
+    num_layers=2,
+    head_dim=16,
+    attention_backend="auto",
+    data="made up",
+)
+CPU = torch.device("cpu")
