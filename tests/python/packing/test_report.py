@@ -11,9 +11,10 @@ from pathlib import Path
 import matplotlib.image
 import pytest
 import torch
-from cpp_build import ROOT, run, tool
 from hypothesis import given
 from hypothesis import strategies as st
+from support import ROOT
+from support.cpp_build import run, tool
 from torch import Tensor
 
 import selfattn
