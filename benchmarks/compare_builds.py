@@ -13,33 +13,46 @@ import os
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from cases import CASES, FLOPS_PER_PAIR, Case
+from cases import CASES, Case
 from measure import add_record_options, describe_run, sm_clock
 
 SMALL = [Case("causal", 128, 128, 1), Case("docs", 128, 256, 1, 64), Case("causal", 64, 512, 1)]
 """Calls whose time is mostly that of launching them."""
+HOST = "host of "
+"""Before a pass: the time until its call returns."""
 
 
 def work(milliseconds: int) -> None:
     """Serves measurements: a line with a case's name and a pass prepares it (once) and times it."""
+    import module
     import torch
     from attention import OURS, prepare
-    from measure import median_time
+    from measure import host_time, median_time
 
-    by_name = {case.name: case for case in [*CASES, *SMALL]}
+    kernels = {case.name: case for case in [*CASES, *SMALL]}
+    layers = {f"layer {case.name}": case for case in [*module.CASES, module.HOST_CASE]}
+
+    def prepare_call(name: str, which: str) -> Callable[[], object]:
+        if name in layers:
+            problem = module.Problem(layers[name], "cuda")
+            return module.make_call(module.ours(problem), problem, which)
+        case = kernels[name]
+        return prepare(OURS, case, (*case.tensors(), case.tensors()[0]), which)
+
     prepared_for, call = None, None
     for line in sys.stdin:
         name, which = json.loads(line)
+        is_host = which.startswith(HOST)
         if prepared_for != (name, which):
             call = None
             torch.manual_seed(0)
-            case = by_name[name]
-            call = prepare(OURS, case, (*case.tensors(), case.tensors()[0]), which)
+            call = prepare_call(name, which.removeprefix(HOST))
             prepared_for = (name, which)
         torch.cuda.synchronize()
-        print(f"ms {median_time(call, milliseconds)}", flush=True)
+        print(f"ms {host_time(call) / 1e3 if is_host else median_time(call, milliseconds)}", flush=True)
 
 
 def start_worker(library: Path, milliseconds: int) -> subprocess.Popen:
@@ -62,10 +75,14 @@ def main() -> None:
     parser.add_argument("--before", type=Path)
     parser.add_argument("--after", type=Path)
     parser.add_argument("--case", action="append", default=[], help="part of a case's name; may be repeated")
-    parser.add_argument("--pass", dest="passes", action="append", choices=list(FLOPS_PER_PAIR), help="may be repeated")
+    parser.add_argument(
+        "--pass", dest="passes", action="append", help="forward, backward (of a layer forward+backward)"
+    )
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--ms", type=int, default=60, help="time spent on one build in one round")
     parser.add_argument("--small", action="store_true", help="small calls too")
+    parser.add_argument("--layer", action="store_true", help="whole layers too")
+    parser.add_argument("--host", action="store_true", help="host times of the small calls and of a layer too")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     add_record_options(parser, "compare_builds.jsonl")
     arguments = parser.parse_args()
@@ -73,24 +90,41 @@ def main() -> None:
         return work(arguments.ms)
     if not arguments.before or not arguments.after:
         parser.error("--before and --after are needed")
+    os.environ.setdefault("SELFATTN_LIBRARY", str(arguments.after.resolve()))  # the package is imported below
+    import module
+
     workers = {name: start_worker(getattr(arguments, name), arguments.ms) for name in ("before", "after")}
-    cases = [*CASES, *(SMALL if arguments.small else [])]
-    cases = [case for case in cases if not arguments.case or any(part in case.name for part in arguments.case)]
+    passes, layer_passes = ("forward", "backward"), module.PASSES
+    calls = [(case.name, which) for case in [*CASES, *(SMALL if arguments.small else [])] for which in passes]
+    host_layer = f"layer {module.HOST_CASE.name}"
+    if arguments.layer:
+        calls += [(f"layer {case.name}", which) for case in module.CASES for which in layer_passes]
+    if arguments.host:
+        calls += [(case.name, HOST + which) for case in SMALL for which in passes]
+        calls += [(host_layer, HOST + which) for which in layer_passes]
+    calls = [
+        (name, which)
+        for name, which in calls
+        if (not arguments.case or any(part in name for part in arguments.case))
+        and (not arguments.passes or which in arguments.passes)
+    ]
     record = describe_run(arguments.commit)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     with arguments.out.open("a") as out:
-        for case in cases:
-            for which in arguments.passes or ["forward", "backward"]:
-                times: dict[str, list[float]] = {name: [] for name in workers}
-                for turn in range(arguments.rounds):
-                    for name in list(workers)[:: 1 if turn % 2 else -1]:
-                        times[name].append(ask(workers[name], case.name, which))
-                ratios = [a / b for a, b in zip(times["after"], times["before"], strict=True)]
-                row = {"case": case.name, "pass": which, "ratio": round(statistics.median(ratios), 4)}
-                row |= {f"ms_{name}": round(statistics.median(values), 5) for name, values in times.items()}
-                row |= {**record, "clocks": sm_clock(), "rounds": arguments.rounds}
-                out.write(json.dumps(row) + "\n")
-                print(f"{case.name:32} {which:9} {row['ms_before']:9.4f} {row['ms_after']:9.4f} ms  {row['ratio']:.4f}")
+        for name, which in calls:
+            times: dict[str, list[float]] = {build: [] for build in workers}
+            for turn in range(arguments.rounds):
+                for build in list(workers)[:: 1 if turn % 2 else -1]:
+                    times[build].append(ask(workers[build], name, which))
+            ratios = [a / b for a, b in zip(times["after"], times["before"], strict=True)]
+            row = {"case": name, "pass": which, "ratio": round(statistics.median(ratios), 4)}
+            row |= {f"ms_{build}": round(statistics.median(values), 5) for build, values in times.items()}
+            row |= {**record, "clocks": sm_clock(), "rounds": arguments.rounds}
+            out.write(json.dumps(row) + "\n")
+            print(
+                f"{name:40} {which:16} {row['ms_before']:9.4f} {row['ms_after']:9.4f} ms  {row['ratio']:.4f}",
+                flush=True,
+            )
     for worker in workers.values():
         worker.stdin.close()
         worker.wait()
