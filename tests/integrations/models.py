@@ -34,7 +34,7 @@ _MODELS = {
     "qwen2_sliding": (
         hf.Qwen2Config,
         hf.Qwen2ForCausalLM,
-        {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2},
+        {"use_sliding_window": True, "sliding_window": WINDOW, "layer_types": _SLIDING_AND_FULL},
     ),
     "qwen3": (hf.Qwen3Config, hf.Qwen3ForCausalLM, {"head_dim": 32}),
     "mistral": (hf.MistralConfig, hf.MistralForCausalLM, {"sliding_window": WINDOW, "head_dim": 16}),
@@ -69,7 +69,7 @@ _MODELS = {
     "phi3_sliding": (hf.Phi3Config, hf.Phi3ForCausalLM, {"sliding_window": WINDOW}),
     "olmo2": (hf.Olmo2Config, hf.Olmo2ForCausalLM, {}),
     "glm4": (hf.Glm4Config, hf.Glm4ForCausalLM, {"head_dim": 16}),
-    "smollm3": (hf.SmolLM3Config, hf.SmolLM3ForCausalLM, {"no_rope_layers": [1, 1, 0, 1]}),
+    "smollm3": (hf.SmolLM3Config, hf.SmolLM3ForCausalLM, {"no_rope_layers": [1, 0, 1, 0]}),
     "cohere2": (
         hf.Cohere2Config,
         hf.Cohere2ForCausalLM,
@@ -79,28 +79,35 @@ _MODELS = {
 }
 NAMES = list(_MODELS)
 every_model = pytest.mark.parametrize("name", NAMES)
-WINDOWED = [name for name, (_, _, extra) in _MODELS.items() if "sliding_window" in extra]
+
+
+def build(name: str, implementation: str = "selfattn", *, layers: int = 4, **changes) -> torch.nn.Module:
+    """A model of ``NAMES`` in float32, with the same weights each time."""
+    model = _initialise(name, implementation, layers, changes)
+    model.load_state_dict(_weights(name, layers))
+    return model
+
+
+def _initialise(name: str, implementation: str, layers: int, changes: dict) -> torch.nn.Module:
+    configuration, model_class, extra = _MODELS[name]
+    options = {**_SIZES, **extra, "num_hidden_layers": layers, **changes}
+    for each_layer in ("layer_types", "no_rope_layers"):
+        if each_layer in options:
+            options[each_layer] = options[each_layer][:layers]
+    config = configuration(**options)
+    config._attn_implementation = implementation
+    return model_class(config).eval()
 
 
 @functools.cache
-def _weights(name: str) -> dict[str, Tensor]:
-    torch.manual_seed(1)
-    return build(name, "eager", fresh=True).state_dict()
-
-
-def build(name: str, implementation: str = "selfattn", *, fresh: bool = False, **changes) -> torch.nn.Module:
-    """A model of ``NAMES`` in float32, with the same weights each time."""
-    configuration, model_class, extra = _MODELS[name]
-    config = configuration(**{**_SIZES, **extra, **changes})
-    config._attn_implementation = implementation
-    model = model_class(config).eval()
-    if fresh:
+def _weights(name: str, layers: int) -> dict[str, Tensor]:
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = _initialise(name, "eager", layers, {})
         for parameter_name, parameter in model.named_parameters():
             if "norm" in parameter_name or parameter_name.endswith(("bias", "sinks")):
                 torch.nn.init.normal_(parameter, parameter.detach().mean().item(), 0.3)  # not all ones, not all zeros
-    else:
-        model.load_state_dict(_weights(name))
-    return model
+        return model.state_dict()
 
 
 def tokens(*shape: int) -> Tensor:

@@ -19,7 +19,7 @@ def test_a_packed_training_step_is_one_graph(name: str) -> None:
     row = tokens(1, sum(LENGTHS))
     positions = torch.cat([torch.arange(n) for n in LENGTHS])[None]
     weight = torch.randn(1, sum(LENGTHS), 97)
-    eager, model = build(name), build(name)
+    eager, model = build(name, layers=2), build(name, layers=2)
     expected = eager(row, position_ids=positions, use_cache=False).logits
     (expected * weight).sum().backward()
     given = torch.compile(model, backend="aot_eager", fullgraph=True)(
@@ -37,8 +37,10 @@ def test_padded_rows_are_one_graph(name: str) -> None:
     rows = padded([17, 11, 6], "left")
     real = rows["attention_mask"].bool()
     with torch.no_grad():
-        expected = build(name, "eager")(**rows, use_cache=False).logits[real]
-        given = torch.compile(build(name), backend="aot_eager", fullgraph=True)(**rows, use_cache=False).logits[real]
+        expected = build(name, "eager", layers=2)(**rows, use_cache=False).logits[real]
+        given = torch.compile(build(name, layers=2), backend="aot_eager", fullgraph=True)(
+            **rows, use_cache=False
+        ).logits[real]
     assert difference(given, expected) < 2e-5
 
 
@@ -47,13 +49,13 @@ def test_decoding_with_a_static_cache_is_one_graph_for_all_steps(name: str) -> N
     rows = padded([9, 4], "left")
     row, mask = rows["input_ids"], rows["attention_mask"]
     step = tokens(2, 5)
-    model, counter = build(name), CompileCounterWithBackend("aot_eager")
+    model, counter = build(name, layers=2), CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     logits = []
     with torch.no_grad():
-        for implementation, decode in (("eager", build(name, "eager")), ("selfattn", compiled)):
+        for implementation, decode in (("eager", build(name, "eager", layers=2)), ("selfattn", compiled)):
             cache = StaticCache(config=model.config, max_cache_len=16)
-            build(name, implementation)(**rows, cache=cache)
+            build(name, implementation, layers=2)(**rows, cache=cache)
             steps = []
             for i in range(step.shape[1]):
                 # As generate() does it: the mask of a step is made before the compiled model runs.
@@ -75,7 +77,7 @@ def test_decoding_with_a_static_cache_is_one_graph_for_all_steps(name: str) -> N
 def test_inductor(name: str) -> None:
     row = tokens(1, sum(LENGTHS))
     positions = torch.cat([torch.arange(n) for n in LENGTHS])[None]
-    model, eager = build(name), build(name)
+    model, eager = build(name, layers=2), build(name, layers=2)
     expected = eager(row, labels=row, position_ids=positions, use_cache=False).loss
     expected.backward()
     given = torch.compile(model, fullgraph=True)(row, labels=row, position_ids=positions, use_cache=False).loss
