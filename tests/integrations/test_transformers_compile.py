@@ -4,7 +4,7 @@ import pytest
 import torch
 from models import NAMES, build, difference, padded, tokens
 from torch._dynamo.testing import CompileCounterWithBackend
-from transformers import StaticCache
+from transformers import CompileConfig, StaticCache
 
 LENGTHS = [7, 12, 1, 9]
 
@@ -44,31 +44,47 @@ def test_padded_rows_are_one_graph(name: str) -> None:
     assert difference(given, expected) < 2e-5
 
 
-@pytest.mark.parametrize("name", ["llama", "smollm3", "glm4"])
-def test_decoding_with_a_static_cache_is_one_graph_for_all_steps(name: str) -> None:
+def test_rows_of_other_lengths_need_no_graph_each() -> None:
+    model, counter = build("qwen2_sliding", layers=2), CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for lengths in ([7, 12], [9, 9, 11], [30], [2, 14]):
+            row = tokens(1, sum(lengths))
+            positions = torch.cat([torch.arange(n) for n in lengths])[None]
+            expected = model(row, position_ids=positions, use_cache=False).logits
+            given = compiled(row, position_ids=positions, use_cache=False).logits
+            assert difference(given, expected) < 2e-5
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_oss", "smollm3"])
+def test_generation_compiles_its_steps(name: str) -> None:
     rows = padded([9, 4], "left")
-    row, mask = rows["input_ids"], rows["attention_mask"]
-    step = tokens(2, 5)
+    configuration = CompileConfig(backend="aot_eager", fullgraph=True)
+    configuration._compile_all_devices = True  # transformers leaves the CPU out
+    options = {"max_new_tokens": 8, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    expected = build(name, "eager", layers=2).generate(**rows, **options)
+    given = build(name, layers=2).generate(
+        **rows, **options, cache_implementation="static", compile_config=configuration
+    )
+    assert torch.equal(given.sequences, expected.sequences)
+    assert difference(torch.stack(given.logits), torch.stack(expected.logits)) < 2e-5
+
+
+@pytest.mark.parametrize("name", ["llama", "glm4"])
+def test_decoding_with_a_static_cache_is_one_graph_for_all_steps(name: str) -> None:
+    """The mask is made inside the graph, from a length that stands on the device."""
+    row = tokens(2, 14)
     model, counter = build(name, layers=2), CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True)
-    logits = []
     with torch.no_grad():
-        for implementation, decode in (("eager", build(name, "eager", layers=2)), ("selfattn", compiled)):
-            cache = StaticCache(config=model.config, max_cache_len=16)
-            build(name, implementation, layers=2)(**rows, cache=cache)
-            steps = []
-            for i in range(step.shape[1]):
-                # As generate() does it: the mask of a step is made before the compiled model runs.
-                inputs = (model if implementation == "selfattn" else decode).prepare_inputs_for_generation(
-                    torch.cat([row, step[:, : i + 1]], 1),
-                    next_sequence_length=1,
-                    cache=cache,
-                    attention_mask=torch.cat([mask, mask.new_ones(2, i + 1)], 1),
-                    position_ids=(mask.sum(1, keepdim=True) + i),
-                )
-                steps.append(decode(**inputs).logits)
-            logits.append(torch.cat(steps, 1))
-    assert difference(logits[1], logits[0]) < 2e-5
+        expected = build(name, "eager", layers=2)(row, use_cache=False).logits[:, 9:]
+        cache = StaticCache(config=model.config, max_cache_len=16)
+        model(row[:, :9], cache=cache)
+        steps = [
+            compiled(row[:, i : i + 1], cache=cache, position_ids=torch.full((1, 1), i)).logits for i in range(9, 14)
+        ]
+    assert difference(torch.cat(steps, 1), expected) < 2e-5
     assert counter.frame_count == 1
 
 

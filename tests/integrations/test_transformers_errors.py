@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 import transformers as hf
-from models import build, difference, padded, tokens
+from models import build, difference, tokens
 from transformers import DynamicCache, StaticCache
 from transformers.masking_utils import create_causal_mask, create_chunked_causal_mask
 
@@ -263,43 +263,3 @@ def test_importing_selfattn_imports_no_transformers() -> None:
     program = "import sys, selfattn; assert not {'transformers', 'selfattn.integrations'} & set(sys.modules)"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run([sys.executable, "-c", program], check=True, env=environment)
-
-
-def test_no_value_is_read_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither the mask nor the layers ask a tensor for a value, with packing, padding and a static cache."""
-    from selfattn.integrations import transformers as integration
-
-    class Values(torch.overrides.TorchFunctionMode):
-        asked: list[str] = []  # noqa: RUF012
-
-        def __torch_function__(self, function, types, arguments=(), options=None):
-            name = getattr(function, "__name__", str(function))
-            if name in {"item", "tolist", "__bool__", "__int__", "__index__", "__float__", "nonzero", "__len__"}:
-                self.asked.append(name)
-            return function(*arguments, **(options or {}))
-
-    watch = Values()
-
-    def watched(function):
-        def call(*arguments, **options):
-            with watch:
-                return function(*arguments, **options)
-
-        return call
-
-    masks = hf.AttentionMaskInterface._global_mapping
-    layers = hf.AttentionInterface._global_mapping
-    monkeypatch.setitem(masks, "selfattn", watched(masks["selfattn"]))
-    monkeypatch.setitem(layers, "selfattn", watched(integration.attention_forward))
-    rows = padded([9, 4], "left")
-    for name in ("llama", "gemma2", "gpt_oss"):
-        model = build(name)
-        model(**rows)
-        model(tokens(1, 12), position_ids=torch.arange(6).repeat(2)[None], segment_ids=None)
-        model(tokens(1, 12), cu_seq_lens_q=torch.tensor([0, 5, 12]).int())
-        model.generate(**rows, max_new_tokens=4, cache_implementation="static")
-        model.generate(**rows, max_new_tokens=4)
-        cache = StaticCache(config=model.config, max_cache_len=32)
-        cache.early_initialization(2, 2, getattr(model.config, "head_dim", None) or 16, torch.float32, "cpu")
-        model(rows["input_ids"], attention_mask=rows["attention_mask"], cache=cache)
-    assert watch.asked == []

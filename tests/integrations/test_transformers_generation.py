@@ -55,6 +55,16 @@ def test_beams(name: str, cache: str) -> None:
     assert difference(given, expected) < 2e-5
 
 
+@pytest.mark.parametrize(
+    "options", [{"prompt_lookup_num_tokens": 3}, {"prefill_chunk_size": 4}], ids=["candidates", "chunks of the prompt"]
+)
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt_oss"])
+def test_several_new_tokens_at_once(name: str, options: dict[str, int]) -> None:
+    row = tokens(1, 5).repeat(1, 3)
+    expected = build(name, "eager").generate(row, max_new_tokens=NEW, do_sample=False)
+    assert torch.equal(build(name).generate(row, max_new_tokens=NEW, do_sample=False, **options), expected)
+
+
 def _cache(kind: str, model: torch.nn.Module, batch_size: int) -> DynamicCache | StaticCache:
     if kind == "dynamic":
         return DynamicCache(config=model.config)

@@ -48,6 +48,29 @@ def test_bfloat16_is_as_near_to_float32_as_eager(name: str, padding: str) -> Non
     assert error(given) < 1.5 * error(eager) + 1e-3 * exact.norm().item()
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
+def test_autocast_is_as_near_to_float32_as_eager(name: str) -> None:
+    rows = _rows("left")
+    logits, gradients = _run(build(name, "eager"), rows)
+    with torch.autocast("cpu", torch.bfloat16):
+        eager_logits, eager_gradients = _run(build(name, "eager"), rows)
+        given_logits, given_gradients = _run(build(name), rows)
+    assert (given_logits - logits).norm() < 1.5 * (eager_logits - logits).norm()
+    error, eager_error = (
+        torch.stack([(found[weight] - gradient).norm() for weight, gradient in gradients.items()]).norm()
+        for found in (given_gradients, eager_gradients)
+    )
+    assert error < 1.5 * eager_error
+
+
+def test_inference_mode() -> None:
+    rows = _rows("left")
+    real = rows["attention_mask"].bool()
+    with torch.inference_mode():
+        expected = build("mistral", "eager")(**rows).logits[real]
+        assert difference(build("mistral")(**rows).logits[real], expected) < 2e-5
+
+
 @every_model
 def test_attention_matters_in_the_small_models(name: str) -> None:
     """Else the other tests would pass with any attention: another first token changes what the last one gives."""
