@@ -1,12 +1,13 @@
 """Every step of generation gives eager's logits, with any cache and without one."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from models import build, difference, every_model, padded, tokens
 from torch import Tensor
-from transformers import DynamicCache, StaticCache
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 NEW = 9  # more than the window of the sliding layers
 
@@ -135,3 +136,13 @@ def test_a_right_padded_prompt_goes_on() -> None:
                 steps.append(model(follow[:, i : i + 1], cache=cache, **now).logits)
             logits.append(torch.cat(steps, 1))
     assert difference(logits[1], logits[0]) < 2e-5
+
+
+@pytest.mark.parametrize("name", ["gemma3", "gpt_oss"])
+def test_a_saved_model_is_loaded_with_the_name(name: str, tmp_path: Path) -> None:
+    rows = padded([12, 3, 7], "left")
+    model = build(name, "eager")
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="selfattn")
+    assert loaded.config._attn_implementation == "selfattn"
+    assert difference(_generate(loaded, rows)[1], _generate(model, rows)[1]) < 2e-5
