@@ -14,6 +14,10 @@ def fresh_compiler() -> None:
     torch._dynamo.reset()
 
 
+def _graphs(counter: CompileCounterWithBackend) -> int:
+    return sum(len(module.graph.nodes) > 0 for module in counter.graphs)  # an empty one may come first
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_packed_training_step_is_one_graph(name: str) -> None:
     row = tokens(1, sum(LENGTHS))
@@ -54,7 +58,7 @@ def test_rows_of_other_lengths_need_no_graph_each() -> None:
             expected = model(row, position_ids=positions, use_cache=False).logits
             given = compiled(row, position_ids=positions, use_cache=False).logits
             assert difference(given, expected) < 2e-5
-    assert counter.frame_count == 1
+    assert _graphs(counter) == 1
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt_oss", "smollm3"])
@@ -85,7 +89,7 @@ def test_decoding_with_a_static_cache_is_one_graph_for_all_steps(name: str) -> N
             compiled(row[:, i : i + 1], cache=cache, position_ids=torch.full((1, 1), i)).logits for i in range(9, 14)
         ]
     assert difference(torch.cat(steps, 1), expected) < 2e-5
-    assert counter.frame_count == 1
+    assert _graphs(counter) == 1
 
 
 @pytest.mark.slow
