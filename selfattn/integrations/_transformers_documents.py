@@ -67,13 +67,11 @@ def documents_of_one_query(sources: Sources, batch_size: int, keys: Tensor) -> T
 
     ``keys`` (B, Skv) is 0 for the keys that the query sees, of which it is the last itself, and -1 for the others.
     """
-    if any(source is not None for source in sources[:3]):
-        raise ValueError(
-            "selfattn: segment_ids, cu_seq_lens_q and seq_idx cannot tell the document of one query with a static "
-            "cache; leave them out, the position_ids do"
-        )
-    if sources.position_ids is None:
-        return keys.clone()
+    ids = _named(sources, batch_size, 1, keys.shape[1])
+    if ids is not None:
+        index = torch.arange(keys.shape[1], device=keys.device)
+        itself = torch.where(keys < 0, -1, index).argmax(1, keepdim=True)
+        return torch.where(ids == ids.gather(1, itself), keys, -1)
     positions = _positions(sources.position_ids, batch_size, 1)
     rank = (keys >= 0).cumsum(1) - 1
     return torch.where(rank < rank[:, -1:] - positions, -1, keys)

@@ -194,9 +194,13 @@ def test_positions_of_three_axes() -> None:
 
 
 def test_no_positions_at_all() -> None:
-    mask = create_causal_mask(build("llama").config, _embeddings(), None, None)
-    with pytest.raises(ValueError, match="hands no position_ids to its attention"):
-        attention_forward(_layer(), *_heads(), mask)
+    config, (q, k, v) = build("llama").config, _heads()
+    cache = StaticCache(config=config, max_cache_len=8)
+    cache.early_initialization(2, 2, 16, torch.float32, "cpu")
+    for length, cached in ((8, None), (1, cache), (2, cache)):
+        mask = create_causal_mask(config, _embeddings(length), None, cached)
+        with pytest.raises(ValueError, match="hands no position_ids to its attention"):
+            attention_forward(_layer(), q[:, :, :length], k, v, mask)
 
 
 @pytest.mark.parametrize("name", ["segment_ids", "seq_idx", "cu_seq_lens_q"])
@@ -209,22 +213,21 @@ def test_documents_of_the_new_tokens_alone_with_a_filled_cache(name: str) -> Non
             model(tokens(1, 4), cache=cache, **{name: given.int()})
 
 
-def test_documents_of_one_token_with_a_static_cache() -> None:
-    model = build("llama")
-    cache = StaticCache(config=model.config, max_cache_len=32)
-    model(tokens(1, 8), cache=cache)
-    with pytest.raises(ValueError, match="cannot tell the document of one query with a static cache"):
-        model(tokens(1, 1), cache=cache, segment_ids=torch.zeros(1, 32, dtype=torch.int32))
-
-
-def test_documents_of_all_keys_with_a_filled_cache_are_served() -> None:
+@pytest.mark.parametrize("static", [False, True])
+def test_documents_of_all_keys_with_a_filled_cache_are_served(static: bool) -> None:
     model, row = build("llama"), tokens(1, 12)
     ids = torch.tensor([[4, 4, 4, 4, 4, 9, 9, 9, 9, 4, 4, 9]])  # in any order
+    length = 16 if static else 0
     with torch.no_grad():
         expected = model(row, segment_ids=ids).logits[:, 8:]
-        cache = model(row[:, :8], segment_ids=ids[:, :8]).cache
-        given = model(row[:, 8:], segment_ids=ids, cache=cache).logits
-    assert difference(given, expected) < 2e-5
+        cache = StaticCache(config=model.config, max_cache_len=16) if static else DynamicCache(config=model.config)
+        model(row[:, :8], segment_ids=ids[:, :8], cache=cache)
+        given = []
+        for part in (row[:, 8:10], row[:, 10:11], row[:, 11:]):
+            filled = cache.get_seq_length() + part.shape[1]
+            known = torch.nn.functional.pad(ids[:, :filled], (0, max(0, length - filled)), value=4)
+            given.append(model(part, segment_ids=known, cache=cache).logits)
+    assert difference(torch.cat(given, 1), expected) < 2e-5
 
 
 # ---------------------------------------------------------------- options
