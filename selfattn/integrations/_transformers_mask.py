@@ -38,8 +38,17 @@ class MaskFacts(NamedTuple):
 
     diagonal: Diagonal
     windowed: bool
-    keys: Tensor  # (B, Skv) int32, row 0
-    offset: Tensor | None  # 0-dim int32, d, where the diagonal is given
+    tensor: Tensor
+
+    @property
+    def keys(self) -> Tensor:
+        """(B, Skv) int32: 0, or -1 for a key that nobody may attend to."""
+        return self.tensor[:, 0, 0]
+
+    @property
+    def offset(self) -> Tensor:
+        """0-dim int32: d, where the diagonal is given."""
+        return self.tensor[0, 0, 1, 0]
 
 
 # The functions that transformers builds masks of are closures, known by their code.
@@ -137,8 +146,7 @@ def read_mask(mask: Tensor, batch_size: int, kv_length: int) -> MaskFacts:
         )
     windowed = rows > _LARGEST
     diagonal = Diagonal(rows - _WINDOWED if windowed else rows)
-    offset = mask[0, 0, 1, 0] if diagonal is Diagonal.GIVEN else None
-    return MaskFacts(diagonal, windowed, mask[:, 0, 0], offset)
+    return MaskFacts(diagonal, windowed, mask)
 
 
 def _diagonal(offset: int | Tensor, q_length: int, kv_length: int, padded: bool) -> Diagonal:

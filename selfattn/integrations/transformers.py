@@ -94,7 +94,7 @@ def attention_forward(
         options["window_left"] = module.config.sliding_window - 1
     if sliding_window is not None and mask.diagonal is not Diagonal.ONE_QUERY:
         _check_window(module, sliding_window, mask)
-    return _causal(q, k, v, sources, mask, options, attention_mask), None
+    return _causal(q, k, v, sources, mask, options), None
 
 
 class _Ids(NamedTuple):
@@ -102,14 +102,11 @@ class _Ids(NamedTuple):
     keys: Tensor | None  # (B, Skv); None where they are those of the queries
 
 
-def _causal(
-    q: Tensor, k: Tensor, v: Tensor, sources: Sources, mask: MaskFacts, options: dict, attention_mask: Tensor
-) -> Tensor:
+def _causal(q: Tensor, k: Tensor, v: Tensor, sources: Sources, mask: MaskFacts, options: dict) -> Tensor:
     q_length = q.shape[1]
     if mask.diagonal is Diagonal.TOP_LEFT:
         k, v = k[:, :q_length], v[:, :q_length]
-        mask = mask._replace(keys=mask.keys[:, :q_length])
-    ids = _ids(sources, mask, q, attention_mask)
+    ids = _ids(sources, mask, q)
     options = {**options, "segment_ids": ids.queries, "kv_segment_ids": ids.keys}
     if mask.diagonal is Diagonal.ONE_QUERY:
         return multihead_attention(q, k, v, causal=False, **options)
@@ -122,19 +119,17 @@ def _causal(
     return multihead_attention(square, k, v, **options).index_select(1, index)
 
 
-def _ids(sources: Sources, mask: MaskFacts, q: Tensor, attention_mask: Tensor) -> _Ids:
+def _ids(sources: Sources, mask: MaskFacts, q: Tensor) -> _Ids:
     """The ids of one call, computed once for all layers that came with the same tensors."""
-    given = tuple(source for source in sources if source is not None)
     if torch.compiler.is_compiling() or (q.is_cuda and torch.cuda.is_current_stream_capturing()):
         return _compute_ids(sources, mask, q)
-    known = getattr(attention_mask, "_selfattn_ids", None)
-    state = tuple(
-        (id(tensor), None if tensor.is_inference() else tensor._version) for tensor in (attention_mask, *given)
-    )
-    state = (state, q.device, q.shape[:2])
+    given = tuple(source for source in sources if source is not None)
+    versions = [None if tensor.is_inference() else tensor._version for tensor in (mask.tensor, *given)]
+    state = (q.device, q.shape[:2], [id(tensor) for tensor in given], versions)
+    known = getattr(mask.tensor, "_selfattn_ids", None)
     if known is None or known[0] != state:
-        # The tensors are kept, so that no other can take their identity.
-        known = attention_mask._selfattn_ids = (state, given, _compute_ids(sources, mask, q))
+        # The tensors are kept with it, so that no other can take their identity.
+        known = mask.tensor._selfattn_ids = (state, given, _compute_ids(sources, mask, q))
     return known[2]
 
 
@@ -146,8 +141,9 @@ def _compute_ids(sources: Sources, mask: MaskFacts, q: Tensor) -> _Ids:
     if mask.diagonal is Diagonal.GIVEN:
         keys, queries = documents_at(sources, batch_size, q_length, mask.keys, mask.offset)
         return _Ids(queries, keys)
-    padding = None if mask.diagonal is Diagonal.UNPADDED else mask.keys
-    keys = documents(sources, batch_size, q_length, padding, mask.keys.shape[1])
+    keys = mask.keys[:, :q_length] if mask.diagonal is Diagonal.TOP_LEFT else mask.keys
+    padding = None if mask.diagonal is Diagonal.UNPADDED else keys
+    keys = documents(sources, batch_size, q_length, padding, keys.shape[1])
     return _Ids(keys, None) if keys.shape[1] == q_length else _Ids(keys[:, -q_length:], keys)
 
 
