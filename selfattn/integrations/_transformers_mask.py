@@ -70,6 +70,7 @@ def create_mask(
     attention_mask: Tensor | None = None,
     local_size: int | None = None,
     use_vmap: bool = False,
+    allow_is_bidirectional_skip: bool | None = None,
     config: object = None,
     device: torch.device | str = "cpu",
     **_unused,  # dtype and whether a mask may be left out: nothing here is of a dtype or left out
@@ -86,6 +87,7 @@ def create_mask(
         attention_mask: (B, tokens so far) bool, False for padding.
         local_size: the window of a sliding layer.
         use_vmap: whether the caller added a mask function of its own.
+        allow_is_bidirectional_skip: given for attention in both directions, and only there.
         config: the model's configuration.
         device: of the result.
 
@@ -96,8 +98,10 @@ def create_mask(
         NotImplementedError: a pattern other than causal, with or without a window.
         ValueError: queries beyond the keys.
     """
+    if allow_is_bidirectional_skip is not None:
+        raise _refusal("attention in both directions")
     window = _window(mask_function, local_size, use_vmap, config)
-    if torch.compiler.is_dynamo_compiling() and attention_mask is None and mask_function.__code__ is _AND:
+    if torch.compiler.is_dynamo_compiling() and mask_function.__code__ is _AND:
         _assert_causal(mask_function, batch_size, q_length, device)
 
     keys = _padding(attention_mask, batch_size, kv_length, kv_offset, device)

@@ -3,13 +3,19 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
 import transformers as hf
 from models import build, difference, tokens
 from transformers import DynamicCache, StaticCache
-from transformers.masking_utils import create_causal_mask, create_chunked_causal_mask
+from transformers.masking_utils import (
+    create_bidirectional_mask,
+    create_bidirectional_sliding_window_mask,
+    create_causal_mask,
+    create_chunked_causal_mask,
+)
 
 from selfattn.integrations.transformers import attention_forward
 
@@ -100,6 +106,20 @@ def test_llama_4() -> None:
     config._attn_implementation = "selfattn"
     with pytest.raises(NotImplementedError, match="cannot serve the mask function 'chunked_overlay"):
         hf.Llama4ForCausalLM(config)(tokens(1, 8))
+
+
+@pytest.mark.parametrize("padded_too", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("create", [create_bidirectional_mask, create_bidirectional_sliding_window_mask])
+def test_both_directions(create: Callable, compiled: bool, padded_too: bool) -> None:
+    config = build("mistral").config
+    mask = torch.ones(2, 8) if padded_too else None
+
+    def run() -> torch.Tensor:
+        return create(config, _embeddings(), mask)
+
+    with pytest.raises(Exception, match="cannot serve attention in both directions"):
+        (torch.compile(run, backend="eager", fullgraph=True) if compiled else run)()
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral"])
