@@ -1,4 +1,4 @@
-# make demo | test | lint | bench-cpu | sanitize | coverage | install | clean     (see CONTRIBUTING.md)
+# make demo | test | test-integrations | lint | bench-cpu | sanitize | coverage | install | clean     (see CONTRIBUTING.md)
 # Everything lies in this folder: .venv (Python packages), build (CMake), build/install (the C++ package).
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
@@ -14,7 +14,7 @@ export SELFATTN_LIBRARY := $(abspath build/libselfattn.so)
 export PYTHONPATH := $(CURDIR)
 SOURCES = $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
-.PHONY: all build install demo test test-cpp test-python coverage sanitize lint format bench-cpu clean
+.PHONY: all build install demo test test-cpp test-python test-integrations coverage sanitize lint format bench-cpu clean
 
 all: build
 
@@ -32,6 +32,11 @@ $(VENV)/.python: $(VENV)/.debian
 $(VENV)/.packages: $(VENV)/.python pyproject.toml
 	$(BIN)/python .ci/requirements.py torch demo test lint dev > $(VENV)/requirements.txt
 	$(BIN)/python -m pip install --quiet --requirement $(VENV)/requirements.txt
+	touch $@
+
+$(VENV)/.integrations: $(VENV)/.packages pyproject.toml
+	$(BIN)/python .ci/requirements.py integrations > $(VENV)/requirements-integrations.txt
+	$(BIN)/python -m pip install --quiet --requirement $(VENV)/requirements-integrations.txt
 	touch $@
 
 # ---------------------------------------------------------------- build
@@ -62,6 +67,10 @@ test-cpp: build
 
 test-python: install
 	$(BIN)/python -m pytest --cov --cov-report=term $(PYTEST_ARGS)
+
+# With the libraries that selfattn plugs into, which nothing else needs.
+test-integrations: build $(VENV)/.integrations
+	$(BIN)/python -m pytest tests/integrations $(PYTEST_ARGS)
 
 # C++ lines that the C++ tests and the quick Python tests reach, on the CPU part.
 coverage: $(VENV)/.packages

@@ -1,0 +1,190 @@
+"""selfattn as an attention implementation of Hugging Face transformers.
+
+    import selfattn.integrations.transformers
+    selfattn.integrations.transformers.register()
+    model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="selfattn")
+
+Packed documents are kept apart in every forward pass, with a cache and with an attention mask too; docs/integrations.md
+says how they are named and what cannot be served.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from selfattn.functional import multihead_attention
+from selfattn.integrations._transformers_documents import Sources, documents, documents_at, documents_of_one_query
+from selfattn.integrations._transformers_mask import Diagonal, MaskFacts, create_mask, read_mask
+
+NAME = "selfattn"
+
+# What some models hand to their attention to change what it computes.
+_OTHER_ATTENTION = ("position_bias", "attention_bias", "head_mask", "indices", "block_indices", "sinks", "block_table")
+
+
+def register() -> None:
+    """Makes ``attn_implementation="selfattn"`` known to transformers. Calling it again changes nothing."""
+    AttentionInterface.register(NAME, attention_forward)
+    AttentionMaskInterface.register(NAME, create_mask)
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    is_causal: bool | None = None,
+    position_ids: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """The attention of one layer: what ``AttentionInterface`` calls.
+
+    Args:
+        module: the layer's attention module.
+        query: (B, NH, Sq, D).
+        key: (B, NKV, Skv, D), what the cache gave.
+        value: (B, NKV, Skv, DV).
+        attention_mask: of ``create_mask``; None only for attention in both directions without padding.
+        scaling: factor of the logits; None is 1 / sqrt(D).
+        dropout: must be 0.
+        sliding_window: what the module thinks its window is; the mask decides, and both must agree.
+        softcap: as ``multihead_attention``.
+        s_aux: (NH,) the sinks of ``multihead_attention``.
+        is_causal: None is the module's.
+        position_ids: (B | 1, Sq). Documents come from the first of segment_ids, cu_seq_lens_q, seq_idx, position_ids.
+        segment_ids: (B | 1, Sq); (B | 1, Skv) where earlier keys come from a cache.
+        cu_seq_lens_q: (N + 1,) cumulative lengths, for a batch of 1.
+        cu_seq_lens_k: those of the keys, which are the same.
+        seq_idx: as ``segment_ids``.
+        kwargs: what else the model's forward was given.
+
+    Returns:
+        (B, Sq, NH, DV) and None, in place of the weights.
+
+    Raises:
+        NotImplementedError: what cannot be served.
+        ValueError: documents of a wrong shape.
+    """
+    _refuse(module, dropout, kwargs)
+    _check_lengths(cu_seq_lens_q, cu_seq_lens_k)
+    sources = Sources(segment_ids, cu_seq_lens_q, seq_idx, position_ids)
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    options = {"qk_scale": scaling, "softcap": softcap or 0.0, "sinks": s_aux}
+    q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    if attention_mask is None:
+        return _both_directions(q, k, v, sources, is_causal, options), None
+    if not is_causal:
+        raise NotImplementedError(f"selfattn: {type(module).__name__} is not causal, but came with a causal mask")
+
+    mask = read_mask(attention_mask, q.shape[0], k.shape[1])
+    if mask.windowed:
+        options["window_left"] = module.config.sliding_window - 1
+    if sliding_window is not None and mask.diagonal is not Diagonal.ONE_QUERY:
+        _check_window(module, sliding_window, mask)
+    return _causal(q, k, v, sources, mask, options), None
+
+
+class _Ids(NamedTuple):
+    queries: Tensor  # (B, Sq); (B, Skv) where the diagonal is given
+    keys: Tensor | None  # (B, Skv); None where they are those of the queries
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor, sources: Sources, mask: MaskFacts, options: dict) -> Tensor:
+    q_length = q.shape[1]
+    if mask.diagonal is Diagonal.TOP_LEFT:
+        k, v = k[:, :q_length], v[:, :q_length]
+    ids = _ids(sources, mask, q)
+    options = {**options, "segment_ids": ids.queries, "kv_segment_ids": ids.keys}
+    if mask.diagonal is Diagonal.ONE_QUERY:
+        return multihead_attention(q, k, v, causal=False, **options)
+    if mask.diagonal is not Diagonal.GIVEN:
+        return multihead_attention(q, k, v, **options)
+    # The operator aligns the last query with the last key, and here only the device knows where the queries stand: each
+    # is put into the row of its key, in a square where the other rows are padding.
+    index = mask.offset + torch.arange(q_length, device=q.device)
+    square = q.new_zeros(k.shape[0], k.shape[1], *q.shape[2:]).index_copy(1, index, q)
+    return multihead_attention(square, k, v, **options).index_select(1, index)
+
+
+def _ids(sources: Sources, mask: MaskFacts, q: Tensor) -> _Ids:
+    """The ids of one call, computed once for all layers that came with the same tensors."""
+    if torch.compiler.is_compiling() or (q.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return _compute_ids(sources, mask, q)
+    given = tuple(source for source in sources if source is not None)
+    versions = [None if tensor.is_inference() else tensor._version for tensor in (mask.tensor, *given)]
+    state = (q.device, q.shape[:2], [id(tensor) for tensor in given], versions)
+    known = getattr(mask.tensor, "_selfattn_ids", None)
+    if known is None or known[0] != state:
+        # The tensors are kept with it, so that no other can take their identity.
+        known = mask.tensor._selfattn_ids = (state, given, _compute_ids(sources, mask, q))
+    return known[2]
+
+
+def _compute_ids(sources: Sources, mask: MaskFacts, q: Tensor) -> _Ids:
+    batch_size, q_length = q.shape[:2]
+    if mask.diagonal is Diagonal.ONE_QUERY:
+        keys = documents_of_one_query(sources, batch_size, mask.keys)
+        return _Ids(keys.new_zeros(batch_size, 1), keys)
+    if mask.diagonal is Diagonal.GIVEN:
+        keys, queries = documents_at(sources, batch_size, q_length, mask.keys, mask.offset)
+        return _Ids(queries, keys)
+    keys = mask.keys[:, :q_length] if mask.diagonal is Diagonal.TOP_LEFT else mask.keys
+    padding = None if mask.diagonal is Diagonal.UNPADDED else keys
+    keys = documents(sources, batch_size, q_length, padding, keys.shape[1])
+    return _Ids(keys, None) if keys.shape[1] == q_length else _Ids(keys[:, -q_length:], keys)
+
+
+def _both_directions(q: Tensor, k: Tensor, v: Tensor, sources: Sources, is_causal: bool, options: dict) -> Tensor:
+    """Without a mask: the towers of images and sound. position_ids count patches there, not tokens of a document."""
+    if is_causal:
+        raise NotImplementedError(
+            "selfattn: a causal layer came without a mask, so its padding is unknown. Call "
+            "selfattn.integrations.transformers.register() before the model runs; continuous batching cannot be served"
+        )
+    sources = sources._replace(position_ids=None)
+    if any(source is not None for source in sources):
+        options = {**options, "segment_ids": documents(sources, q.shape[0], q.shape[1], None, k.shape[1])}
+    return multihead_attention(q, k, v, causal=False, **options)
+
+
+def _check_lengths(queries: Tensor | None, keys: Tensor | None) -> None:
+    if keys is not None and (queries is None or queries.shape != keys.shape):
+        came = None if queries is None else tuple(queries.shape)
+        raise ValueError(
+            f"selfattn: cu_seq_lens_k must be the same as cu_seq_lens_q, came as {tuple(keys.shape)} with {came}"
+        )
+
+
+def _check_window(module: nn.Module, sliding_window: int, mask: MaskFacts) -> None:
+    own = module.config.sliding_window if mask.windowed else None
+    if own != sliding_window:
+        raise NotImplementedError(
+            f"selfattn: {type(module).__name__} asks for a window of {sliding_window}, its mask for {own}"
+        )
+
+
+def _refuse(module: nn.Module, dropout: float, kwargs: dict) -> None:
+    if dropout:
+        raise NotImplementedError(
+            f"selfattn: attention dropout must be 0, came as {dropout}: set config.attention_dropout to 0"
+        )
+    if kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False):
+        raise NotImplementedError(
+            'selfattn: output_attentions cannot be served, the weights never exist: use attn_implementation="eager"'
+        )
+    for name in _OTHER_ATTENTION:
+        if kwargs.get(name) is not None:
+            raise NotImplementedError(f"selfattn: {type(module).__name__} comes with {name}, which cannot be served")
