@@ -22,6 +22,13 @@
   "float eps=1e-06, float theta=10000.0, str pairing=\"interleaved\", bool causal=True, float? qk_scale=None, " \
   "int window_left=-1, int window_right=-1, float softcap=0.0"
 
+#define SELFATTN_LAYER                                                                                               \
+  "Tensor? q_norm_weight=None, Tensor? k_norm_weight=None, Tensor? sinks=None, Tensor? freqs_sin=None, Tensor? "     \
+  "freqs_cos=None, Tensor? segment_ids=None, *, int head_dim, float norm_eps=1e-06, float rope_theta=10000.0, str "  \
+  "rope_pairing=\"interleaved\", bool causal=True, float? qk_scale=None, str backend=\"auto\", int window_left=-1, " \
+  "int "                                                                                                             \
+  "window_right=-1, float softcap=0.0"
+
 TORCH_LIBRARY(selfattn, m) {
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
   // Attention
@@ -76,13 +83,16 @@ TORCH_LIBRARY(selfattn, m) {
   // Module
   m.def(
       "self_attention(Tensor x, Tensor q_weight, Tensor k_weight, Tensor v_weight, Tensor out_weight, "
-      "Tensor? q_bias=None, Tensor? k_bias=None, Tensor? v_bias=None, Tensor? out_bias=None, "
-      "Tensor? q_norm_weight=None, Tensor? k_norm_weight=None, Tensor? sinks=None, Tensor? freqs_sin=None, "
-      "Tensor? freqs_cos=None, Tensor? segment_ids=None, *, int head_dim, float norm_eps=1e-06, "
-      "float rope_theta=10000.0, str rope_pairing=\"interleaved\", bool causal=True, float? qk_scale=None, "
-      "str backend=\"auto\", int window_left=-1, int window_right=-1, float softcap=0.0, float dropout_rate=0.0, "
-      "bool training=False) -> Tensor",
+      "Tensor? q_bias=None, Tensor? k_bias=None, Tensor? v_bias=None, Tensor? out_bias=None, " SELFATTN_LAYER
+      ", float dropout_rate=0.0, bool training=False) -> Tensor",
       tags);
+  // Its parts, for layers whose projections are not plain ones: the three projections of x, and what comes between them
+  // and the output projection. q, k and v are (B, S, heads * head_dim), and so is the result.
+  m.def(
+      "project_query_key_value(Tensor x, Tensor q_weight, Tensor k_weight, Tensor v_weight, Tensor? q_bias=None, "
+      "Tensor? k_bias=None, Tensor? v_bias=None) -> (Tensor q, Tensor k, Tensor v)",
+      tags);
+  m.def("projected_attention(" SELFATTN_QKV ", " SELFATTN_LAYER ") -> Tensor", tags);
 }
 
 // Tensors that no kernel reads. Below the schemas, whose operators each of these lines goes through.

@@ -1,11 +1,56 @@
-"""The self-attention layer: it holds weights and hands them to the one operator that does the work."""
+"""The self-attention layer: it holds weights and hands them to the one operator that does the work. What users wrap
+around its projections and norms is called instead."""
 
+import functools
 import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from selfattn.config import SelfAttentionConfig
+
+
+def _reset_projection(projection: nn.Linear, std: float) -> None:
+    nn.init.normal_(projection.weight, std=std)
+    if projection.bias is not None:
+        nn.init.zeros_(projection.bias)
+
+
+def _initialise_normally(projection: nn.Linear, std: float) -> None:
+    """Gives one projection the layer's ``reset_parameters``: FSDP calls every module's own, in any order, and its type
+    stays ``nn.Linear``, by which libraries find what they quantise."""
+    projection.reset_parameters = functools.partial(_reset_projection, projection, std)
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# While PyTorch traces, its own tensors stand for plain ones. By name: their modules take long to import.
+_TRACING = ("torch._subclasses.fake_tensor", "torch._subclasses.functional_tensor")
+
+
+def _is_untouched(module: nn.Module | None, expected: type[nn.Module]) -> bool:
+    """Whether calling ``module`` does what ``expected`` does with plain parameters, and nothing else: no subclass (a
+    parametrisation is one, too), no hooks, no forward of its own, no tensor subclasses as parameters."""
+    if type(module) is not expected:
+        return False
+    state = module.__dict__
+    if "forward" in state:
+        return False
+    for hooks in _HOOKS:
+        if state[hooks]:
+            return False
+    for parameter in state["_parameters"].values():
+        if parameter is None:
+            continue
+        kind = type(parameter)
+        if kind is not nn.Parameter and kind is not Tensor and kind.__module__ not in _TRACING:
+            return False
+    return "weight" in state["_parameters"]
+
+
+def _are_all_modules_hooked() -> bool:
+    """Whether hooks wait for every module that is called. torch.compile knows none of them."""
+    return not torch.compiler.is_compiling() and bool(_has_any_global_hook())
 
 
 class SelfAttention(nn.Module):
@@ -14,6 +59,10 @@ class SelfAttention(nn.Module):
 
     The forward pass is one call of ``torch.ops.selfattn.self_attention``, the same that the C++ module makes: a state
     dict moves between the two, and ``torch.jit.script`` gives a file that runs where there is no Python.
+
+    What is wrapped around a projection or a norm counts: one that is no plain ``nn.Linear`` or ``nn.RMSNorm`` any more
+    (LoRA, quantised or parametrised weights, hooks, a replaced module or forward) is called, and what is plain around
+    it stays fused. ``torch.jit.script`` takes the layer as it then is.
 
     Args:
         embedding_dim: E, the width of the input and output; a multiple of ``config.head_dim``.
@@ -81,22 +130,20 @@ class SelfAttention(nn.Module):
         self.q_norm = nn.RMSNorm(config.head_dim, eps=self.norm_eps, **placed) if config.qk_norm else None
         self.k_norm = nn.RMSNorm(config.head_dim, eps=self.norm_eps, **placed) if config.qk_norm else None
         self.sinks = nn.Parameter(torch.empty(num_heads, **placed)) if config.sinks else None
+        std = math.sqrt(2 / (5 * embedding_dim))
+        for projection in (self.q_proj, self.k_proj, self.v_proj):
+            _initialise_normally(projection, std)
+        out_std = 2 / (2 * config.num_layers) / math.sqrt(embedding_dim)
+        _initialise_normally(self.out_proj, out_std)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """q, k, v: normal with standard deviation sqrt(2 / (5 E)) (small init: Nguyen and Salazar, arXiv:1910.05895);
         out: normal with 2 / (2 num_layers) / sqrt(E), two residual blocks a layer (Wang and Komatsuzaki 2021,
         mesh-transformer-jax). Both as GPT-NeoX has them (arXiv:2204.06745). Biases and sinks 0, norm weights 1."""
-        std = math.sqrt(2 / (5 * self.embedding_dim))
-        for projection in (self.q_proj, self.k_proj, self.v_proj):
-            nn.init.normal_(projection.weight, std=std)
-        nn.init.normal_(self.out_proj.weight, std=2 / (2 * self.num_layers) / math.sqrt(self.embedding_dim))
-        if self.use_bias:
-            for projection in (self.q_proj, self.k_proj, self.v_proj, self.out_proj):
-                nn.init.zeros_(projection.bias)
-        if self.q_norm is not None and self.k_norm is not None:
-            nn.init.ones_(self.q_norm.weight)
-            nn.init.ones_(self.k_norm.weight)
+        for module in (self.q_proj, self.k_proj, self.v_proj, self.out_proj, self.q_norm, self.k_norm):
+            if module is not None:
+                module.reset_parameters()
         if self.sinks is not None:
             nn.init.zeros_(self.sinks)
 
@@ -122,11 +169,18 @@ class SelfAttention(nn.Module):
         freqs_cos: Tensor | None = None
         if freqs is not None:
             freqs_sin, freqs_cos = freqs
+        if torch.jit.is_scripting():
+            if self._script_calls_parts:
+                return self._compose_in_script(x, freqs_sin, freqs_cos, segment_ids)
+        elif not self._is_plain():
+            return self._compose(x, freqs_sin, freqs_cos, segment_ids)
         q_norm_weight: Tensor | None = None
         k_norm_weight: Tensor | None = None
+        norm_eps = self.norm_eps
         if self.q_norm is not None and self.k_norm is not None:
             q_norm_weight = self.q_norm.weight
             k_norm_weight = self.k_norm.weight
+            norm_eps = self.q_norm.eps
         return torch.ops.selfattn.self_attention(
             x,
             self.q_proj.weight,
@@ -144,7 +198,7 @@ class SelfAttention(nn.Module):
             freqs_cos,
             segment_ids,
             head_dim=self.head_dim,
-            norm_eps=self.norm_eps,
+            norm_eps=norm_eps,
             rope_theta=self.rope_theta,
             rope_pairing=self.rope_pairing,
             causal=self.causal,
@@ -155,6 +209,120 @@ class SelfAttention(nn.Module):
             dropout_rate=self.dropout_rate,
             training=self.training,
         )
+
+    # TorchScript compiles one of two forward passes, as the layer is when it is scripted.
+    __constants__ = ("_script_calls_parts", "_script_fuses_norms")
+    _script_calls_parts = False
+    _script_fuses_norms = True
+
+    def __prepare_scriptable__(self) -> "SelfAttention":
+        self._script_calls_parts = not self._is_plain()
+        self._script_fuses_norms = self._norms_are_plain()
+        return self
+
+    @torch.jit.unused
+    def _is_plain(self) -> bool:
+        """Whether one operator does what calling every submodule would do."""
+        modules = self.__dict__["_modules"]
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            if not _is_untouched(modules[name], nn.Linear):
+                return False
+        return self._norms_are_plain() and not _are_all_modules_hooked()
+
+    def _norms_are_plain(self) -> bool:
+        """Whether there are norms that the operator can apply, or none."""
+        modules = self.__dict__["_modules"]
+        q_norm, k_norm = modules.get("q_norm"), modules.get("k_norm")
+        if q_norm is None and k_norm is None:
+            return True
+        if not (_is_untouched(q_norm, nn.RMSNorm) and _is_untouched(k_norm, nn.RMSNorm)):
+            return False
+        shape = (self.head_dim,)
+        return (
+            q_norm.eps is not None
+            and q_norm.eps == k_norm.eps
+            and q_norm.normalized_shape == k_norm.normalized_shape == shape
+            and q_norm.elementwise_affine
+            and k_norm.elementwise_affine
+        )
+
+    @torch.jit.unused
+    def _compose(self, x: Tensor, freqs_sin: Tensor | None, freqs_cos: Tensor | None, ids: Tensor | None) -> Tensor:
+        """The forward pass by parts: what is plain stays fused, and every other submodule is called."""
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        calls_any = _are_all_modules_hooked()
+        if not calls_any and all(_is_untouched(projection, nn.Linear) for projection in projections):
+            weights, biases = zip(*((p.weight, p.bias) for p in projections), strict=True)
+            q, k, v = torch.ops.selfattn.project_query_key_value(x, *weights, *biases)
+        else:
+            q, k, v = (projection(x) for projection in projections)
+        q_norm, k_norm = self.q_norm, self.k_norm
+        norms: dict[str, Tensor | float] = {}
+        if not calls_any and self._norms_are_plain():
+            if q_norm is not None and k_norm is not None:
+                norms = {"q_norm_weight": q_norm.weight, "k_norm_weight": k_norm.weight, "norm_eps": q_norm.eps}
+        else:
+            q = q if q_norm is None else q_norm(q.unflatten(-1, (-1, self.head_dim))).flatten(-2)
+            k = k if k_norm is None else k_norm(k.unflatten(-1, (-1, self.head_dim))).flatten(-2)
+        attended = torch.ops.selfattn.projected_attention(
+            q,
+            k,
+            v,
+            sinks=self.sinks,
+            freqs_sin=freqs_sin,
+            freqs_cos=freqs_cos,
+            segment_ids=ids,
+            head_dim=self.head_dim,
+            rope_theta=self.rope_theta,
+            rope_pairing=self.rope_pairing,
+            causal=self.causal,
+            backend=self.attention_backend,
+            window_left=self.window_left,
+            window_right=self.window_right,
+            softcap=self.softcap,
+            **norms,
+        )
+        return nn.functional.dropout(self.out_proj(attended), self.dropout_rate, self.training)
+
+    def _compose_in_script(
+        self, x: Tensor, freqs_sin: Tensor | None, freqs_cos: Tensor | None, segment_ids: Tensor | None
+    ) -> Tensor:
+        """``_compose`` for TorchScript, which has no ``**``."""
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        q_norm_weight: Tensor | None = None
+        k_norm_weight: Tensor | None = None
+        norm_eps = self.norm_eps
+        if self._script_fuses_norms:
+            if self.q_norm is not None and self.k_norm is not None:
+                q_norm_weight = self.q_norm.weight
+                k_norm_weight = self.k_norm.weight
+                norm_eps = self.q_norm.eps
+        else:
+            if self.q_norm is not None:
+                q = self.q_norm(q.unflatten(-1, [-1, self.head_dim])).flatten(-2)
+            if self.k_norm is not None:
+                k = self.k_norm(k.unflatten(-1, [-1, self.head_dim])).flatten(-2)
+        attended = torch.ops.selfattn.projected_attention(
+            q,
+            k,
+            v,
+            q_norm_weight,
+            k_norm_weight,
+            self.sinks,
+            freqs_sin,
+            freqs_cos,
+            segment_ids,
+            head_dim=self.head_dim,
+            norm_eps=norm_eps,
+            rope_theta=self.rope_theta,
+            rope_pairing=self.rope_pairing,
+            causal=self.causal,
+            backend=self.attention_backend,
+            window_left=self.window_left,
+            window_right=self.window_right,
+            softcap=self.softcap,
+        )
+        return nn.functional.dropout(self.out_proj(attended), self.dropout_rate, self.training)
 
     def extra_repr(self) -> str:
         parts = [f"{self.embedding_dim}, num_heads={self.num_heads}, head_dim={self.head_dim}"]

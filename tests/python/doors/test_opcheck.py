@@ -109,6 +109,20 @@ def self_attention_samples() -> list[tuple[tuple, dict]]:
     ]
 
 
+def projection_samples() -> list[tuple[tuple, dict]]:
+    x, wide, narrow = random(2, 6, 32), random(32, 32), random(16, 32)
+    return [((x, wide, narrow, narrow), {}), ((x, wide, wide, wide, random(32), None, random(32)), {})]
+
+
+def projected_attention_samples() -> list[tuple[tuple, dict]]:
+    q, k, v = random(2, 6, 32), random(2, 6, 16), random(2, 6, 16)
+    sin, cos = OPS.precompute_freqs(8, None, 6)
+    return [
+        ((q, k, v), {"head_dim": 8}),
+        ((q, k, v, random(8), random(8), random(4), sin, cos, IDS), {"head_dim": 8, "softcap": 1.0, "causal": False}),
+    ]
+
+
 SAMPLES = {
     "multihead_attention": attention_samples,
     "multihead_attention_lse": attention_samples,
@@ -133,6 +147,8 @@ SAMPLES = {
     "qk_norm_rope_backward.in_place": norm_rope_backward_samples,
     "qk_norm_rope_attention": norm_rope_attention_samples,
     "qk_norm_rope_attention_backward": norm_rope_attention_backward_samples,
+    "project_query_key_value": projection_samples,
+    "projected_attention": projected_attention_samples,
     "self_attention": self_attention_samples,
 }
 
