@@ -50,6 +50,9 @@ def forward(self, x, freqs: Optional[Tuple[Tensor, Tensor]] = None, segment_ids:
 }  // namespace
 
 torch::jit::Module to_torchscript(const SelfAttention& module) {
+  TORCH_CHECK_VALUE(
+      module->is_plain(),
+      "selfattn: module must have its own projections and norms to become TorchScript; some were replaced");
   const SelfAttentionOptions& options = module->options;
   torch::jit::Module script{c10::QualifiedName("selfattn.SelfAttention")};
   add_child(script, "q_proj", "selfattn.QueryProjection",

@@ -1,6 +1,7 @@
 // self_attention: the module's forward, once, for C++, Python and TorchScript; and the C++ module's, which calls it.
 #include <ATen/ops/dropout.h>
 #include <ATen/ops/linear.h>
+#include <ATen/ops/rms_norm.h>
 #include <selfattn/backend.h>
 #include <selfattn/self_attention.h>
 #include <torch/library.h>
@@ -216,6 +217,8 @@ at::Tensor self_attention(const at::Tensor& x, const at::Tensor& q_weight, const
 torch::Tensor SelfAttentionImpl::forward(const torch::Tensor& x, const torch::Tensor& freqs_sin,
                                          const torch::Tensor& freqs_cos, const torch::Tensor& segment_ids) {
   static const auto op = find_op<decltype(self_attention)>("selfattn::self_attention");
+  check_children();
+  if (!is_plain()) return compose(x, freqs_sin, freqs_cos, segment_ids);
   TORCH_CHECK_VALUE(x.dim() == 3 && x.sym_size(2) == options.embedding_dim(),
                     "selfattn: x must have the shape (B, S, E) with E ", options.embedding_dim(), "; got ",
                     x.sym_sizes());
@@ -227,6 +230,36 @@ torch::Tensor SelfAttentionImpl::forward(const torch::Tensor& x, const torch::Te
                  options.rope_theta(), options.rope_pairing(), options.causal(), /*qk_scale=*/std::nullopt,
                  options.attention_backend(), options.window_left(), options.window_right(), options.softcap(),
                  options.dropout_rate(), is_training());
+}
+
+torch::Tensor SelfAttentionImpl::compose(const torch::Tensor& x, const torch::Tensor& freqs_sin,
+                                         const torch::Tensor& freqs_cos, const torch::Tensor& segment_ids) {
+  const auto project = [&](const char* name, torch::nn::Linear& projection, const torch::Tensor& input) {
+    const auto found = replaced_.find(name);
+    return found == replaced_.end() ? projection->forward(input) : found->second.forward(input);
+  };
+  torch::Tensor q = project("q_proj", q_proj, x), k = project("k_proj", k_proj, x);
+  const torch::Tensor v = project("v_proj", v_proj, x);
+  const bool calls_norms = replaced_.contains("q_norm") || replaced_.contains("k_norm");
+  if (calls_norms) {
+    const auto normalise = [&](const char* name, const HeadNorm& norm, const torch::Tensor& projected) {
+      const torch::Tensor heads = split_heads(projected, options.head_dim());
+      const auto found = replaced_.find(name);
+      const torch::Tensor normalised = found == replaced_.end()
+                                           ? at::rms_norm(heads, {options.head_dim()}, norm->weight, options.norm_eps())
+                                           : found->second.forward(heads);
+      return normalised.flatten(2, 3);
+    };
+    q = normalise("q_norm", q_norm, q), k = normalise("k_norm", k_norm, k);
+  }
+  const bool fuses_norms = q_norm && !calls_norms;
+  const torch::Tensor attended = projected_attention(
+      q, k, v, fuses_norms ? OptionalTensor(q_norm->weight) : std::nullopt,
+      fuses_norms ? OptionalTensor(k_norm->weight) : std::nullopt, as_optional(sinks), as_optional(freqs_sin),
+      as_optional(freqs_cos), as_optional(segment_ids), options.head_dim(), options.norm_eps(), options.rope_theta(),
+      options.rope_pairing(), options.causal(), /*qk_scale=*/std::nullopt, options.attention_backend(),
+      options.window_left(), options.window_right(), options.softcap());
+  return at::dropout(project("out_proj", out_proj, attended), options.dropout_rate(), is_training());
 }
 
 }  // namespace selfattn

@@ -54,6 +54,7 @@ SelfAttentionImpl::SelfAttentionImpl(SelfAttentionOptions options_) : options(st
 
 void SelfAttentionImpl::reset() {
   for (const std::string& name : named_children().keys()) unregister_module(name);
+  replaced_.clear();
   parameters_.clear();
   const auto linear = [&](const char* name, int64_t in_features, int64_t out_features) {
     const auto linear_options = torch::nn::LinearOptions(in_features, out_features).bias(options.use_bias());
@@ -70,6 +71,32 @@ void SelfAttentionImpl::reset() {
   }
   if (options.sinks()) sinks = register_parameter("sinks", torch::zeros({num_heads()}));
   reset_parameters();
+}
+
+void SelfAttentionImpl::replace(const std::string& name, torch::nn::AnyModule module) {
+  const bool is_norm = name == "q_norm" || name == "k_norm";
+  TORCH_CHECK_VALUE(is_norm || name == "q_proj" || name == "k_proj" || name == "v_proj" || name == "out_proj",
+                    "selfattn: name must be q_proj, k_proj, v_proj, out_proj, q_norm or k_norm; got ", name);
+  TORCH_CHECK_VALUE(!is_norm || options.qk_norm(), "selfattn: name must be that of a projection in a layer without ",
+                    "qk_norm; got ", name);
+  TORCH_CHECK_VALUE(!module.is_empty(), "selfattn: module must hold a module; got an empty AnyModule");
+  replace_module(name, module.ptr());
+  replaced_[name] = std::move(module);
+}
+
+void SelfAttentionImpl::check_children() const {
+  const auto children = named_children();
+  const auto check_child = [&](const char* name, const torch::nn::Module* own) {
+    if (!own) return;
+    const auto found = replaced_.find(name);
+    const torch::nn::Module* expected = found == replaced_.end() ? own : found->second.ptr().get();
+    const auto* child = children.find(name);
+    TORCH_CHECK_VALUE(child && child->get() == expected, "selfattn: ", name,
+                      " is another module than the layer's own; put modules in its place by SelfAttention::replace");
+  };
+  check_child("q_proj", q_proj.get()), check_child("k_proj", k_proj.get()), check_child("v_proj", v_proj.get());
+  check_child("out_proj", out_proj.get());
+  if (q_norm) check_child("q_norm", q_norm.get()), check_child("k_norm", k_norm.get());
 }
 
 void SelfAttentionImpl::reset_parameters() {

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <map>
 #include <optional>
 #include <string>
 
@@ -75,6 +76,15 @@ class SELFATTN_API SelfAttentionImpl : public torch::nn::Cloneable<SelfAttention
   torch::Tensor forward(const torch::Tensor& x, const torch::Tensor& freqs_sin = {},
                         const torch::Tensor& freqs_cos = {}, const torch::Tensor& segment_ids = {});
 
+  /// Puts `module` in the place of a projection or a norm: "q_proj", "k_proj", "v_proj", "out_proj", "q_norm" or
+  /// "k_norm". From then on forward calls it, with a tensor for a tensor: (B, S, features) for a projection, (B, S,
+  /// heads, head_dim) for a norm. It may hold what was there before (an adapter). Module::replace_module alone, of
+  /// whose module nobody knows how to call it, is an error in the next forward.
+  void replace(const std::string& name, torch::nn::AnyModule module);
+
+  /// Whether forward is one operator: nothing has been replaced.
+  bool is_plain() const { return replaced_.empty(); }
+
   void pretty_print(std::ostream& stream) const override;
 
   int64_t num_heads() const { return options.embedding_dim() / options.head_dim(); }
@@ -88,6 +98,13 @@ class SELFATTN_API SelfAttentionImpl : public torch::nn::Cloneable<SelfAttention
  protected:
   FORWARD_HAS_DEFAULT_ARGS({1, torch::nn::AnyValue(torch::Tensor())}, {2, torch::nn::AnyValue(torch::Tensor())},
                            {3, torch::nn::AnyValue(torch::Tensor())})
+
+ private:
+  void check_children() const;
+  torch::Tensor compose(const torch::Tensor& x, const torch::Tensor& freqs_sin, const torch::Tensor& freqs_cos,
+                        const torch::Tensor& segment_ids);
+
+  std::map<std::string, torch::nn::AnyModule> replaced_;
 };
 TORCH_MODULE(SelfAttention);
 

@@ -87,6 +87,79 @@ TEST(Module, WorksInASequential) {
   EXPECT_EQ(layers->forward(torch::randn({2, 5, 64})).sizes(), (std::vector<int64_t>{2, 5, 8}));
 }
 
+/// Beside a projection, as adapters are.
+struct LowRankImpl : torch::nn::Module {
+  explicit LowRankImpl(torch::nn::Linear base_)
+      : base(register_module("base", std::move(base_))),
+        down(register_module("down", torch::nn::Linear(torch::nn::LinearOptions(64, 2).bias(false)))),
+        up(register_module("up",
+                           torch::nn::Linear(torch::nn::LinearOptions(2, base->options.out_features()).bias(false)))) {}
+
+  torch::Tensor forward(const torch::Tensor& x) { return base(x) + up(down(x)); }
+
+  torch::nn::Linear base, down, up;
+};
+TORCH_MODULE(LowRank);
+
+TEST(Module, CallsWhatReplacesAProjection) {
+  for (const char* name : {"q_proj", "k_proj", "v_proj", "out_proj"}) {
+    SelfAttention module(every_option()),
+        merged =
+            std::dynamic_pointer_cast<selfattn::SelfAttentionImpl>(std::shared_ptr<torch::nn::Module>(module->clone()));
+    const auto own = [&](SelfAttention& of) -> torch::nn::Linear& {
+      return *name == 'q' ? of->q_proj : *name == 'k' ? of->k_proj : *name == 'v' ? of->v_proj : of->out_proj;
+    };
+    LowRank adapter(own(module));
+    module->replace(name, torch::nn::AnyModule(adapter));
+    EXPECT_FALSE(module->is_plain());
+    {
+      const torch::NoGradGuard no_grad;
+      own(merged)->weight += adapter->up->weight.mm(adapter->down->weight);
+    }
+    const auto x = torch::randn({2, 5, 64}), ids = torch::tensor({{0, 0, 1, 1, -1}, {3, 3, 3, 3, 3}});
+    const auto out = module->forward(x, {}, {}, ids);
+    EXPECT_TRUE(torch::allclose(out, merged->forward(x, {}, {}, ids), 1e-4, 1e-5)) << name;
+    out.sum().backward();
+    EXPECT_GT(adapter->up->weight.grad().abs().max().item<double>(), 0.0) << name;
+    EXPECT_TRUE(module->named_parameters().contains(std::string(name) + ".base.weight"));
+  }
+}
+
+TEST(Module, CallsWhatReplacesANorm) {
+  SelfAttention module(every_option());
+  const auto x = torch::randn({2, 5, 64});
+  const auto before = module->forward(x);
+  module->replace("q_norm", torch::nn::AnyModule(torch::nn::Identity()));
+  const auto q = module->q_proj(x), k = module->k_proj(x).view({2, 5, 2, 16});
+  const auto normalised = k * (k.square().mean(-1, true) + 1e-6).rsqrt() * module->k_norm->weight;
+  EXPECT_FALSE(torch::allclose(module->forward(x), before));
+  const auto expected = torch::linear(
+      torch::Tensor(c10::Dispatcher::singleton()
+                        .findSchemaOrThrow("selfattn::projected_attention", "")
+                        .typed<torch::Tensor(const torch::Tensor&, const torch::Tensor&, const torch::Tensor&,
+                                             const std::optional<torch::Tensor>&, const std::optional<torch::Tensor>&,
+                                             const std::optional<torch::Tensor>&, const std::optional<torch::Tensor>&,
+                                             const std::optional<torch::Tensor>&, const std::optional<torch::Tensor>&,
+                                             int64_t, double, double, c10::string_view, bool, std::optional<double>,
+                                             c10::string_view, int64_t, int64_t, double)>()
+                        .call(q, normalised.flatten(2), module->v_proj(x), {}, {}, module->sinks, {}, {}, {}, 16, 1e-6,
+                              10000.0, "interleaved", true, {}, "auto", -1, -1, 0.0)),
+      module->out_proj->weight, module->out_proj->bias);
+  EXPECT_TRUE(torch::allclose(module->forward(x), expected, 1e-4, 1e-5));
+}
+
+TEST(Module, RefusesModulesThatItCannotCall) {
+  SelfAttention module(SelfAttentionOptions(64));
+  EXPECT_THROW(module->replace("q_norm", torch::nn::AnyModule(torch::nn::Identity())), c10::ValueError);
+  EXPECT_THROW(module->replace("proj", torch::nn::AnyModule(torch::nn::Identity())), c10::ValueError);
+  EXPECT_THROW(module->replace("q_proj", torch::nn::AnyModule()), c10::ValueError);
+  EXPECT_TRUE(module->is_plain());
+  module->replace_module("v_proj", torch::nn::Linear(64, 64));
+  EXPECT_THROW(module->forward(torch::randn({1, 3, 64})), c10::ValueError);
+  module->reset();
+  EXPECT_EQ(module->forward(torch::randn({1, 3, 64})).size(1), 3);
+}
+
 TEST(Module, PrintsItsOptions) {
   std::ostringstream text;
   text << SelfAttention(every_option());
