@@ -15,6 +15,8 @@ OPTIONS = {
     "full": {"causal": False},
     "window": {"window_left": 5, "causal": False, "window_right": 3},
     "scale_half": {"qk_scale": 0.3, "pairing": "half", "theta": 100.0, "eps": 1e-3},
+    "partial": {},
+    "partial_half": {"pairing": "half"},
 }
 
 
@@ -43,8 +45,9 @@ def test_results_and_gradients_are_those_of_the_parts(options: str, has_sinks: b
     if not has_sinks:
         del tensors["sinks"]
     others = {"segment_ids": make_ids("shuffled", 2, 40).to(device), **OPTIONS[options]}
-    if options == "plain":
-        others["freqs"] = tuple(t.to(device) for t in selfattn.precompute_freqs(32, max_length=40))
+    rotary_dim = {"plain": 32, "partial": 20, "partial_half": 16}.get(options)
+    if rotary_dim:
+        others["freqs"] = tuple(1.1 * t.to(device) for t in selfattn.precompute_freqs(rotary_dim, max_length=40))
     results = []
     torch.use_deterministic_algorithms(True)
     for function in (as_one, by_parts):
@@ -56,12 +59,14 @@ def test_results_and_gradients_are_those_of_the_parts(options: str, has_sinks: b
         assert torch.equal(actual, wanted)
 
 
-def test_second_derivatives_are_those_of_the_reference() -> None:
+@pytest.mark.parametrize("rotary_dim", [8, 4])
+def test_second_derivatives_are_those_of_the_reference(rotary_dim: int) -> None:
     tensors = make("cpu", torch.float32, dim=8)
     ids = make_ids("shuffled", 2, 40)
+    freqs = selfattn.precompute_freqs(rotary_dim, max_length=40)
 
     def by_reference(q, k, v, q_weight, k_weight, sinks):
-        q, k = OPS.qk_norm_rope(q, k, q_weight, k_weight)
+        q, k = OPS.qk_norm_rope(q, k, q_weight, k_weight, *freqs)
         return OPS.multihead_attention_lse(q, k, v, ids, backend="reference", sinks=sinks)
 
     def seconds(function) -> list[Tensor]:
@@ -70,7 +75,8 @@ def test_second_derivatives_are_those_of_the_reference() -> None:
         first = torch.autograd.grad(out.square().sum(), list(leaves.values()), create_graph=True)
         return list(torch.autograd.grad(sum(g.square().sum() for g in first), list(leaves.values())))
 
-    for actual, wanted in zip(seconds(lambda **t: as_one(**t, segment_ids=ids)), seconds(by_reference), strict=True):
+    found = seconds(lambda **t: as_one(**t, segment_ids=ids, freqs=freqs))
+    for actual, wanted in zip(found, seconds(by_reference), strict=True):
         assert error(actual, wanted) < 1e-4
 
 
