@@ -282,8 +282,8 @@ def apply_rotary_emb(
     Args:
         xq: (B, S, NH, D).
         xk: (B, S, NKV, D).
-        freqs_sin: (1 or B, S, R / 2) of ``precompute_freqs``: the first R <= D elements of a head rotate, the others
-            stay. None rotates all by the positions 0..S-1.
+        freqs_sin: (1 or B, S, R / 2) of ``precompute_freqs`` or ``RopeParameters.tables``: the first R <= D elements of
+            a head rotate, the others stay. None rotates all by the positions 0..S-1.
         freqs_cos: as ``freqs_sin``; both or neither. A factor in both scales what rotates.
         theta: base of the frequencies where none are given.
         pairing: "interleaved" rotates the pairs (2i, 2i + 1); "half" the pairs (i, i + R / 2), as the checkpoints of

@@ -107,6 +107,32 @@ def test_module_trains_as_with_another_backend(config: str, device: str) -> None
         torch.testing.assert_close(again[name], gradient, rtol=1e-2, atol=1e-2 * gradient.abs().max().item())
 
 
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_module_rotates_a_part_of_its_heads(qk_norm: bool, device: str) -> None:
+    config = selfattn.SelfAttentionConfig(head_dim=32, qk_norm=qk_norm, rope_pairing="half", num_kv_heads=2)
+    module = selfattn.SelfAttention(128, config, device=device)
+    ids = make_ids("packed", 2, 40).to(device)
+    parameters = selfattn.RopeParameters(
+        rotary_dim=16, rope_type="yarn", factor=4.0, original_max_position_embeddings=16
+    )
+    freqs = parameters.tables(40, device=device)
+    x = torch.randn(2, 40, 128, device=device, requires_grad=True)
+
+    def by_operators(x: Tensor) -> Tensor:
+        q, k, v = (getattr(module, f"{name}_proj")(x).view(2, 40, -1, 32) for name in "qkv")
+        weights = (module.q_norm.weight, module.k_norm.weight) if qk_norm else (None, None)
+        q, k = OPS.qk_norm_rope(q, k, *weights, *freqs, norm=qk_norm, pairing="half")
+        out = OPS.multihead_attention(q, k, v, ids, backend="reference")
+        return module.out_proj(out.reshape(2, 40, -1))
+
+    leaves = [x, *module.parameters()]
+    results = [module(x, freqs, ids), by_operators(x)]
+    gradients = [torch.autograd.grad(out.square().sum(), leaves) for out in results]
+    for actual, wanted in zip((results[0], *gradients[0]), (results[1], *gradients[1]), strict=True):
+        assert error(actual, wanted) < (1e-5 if device == "cpu" else 2e-2) * max(1.0, wanted.abs().max().item())
+    assert error(results[0], module(x, segment_ids=ids)) > 1e-2  # which rotates whole heads
+
+
 def test_module_on_the_meta_device_gives_shapes() -> None:
     config = selfattn.SelfAttentionConfig(head_dim=32, qk_norm=True)
     module = selfattn.SelfAttention(64, config, device="meta")
