@@ -25,12 +25,14 @@ from selfattn.functional import (  # noqa: E402
 )
 from selfattn.module import SelfAttention  # noqa: E402
 from selfattn.packing_report import packing_report  # noqa: E402
+from selfattn.rope import RopeParameters  # noqa: E402
 
 _register_flops()
 
 __all__ = [
     "AttentionBackend",
     "ParallelConfig",
+    "RopeParameters",
     "SelfAttention",
     "SelfAttentionConfig",
     "apply_rotary_emb",

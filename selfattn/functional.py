@@ -282,10 +282,11 @@ def apply_rotary_emb(
     Args:
         xq: (B, S, NH, D).
         xk: (B, S, NKV, D).
-        freqs_sin: (1 or B, S, D / 2) of ``precompute_freqs``; None computes positions 0..S-1.
-        freqs_cos: as ``freqs_sin``; both or neither.
+        freqs_sin: (1 or B, S, R / 2) of ``precompute_freqs`` or ``RopeParameters.tables``: the first R <= D elements of
+            a head rotate, the others stay. None rotates all by the positions 0..S-1.
+        freqs_cos: as ``freqs_sin``; both or neither. A factor in both scales what rotates.
         theta: base of the frequencies where none are given.
-        pairing: "interleaved" rotates the pairs (2i, 2i + 1); "half" the pairs (i, i + D / 2), as the checkpoints of
+        pairing: "interleaved" rotates the pairs (2i, 2i + 1); "half" the pairs (i, i + R / 2), as the checkpoints of
             Hugging Face expect.
 
     Returns:
@@ -318,7 +319,7 @@ def qk_norm_rope(
         k: (B, S, NKV, D).
         q_weight: (D,) scale of the norm of q; None is ones.
         k_weight: (D,) scale of the norm of k; None is ones.
-        freqs_sin: (1 or B, S, D / 2) of ``precompute_freqs``.
+        freqs_sin: (1 or B, S, R / 2), as ``apply_rotary_emb``. The norm is that of whole heads.
         freqs_cos: as ``freqs_sin``; both or neither.
         norm: whether to normalise.
         eps: added to the mean square.

@@ -58,9 +58,11 @@ Side make_side(const NormRopeCall& call, const at::Tensor& input, const at::Tens
     const int64_t rows = std::max(call.freqs_sin->size(0), call.freqs_cos->size(0));
     side.sin = as_rows(call.freqs_sin->expand({rows, -1, -1}), at::kFloat);
     side.cos = as_rows(call.freqs_cos->expand({rows, -1, -1}), at::kFloat);
+    p.rotary_dim = 2 * side.sin.size(2);
     p.sin = side.sin.const_data_ptr<float>();
     p.cos = side.cos.const_data_ptr<float>();
   } else if (call.rope) {
+    p.rotary_dim = p.dim;
     side.quarter_turns = quarter_turns(p.dim, call.theta);
     p.quarter_turns = side.quarter_turns.data();
     if (call.positions) {

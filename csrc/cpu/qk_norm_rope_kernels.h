@@ -17,11 +17,12 @@ struct NormRopeProblem {
   bool has_norm = false, has_rope = false, pairs_halves = false;
   float eps = 0.0f;
   const float* weight = nullptr;  // (D,); null: ones
+  int64_t rotary_dim = 0;         // R: the first elements of a head, those that rotate
   // Tables, or positions with the quarter turns (rotary.h) of one step. A batch stride is 0 where all rows share them.
-  const float *sin = nullptr, *cos = nullptr;  // (1 or B, S, D / 2)
+  const float *sin = nullptr, *cos = nullptr;  // (1 or B, S, R / 2)
   const double* positions = nullptr;           // (1 or B, S); null: 0 .. S - 1
   int64_t row_stride = 0;                      // tokens from one batch row to the next, in tables or positions
-  const double* quarter_turns = nullptr;       // (D / 2,)
+  const double* quarter_turns = nullptr;       // (R / 2,)
 
   int64_t tokens() const { return batch * length; }
 };

@@ -1,5 +1,6 @@
 // selfattn::qk_norm_rope and its gradient on CUDA: tensors -> params -> launch.
 #include <ATen/cuda/CUDAContext.h>
+#include <ATen/ops/constant_pad_nd.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 
@@ -57,16 +58,26 @@ Tensor with_float_type(const Tensor& tensor) {
   return float_type(tensor.scalar_type()) ? tensor : tensor.to(at::kFloat);
 }
 
+/// The vector kernels rotate whole heads: tables of their first elements get angles of 0 for the other pairs. Where a
+/// head's halves make pairs, the pairs of its first elements are no pairs of the whole, and the general kernels serve.
+bool takes_whole_tables(const NormRopeCall& call, int64_t dim) {
+  return call.pairing == RotaryPairing::kInterleaved && has_vector_kernel(dim);
+}
+
 /// The angles of heads, and the tensors that they point into.
 struct Angles {
   Tensor sin, cos, positions;
   AngleSource source{};
 
-  explicit Angles(const NormRopeCall& call) {
+  /// `whole_dim`: the widest heads that take whole tables, or 0.
+  Angles(const NormRopeCall& call, int64_t whole_dim) {
     const auto row_stride = [](const Tensor& tensor) { return tensor.size(0) == 1 ? 0 : tensor.stride(0); };
     if (call.freqs_sin) {
       sin = with_float_type(*call.freqs_sin), cos = with_float_type(*call.freqs_cos);
       if (sin.scalar_type() != cos.scalar_type()) sin = sin.to(at::kFloat), cos = cos.to(at::kFloat);
+      if (const int64_t missing = whole_dim / 2 - sin.size(2); missing > 0) {
+        sin = at::constant_pad_nd(sin, {0, missing}, 0.0), cos = at::constant_pad_nd(cos, {0, missing}, 1.0);
+      }
       if (sin.strides() != cos.strides() || sin.size(0) != cos.size(0)) {
         const int64_t rows = std::max(sin.size(0), cos.size(0));
         sin = sin.expand({rows, -1, -1}).contiguous(), cos = cos.expand({rows, -1, -1}).contiguous();
@@ -94,6 +105,8 @@ NormRopeParams make_params(const NormRopeCall& call, const Tensor& x) {
   params.dim = static_cast<int>(x.size(3));
   params.element = *float_type(x.scalar_type());
   params.has_norm = call.norm, params.has_rope = call.rope;
+  const bool is_partial = call.freqs_sin && !takes_whole_tables(call, x.size(3));
+  params.rotary_dim = is_partial ? static_cast<int>(2 * call.freqs_sin->size(2)) : params.dim;
   params.pairs_halves = call.pairing == RotaryPairing::kHalf;
   params.eps = static_cast<float>(call.eps), params.theta = call.theta;
   if (call.rope && !call.freqs_sin && has_vector_kernel(x.size(3))) {
@@ -109,6 +122,11 @@ struct Heads {
   const Tensor& k;
 };
 
+int64_t widest_with_whole_tables(const NormRopeCall& call, const Heads& heads) {
+  const auto width = [&](const Tensor& x) { return takes_whole_tables(call, x.size(3)) ? x.size(3) : 0; };
+  return std::max(width(heads.q), width(heads.k));
+}
+
 /// Both sides of a launch, whose input or gradient is not there yet, and the tensors that they point into.
 struct Sides {
   Angles angles;
@@ -116,7 +134,7 @@ struct Sides {
   NormRopeSide of[2] = {};
 
   Sides(const NormRopeCall& call, const Heads& from, const Heads& to)
-      : angles(call), heads{readable(from.q), readable(from.k)} {
+      : angles(call, widest_with_whole_tables(call, from)), heads{readable(from.q), readable(from.k)} {
     const OptionalTensor* const given_weights[] = {&call.q_weight, &call.k_weight};
     for (int i = 0; i < 2; i++) {
       NormRopeSide& side = of[i];

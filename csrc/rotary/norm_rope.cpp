@@ -34,13 +34,14 @@ double eps_of_heads(double eps, const at::Tensor& heads) {
   return std::clamp<double>(eps, std::numeric_limits<float>::min(), std::numeric_limits<float>::max());
 }
 
+/// Throws where the table does not fit the heads. It may be narrower than they are: it rotates their first R elements.
 void check_table(const at::Tensor& table, const HeadsShape& heads, const char* name) {
   check_floating_point(table, name, heads.device, heads.name);
   const auto sizes = table.sym_sizes();
   const bool fits = table.dim() == 3 && (sizes[0] == 1 || sizes[0] == heads.batch) && sizes[1] == heads.length &&
-                    sizes[2] * 2 == heads.head_dim;
-  TORCH_CHECK_VALUE(fits, "selfattn: ", name, " must have the shape (1 or B, S, D / 2) = (1 or ", heads.batch, ", ",
-                    heads.length, ", ", heads.head_dim / 2, ") of ", heads.name, "; got ", sizes);
+                    (sizes[2] * 2 == heads.head_dim || (sizes[2] > 0 && sizes[2] * 2 < heads.head_dim));
+  TORCH_CHECK_VALUE(fits, "selfattn: ", name, " must have the shape (1 or B, S, R / 2) = (1 or ", heads.batch, ", ",
+                    heads.length, ", 1 to ", heads.head_dim / 2, ") of ", heads.name, "; got ", sizes);
 }
 
 /// Throws where heads cannot be rotated by the call's tables, or by its positions and theta.
@@ -48,14 +49,17 @@ void check_rotation(const HeadsShape& heads, const NormRopeCall& call, const cha
   const OptionalTensor &sin = call.freqs_sin, &cos = call.freqs_cos, &positions = call.positions;
   TORCH_CHECK_VALUE(sin.has_value() == cos.has_value(),
                     "selfattn: freqs_sin and freqs_cos must be given together; got one alone");
-  TORCH_CHECK_VALUE(heads.head_dim % 2 == 0, "selfattn: ", heads.name,
-                    " must have an even head dimension for the rotary embedding; got ", heads.head_dim);
   if (sin) {
     TORCH_CHECK_VALUE(!positions, "selfattn: positions must not be given beside freqs_sin and freqs_cos");
     check_table(*sin, heads, "freqs_sin");
     check_table(*cos, heads, "freqs_cos");
+    TORCH_CHECK_VALUE(cos->sym_size(2) == sin->sym_size(2),
+                      "selfattn: freqs_cos must have as many columns as freqs_sin, ", sin->sym_size(2), "; got shape ",
+                      cos->sym_sizes());
     return;
   }
+  TORCH_CHECK_VALUE(heads.head_dim % 2 == 0, "selfattn: ", heads.name,
+                    " must have an even head dimension for the rotary embedding without tables; got ", heads.head_dim);
   check_theta(call.theta, theta_name);
   if (!positions) return;
   check_positions_dtype(*positions, "positions");

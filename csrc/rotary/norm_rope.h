@@ -18,8 +18,8 @@ struct NormRopeCall {
   OptionalTensor q_weight = std::nullopt;  // (D,)
   OptionalTensor k_weight = std::nullopt;  // (D,)
   // Both tables, or positions, or nothing: positions 0 .. S - 1.
-  OptionalTensor freqs_sin = std::nullopt;  // (1 or B, S, D / 2)
-  OptionalTensor freqs_cos = std::nullopt;  // (1 or B, S, D / 2)
+  OptionalTensor freqs_sin = std::nullopt;  // (1 or B, S, R / 2): the first R elements of a head rotate
+  OptionalTensor freqs_cos = std::nullopt;  // (1 or B, S, R / 2)
   bool norm = true;
   double eps = 1e-6;
   bool rope = true;

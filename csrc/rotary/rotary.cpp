@@ -71,9 +71,13 @@ void check_positions_dtype(const at::Tensor& positions, const char* name) {
 
 at::Tensor rotate(const at::Tensor& x, const RotaryTables& tables, RotaryPairing pairing) {
   const at::Tensor heads = x.to(compute_dtype(x));
-  const at::Tensor sin = tables.sin.to(heads.scalar_type()).unsqueeze(2);  // (1 or B, S, 1, D / 2)
+  const at::Tensor sin = tables.sin.to(heads.scalar_type()).unsqueeze(2);  // (1 or B, S, 1, R / 2)
   const at::Tensor cos = tables.cos.to(heads.scalar_type()).unsqueeze(2);
-  const c10::SymInt half = heads.sym_size(3) / 2;
+  const c10::SymInt dim = heads.sym_size(3), half = sin.sym_size(3), rotary_dim = half * 2;
+  if (rotary_dim != dim) {
+    const at::Tensor rotated = rotate(heads.narrow_symint(3, 0, rotary_dim), tables, pairing);
+    return at::cat({rotated, heads.narrow_symint(3, rotary_dim, dim - rotary_dim)}, -1);
+  }
   if (pairing == RotaryPairing::kInterleaved) {
     const at::Tensor even = heads.slice_symint(3, 0, std::nullopt, 2), odd = heads.slice_symint(3, 1, std::nullopt, 2);
     return at::stack({even * cos - odd * sin, even * sin + odd * cos}, -1).flatten(3, 4);

@@ -9,8 +9,8 @@
 
 namespace selfattn {
 
-/// How a head's dimensions pair up: (2i, 2i + 1), as in the RoFormer paper, or (i, i + D / 2), as Hugging Face stores
-/// its checkpoints.
+/// How a head's first R elements, those that rotate, pair up: (2i, 2i + 1), as in the RoFormer paper, or (i, i + R /
+/// 2), as Hugging Face stores its checkpoints.
 enum class RotaryPairing { kInterleaved, kHalf };
 
 /// Reads "interleaved" or "half"; throws c10::ValueError otherwise. `name` is the argument's, for the message.
@@ -23,10 +23,11 @@ std::string_view to_string(RotaryPairing pairing);
 /// nearest integer is the quadrant, so that kernels reduce an angle by rounding it. Kept for the thread's next call.
 const std::vector<double>& quarter_turns(int64_t head_dim, double theta);
 
-/// The sines and cosines that rotate a head's pairs at each position.
+/// The sines and cosines that rotate the pairs of a head's first R elements at each position, R <= D. Both may carry a
+/// factor: sin^2 + cos^2 need not be 1.
 struct RotaryTables {
-  at::Tensor sin;  // (1 or B, S, D / 2)
-  at::Tensor cos;  // (1 or B, S, D / 2)
+  at::Tensor sin;  // (1 or B, S, R / 2)
+  at::Tensor cos;  // (1 or B, S, R / 2)
 };
 
 /// Tables of positions (S,) or (B, S): angle = position / theta^(2i / D) (RoFormer, arXiv:2104.09864, eq. 15), float64.
@@ -38,7 +39,8 @@ void check_theta(double theta, const char* name);
 /// Throws where `positions` are no numbers on an axis. `name` is the argument's.
 void check_positions_dtype(const at::Tensor& positions, const char* name);
 
-/// Rotates the pairs of x (B, S, N, D) by the tables; computes and gives back at least float32.
+/// Rotates the pairs of x (B, S, N, D) by the tables, and leaves the elements from R on; computes and gives back at
+/// least float32.
 at::Tensor rotate(const at::Tensor& x, const RotaryTables& tables, RotaryPairing pairing);
 
 }  // namespace selfattn

@@ -87,8 +87,8 @@ SELFATTN_API std::tuple<at::Tensor, at::Tensor> precompute_freqs(int64_t feat_di
 
 /// What a call of apply_rotary_emb may leave out; without tables, positions are 0 .. S - 1.
 struct RotaryOptions {
-  TORCH_ARG(std::optional<at::Tensor>, freqs_sin);  ///< (1 or B, S, D / 2)
-  TORCH_ARG(std::optional<at::Tensor>, freqs_cos);  ///< (1 or B, S, D / 2)
+  TORCH_ARG(std::optional<at::Tensor>, freqs_sin);  ///< (1 or B, S, R / 2): the first R <= D elements of a head rotate
+  TORCH_ARG(std::optional<at::Tensor>, freqs_cos);  ///< (1 or B, S, R / 2)
   TORCH_ARG(double, theta) = 10000.0;
   TORCH_ARG(std::string, pairing) = "interleaved";  ///< or "half", as Hugging Face stores its checkpoints
 };
@@ -99,9 +99,9 @@ SELFATTN_API std::tuple<at::Tensor, at::Tensor> apply_rotary_emb(const at::Tenso
 
 /// What a call of qk_norm_rope may leave out.
 struct QkNormRopeOptions {
-  TORCH_ARG(std::optional<at::Tensor>, q_weight);  ///< (D,)
-  TORCH_ARG(std::optional<at::Tensor>, k_weight);  ///< (D,)
-  TORCH_ARG(std::optional<at::Tensor>, freqs_sin);
+  TORCH_ARG(std::optional<at::Tensor>, q_weight);   ///< (D,)
+  TORCH_ARG(std::optional<at::Tensor>, k_weight);   ///< (D,)
+  TORCH_ARG(std::optional<at::Tensor>, freqs_sin);  ///< as in RotaryOptions
   TORCH_ARG(std::optional<at::Tensor>, freqs_cos);
   TORCH_ARG(bool, norm) = true;
   TORCH_ARG(double, eps) = 1e-6;

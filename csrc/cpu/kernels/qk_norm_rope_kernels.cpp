@@ -9,12 +9,14 @@
 namespace selfattn::cpu {
 inline namespace CPU_CAPABILITY {
 
-/// y = x rotated by the angles, or rotated back.
+/// y = x with its first pairs rotated by the angles, or rotated back.
 template <bool kBack>
-void rotate(const float* __restrict x, const float* __restrict sin, const float* __restrict cos, int64_t half,
-            bool pairs_halves, float* __restrict y) {
+void rotate(const NormRopeProblem& p, const TokenRotations& rotations, const float* __restrict x, float* __restrict y) {
   constexpr float kSign = kBack ? -1.0f : 1.0f;
-  if (pairs_halves) {
+  const float* const __restrict sin = rotations.sin, * const __restrict cos = rotations.cos;
+  const int64_t half = p.rotary_dim / 2;
+  for (int64_t i = p.rotary_dim; i < p.dim; ++i) y[i] = x[i];
+  if (p.pairs_halves) {
     for (int64_t i = 0; i < half; ++i) {
       const float first = x[i], second = x[half + i], s = kSign * sin[i];
       y[i] = first * cos[i] - second * s;
@@ -79,7 +81,7 @@ void norm_rope_forward(const NormRopeProblem& p, int64_t first_token, int64_t la
   for_each_head(p, first_token, last_token, rotations, [&](int64_t batch, int64_t token, int64_t head, int64_t row) {
     convert(p.input.at<const T>(batch, token, head), x, p.dim);
     if (p.has_norm) scale(x, reciprocal_rms(p, x), p.weight, p.dim);
-    if (p.has_rope) rotate</*kBack=*/false>(x, rotations.sin, rotations.cos, p.dim / 2, p.pairs_halves, y);
+    if (p.has_rope) rotate</*kBack=*/false>(p, rotations, x, y);
     convert_scaled(p.has_rope ? y : x, 1.0f, result + row * p.dim, p.dim);
   });
 }
@@ -92,7 +94,7 @@ void norm_rope_backward(const NormRopeProblem& p, int64_t first_token, int64_t l
   T* const result = static_cast<T*>(p.result);
   for_each_head(p, first_token, last_token, rotations, [&](int64_t batch, int64_t token, int64_t head, int64_t row) {
     convert(p.grad.at<const T>(batch, token, head), grad, p.dim);
-    if (p.has_rope) rotate</*kBack=*/true>(grad, rotations.sin, rotations.cos, p.dim / 2, p.pairs_halves, rotated_back);
+    if (p.has_rope) rotate</*kBack=*/true>(p, rotations, grad, rotated_back);
     float* const g = p.has_rope ? rotated_back : grad;
     if (p.has_norm) {
       convert(p.input.at<const T>(batch, token, head), x, p.dim);

@@ -40,7 +40,7 @@ struct TokenRotations {
 
   void go_to(int64_t batch, int64_t token) {
     if (!p.has_rope) return;
-    const int64_t half = p.dim / 2, row = batch * p.row_stride + token;
+    const int64_t half = p.rotary_dim / 2, row = batch * p.row_stride + token;
     if (p.sin) {
       sin = p.sin + row * half;
       cos = p.cos + row * half;

@@ -1,5 +1,6 @@
-// qk_norm_rope for the head dimensions without a vector kernel: any up to kMaxNormRopeDim, odd ones without rotation. A
-// block takes a token at a time and makes its rotations once; a warp takes a head at a time and reads it twice.
+// qk_norm_rope for what has no vector kernel: head dimensions of any size up to kMaxNormRopeDim, odd ones without
+// rotation, and heads of which the first part alone rotates. A block takes a token at a time and makes its rotations
+// once; a warp takes a head at a time and reads it twice.
 #pragma once
 #include "lane.cuh"
 
@@ -7,14 +8,23 @@ namespace selfattn::cuda {
 
 constexpr int kGeneralWarps = 4, kGeneralThreads = kGeneralWarps * kWarpSize;
 
-// Where the elements of a head's pairs stand. An odd dimension's last pair lacks its second element.
+// Where the elements of a head's pairs stand. An odd dimension's last pair lacks its second element. Those that do not
+// rotate are neighbours in both pairings.
+template <bool kIsPartial>
 struct PairOrder {
-  int dim;
+  int dim, rotary_dim;
   bool is_interleaved;
 
   __device__ __forceinline__ int pairs() const { return (dim + 1) / 2; }
-  __device__ __forceinline__ int first(int pair) const { return is_interleaved ? 2 * pair : pair; }
-  __device__ __forceinline__ int second(int pair) const { return is_interleaved ? 2 * pair + 1 : pair + dim / 2; }
+  __device__ __forceinline__ bool is_rotated(int pair) const { return pair < rotary_dim / 2; }
+  __device__ __forceinline__ int first(int pair) const {
+    if constexpr (kIsPartial) return is_interleaved || !is_rotated(pair) ? 2 * pair : pair;
+    return is_interleaved ? 2 * pair : pair;
+  }
+  __device__ __forceinline__ int second(int pair) const {
+    if constexpr (kIsPartial) return is_interleaved || !is_rotated(pair) ? 2 * pair + 1 : pair + rotary_dim / 2;
+    return is_interleaved ? 2 * pair + 1 : pair + dim / 2;
+  }
 
   template <class Element>
   __device__ __forceinline__ float2 load(const Element* g_head, int pair) const {
@@ -41,7 +51,7 @@ __device__ __forceinline__ float2 rotated(float2 x, Rotation rotation) {
   return make_float2(x.x * rotation.cos - x.y * rotation.sin, x.x * rotation.sin + x.y * rotation.cos);
 }
 
-template <class Element, bool kIsBackward>
+template <class Element, bool kIsBackward, bool kIsPartial>
 __global__ void __launch_bounds__(kGeneralThreads)
     qk_norm_rope_general_kernel(const __grid_constant__ NormRopeParams p) {
   extern __shared__ float s_memory[];
@@ -51,7 +61,7 @@ __global__ void __launch_bounds__(kGeneralThreads)
   const bool is_first = static_cast<int>(blockIdx.x) < p.sides[0].blocks;
   const NormRopeSide& side = p.sides[is_first ? 0 : 1];
   const int block = is_first ? blockIdx.x : blockIdx.x - p.sides[0].blocks;
-  const PairOrder order{p.dim, !p.pairs_halves || !p.has_rope};
+  const PairOrder<kIsPartial> order{p.dim, p.rotary_dim, !p.pairs_halves || !p.has_rope};
   float* const s_warp_sums = s_sums + warp * p.dim;
   if constexpr (kIsBackward) {
     for (int column = lane; column < p.dim; column += kWarpSize) s_warp_sums[column] = 0.0f;
@@ -64,7 +74,7 @@ __global__ void __launch_bounds__(kGeneralThreads)
     if (p.has_rope) {
       __syncthreads();  // the token before is done with its rotations
       const double position = side.angles.sin ? 0.0 : position_of(side.angles, batch, token);
-      for (int pair = threadIdx.x; pair < p.dim / 2; pair += kGeneralThreads) {
+      for (int pair = threadIdx.x; pair < (kIsPartial ? p.rotary_dim : p.dim) / 2; pair += kGeneralThreads) {
         constexpr double kQuarterTurns = 0.63661977236758134308;  // in a radian
         Rotation rotation = side.angles.sin
                                 ? table_rotation(side.angles, batch, token, pair)
@@ -86,7 +96,7 @@ __global__ void __launch_bounds__(kGeneralThreads)
         squares += x.x * x.x + x.y * x.y;
         if constexpr (kIsBackward) {
           float2 grad = order.load(g_grad, pair);
-          if (p.has_rope) grad = rotated(grad, s_rotations[pair]);
+          if (p.has_rope && (!kIsPartial || order.is_rotated(pair))) grad = rotated(grad, s_rotations[pair]);
           const float2 weight = order.load_weight(side, pair);
           product += grad.x * weight.x * x.x + grad.y * weight.y * x.y;
         }
@@ -100,7 +110,7 @@ __global__ void __launch_bounds__(kGeneralThreads)
         const float2 normed = make_float2(x.x * rstd, x.y * rstd);
         if constexpr (kIsBackward) {
           float2 grad = order.load(g_grad, pair);
-          if (p.has_rope) grad = rotated(grad, s_rotations[pair]);
+          if (p.has_rope && (!kIsPartial || order.is_rotated(pair))) grad = rotated(grad, s_rotations[pair]);
           s_warp_sums[order.first(pair)] += grad.x * normed.x;
           if (order.second(pair) < p.dim) s_warp_sums[order.second(pair)] += grad.y * normed.y;
           order.store(g_result, pair,
@@ -108,7 +118,7 @@ __global__ void __launch_bounds__(kGeneralThreads)
                                   rstd * (grad.y * weight.y - normed.y * along)));
         } else {
           float2 result = make_float2(normed.x * weight.x, normed.y * weight.y);
-          if (p.has_rope) result = rotated(result, s_rotations[pair]);
+          if (p.has_rope && (!kIsPartial || order.is_rotated(pair))) result = rotated(result, s_rotations[pair]);
           order.store(g_result, pair, result);
         }
       }

@@ -84,7 +84,7 @@ cudaError_t schedule_qk_norm_rope(NormRopeParams& params, bool is_backward) {
   int device = 0, sms = 0;
   if (const cudaError_t status = find_device(device, sms)) return status;
   const int most_blocks = sms * (is_backward ? kBackwardBlocks : kForwardBlocks);
-  const bool is_vector = has_vector_kernel(params.dim);
+  const bool is_vector = takes_vector_kernel(params);
   const int warps = is_vector ? kVectorWarps : 1;  // a block of the general kernel takes one token at a time
   int64_t tokens[2] = {0, 0};
   for (int i = 0; i < params.num_sides; i++) {

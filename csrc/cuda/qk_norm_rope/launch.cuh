@@ -27,14 +27,14 @@ cudaError_t launch_by_dim(const NormRopeParams& params, bool is_backward, int bl
   return launch_vector_kernel<NormRopeConfig<Element, 16, kPairsHalves>>(params, is_backward, blocks, stream);
 }
 
-template <class Element>
+template <class Element, bool kIsPartial>
 cudaError_t launch_general_kernel(const NormRopeParams& params, bool is_backward, int blocks, cudaStream_t stream) {
   const int rotation_floats = (params.dim + 1) / 2 * 2;
   if (is_backward) {
     const size_t bytes = (rotation_floats + kGeneralWarps * params.dim) * sizeof(float);
-    qk_norm_rope_general_kernel<Element, true><<<blocks, kGeneralThreads, bytes, stream>>>(params);
+    qk_norm_rope_general_kernel<Element, true, kIsPartial><<<blocks, kGeneralThreads, bytes, stream>>>(params);
   } else {
-    qk_norm_rope_general_kernel<Element, false>
+    qk_norm_rope_general_kernel<Element, false, kIsPartial>
         <<<blocks, kGeneralThreads, rotation_floats * sizeof(float), stream>>>(params);
   }
   return cudaGetLastError();
@@ -44,8 +44,9 @@ template <class Element>
 cudaError_t launch_kernels(const NormRopeParams& params, bool is_backward, cudaStream_t stream) {
   const int blocks = params.sides[0].blocks + (params.num_sides > 1 ? params.sides[1].blocks : 0);
   if (blocks == 0) return cudaSuccess;
-  if (!has_vector_kernel(params.dim)) {
-    return launch_general_kernel<Element>(params, is_backward, blocks, stream);
+  if (!takes_vector_kernel(params)) {
+    return params.rotary_dim < params.dim ? launch_general_kernel<Element, true>(params, is_backward, blocks, stream)
+                                          : launch_general_kernel<Element, false>(params, is_backward, blocks, stream);
   }
   return params.pairs_halves ? launch_by_dim<Element, true>(params, is_backward, blocks, stream)
                              : launch_by_dim<Element, false>(params, is_backward, blocks, stream);

@@ -19,7 +19,7 @@ struct HeadsView {
 
 // Tables, or positions, or neither: positions 0 .. length - 1. A batch stride is 0 where all rows share them.
 struct AngleSource {
-  const void *sin, *cos;  // (batch, tokens, dim / 2), or null
+  const void *sin, *cos;  // (batch, tokens, rotary_dim / 2), or null
   FloatType table_type;
   int64_t table_stride_batch, table_stride_token, table_stride_pair;
   const void* positions;  // (batch, tokens), or null
@@ -56,9 +56,14 @@ struct NormRopeParams {
   double theta;
   double quarter_turns[kMaxVectorDim / 2];  // of one step of the position, per pair; vector kernels
   int tokens_per_warp;                      // per block, for the general kernels: schedule_qk_norm_rope
+  int rotary_dim;                           // the first elements of a head, those that rotate; dim without rotation
 };
 
 constexpr bool has_vector_kernel(int64_t dim) { return dim % 16 == 0 && dim > 0 && dim <= kMaxVectorDim; }
+// Vector kernels rotate whole heads.
+constexpr bool takes_vector_kernel(const NormRopeParams& params) {
+  return has_vector_kernel(params.dim) && params.rotary_dim == params.dim;
+}
 
 // Whether this build holds the kernels for the device.
 bool qk_norm_rope_runs_on(int device);

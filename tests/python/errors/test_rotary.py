@@ -7,6 +7,7 @@ import selfattn
 
 Q, K = torch.zeros(2, 6, 4, 8), torch.zeros(2, 6, 2, 8)
 SIN = COS = torch.zeros(1, 6, 4)
+WIDE = torch.zeros(1, 6, 5)
 POSITIONS = torch.zeros(2, 6, dtype=torch.int64)
 
 BAD_FREQUENCIES = {
@@ -34,15 +35,23 @@ BAD_ROTATIONS = {
     "cos_alone": ({"freqs_cos": COS}, ValueError, "freqs_sin and freqs_cos", "together"),
     "sin_length": ({"freqs_sin": SIN[:, :5], "freqs_cos": COS}, ValueError, "freqs_sin", r"\[1, 5, 4\]"),
     "cos_dim": ({"freqs_sin": SIN, "freqs_cos": COS[..., :2]}, ValueError, "freqs_cos", r"\[1, 6, 2\]"),
+    "sin_width": ({"freqs_sin": WIDE, "freqs_cos": COS}, ValueError, "freqs_sin", r"1 to 4.*\[1, 6, 5\]"),
+    "cos_width": ({"freqs_sin": SIN, "freqs_cos": WIDE}, ValueError, "freqs_cos", r"1 to 4.*\[1, 6, 5\]"),
+    "width_for_xk": (
+        {"xk": K[..., :6], "freqs_sin": SIN, "freqs_cos": COS}, ValueError, "freqs_sin", r"1 to 3.*xk.*\[1, 6, 4\]",
+    ),
+    "no_width": ({"freqs_sin": SIN[..., :0], "freqs_cos": COS[..., :0]}, ValueError, "freqs_sin", r"\[1, 6, 0\]"),
+    "widths": ({"freqs_sin": SIN[..., :3], "freqs_cos": COS}, ValueError, "freqs_cos", r"columns.*3.*\[1, 6, 4\]"),
     "sin_batch": ({"freqs_sin": SIN.expand(3, 6, 4), "freqs_cos": COS}, ValueError, "freqs_sin", r"\[3, 6, 4\]"),
     "sin_rank": ({"freqs_sin": SIN[0], "freqs_cos": COS}, ValueError, "freqs_sin", r"\[6, 4\]"),
     "sin_dtype": ({"freqs_sin": SIN.int(), "freqs_cos": COS}, TypeError, "freqs_sin", "Int"),
     "cos_device": ({"freqs_sin": SIN, "freqs_cos": COS.to("meta")}, TypeError, "freqs_cos", "cpu.*meta"),
     "theta": ({"theta": -1.0}, ValueError, "theta", "-1"),
     "pairing": ({"pairing": "pairs"}, ValueError, "pairing", "interleaved.*half.*pairs"),
-}
+}  # fmt: skip
 
 BAD_NORMS = {
+    "widths": ({"freqs_sin": SIN[..., :3], "freqs_cos": COS}, ValueError, "freqs_cos", r"columns.*3.*\[1, 6, 4\]"),
     "q_weight_shape": ({"q_weight": torch.ones(4)}, ValueError, "q_weight", r"8.*\[4\]"),
     "k_weight_rank": ({"k_weight": torch.ones(2, 8)}, ValueError, "k_weight", r"8.*\[2, 8\]"),
     "k_weight_dtype": ({"k_weight": torch.ones(8, dtype=torch.int32)}, TypeError, "k_weight", "Int"),
@@ -61,6 +70,7 @@ BAD_NORMS = {
 }  # fmt: skip
 
 BAD_GRADIENTS = {
+    "sin_width": ({"freqs_sin": WIDE, "freqs_cos": COS}, ValueError, "freqs_sin", r"1 to 4.*\[1, 6, 5\]"),
     "no_q": ({"q": None}, ValueError, "q", "norm"),
     "no_k": ({"k": None}, ValueError, "k", "norm"),
     "grad_q_rank": ({"grad_q": Q[0]}, ValueError, "grad_q", r"\[6, 4, 8\]"),

@@ -65,8 +65,8 @@ def test_bad_text_is_named(name: str, known: str) -> None:
 def test_tensor_of_another_shape_is_named(name: str) -> None:
     tensor = GOOD[name]
     for bad in (tensor[..., :-1], tensor.unsqueeze(0), tensor[..., :0]):
-        # x and q_weight must fit each other: which of the two is wrong nobody can tell.
-        names = "x|q_weight" if name == "q_weight" else name
+        # These must fit each other: which of the two is wrong nobody can tell.
+        names = {"q_weight": "x|q_weight", "freqs_sin": "freqs_sin|freqs_cos"}.get(name, name)
         with pytest.raises(ValueError, match=rf"^selfattn: ({names}) must "):
             call(**{name: bad})
 

@@ -272,7 +272,9 @@ def test_every_operator_has_a_rule() -> None:
 
 # ------------------------------------------------------------------------------------------------ the norm and rotation
 @pytest.mark.parametrize("weights_dim", [0, 1, None, "none"])
-@pytest.mark.parametrize("angles", ["nothing", "tables", "tables_of_rows", "positions", "positions_of_rows"])
+@pytest.mark.parametrize(
+    "angles", ["nothing", "tables", "tables_of_rows", "tables_of_a_part", "positions", "positions_of_rows"]
+)
 @pytest.mark.parametrize("dims", [(0, 0), (1, None), (None, -1), (None, None)], ids=str)
 def test_norm_and_rotation(dims: tuple, angles: str, weights_dim: int | str | None, device: str) -> None:
     many = inputs(device, size=SIZE)
@@ -294,8 +296,8 @@ def test_norm_and_rotation(dims: tuple, angles: str, weights_dim: int | str | No
             given_dims.append(angles_dim)
             names.append("positions")
         elif angles.startswith("tables"):
-            flat = selfattn.precompute_freqs(8, positions.flatten(0, 1))
-            given += [mapped_at(t.view(SIZE, rows, 6, 4), angles_dim) for t in flat]
+            flat = selfattn.precompute_freqs(4 if angles.endswith("of_a_part") else 8, positions.flatten(0, 1))
+            given += [mapped_at(t.view(SIZE, rows, 6, -1), angles_dim) for t in flat]
             given_dims += [angles_dim, angles_dim]
             names += ["freqs_sin", "freqs_cos"]
 

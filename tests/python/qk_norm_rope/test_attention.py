@@ -15,6 +15,8 @@ OPTIONS = {
     "full": {"causal": False},
     "window": {"window_left": 5, "causal": False, "window_right": 3},
     "scale_half": {"qk_scale": 0.3, "pairing": "half", "theta": 100.0, "eps": 1e-3},
+    "partial": {},
+    "partial_half": {"pairing": "half"},
 }
 
 
@@ -43,8 +45,9 @@ def test_results_and_gradients_are_those_of_the_parts(options: str, has_sinks: b
     if not has_sinks:
         del tensors["sinks"]
     others = {"segment_ids": make_ids("shuffled", 2, 40).to(device), **OPTIONS[options]}
-    if options == "plain":
-        others["freqs"] = tuple(t.to(device) for t in selfattn.precompute_freqs(32, max_length=40))
+    rotary_dim = {"plain": 32, "partial": 20, "partial_half": 16}.get(options)
+    if rotary_dim:
+        others["freqs"] = tuple(1.1 * t.to(device) for t in selfattn.precompute_freqs(rotary_dim, max_length=40))
     results = []
     torch.use_deterministic_algorithms(True)
     for function in (as_one, by_parts):
@@ -56,12 +59,14 @@ def test_results_and_gradients_are_those_of_the_parts(options: str, has_sinks: b
         assert torch.equal(actual, wanted)
 
 
-def test_second_derivatives_are_those_of_the_reference() -> None:
+@pytest.mark.parametrize("rotary_dim", [8, 4])
+def test_second_derivatives_are_those_of_the_reference(rotary_dim: int) -> None:
     tensors = make("cpu", torch.float32, dim=8)
     ids = make_ids("shuffled", 2, 40)
+    freqs = selfattn.precompute_freqs(rotary_dim, max_length=40)
 
     def by_reference(q, k, v, q_weight, k_weight, sinks):
-        q, k = OPS.qk_norm_rope(q, k, q_weight, k_weight)
+        q, k = OPS.qk_norm_rope(q, k, q_weight, k_weight, *freqs)
         return OPS.multihead_attention_lse(q, k, v, ids, backend="reference", sinks=sinks)
 
     def seconds(function) -> list[Tensor]:
@@ -70,7 +75,8 @@ def test_second_derivatives_are_those_of_the_reference() -> None:
         first = torch.autograd.grad(out.square().sum(), list(leaves.values()), create_graph=True)
         return list(torch.autograd.grad(sum(g.square().sum() for g in first), list(leaves.values())))
 
-    for actual, wanted in zip(seconds(lambda **t: as_one(**t, segment_ids=ids)), seconds(by_reference), strict=True):
+    found = seconds(lambda **t: as_one(**t, segment_ids=ids, freqs=freqs))
+    for actual, wanted in zip(found, seconds(by_reference), strict=True):
         assert error(actual, wanted) < 1e-4
 
 
@@ -99,6 +105,32 @@ def test_module_trains_as_with_another_backend(config: str, device: str) -> None
     for name, gradient in found.items():
         assert (gradient - wanted[name]).norm() <= 0.03 * wanted[name].norm(), name
         torch.testing.assert_close(again[name], gradient, rtol=1e-2, atol=1e-2 * gradient.abs().max().item())
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_module_rotates_a_part_of_its_heads(qk_norm: bool, device: str) -> None:
+    config = selfattn.SelfAttentionConfig(head_dim=32, qk_norm=qk_norm, rope_pairing="half", num_kv_heads=2)
+    module = selfattn.SelfAttention(128, config, device=device)
+    ids = make_ids("packed", 2, 40).to(device)
+    parameters = selfattn.RopeParameters(
+        rotary_dim=16, rope_type="yarn", factor=4.0, original_max_position_embeddings=16
+    )
+    freqs = parameters.tables(40, device=device)
+    x = torch.randn(2, 40, 128, device=device, requires_grad=True)
+
+    def by_operators(x: Tensor) -> Tensor:
+        q, k, v = (getattr(module, f"{name}_proj")(x).view(2, 40, -1, 32) for name in "qkv")
+        weights = (module.q_norm.weight, module.k_norm.weight) if qk_norm else (None, None)
+        q, k = OPS.qk_norm_rope(q, k, *weights, *freqs, norm=qk_norm, pairing="half")
+        out = OPS.multihead_attention(q, k, v, ids, backend="reference")
+        return module.out_proj(out.reshape(2, 40, -1))
+
+    leaves = [x, *module.parameters()]
+    results = [module(x, freqs, ids), by_operators(x)]
+    gradients = [torch.autograd.grad(out.square().sum(), leaves) for out in results]
+    for actual, wanted in zip((results[0], *gradients[0]), (results[1], *gradients[1]), strict=True):
+        assert error(actual, wanted) < (1e-5 if device == "cpu" else 2e-2) * max(1.0, wanted.abs().max().item())
+    assert error(results[0], module(x, segment_ids=ids)) > 1e-2  # which rotates whole heads
 
 
 def test_module_on_the_meta_device_gives_shapes() -> None:

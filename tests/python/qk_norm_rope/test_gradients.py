@@ -1,5 +1,7 @@
 """All gradients of qk_norm_rope are those of float64, within twice the error of the formula's own precision."""
 
+import itertools
+
 import pytest
 import torch
 from support.norm_rope import CASES, NormRopeCase, expected, in_own_precision
@@ -117,8 +119,9 @@ def test_in_place_gradient_of_qk_norm_rope_is_the_same(qk_norm: bool, device: st
     for dtype, dim in ((dtype, dim) for dtype in dtypes for dim in (48, 64, 128, 24)):
         q, k, dq, dk = (torch.randn(2, 9, n, dim, device=device).to(dtype) for n in (4, 2, 4, 2))
         heads = (q, k, *(torch.rand(dim, device=device) for _ in range(2))) if qk_norm else (None,) * 4
-        for pairing in ("interleaved", "half"):
-            options = {"norm": qk_norm, "pairing": pairing}
+        sin, cos = (table.to(device) for table in selfattn.precompute_freqs(16, max_length=9))
+        for pairing, freqs in itertools.product(("interleaved", "half"), ({}, {"freqs_sin": sin, "freqs_cos": cos})):
+            options = {"norm": qk_norm, "pairing": pairing, **freqs}
             wanted = torch.ops.selfattn.qk_norm_rope_backward(dq, dk, *heads, **options)
             found = dq.clone(), dk.clone()
             weights = torch.ops.selfattn.qk_norm_rope_backward.in_place(*found, *heads, **options)

@@ -8,8 +8,14 @@ from torch import Tensor
 import selfattn
 
 CASE = NormRopeCase(dim=8, length=3, source="positions_of_rows")
-SOURCES = ("nothing", "positions", "tables", None)
+SOURCES = ("nothing", "positions", "tables", "tables_of_a_part", None)
 LEAVES = ("q", "k", "q_weight", "k_weight")
+
+
+def case_of(source: str | None, **changes) -> NormRopeCase:
+    if source == "tables_of_a_part":
+        return CASE.with_(source="tables", rotary_dim=4, **changes)
+    return CASE.with_(source=source, **changes)
 
 
 def split(arguments: dict) -> tuple[dict[str, Tensor], dict]:
@@ -22,7 +28,7 @@ def split(arguments: dict) -> tuple[dict[str, Tensor], dict]:
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize("source", SOURCES)
 def test_derivatives_of_both_orders_in_float64(source: str | None, norm: bool, pairing: str, device: str) -> None:
-    case = CASE.with_(dtype=torch.float64, source=source, norm=norm, pairing=pairing, weights="float64", batch=1)
+    case = case_of(source, dtype=torch.float64, norm=norm, pairing=pairing, weights="float64", batch=1)
     arguments, _ = case.make(device)
     leaves, others = split(arguments)
 
@@ -53,9 +59,9 @@ def test_second_derivatives_of_the_kernels_equal_float64(dim: int, device: str) 
         torch.testing.assert_close(actual.double(), wanted, rtol=1e-4, atol=1e-4 * wanted.abs().max().item())
 
 
-def test_tables_that_want_gradients_get_them(device: str) -> None:
-    case = CASE.with_(source="tables")
-    arguments, _ = case.make(device)
+@pytest.mark.parametrize("source", ["tables", "tables_of_a_part"])
+def test_tables_that_want_gradients_get_them(source: str, device: str) -> None:
+    arguments, _ = case_of(source).make(device)
     tables = [arguments[name].requires_grad_() for name in ("freqs_sin", "freqs_cos")]
     results = selfattn.qk_norm_rope(**arguments)
     found = torch.autograd.grad(sum(r.square().sum() + r.sum() for r in results), tables)
@@ -135,7 +141,7 @@ def test_compiled_whole_equals_eager(dynamic: bool, source: str | None, device: 
         return selfattn.qk_norm_rope(**arguments)
 
     for length in (3, 6):
-        arguments, _ = CASE.with_(length=length, source=source).make(device)
+        arguments, _ = case_of(source, length=length).make(device)
         leaves, others = split(arguments)
         gradients = []
         for call in (function, lambda given: selfattn.qk_norm_rope(**given)):

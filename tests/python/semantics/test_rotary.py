@@ -44,6 +44,41 @@ def test_rotation_equals_complex_multiplication(pairing: str, dtype: torch.dtype
         assert error(actual, reference.rotate(x, sin, cos, pairing)) < max(ROUNDING[dtype], 1e-6)
 
 
+@pytest.mark.parametrize("rotary_dim", [2, 8, 14])
+@pytest.mark.parametrize("pairing", PAIRINGS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_narrow_frequencies_rotate_the_first_elements(pairing: str, dtype: torch.dtype, rotary_dim: int) -> None:
+    xq, xk = torch.randn(2, 6, 4, 16).to(dtype), torch.randn(2, 6, 2, 15).to(dtype)
+    sin, cos = selfattn.precompute_freqs(rotary_dim, POSITIONS, dtype=torch.float64)
+    rotated = selfattn.apply_rotary_emb(xq, xk, sin.float(), cos.float(), pairing=pairing)
+    for actual, x in zip(rotated, (xq, xk), strict=True):
+        assert torch.equal(actual[..., rotary_dim:], x[..., rotary_dim:])
+        assert error(actual, reference.rotate(x, sin, cos, pairing)) < max(ROUNDING[dtype], 1e-6)
+        alone, _ = selfattn.apply_rotary_emb(x[..., :rotary_dim], x[..., :rotary_dim], sin, cos, pairing=pairing)
+        assert error(actual[..., :rotary_dim], alone) < max(ROUNDING[dtype], 1e-6)
+
+
+@pytest.mark.parametrize("pairing", PAIRINGS)
+def test_frequencies_with_a_factor_scale_what_they_rotate(pairing: str) -> None:
+    """sin^2 + cos^2 is the factor's square, in the gradient too."""
+    q, k = (torch.randn(2, 6, heads, 16, requires_grad=True) for heads in (4, 2))
+    sin, cos = selfattn.precompute_freqs(12, POSITIONS)
+    plain, scaled = (selfattn.apply_rotary_emb(q, k, c * sin, c * cos, pairing=pairing) for c in (1.0, 1.5))
+    grads = [torch.randn_like(x) for x in (q, k)]
+    of_plain, of_scaled = (torch.autograd.grad(results, (q, k), grads) for results in (plain, scaled))
+    for one, other in zip((*plain, *of_plain), (*scaled, *of_scaled), strict=True):
+        assert error(other[..., :12], 1.5 * one[..., :12].double()) < 1e-6
+        assert torch.equal(other[..., 12:], one[..., 12:])
+
+
+def test_frequencies_may_be_narrower_than_q_and_as_wide_as_k() -> None:
+    q, k = torch.randn(2, 6, 4, 32), torch.randn(2, 6, 2, 16)
+    freqs = selfattn.precompute_freqs(16, POSITIONS)
+    turned_q, turned_k = selfattn.qk_norm_rope(q, k, None, None, *freqs)
+    assert torch.equal(turned_q, selfattn.qk_norm_rope(q, q, None, None, *freqs)[0])
+    assert torch.equal(turned_k, selfattn.qk_norm_rope(k, k, None, None, *freqs)[0])
+
+
 @pytest.mark.parametrize("pairing", PAIRINGS)
 def test_scores_depend_on_the_distance_alone(pairing: str) -> None:
     q, k = torch.randn(1, 1, 1, 32, dtype=torch.float64), torch.randn(1, 1, 1, 32, dtype=torch.float64)

@@ -30,10 +30,13 @@ class NormRopeCase:
     batch: int = 2
     length: int = 7
     layout: str = "contiguous"
+    rotary_dim: int | None = None  # of tables; None: dim
+    factor: float = 1.0  # of tables
 
     def __str__(self) -> str:
         parts = [str(self.dtype).removeprefix("torch."), f"d{self.dim}", self.pairing, self.source or "no_rope"]
         parts += ["norm" if self.norm else "no_norm", f"w_{self.weights}" if self.norm and self.weights else "no_w"]
+        parts += [f"r{self.rotary_dim}"] * (self.rotary_dim is not None) + [f"by{self.factor}"] * (self.factor != 1)
         return "-".join([*parts, f"{self.heads}x{self.kv_heads}", f"{self.batch}x{self.length}", self.layout])
 
     def heads_tensor(self, heads: int, device: str) -> Tensor:
@@ -60,7 +63,8 @@ class NormRopeCase:
         positions = rows if self.source.endswith("of_rows") else rows[:1]
         if self.source.startswith("positions"):
             return {"positions": positions.to(device)}, positions
-        sin, cos = reference.rotary_frequencies(self.dim, positions, THETA)
+        sin, cos = reference.rotary_frequencies(self.rotary_dim or self.dim, positions, THETA)
+        sin, cos = sin * self.factor, cos * self.factor
         dtype = torch.bfloat16 if self.source == "bfloat16_tables" else torch.float32
         return {"freqs_sin": sin.to(device, dtype), "freqs_cos": cos.to(device, dtype)}, positions
 
@@ -113,12 +117,14 @@ def in_own_precision(arguments: dict, tables: tuple[Tensor, Tensor] | None) -> t
             x = x if weight is None else x * weight.float()
         if tables is not None:
             sin, cos = (table.to(x.device, torch.float32)[:, :, None] for table in tables)
+            x, rest = x.split([2 * sin.shape[-1], x.shape[-1] - 2 * sin.shape[-1]], -1)
             if arguments["pairing"] == "interleaved":
                 first, second = x[..., ::2], x[..., 1::2]
                 x = torch.stack([first * cos - second * sin, first * sin + second * cos], -1).flatten(3)
             else:
                 first, second = x.chunk(2, -1)
                 x = torch.cat([first * cos - second * sin, first * sin + second * cos], -1)
+            x = torch.cat([x, rest], -1)
         results.append(x.to(arguments[name].dtype))
     return tuple(results)
 
@@ -155,6 +161,40 @@ def generated_cases() -> list[NormRopeCase]:
         base.with_(dim=7, source=None),  # without rotation it may be odd
         base.with_(dim=1, source=None),
     ]
+    # (D, R): vector kernels and general ones, as wide as the head, a few elements, half of them, odd heads
+    for (dim, rotary_dim), pairing, dtype in itertools.product(
+        (
+            (64, 2),
+            (64, 64),
+            (96, 48),
+            (128, 64),
+            (128, 96),
+            (128, 126),
+            (256, 64),
+            (40, 24),
+            (272, 128),
+            (7, 4),
+            (3, 2),
+        ),
+        PAIRINGS,
+        DTYPES,
+    ):
+        cases.append(
+            NormRopeCase(
+                dtype,
+                dim,
+                pairing,
+                norm=generator.choice([True, True, False]),
+                weights=generator.choice(["float32", "bfloat16", None]),
+                source=generator.choice(["tables", "tables_of_rows", "bfloat16_tables"]),
+                heads=generator.choice([1, 4, 17]),
+                kv_heads=generator.choice([1, 2]),
+                length=generator.choice([1, 5, 33]),
+                layout=generator.choice(LAYOUTS),
+                rotary_dim=rotary_dim,
+                factor=generator.choice([1.0, 1.25]),
+            )
+        )
     return list(dict.fromkeys(cases))
 
 

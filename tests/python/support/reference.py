@@ -105,13 +105,14 @@ def rotary_frequencies(dim: int, positions: Tensor, theta: float = 10000.0) -> t
 
 
 def rotate(x: Tensor, sin: Tensor, cos: Tensor, pairing: str = "interleaved") -> Tensor:
-    """x (B, S, N, D) with each pair of elements rotated by its angle, written as a product of complex numbers."""
+    """x (B, S, N, D) with each pair of its first R elements rotated by its angle, written as a product of complex
+    numbers, for tables (1 or B, S, R / 2); the other elements stay."""
     x = x.double()
-    dim = x.shape[-1]
+    dim = 2 * sin.shape[-1]
     first = list(range(0, dim, 2)) if pairing == "interleaved" else list(range(dim // 2))
     second = [index + 1 if pairing == "interleaved" else index + dim // 2 for index in first]
     rotated = torch.complex(x[..., first], x[..., second]) * torch.complex(cos.double(), sin.double())[:, :, None]
-    out = torch.empty_like(x)
+    out = x.clone()
     out[..., first], out[..., second] = rotated.real, rotated.imag
     return out
 
