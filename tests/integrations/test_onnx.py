@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable
 
+import models
 import numpy as np
 import onnxruntime
 import pytest
@@ -150,6 +151,23 @@ def test_two_layers_in_a_model_with_an_embedding() -> None:
     run = export(model, (tokens, positions), shapes)
     check(run, model, tokens, positions)
     check(run, model, torch.randint(50, (1, 9)), torch.tensor([[0, 0, 1, 2, 0, 1, 2, 3, 4]]))
+
+
+def test_model_of_transformers() -> None:
+    class Logits(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = models.build("llama", layers=2)
+
+        def forward(self, input_ids: Tensor, segment_ids: Tensor) -> Tensor:
+            return self.model(input_ids=input_ids, segment_ids=segment_ids, use_cache=False).logits
+
+    model, args = Logits().eval(), (models.tokens(2, 12), packed_ids(2, 12))
+    run = export(model, args, dynamic(*args))
+    for inputs in (args, (models.tokens(3, 20), packed_ids(3, 20))):
+        with torch.no_grad():
+            expected = model(*inputs)
+        assert models.difference(run(*inputs)[0], expected) < 1e-5
 
 
 @pytest.mark.parametrize("num_kv_heads", [4, 2, 1])

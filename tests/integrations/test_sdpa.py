@@ -95,6 +95,13 @@ class TestDense:
             assert one.stride() == torch.empty_like(x).stride()
         assert not active
 
+    def test_inference_mode(self, active) -> None:
+        with torch.inference_mode():
+            q, k, v = (torch.randn(2, 4, 9, 16) for _ in range(3))
+            out = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)[0]
+            torch.testing.assert_close(out, reference(q, k, v, bottom_right(9, 9, right=0)), **TOLERANCE[torch.float32])
+        assert not active
+
     def test_row_without_keys_has_pytorchs_lse(self, active) -> None:
         """+inf, as PyTorch's kernels give it and their gradients take it."""
         q, k, v = heads(1, 2, 5), heads(1, 2, 3), heads(1, 2, 3)
