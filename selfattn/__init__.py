@@ -29,6 +29,15 @@ from selfattn.rope import RopeParameters  # noqa: E402
 
 _register_flops()
 
+
+def __getattr__(name: str) -> object:
+    if name == "decompositions":  # only exporters need it
+        from selfattn._decompositions import decompositions
+
+        return decompositions
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 __all__ = [
     "AttentionBackend",
     "ParallelConfig",
@@ -37,6 +46,7 @@ __all__ = [
     "SelfAttentionConfig",
     "apply_rotary_emb",
     "cu_seqlens_from_segment_ids",
+    "decompositions",
     "explain_backend",
     "merge_attention",
     "multihead_attention",
