@@ -23,29 +23,34 @@ def _initialise_normally(projection: nn.Linear, std: float) -> None:
     projection.reset_parameters = functools.partial(_reset_projection, projection, std)
 
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # While PyTorch traces, its own tensors stand for plain ones. By name: their modules take long to import.
 _TRACING = ("torch._subclasses.fake_tensor", "torch._subclasses.functional_tensor")
+_Parameter = nn.Parameter
+
+
+def _is_plain_tensor(tensor: Tensor | None) -> bool:
+    kind = type(tensor)
+    return kind is _Parameter or kind is Tensor or kind.__module__ in _TRACING
 
 
 def _is_untouched(module: nn.Module | None, expected: type[nn.Module]) -> bool:
     """Whether calling ``module`` does what ``expected`` does with plain parameters, and nothing else: no subclass (a
-    parametrisation is one, too), no hooks, no forward of its own, no tensor subclasses as parameters."""
+    parametrisation is one, too), no hooks, no forward of its own, no tensor subclasses as parameters. Every call of a
+    layer asks this six times."""
     if type(module) is not expected:
         return False
     state = module.__dict__
-    if "forward" in state:
+    if (
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or "forward" in state
+    ):
         return False
-    for hooks in _HOOKS:
-        if state[hooks]:
-            return False
-    for parameter in state["_parameters"].values():
-        if parameter is None:
-            continue
-        kind = type(parameter)
-        if kind is not nn.Parameter and kind is not Tensor and kind.__module__ not in _TRACING:
-            return False
-    return "weight" in state["_parameters"]
+    parameters = state["_parameters"]
+    weight, bias = parameters.get("weight"), parameters.get("bias")
+    return (type(weight) is _Parameter or _is_plain_tensor(weight)) and (bias is None or _is_plain_tensor(bias))
 
 
 def _are_all_modules_hooked() -> bool:

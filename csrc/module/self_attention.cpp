@@ -66,7 +66,6 @@ at::Tensor split_heads(const at::Tensor& projected, int64_t head_dim) {
 /// the rotated ones are there.
 at::Tensor attend(NormRopeCall norm_rope, const at::Tensor& value, const AttentionArguments& arguments,
                   c10::string_view backend) {
-  const DonatedBuffers donated;
   if (const auto call = as_one_operator(norm_rope, value, arguments, backend)) {
     return std::get<0>(qk_norm_rope_attention(*call));
   }
@@ -207,7 +206,11 @@ at::Tensor self_attention(const at::Tensor& x, const at::Tensor& q_weight, const
                                    window_left, window_right, softcap);
 
   auto [q, k, v] = project_query_key_value(x, {q_weight, q_bias}, {k_weight, k_bias}, {v_weight, v_bias});
-  const at::Tensor attended = attend_projected(std::move(call), std::move(q), std::move(k), v);
+  const auto attend_own_heads = [&] {
+    const DonatedBuffers donated;  // nobody else has seen them; those of projected_attention others may hold
+    return attend_projected(std::move(call), std::move(q), std::move(k), v);
+  };
+  const at::Tensor attended = attend_own_heads();
   const at::Tensor out = at::linear(attended, out_weight, out_bias);
   return dropout_rate > 0.0 && training ? at::dropout(out, dropout_rate, /*train=*/true) : out;
 }

@@ -15,6 +15,7 @@ from enum import Enum
 from typing import NamedTuple
 
 import torch
+import transformers
 import transformers.masking_utils as masking
 from torch import Tensor
 
@@ -50,6 +51,14 @@ class MaskFacts(NamedTuple):
         """0-dim int32: d, where the diagonal is given."""
         return self.tensor[0, 0, 1, 0]
 
+
+_NEEDED = ("causal_mask_function", "and_masks", "sliding_window_overlay", "packed_sequence_mask_function")
+_missing = [name for name in (*_NEEDED, "remap_positions_for_packed_sequence") if not hasattr(masking, name)]
+if _missing:
+    raise ImportError(
+        f"selfattn: transformers must be 5.24 or one that builds its masks alike; got {transformers.__version__}, "
+        f"whose masking_utils lacks {', '.join(_missing)}"
+    )
 
 # The functions that transformers builds masks of are closures, known by their code.
 _AND = masking.and_masks(masking.causal_mask_function).__code__

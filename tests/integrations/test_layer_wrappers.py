@@ -2,9 +2,14 @@
 
 import copy
 
+import accelerate
+import bitsandbytes
+import peft
 import pytest
 import torch
 from torch import Tensor, nn
+from torchao import quantization
+from torchao.quantization import qat
 
 from selfattn import SelfAttention, SelfAttentionConfig
 
@@ -48,7 +53,6 @@ def with_merged_weights(model: nn.Module) -> Model:
 @pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
 @pytest.mark.parametrize("targets", SUBSETS, ids=str)
 def test_peft_adapters(targets: tuple[str, ...], use_dora: bool) -> None:
-    peft = pytest.importorskip("peft")
     plain = Model()
     config = peft.LoraConfig(r=4, target_modules=list(targets), use_dora=use_dora, init_lora_weights=False)
     model = peft.get_peft_model(copy.deepcopy(plain), config)
@@ -98,7 +102,6 @@ def check_gradients_by_differences(model: nn.Module, x: Tensor, ids: Tensor) -> 
 
 
 def test_peft_adapters_train() -> None:
-    peft = pytest.importorskip("peft")
     model = peft.get_peft_model(Model(), peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
     x, ids = make_input()
     target = torch.randn_like(x)
@@ -125,7 +128,6 @@ def by_parts(layer: SelfAttention, x: Tensor, ids: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("which", ["int8", "float8"])
 def test_torchao_weights(which: str) -> None:
-    quantization = pytest.importorskip("torchao.quantization")
     config = {"int8": "Int8WeightOnlyConfig", "float8": "Float8WeightOnlyConfig"}[which]
     plain = Model(torch.bfloat16).eval()
     model = copy.deepcopy(plain)
@@ -140,8 +142,6 @@ def test_torchao_weights(which: str) -> None:
 
 
 def test_torchao_quantisation_aware_training() -> None:
-    quantization = pytest.importorskip("torchao.quantization")
-    qat = pytest.importorskip("torchao.quantization.qat")
     plain = Model()
     model = copy.deepcopy(plain)
     weights = qat.IntxFakeQuantizeConfig(torch.int4, group_size=32)
@@ -155,7 +155,6 @@ def test_torchao_quantisation_aware_training() -> None:
 
 
 def test_bitsandbytes_8_bit() -> None:
-    bitsandbytes = pytest.importorskip("bitsandbytes")
     plain = Model().eval()
     model = copy.deepcopy(plain)
     for name in PROJECTIONS:
@@ -175,7 +174,6 @@ def test_bitsandbytes_8_bit() -> None:
 
 @pytest.mark.parametrize("offload", ["cpu_offload", "disk_offload", "dispatch_model"])
 def test_accelerate_offloading(offload: str, tmp_path) -> None:
-    accelerate = pytest.importorskip("accelerate")
     model = Model().eval()
     x, ids = make_input()
     expected = model(x, ids)

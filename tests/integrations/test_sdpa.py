@@ -4,7 +4,7 @@ import functools
 import inspect
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -341,6 +341,12 @@ def operators_of(function) -> set[str]:
     return {event.key for event in record.key_averages()}
 
 
+def check_norms(given: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    """bfloat16's results beside float32's: single elements of a gradient are sums of many that almost cancel."""
+    for one, other in zip(given, expected, strict=True):
+        assert ((one.float() - other).norm() / other.norm()).item() < 1e-2
+
+
 @pytest.mark.gpu
 class TestOnGpu:
     """Through PyTorch's own doors."""
@@ -366,8 +372,7 @@ class TestOnGpu:
         with sdpa_kernel(SDPBackend.MATH):
             expected = F.scaled_dot_product_attention(*inputs, is_causal=is_causal, enable_gqa=True)
         expected = expected, *torch.autograd.grad(expected.square().sum(), inputs)
-        for one, other in zip(run(), expected, strict=True):
-            torch.testing.assert_close(one.float(), other, **TOLERANCE[torch.bfloat16])
+        check_norms(run(), expected)
 
     @pytest.mark.parametrize("windows", [(-1, -1), (-1, 0), (20, 0)])
     def test_varlen_attn(self, active_on_cuda, windows) -> None:
@@ -387,8 +392,7 @@ class TestOnGpu:
         inputs = [x.detach().float().requires_grad_() for x in (q, k, v)]
         expected = each_document(*inputs, cu, cu, windows)
         expected = expected, *torch.autograd.grad(expected.square().sum(), inputs)
-        for one, other in zip(given, expected, strict=True):
-            torch.testing.assert_close(one.float(), other, **TOLERANCE[torch.bfloat16])
+        check_norms(given, expected)
 
     def test_falls_back_to_pytorchs_kernels(self, active_on_cuda) -> None:
         """Dropout, and lengths in two memories, which PyTorch's own kernels take."""
