@@ -66,7 +66,10 @@ def good_tensors(name: str, dtype: torch.dtype, S: int = S, D: int = D) -> dict[
     }
     if name == "segment_ids_from_positions":
         tensors["positions"] = torch.arange(B * S).view(B, S)
-    if name == "self_attention":
+    if name == "projected_attention":
+        tensors |= {name: tensors[name].flatten(2) for name in "qkv"}
+        return tensors | {"q_norm_weight": randn(D), "k_norm_weight": randn(D)}
+    if name in ("self_attention", "project_query_key_value"):
         width = NH * D
         tensors |= {"x": randn(B, S, width), "q_weight": randn(width, width), "out_weight": randn(width, width)}
         tensors |= {"k_weight": randn(NKV * D, width), "v_weight": randn(NKV * D, width)}
