@@ -192,11 +192,11 @@ class SelfAttentionConfig(_ValidatedConfig):
     """
 
     head_dim: int = 64
-    """Width of a head; the module has embedding_dim / head_dim query heads."""
+    """Width of a head; the module has embedding_dim / head_dim query heads unless ``num_heads`` says otherwise."""
     qk_norm: bool = False
     """RMSNorm of q and k, per head over head_dim, before the rotary step."""
     use_bias: bool = False
-    """Biases in the four projections."""
+    """Biases in the four projections; ``qkv_bias`` and ``out_bias`` for some of them."""
     dropout_rate: float = 0.0
     """Dropout of the output, in training only."""
     num_layers: int = 12
@@ -220,6 +220,15 @@ class SelfAttentionConfig(_ValidatedConfig):
     rope_pairing: str = "interleaved"
     """"interleaved" rotates the pairs (2i, 2i + 1); "half" the pairs (i, i + head_dim / 2), as Hugging Face does."""
     norm_eps: float = 1e-6
+    num_heads: int | None = None
+    """Query heads; None is embedding_dim / head_dim. Given, embedding_dim need not be a multiple of head_dim, nor equal
+    to num_heads * head_dim."""
+    qk_scale: float | None = None
+    """Factor of the logits; None is 1 / sqrt(head_dim)."""
+    qkv_bias: bool | None = None
+    """Biases of the query, key and value projections; None is ``use_bias``."""
+    out_bias: bool | None = None
+    """Bias of the output projection; None is ``use_bias``."""
 
     def __post_init__(self) -> None:
         self._check_int("head_dim", 2, "a positive even integer")
@@ -244,6 +253,15 @@ class SelfAttentionConfig(_ValidatedConfig):
         self._check_real("rope_theta", lambda theta: theta > 0, "a positive finite number")
         self._check_choice("rope_pairing", ["interleaved", "half"])
         self._check_real("norm_eps", lambda eps: eps >= 0, "a finite number of at least 0")
+        if self.num_heads is not None:
+            self._check_int("num_heads", 1, "None or a positive integer")
+            if self.num_kv_heads is not None and self.num_heads % self.num_kv_heads:
+                self._fail(ValueError, "num_heads", f"a multiple of num_kv_heads {self.num_kv_heads}")
+        if self.qk_scale is not None:
+            self._check_real("qk_scale", lambda scale: True, "None or a finite number")
+        for name in ("qkv_bias", "out_bias"):
+            if getattr(self, name) is not None:
+                self._check_bool(name)
 
     @property
     def _dtype(self) -> torch.dtype:

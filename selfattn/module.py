@@ -70,13 +70,15 @@ class SelfAttention(nn.Module):
     it stays fused. ``torch.jit.script`` takes the layer as it then is.
 
     Args:
-        embedding_dim: E, the width of the input and output; a multiple of ``config.head_dim``.
+        embedding_dim: E, the width of the input and output; a multiple of ``config.head_dim``, unless
+            ``config.num_heads`` is given.
         config: everything else, see ``SelfAttentionConfig``.
         device: of the parameters.
         dtype: of the parameters; None takes ``config.dtype``.
 
-    Parameters, with NH = E / head_dim query heads and NKV key/value heads: ``q_proj.weight`` (E, E), ``k_proj.weight``
-    and ``v_proj.weight`` (NKV * head_dim, E), ``out_proj.weight`` (E, E), their ``bias`` with ``use_bias``;
+    Parameters, with NH query heads (E / head_dim if not given) and NKV key/value heads: ``q_proj.weight``
+    (NH * head_dim, E), ``k_proj.weight`` and ``v_proj.weight`` (NKV * head_dim, E), ``out_proj.weight``
+    (E, NH * head_dim), their ``bias`` with ``use_bias``, ``qkv_bias`` or ``out_bias``;
     ``q_norm.weight`` and ``k_norm.weight`` (head_dim,) with ``qk_norm``; ``sinks`` (NH,) with ``sinks``.
 
     Raises:
@@ -95,13 +97,15 @@ class SelfAttention(nn.Module):
         super().__init__()
         if not isinstance(config, SelfAttentionConfig):
             raise TypeError(f"SelfAttention: config: expected a SelfAttentionConfig, got {type(config).__name__}")
-        if embedding_dim <= 0 or embedding_dim % config.head_dim != 0:
+        if config.num_heads is not None and embedding_dim <= 0:
+            raise ValueError(f"SelfAttention: embedding_dim: expected a positive number, got {embedding_dim}")
+        if config.num_heads is None and (embedding_dim <= 0 or embedding_dim % config.head_dim != 0):
             raise ValueError(
                 f"SelfAttention: embedding_dim: expected a positive multiple of head_dim {config.head_dim}, "
-                f"got {embedding_dim}"
+                f"got {embedding_dim}; give config.num_heads for other widths"
             )
         config.parallel.require_single_device("SelfAttention")
-        num_heads = embedding_dim // config.head_dim
+        num_heads = embedding_dim // config.head_dim if config.num_heads is None else config.num_heads
         num_kv_heads = num_heads if config.num_kv_heads is None else config.num_kv_heads
         if num_heads % num_kv_heads != 0:
             raise ValueError(
@@ -125,13 +129,16 @@ class SelfAttention(nn.Module):
         self.rope_theta = float(config.rope_theta)
         self.rope_pairing = config.rope_pairing
         self.norm_eps = float(config.norm_eps)
+        self.qk_scale: float | None = None if config.qk_scale is None else float(config.qk_scale)
 
         placed = {"device": device, "dtype": config._dtype if dtype is None else dtype}
-        kv_dim = num_kv_heads * config.head_dim
-        self.q_proj = nn.Linear(embedding_dim, embedding_dim, bias=config.use_bias, **placed)
-        self.k_proj = nn.Linear(embedding_dim, kv_dim, bias=config.use_bias, **placed)
-        self.v_proj = nn.Linear(embedding_dim, kv_dim, bias=config.use_bias, **placed)
-        self.out_proj = nn.Linear(embedding_dim, embedding_dim, bias=config.use_bias, **placed)
+        q_dim, kv_dim = num_heads * config.head_dim, num_kv_heads * config.head_dim
+        qkv_bias = config.use_bias if config.qkv_bias is None else config.qkv_bias
+        out_bias = config.use_bias if config.out_bias is None else config.out_bias
+        self.q_proj = nn.Linear(embedding_dim, q_dim, bias=qkv_bias, **placed)
+        self.k_proj = nn.Linear(embedding_dim, kv_dim, bias=qkv_bias, **placed)
+        self.v_proj = nn.Linear(embedding_dim, kv_dim, bias=qkv_bias, **placed)
+        self.out_proj = nn.Linear(q_dim, embedding_dim, bias=out_bias, **placed)
         self.q_norm = nn.RMSNorm(config.head_dim, eps=self.norm_eps, **placed) if config.qk_norm else None
         self.k_norm = nn.RMSNorm(config.head_dim, eps=self.norm_eps, **placed) if config.qk_norm else None
         self.sinks = nn.Parameter(torch.empty(num_heads, **placed)) if config.sinks else None
@@ -207,6 +214,7 @@ class SelfAttention(nn.Module):
             rope_theta=self.rope_theta,
             rope_pairing=self.rope_pairing,
             causal=self.causal,
+            qk_scale=self.qk_scale,
             backend=self.attention_backend,
             window_left=self.window_left,
             window_right=self.window_right,
@@ -281,6 +289,7 @@ class SelfAttention(nn.Module):
             rope_theta=self.rope_theta,
             rope_pairing=self.rope_pairing,
             causal=self.causal,
+            qk_scale=self.qk_scale,
             backend=self.attention_backend,
             window_left=self.window_left,
             window_right=self.window_right,
@@ -322,6 +331,7 @@ class SelfAttention(nn.Module):
             rope_theta=self.rope_theta,
             rope_pairing=self.rope_pairing,
             causal=self.causal,
+            qk_scale=self.qk_scale,
             backend=self.attention_backend,
             window_left=self.window_left,
             window_right=self.window_right,
@@ -335,7 +345,15 @@ class SelfAttention(nn.Module):
             parts.append(f"num_kv_heads={self.num_kv_heads}")
         parts.append(f"causal={self.causal}")
         defaults = SelfAttentionConfig()
-        for name in ("window_left", "window_right", "softcap", "rope_theta", "rope_pairing", "dropout_rate"):
+        for name in (
+            "qk_scale",
+            "window_left",
+            "window_right",
+            "softcap",
+            "rope_theta",
+            "rope_pairing",
+            "dropout_rate",
+        ):
             if getattr(self, name) != getattr(defaults, name):
                 parts.append(f"{name}={getattr(self, name)}")
         if self.sinks is not None:

@@ -28,7 +28,8 @@ void add_child(torch::jit::Module& parent, const std::string& name, const char* 
 std::string name_or_none(bool is_present, const char* name) { return is_present ? name : "None"; }
 
 std::string forward_source(const SelfAttentionOptions& options) {
-  const auto bias = [&](const char* name) { return name_or_none(options.use_bias(), name); };
+  const bool qkv_bias = options.qkv_bias().value_or(options.use_bias()),
+             out_bias = options.out_bias().value_or(options.use_bias());
   return R"(
 def forward(self, x, freqs: Optional[Tuple[Tensor, Tensor]] = None, segment_ids: Optional[Tensor] = None) -> Tensor:
     sin: Optional[Tensor] = None
@@ -37,12 +38,13 @@ def forward(self, x, freqs: Optional[Tuple[Tensor, Tensor]] = None, segment_ids:
         sin, cos = freqs
     return selfattn.self_attention(
         x, self.q_proj.weight, self.k_proj.weight, self.v_proj.weight, self.out_proj.weight, )" +
-         bias("self.q_proj.bias") + ", " + bias("self.k_proj.bias") + ", " + bias("self.v_proj.bias") + ", " +
-         bias("self.out_proj.bias") + ", " + name_or_none(options.qk_norm(), "self.q_norm.weight") + ", " +
+         name_or_none(qkv_bias, "self.q_proj.bias") + ", " + name_or_none(qkv_bias, "self.k_proj.bias") + ", " +
+         name_or_none(qkv_bias, "self.v_proj.bias") + ", " + name_or_none(out_bias, "self.out_proj.bias") + ", " +
+         name_or_none(options.qk_norm(), "self.q_norm.weight") + ", " +
          name_or_none(options.qk_norm(), "self.k_norm.weight") + ", " + name_or_none(options.sinks(), "self.sinks") +
          R"(, sin, cos, segment_ids,
         head_dim=self.head_dim, norm_eps=self.norm_eps, rope_theta=self.rope_theta, rope_pairing=self.rope_pairing,
-        causal=self.causal, backend=self.attention_backend, window_left=self.window_left,
+        causal=self.causal, qk_scale=self.qk_scale, backend=self.attention_backend, window_left=self.window_left,
         window_right=self.window_right, softcap=self.softcap, dropout_rate=self.dropout_rate, training=self.training)
 )";
 }
@@ -74,6 +76,8 @@ torch::jit::Module to_torchscript(const SelfAttention& module) {
   script.register_attribute("norm_eps", c10::FloatType::get(), options.norm_eps());
   script.register_attribute("rope_theta", c10::FloatType::get(), options.rope_theta());
   script.register_attribute("rope_pairing", c10::StringType::get(), options.rope_pairing());
+  script.register_attribute("qk_scale", c10::OptionalType::create(c10::FloatType::get()),
+                            options.qk_scale() ? c10::IValue(*options.qk_scale()) : c10::IValue());
   script.register_attribute("causal", c10::BoolType::get(), options.causal());
   script.register_attribute("attention_backend", c10::StringType::get(), options.attention_backend());
   script.register_attribute("window_left", c10::IntType::get(), options.window_left());

@@ -230,7 +230,7 @@ torch::Tensor SelfAttentionImpl::forward(const torch::Tensor& x, const torch::Te
                  q_norm ? OptionalTensor(q_norm->weight) : std::nullopt,
                  k_norm ? OptionalTensor(k_norm->weight) : std::nullopt, as_optional(sinks), as_optional(freqs_sin),
                  as_optional(freqs_cos), as_optional(segment_ids), options.head_dim(), options.norm_eps(),
-                 options.rope_theta(), options.rope_pairing(), options.causal(), /*qk_scale=*/std::nullopt,
+                 options.rope_theta(), options.rope_pairing(), options.causal(), options.qk_scale(),
                  options.attention_backend(), options.window_left(), options.window_right(), options.softcap(),
                  options.dropout_rate(), is_training());
 }
@@ -260,8 +260,8 @@ torch::Tensor SelfAttentionImpl::compose(const torch::Tensor& x, const torch::Te
       q, k, v, fuses_norms ? OptionalTensor(q_norm->weight) : std::nullopt,
       fuses_norms ? OptionalTensor(k_norm->weight) : std::nullopt, as_optional(sinks), as_optional(freqs_sin),
       as_optional(freqs_cos), as_optional(segment_ids), options.head_dim(), options.norm_eps(), options.rope_theta(),
-      options.rope_pairing(), options.causal(), /*qk_scale=*/std::nullopt, options.attention_backend(),
-      options.window_left(), options.window_right(), options.softcap());
+      options.rope_pairing(), options.causal(), options.qk_scale(), options.attention_backend(), options.window_left(),
+      options.window_right(), options.softcap());
   return at::dropout(project("out_proj", out_proj, attended), options.dropout_rate(), is_training());
 }
 

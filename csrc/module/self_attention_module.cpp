@@ -15,10 +15,13 @@ namespace {
 void check(const SelfAttentionOptions& options) {
   TORCH_CHECK_VALUE(options.head_dim() > 0 && options.head_dim() % 2 == 0,
                     "selfattn: head_dim must be positive and even; got ", options.head_dim());
-  TORCH_CHECK_VALUE(options.embedding_dim() > 0 && options.embedding_dim() % options.head_dim() == 0,
-                    "selfattn: embedding_dim must be a positive multiple of head_dim ", options.head_dim(), "; got ",
-                    options.embedding_dim());
-  const int64_t heads = options.embedding_dim() / options.head_dim();
+  TORCH_CHECK_VALUE(
+      options.embedding_dim() > 0 && (options.num_heads() || options.embedding_dim() % options.head_dim() == 0),
+      "selfattn: embedding_dim must be a positive multiple of head_dim ", options.head_dim(),
+      " unless num_heads is given; got ", options.embedding_dim());
+  TORCH_CHECK_VALUE(options.num_heads().value_or(1) > 0, "selfattn: num_heads must be positive; got ",
+                    *options.num_heads());
+  const int64_t heads = options.num_heads().value_or(options.embedding_dim() / options.head_dim());
   TORCH_CHECK_VALUE(!options.num_kv_heads() || (*options.num_kv_heads() > 0 && heads % *options.num_kv_heads() == 0),
                     "selfattn: num_kv_heads must divide the ", heads, " query heads; got ", *options.num_kv_heads());
   TORCH_CHECK_VALUE(options.num_layers() > 0, "selfattn: num_layers must be positive; got ", options.num_layers());
@@ -26,8 +29,10 @@ void check(const SelfAttentionOptions& options) {
                     "selfattn: dropout_rate must be at least 0 and below 1; got ", options.dropout_rate());
   TORCH_CHECK_VALUE(std::isfinite(options.norm_eps()) && options.norm_eps() >= 0.0,
                     "selfattn: norm_eps must be finite and at least 0; got ", options.norm_eps());
-  check_attention_numbers(
-      {.window_left = options.window_left(), .window_right = options.window_right(), .softcap = options.softcap()});
+  check_attention_numbers({.qk_scale = options.qk_scale(),
+                           .window_left = options.window_left(),
+                           .window_right = options.window_right(),
+                           .softcap = options.softcap()});
   TORCH_CHECK_VALUE(std::isfinite(options.rope_theta()) && options.rope_theta() > 0.0,
                     "selfattn: rope_theta must be positive and finite; got ", options.rope_theta());
   parse_pairing(options.rope_pairing(), "rope_pairing");
@@ -56,15 +61,16 @@ void SelfAttentionImpl::reset() {
   for (const std::string& name : named_children().keys()) unregister_module(name);
   replaced_.clear();
   parameters_.clear();
-  const auto linear = [&](const char* name, int64_t in_features, int64_t out_features) {
-    const auto linear_options = torch::nn::LinearOptions(in_features, out_features).bias(options.use_bias());
+  const auto linear = [&](const char* name, int64_t in_features, int64_t out_features, std::optional<bool> bias) {
+    const auto linear_options =
+        torch::nn::LinearOptions(in_features, out_features).bias(bias.value_or(options.use_bias()));
     return register_module(name, torch::nn::Linear(linear_options));
   };
-  const int64_t kv_features = num_kv_heads() * options.head_dim();
-  q_proj = linear("q_proj", options.embedding_dim(), options.embedding_dim());
-  k_proj = linear("k_proj", options.embedding_dim(), kv_features);
-  v_proj = linear("v_proj", options.embedding_dim(), kv_features);
-  out_proj = linear("out_proj", options.embedding_dim(), options.embedding_dim());
+  const int64_t q_features = num_heads() * options.head_dim(), kv_features = num_kv_heads() * options.head_dim();
+  q_proj = linear("q_proj", options.embedding_dim(), q_features, options.qkv_bias());
+  k_proj = linear("k_proj", options.embedding_dim(), kv_features, options.qkv_bias());
+  v_proj = linear("v_proj", options.embedding_dim(), kv_features, options.qkv_bias());
+  out_proj = linear("out_proj", q_features, options.embedding_dim(), options.out_bias());
   if (options.qk_norm()) {
     q_norm = register_module("q_norm", HeadNorm(options.head_dim()));
     k_norm = register_module("k_norm", HeadNorm(options.head_dim()));
@@ -107,8 +113,8 @@ void SelfAttentionImpl::reset_parameters() {
   }
   const double out_std = 2.0 / (2.0 * static_cast<double>(options.num_layers())) / std::sqrt(embedding_dim);
   torch::nn::init::normal_(out_proj->weight, 0.0, out_std);
-  if (options.use_bias()) {
-    for (auto* projection : {&q_proj, &k_proj, &v_proj, &out_proj}) torch::nn::init::zeros_((*projection)->bias);
+  for (auto* projection : {&q_proj, &k_proj, &v_proj, &out_proj}) {
+    if ((*projection)->bias.defined()) torch::nn::init::zeros_((*projection)->bias);
   }
   if (options.qk_norm()) {
     torch::nn::init::ones_(q_norm->weight);
@@ -121,6 +127,7 @@ void SelfAttentionImpl::pretty_print(std::ostream& stream) const {
   stream << std::boolalpha << "selfattn::SelfAttention(embedding_dim=" << options.embedding_dim()
          << ", num_heads=" << num_heads() << ", num_kv_heads=" << num_kv_heads() << ", head_dim=" << options.head_dim()
          << ", qk_norm=" << options.qk_norm() << ", use_bias=" << options.use_bias() << ", causal=" << options.causal()
+         << ", qk_scale=" << options.qk_scale().value_or(1.0 / std::sqrt(static_cast<double>(options.head_dim())))
          << ", window=(" << options.window_left() << ", " << options.window_right()
          << "), softcap=" << options.softcap() << ", sinks=" << options.sinks()
          << ", dropout_rate=" << options.dropout_rate() << ", attention_backend=" << options.attention_backend() << ")";

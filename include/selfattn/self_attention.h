@@ -17,10 +17,10 @@ namespace selfattn {
 struct SELFATTN_API SelfAttentionOptions {
   /* implicit */ SelfAttentionOptions(int64_t embedding_dim) : embedding_dim_(embedding_dim) {}
 
-  /// E, the features of a token; a multiple of head_dim.
+  /// E, the features of a token; a multiple of head_dim unless num_heads is given.
   TORCH_ARG(int64_t, embedding_dim);
   TORCH_ARG(int64_t, head_dim) = 64;
-  /// Key/value heads; as many as query heads (E / head_dim) where not given.
+  /// Key/value heads; as many as query heads where not given.
   TORCH_ARG(std::optional<int64_t>, num_kv_heads);
   /// RMSNorm of each head of q and k, before the rotary embedding.
   TORCH_ARG(bool, qk_norm) = false;
@@ -39,6 +39,13 @@ struct SELFATTN_API SelfAttentionOptions {
   TORCH_ARG(bool, sinks) = false;
   TORCH_ARG(double, rope_theta) = 10000.0;
   TORCH_ARG(std::string, rope_pairing) = "interleaved";
+  /// Query heads; E / head_dim where not given. Given, embedding_dim need not be a multiple of head_dim.
+  TORCH_ARG(std::optional<int64_t>, num_heads);
+  /// Factor of the logits; 1 / sqrt(head_dim) where not given.
+  TORCH_ARG(std::optional<double>, qk_scale);
+  /// Biases of the query, key and value projections, and of the output projection; use_bias where not given.
+  TORCH_ARG(std::optional<bool>, qkv_bias);
+  TORCH_ARG(std::optional<bool>, out_bias);
 };
 
 /// Holds the weight (head_dim,) of a head's RMSNorm; the operator self_attention applies it.
@@ -87,7 +94,7 @@ class SELFATTN_API SelfAttentionImpl : public torch::nn::Cloneable<SelfAttention
 
   void pretty_print(std::ostream& stream) const override;
 
-  int64_t num_heads() const { return options.embedding_dim() / options.head_dim(); }
+  int64_t num_heads() const { return options.num_heads().value_or(options.embedding_dim() / options.head_dim()); }
   int64_t num_kv_heads() const { return options.num_kv_heads().value_or(num_heads()); }
 
   SelfAttentionOptions options;

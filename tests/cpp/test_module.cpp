@@ -24,6 +24,32 @@ TEST(Module, RegistersTheNamesOfThePythonModule) {
   EXPECT_EQ(SelfAttention(SelfAttentionOptions(64))->parameters().size(), 4u);
 }
 
+TEST(Module, HasTheHeadsAndBiasesThatAreGiven) {
+  SelfAttention module(SelfAttentionOptions(20).head_dim(8).num_heads(6).num_kv_heads(2).qkv_bias(true));
+  EXPECT_EQ(module->q_proj->weight.sizes(), (std::vector<int64_t>{48, 20}));
+  EXPECT_EQ(module->k_proj->weight.sizes(), (std::vector<int64_t>{16, 20}));
+  EXPECT_EQ(module->out_proj->weight.sizes(), (std::vector<int64_t>{20, 48}));
+  EXPECT_TRUE(module->v_proj->bias.defined());
+  EXPECT_FALSE(module->out_proj->bias.defined());
+  EXPECT_EQ(module->forward(torch::randn({2, 5, 20})).sizes(), (std::vector<int64_t>{2, 5, 20}));
+  EXPECT_THROW(SelfAttention(SelfAttentionOptions(20).num_heads(0)), c10::ValueError);
+  EXPECT_THROW(SelfAttention(SelfAttentionOptions(20).num_heads(4).num_kv_heads(3)), c10::ValueError);
+  EXPECT_THROW(SelfAttention(SelfAttentionOptions(64).qk_scale(std::nan(""))), c10::ValueError);
+}
+
+TEST(Module, ScalesTheLogitsByWhatIsGiven) {
+  SelfAttention own(SelfAttentionOptions(64).head_dim(16)), given(SelfAttentionOptions(64).head_dim(16).qk_scale(0.25));
+  SelfAttention other(SelfAttentionOptions(64).head_dim(16).qk_scale(0.7));
+  for (auto* module : {&given, &other}) {
+    const torch::NoGradGuard no_grad;
+    for (const auto& parameter : own->named_parameters())
+      (*module)->named_parameters()[parameter.key()].copy_(*parameter);
+  }
+  const auto x = torch::randn({2, 7, 64});
+  EXPECT_TRUE(torch::allclose(own->forward(x), given->forward(x)));
+  EXPECT_FALSE(torch::allclose(own->forward(x), other->forward(x), 1e-4, 1e-6));
+}
+
 TEST(Module, InitialisesByTheStatedDeviations) {
   const SelfAttention module(SelfAttentionOptions(1024).num_layers(6).use_bias(true));
   const double in_std = std::sqrt(2.0 / (5.0 * 1024)), out_std = 2.0 / 12 / std::sqrt(1024.0);

@@ -15,9 +15,9 @@ class TorchScript : public testing::TestWithParam<bool> {};
 
 TEST_P(TorchScript, EqualsTheModuleAfterSaveAndLoad) {
   const bool full = GetParam();
-  SelfAttention module(
-      SelfAttentionOptions(64).head_dim(16).num_kv_heads(2).qk_norm(full).use_bias(full).sinks(full).softcap(
-          full ? 5.0 : 0.0));
+  auto options = SelfAttentionOptions(64).head_dim(16).num_kv_heads(2).qk_norm(full).use_bias(full).sinks(full);
+  if (full) options.softcap(5.0).num_heads(6).qk_scale(0.3).out_bias(false);
+  SelfAttention module(options);
   std::stringstream stream;
   selfattn::to_torchscript(module).save(stream);
   torch::jit::Module script = torch::jit::load(stream);

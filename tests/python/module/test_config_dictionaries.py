@@ -41,6 +41,10 @@ DEFAULTS = {
     "rope_theta": 10000.0,
     "rope_pairing": "interleaved",
     "norm_eps": 1e-6,
+    "num_heads": None,
+    "qk_scale": None,
+    "qkv_bias": None,
+    "out_bias": None,
 }
 
 parallel_configs = st.builds(
@@ -63,6 +67,9 @@ configs = st.builds(
     window_left=st.integers(-1, 10),
     rope_theta=st.floats(1.0, 1e7),
     parallel=parallel_configs,
+    qk_scale=st.none() | st.floats(-2.0, 2.0),
+    qkv_bias=st.none() | st.booleans(),
+    out_bias=st.none() | st.booleans(),
 )
 
 

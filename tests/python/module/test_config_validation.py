@@ -36,6 +36,12 @@ BAD_VALUES = [
     ("rope_pairing", "pairs", ValueError),
     ("norm_eps", -1e-6, ValueError),
     ("parallel", 4, TypeError),
+    ("num_heads", 0, ValueError),
+    ("num_heads", 4.0, TypeError),
+    ("qk_scale", float("inf"), ValueError),
+    ("qk_scale", "1", TypeError),
+    ("qkv_bias", 1, TypeError),
+    ("out_bias", "yes", TypeError),
 ]
 
 BAD_PARALLEL_VALUES = [
@@ -60,6 +66,11 @@ BAD_PARALLEL_VALUES = [
 def test_bad_value_is_named(config: type, field: str, value: object, error: type[Exception]) -> None:
     with pytest.raises(error, match=rf"{config.__name__}\.{field}: expected .+, got {re.escape(repr(value))}"):
         config(**{field: value})
+
+
+def test_heads_that_do_not_share_keys_evenly_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"num_heads: expected a multiple of num_kv_heads 3, got 4"):
+        SelfAttentionConfig(num_heads=4, num_kv_heads=3)
 
 
 def test_two_axes_of_one_name_are_refused() -> None:

@@ -14,6 +14,12 @@ def test_width_that_heads_do_not_divide_is_refused() -> None:
         SelfAttention(100)
 
 
+@pytest.mark.parametrize("width", [0, -1])
+def test_width_must_be_positive_where_heads_are_given(width: int) -> None:
+    with pytest.raises(ValueError, match=f"embedding_dim: expected a positive number, got {width}"):
+        SelfAttention(width, SelfAttentionConfig(num_heads=2))
+
+
 def test_kv_heads_that_do_not_divide_are_refused() -> None:
     with pytest.raises(ValueError, match=r"num_kv_heads: expected a divisor of the 2 query heads .*, got 3"):
         SelfAttention(128, SelfAttentionConfig(num_kv_heads=3))

@@ -16,6 +16,10 @@ CONFIGS = {
     "window": {"window_left": 3, "window_right": 1, "causal": False},
     "softcap": {"softcap": 0.5},
     "sinks": {"sinks": True},
+    "heads_of_another_width": {"num_heads": 5, "num_kv_heads": 1, "qk_norm": True},
+    "scale": {"qk_scale": 0.8},
+    "bias_of_heads": {"qkv_bias": True},
+    "all_biases_but_one": {"use_bias": True, "out_bias": False},
     "half": {"rope_pairing": "half", "rope_theta": 500.0},
     "everything": {
         "qk_norm": True,
@@ -27,7 +31,7 @@ CONFIGS = {
         "rope_pairing": "half",
     },
 }
-ATTENTION_OPTIONS = ("causal", "window_left", "window_right", "softcap")
+ATTENTION_OPTIONS = ("causal", "qk_scale", "window_left", "window_right", "softcap")
 
 
 def make_module(options: dict, dtype: torch.dtype = torch.float64) -> SelfAttention:
@@ -63,6 +67,20 @@ def test_forward_and_gradients_equal_the_oracle(options: dict, dtype: torch.dtyp
     gradients = torch.autograd.grad(out, inputs, grad_out)
     for gradient, oracle in zip(gradients, torch.autograd.grad(expected, inputs, grad_out.double()), strict=True):
         assert error(gradient, oracle) < tolerance
+
+
+def test_parameters_have_the_stated_shapes() -> None:
+    config = SelfAttentionConfig(head_dim=HEAD_DIM, num_heads=6, num_kv_heads=2, qkv_bias=True)
+    shapes = {name: tuple(tensor.shape) for name, tensor in SelfAttention(20, config).named_parameters()}
+    assert shapes == {
+        "q_proj.weight": (48, 20),
+        "q_proj.bias": (48,),
+        "k_proj.weight": (16, 20),
+        "k_proj.bias": (16,),
+        "v_proj.weight": (16, 20),
+        "v_proj.bias": (16,),
+        "out_proj.weight": (20, 48),
+    }
 
 
 def test_positions_of_documents_are_taken_from_the_frequencies() -> None:
