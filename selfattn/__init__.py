@@ -24,6 +24,7 @@ from selfattn.functional import (  # noqa: E402
     segment_mask,
 )
 from selfattn.module import SelfAttention  # noqa: E402
+from selfattn.norm import RMSNorm  # noqa: E402
 from selfattn.packing_report import packing_report  # noqa: E402
 from selfattn.rope import RopeParameters  # noqa: E402
 
@@ -41,6 +42,7 @@ def __getattr__(name: str) -> object:
 __all__ = [
     "AttentionBackend",
     "ParallelConfig",
+    "RMSNorm",
     "RopeParameters",
     "SelfAttention",
     "SelfAttentionConfig",

@@ -229,12 +229,14 @@ class SelfAttentionConfig(_ValidatedConfig):
     """Biases of the query, key and value projections; None is ``use_bias``."""
     out_bias: bool | None = None
     """Bias of the output projection; None is ``use_bias``."""
+    norm_unit_offset: bool = False
+    """The norms of q and k multiply by 1 + w, and the initial w is 0 (Gemma); see ``RMSNorm``."""
 
     def __post_init__(self) -> None:
         self._check_int("head_dim", 2, "a positive even integer")
         if self.head_dim % 2:
             self._fail(ValueError, "head_dim", "a positive even integer")
-        for name in ("qk_norm", "use_bias", "causal", "sinks"):
+        for name in ("qk_norm", "use_bias", "causal", "sinks", "norm_unit_offset"):
             self._check_bool(name)
         self._check_real("dropout_rate", lambda rate: 0 <= rate < 1, "a number in [0, 1)")
         self._check_int("num_layers", 1, "a positive integer")
@@ -262,6 +264,8 @@ class SelfAttentionConfig(_ValidatedConfig):
         for name in ("qkv_bias", "out_bias"):
             if getattr(self, name) is not None:
                 self._check_bool(name)
+        if self.norm_unit_offset and not self.qk_norm:
+            self._fail(ValueError, "norm_unit_offset", "False without qk_norm")
 
     @property
     def _dtype(self) -> torch.dtype:

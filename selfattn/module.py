@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from selfattn.config import SelfAttentionConfig
+from selfattn.norm import RMSNorm
 
 
 def _reset_projection(projection: nn.Linear, std: float) -> None:
@@ -129,6 +130,7 @@ class SelfAttention(nn.Module):
         self.rope_theta = float(config.rope_theta)
         self.rope_pairing = config.rope_pairing
         self.norm_eps = float(config.norm_eps)
+        self.norm_unit_offset = config.norm_unit_offset
         self.qk_scale: float | None = None if config.qk_scale is None else float(config.qk_scale)
 
         placed = {"device": device, "dtype": config._dtype if dtype is None else dtype}
@@ -139,8 +141,9 @@ class SelfAttention(nn.Module):
         self.k_proj = nn.Linear(embedding_dim, kv_dim, bias=qkv_bias, **placed)
         self.v_proj = nn.Linear(embedding_dim, kv_dim, bias=qkv_bias, **placed)
         self.out_proj = nn.Linear(q_dim, embedding_dim, bias=out_bias, **placed)
-        self.q_norm = nn.RMSNorm(config.head_dim, eps=self.norm_eps, **placed) if config.qk_norm else None
-        self.k_norm = nn.RMSNorm(config.head_dim, eps=self.norm_eps, **placed) if config.qk_norm else None
+        make_norm = functools.partial(RMSNorm, unit_offset=True) if config.norm_unit_offset else nn.RMSNorm
+        self.q_norm = make_norm(config.head_dim, eps=self.norm_eps, **placed) if config.qk_norm else None
+        self.k_norm = make_norm(config.head_dim, eps=self.norm_eps, **placed) if config.qk_norm else None
         self.sinks = nn.Parameter(torch.empty(num_heads, **placed)) if config.sinks else None
         std = math.sqrt(2 / (5 * embedding_dim))
         for projection in (self.q_proj, self.k_proj, self.v_proj):
@@ -190,8 +193,10 @@ class SelfAttention(nn.Module):
         k_norm_weight: Tensor | None = None
         norm_eps = self.norm_eps
         if self.q_norm is not None and self.k_norm is not None:
-            q_norm_weight = self.q_norm.weight
-            k_norm_weight = self.k_norm.weight
+            if self.norm_unit_offset:
+                q_norm_weight, k_norm_weight = self.q_norm.factor(), self.k_norm.factor()
+            else:
+                q_norm_weight, k_norm_weight = self.q_norm.weight, self.k_norm.weight
             norm_eps = self.q_norm.eps
         return torch.ops.selfattn.self_attention(
             x,
@@ -224,7 +229,7 @@ class SelfAttention(nn.Module):
         )
 
     # TorchScript compiles one of two forward passes, as the layer is when it is scripted.
-    __constants__ = ("_script_calls_parts", "_script_fuses_norms")
+    __constants__ = ("_script_calls_parts", "_script_fuses_norms", "norm_unit_offset")
     _script_calls_parts = False
     _script_fuses_norms = True
 
@@ -248,7 +253,10 @@ class SelfAttention(nn.Module):
         q_norm, k_norm = modules.get("q_norm"), modules.get("k_norm")
         if q_norm is None and k_norm is None:
             return True
-        if not (_is_untouched(q_norm, nn.RMSNorm) and _is_untouched(k_norm, nn.RMSNorm)):
+        kind = RMSNorm if self.norm_unit_offset else nn.RMSNorm
+        if not (_is_untouched(q_norm, kind) and _is_untouched(k_norm, kind)):
+            return False
+        if self.norm_unit_offset and not (q_norm.unit_offset and k_norm.unit_offset):
             return False
         shape = (self.head_dim,)
         return (
@@ -273,7 +281,8 @@ class SelfAttention(nn.Module):
         norms: dict[str, Tensor | float] = {}
         if not calls_any and self._norms_are_plain():
             if q_norm is not None and k_norm is not None:
-                norms = {"q_norm_weight": q_norm.weight, "k_norm_weight": k_norm.weight, "norm_eps": q_norm.eps}
+                weights = (norm.factor() if self.norm_unit_offset else norm.weight for norm in (q_norm, k_norm))
+                norms = dict(zip(("q_norm_weight", "k_norm_weight"), weights, strict=True), norm_eps=q_norm.eps)
         else:
             q = q if q_norm is None else q_norm(q.unflatten(-1, (-1, self.head_dim))).flatten(-2)
             k = k if k_norm is None else k_norm(k.unflatten(-1, (-1, self.head_dim))).flatten(-2)
@@ -308,8 +317,10 @@ class SelfAttention(nn.Module):
         norm_eps = self.norm_eps
         if self._script_fuses_norms:
             if self.q_norm is not None and self.k_norm is not None:
-                q_norm_weight = self.q_norm.weight
-                k_norm_weight = self.k_norm.weight
+                if self.norm_unit_offset:
+                    q_norm_weight, k_norm_weight = self.q_norm.factor(), self.k_norm.factor()
+                else:
+                    q_norm_weight, k_norm_weight = self.q_norm.weight, self.k_norm.weight
                 norm_eps = self.q_norm.eps
         else:
             if self.q_norm is not None:

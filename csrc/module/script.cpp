@@ -30,18 +30,31 @@ std::string name_or_none(bool is_present, const char* name) { return is_present 
 std::string forward_source(const SelfAttentionOptions& options) {
   const bool qkv_bias = options.qkv_bias().value_or(options.use_bias()),
              out_bias = options.out_bias().value_or(options.use_bias());
+  std::string norm_factors;
+  for (const char* of : {"q", "k"}) {
+    if (!options.qk_norm()) continue;
+    const std::string factor = std::string(of) + "_factor", weight = "self." + std::string(of) + "_norm.weight";
+    norm_factors += "    " + factor + " = " + weight + "\n";
+    // 7: float64. TorchScript's 1 + w in at least float32, as HeadNorm::factor.
+    if (options.norm_unit_offset()) {
+      norm_factors += "    if " + factor + ".dtype != 7:\n        " + factor + " = " + factor + ".float()\n    " +
+                      factor + " = " + factor + " + 1.0\n";
+    }
+  }
   return R"(
 def forward(self, x, freqs: Optional[Tuple[Tensor, Tensor]] = None, segment_ids: Optional[Tensor] = None) -> Tensor:
     sin: Optional[Tensor] = None
     cos: Optional[Tensor] = None
     if freqs is not None:
         sin, cos = freqs
+)" + norm_factors +
+         R"(
     return selfattn.self_attention(
         x, self.q_proj.weight, self.k_proj.weight, self.v_proj.weight, self.out_proj.weight, )" +
          name_or_none(qkv_bias, "self.q_proj.bias") + ", " + name_or_none(qkv_bias, "self.k_proj.bias") + ", " +
          name_or_none(qkv_bias, "self.v_proj.bias") + ", " + name_or_none(out_bias, "self.out_proj.bias") + ", " +
-         name_or_none(options.qk_norm(), "self.q_norm.weight") + ", " +
-         name_or_none(options.qk_norm(), "self.k_norm.weight") + ", " + name_or_none(options.sinks(), "self.sinks") +
+         name_or_none(options.qk_norm(), "q_factor") + ", " + name_or_none(options.qk_norm(), "k_factor") + ", " +
+         name_or_none(options.sinks(), "self.sinks") +
          R"(, sin, cos, segment_ids,
         head_dim=self.head_dim, norm_eps=self.norm_eps, rope_theta=self.rope_theta, rope_pairing=self.rope_pairing,
         causal=self.causal, qk_scale=self.qk_scale, backend=self.attention_backend, window_left=self.window_left,

@@ -227,8 +227,8 @@ torch::Tensor SelfAttentionImpl::forward(const torch::Tensor& x, const torch::Te
                     x.sym_sizes());
   return op.call(x, q_proj->weight, k_proj->weight, v_proj->weight, out_proj->weight, as_optional(q_proj->bias),
                  as_optional(k_proj->bias), as_optional(v_proj->bias), as_optional(out_proj->bias),
-                 q_norm ? OptionalTensor(q_norm->weight) : std::nullopt,
-                 k_norm ? OptionalTensor(k_norm->weight) : std::nullopt, as_optional(sinks), as_optional(freqs_sin),
+                 q_norm ? OptionalTensor(q_norm->factor()) : std::nullopt,
+                 k_norm ? OptionalTensor(k_norm->factor()) : std::nullopt, as_optional(sinks), as_optional(freqs_sin),
                  as_optional(freqs_cos), as_optional(segment_ids), options.head_dim(), options.norm_eps(),
                  options.rope_theta(), options.rope_pairing(), options.causal(), options.qk_scale(),
                  options.attention_backend(), options.window_left(), options.window_right(), options.softcap(),
@@ -248,17 +248,17 @@ torch::Tensor SelfAttentionImpl::compose(const torch::Tensor& x, const torch::Te
     const auto normalise = [&](const char* name, const HeadNorm& norm, const torch::Tensor& projected) {
       const torch::Tensor heads = split_heads(projected, options.head_dim());
       const auto found = replaced_.find(name);
-      const torch::Tensor normalised = found == replaced_.end()
-                                           ? at::rms_norm(heads, {options.head_dim()}, norm->weight, options.norm_eps())
-                                           : found->second.forward(heads);
-      return normalised.flatten(2, 3);
+      if (found != replaced_.end()) return found->second.forward(heads).flatten(2, 3);
+      const torch::Tensor factor = norm->factor(), wide = heads.to(factor.scalar_type());
+      const torch::Tensor normalised = at::rms_norm(wide, {options.head_dim()}, factor, options.norm_eps());
+      return normalised.to(heads.scalar_type()).flatten(2, 3);
     };
     q = normalise("q_norm", q_norm, q), k = normalise("k_norm", k_norm, k);
   }
   const bool fuses_norms = q_norm && !calls_norms;
   const torch::Tensor attended = projected_attention(
-      q, k, v, fuses_norms ? OptionalTensor(q_norm->weight) : std::nullopt,
-      fuses_norms ? OptionalTensor(k_norm->weight) : std::nullopt, as_optional(sinks), as_optional(freqs_sin),
+      q, k, v, fuses_norms ? OptionalTensor(q_norm->factor()) : std::nullopt,
+      fuses_norms ? OptionalTensor(k_norm->factor()) : std::nullopt, as_optional(sinks), as_optional(freqs_sin),
       as_optional(freqs_cos), as_optional(segment_ids), options.head_dim(), options.norm_eps(), options.rope_theta(),
       options.rope_pairing(), options.causal(), options.qk_scale(), options.attention_backend(), options.window_left(),
       options.window_right(), options.softcap());

@@ -33,6 +33,8 @@ void check(const SelfAttentionOptions& options) {
                            .window_left = options.window_left(),
                            .window_right = options.window_right(),
                            .softcap = options.softcap()});
+  TORCH_CHECK_VALUE(options.qk_norm() || !options.norm_unit_offset(),
+                    "selfattn: norm_unit_offset must be false without qk_norm; got true");
   TORCH_CHECK_VALUE(std::isfinite(options.rope_theta()) && options.rope_theta() > 0.0,
                     "selfattn: rope_theta must be positive and finite; got ", options.rope_theta());
   parse_pairing(options.rope_pairing(), "rope_pairing");
@@ -41,11 +43,18 @@ void check(const SelfAttentionOptions& options) {
 
 }  // namespace
 
-HeadNormImpl::HeadNormImpl(int64_t head_dim) : head_dim_(head_dim) { reset(); }
+HeadNormImpl::HeadNormImpl(int64_t head_dim, bool unit_offset) : head_dim_(head_dim), unit_offset_(unit_offset) {
+  reset();
+}
 
 void HeadNormImpl::reset() {
   parameters_.clear();
-  weight = register_parameter("weight", torch::ones({head_dim_}));
+  weight = register_parameter("weight", unit_offset_ ? torch::zeros({head_dim_}) : torch::ones({head_dim_}));
+}
+
+torch::Tensor HeadNormImpl::factor() const {
+  if (!unit_offset_) return weight;
+  return 1.0 + (weight.scalar_type() == torch::kDouble ? weight : weight.to(torch::kFloat));
 }
 
 void HeadNormImpl::pretty_print(std::ostream& stream) const {
@@ -72,8 +81,8 @@ void SelfAttentionImpl::reset() {
   v_proj = linear("v_proj", options.embedding_dim(), kv_features, options.qkv_bias());
   out_proj = linear("out_proj", q_features, options.embedding_dim(), options.out_bias());
   if (options.qk_norm()) {
-    q_norm = register_module("q_norm", HeadNorm(options.head_dim()));
-    k_norm = register_module("k_norm", HeadNorm(options.head_dim()));
+    q_norm = register_module("q_norm", HeadNorm(options.head_dim(), options.norm_unit_offset()));
+    k_norm = register_module("k_norm", HeadNorm(options.head_dim(), options.norm_unit_offset()));
   }
   if (options.sinks()) sinks = register_parameter("sinks", torch::zeros({num_heads()}));
   reset_parameters();
@@ -117,8 +126,9 @@ void SelfAttentionImpl::reset_parameters() {
     if ((*projection)->bias.defined()) torch::nn::init::zeros_((*projection)->bias);
   }
   if (options.qk_norm()) {
-    torch::nn::init::ones_(q_norm->weight);
-    torch::nn::init::ones_(k_norm->weight);
+    for (auto* norm : {&q_norm, &k_norm}) {
+      torch::nn::init::constant_((*norm)->weight, options.norm_unit_offset() ? 0.0 : 1.0);
+    }
   }
   if (options.sinks()) torch::nn::init::zeros_(sinks);
 }

@@ -46,19 +46,24 @@ struct SELFATTN_API SelfAttentionOptions {
   /// Biases of the query, key and value projections, and of the output projection; use_bias where not given.
   TORCH_ARG(std::optional<bool>, qkv_bias);
   TORCH_ARG(std::optional<bool>, out_bias);
+  /// The norms of q and k multiply by 1 + w, and the initial w is 0 (Gemma); only with qk_norm.
+  TORCH_ARG(bool, norm_unit_offset) = false;
 };
 
 /// Holds the weight (head_dim,) of a head's RMSNorm; the operator self_attention applies it.
 class SELFATTN_API HeadNormImpl : public torch::nn::Cloneable<HeadNormImpl> {
  public:
-  explicit HeadNormImpl(int64_t head_dim);
+  explicit HeadNormImpl(int64_t head_dim, bool unit_offset = false);
   void reset() override;
   void pretty_print(std::ostream& stream) const override;
+  /// What normalised heads are multiplied by: the weights, or 1 + w in at least float32.
+  torch::Tensor factor() const;
 
   torch::Tensor weight;
 
  private:
   int64_t head_dim_;
+  bool unit_offset_;
 };
 TORCH_MODULE(HeadNorm);
 

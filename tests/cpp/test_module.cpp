@@ -37,6 +37,26 @@ TEST(Module, HasTheHeadsAndBiasesThatAreGiven) {
   EXPECT_THROW(SelfAttention(SelfAttentionOptions(64).qk_scale(std::nan(""))), c10::ValueError);
 }
 
+TEST(Module, NormsMayBeHeldAsTheirDistanceFromOne) {
+  SelfAttention own(every_option()), around_one(every_option().norm_unit_offset(true));
+  EXPECT_EQ(around_one->q_norm->weight.abs().max().item<double>(), 0.0);
+  EXPECT_EQ(own->q_norm->weight.min().item<double>(), 1.0);
+  {
+    const torch::NoGradGuard no_grad;
+    for (const auto& parameter : own->named_parameters()) {
+      const bool is_norm = parameter.key().find("norm") != std::string::npos;
+      if (is_norm) parameter->add_(0.3 * torch::randn_like(*parameter));
+      around_one->named_parameters()[parameter.key()].copy_(is_norm ? *parameter - 1.0 : *parameter);
+    }
+  }
+  const auto x = torch::randn({2, 7, 64});
+  EXPECT_TRUE(torch::allclose(own->forward(x), around_one->forward(x), 1e-4, 1e-5));
+  around_one->replace("k_norm", torch::nn::AnyModule(torch::nn::Identity()));  // q's is called now
+  own->replace("k_norm", torch::nn::AnyModule(torch::nn::Identity()));
+  EXPECT_TRUE(torch::allclose(own->forward(x), around_one->forward(x), 1e-4, 1e-5));
+  EXPECT_THROW(SelfAttention(SelfAttentionOptions(64).norm_unit_offset(true)), c10::ValueError);
+}
+
 TEST(Module, ScalesTheLogitsByWhatIsGiven) {
   SelfAttention own(SelfAttentionOptions(64).head_dim(16)), given(SelfAttentionOptions(64).head_dim(16).qk_scale(0.25));
   SelfAttention other(SelfAttentionOptions(64).head_dim(16).qk_scale(0.7));

@@ -16,7 +16,7 @@ class TorchScript : public testing::TestWithParam<bool> {};
 TEST_P(TorchScript, EqualsTheModuleAfterSaveAndLoad) {
   const bool full = GetParam();
   auto options = SelfAttentionOptions(64).head_dim(16).num_kv_heads(2).qk_norm(full).use_bias(full).sinks(full);
-  if (full) options.softcap(5.0).num_heads(6).qk_scale(0.3).out_bias(false);
+  if (full) options.softcap(5.0).num_heads(6).qk_scale(0.3).out_bias(false).norm_unit_offset(true);
   SelfAttention module(options);
   std::stringstream stream;
   selfattn::to_torchscript(module).save(stream);

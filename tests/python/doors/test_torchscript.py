@@ -25,6 +25,7 @@ CONFIGS = {
         softcap=3.0,
         window_left=5,
         rope_pairing="half",
+        norm_unit_offset=True,
         num_heads=6,
         qk_scale=0.3,
         out_bias=False,

@@ -45,6 +45,7 @@ DEFAULTS = {
     "qk_scale": None,
     "qkv_bias": None,
     "out_bias": None,
+    "norm_unit_offset": False,
 }
 
 parallel_configs = st.builds(

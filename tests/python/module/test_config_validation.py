@@ -36,6 +36,8 @@ BAD_VALUES = [
     ("rope_pairing", "pairs", ValueError),
     ("norm_eps", -1e-6, ValueError),
     ("parallel", 4, TypeError),
+    ("norm_unit_offset", True, ValueError),
+    ("norm_unit_offset", 1, TypeError),
     ("num_heads", 0, ValueError),
     ("num_heads", 4.0, TypeError),
     ("qk_scale", float("inf"), ValueError),

@@ -18,6 +18,7 @@ CONFIGS = {
     "sinks": {"sinks": True},
     "heads_of_another_width": {"num_heads": 5, "num_kv_heads": 1, "qk_norm": True},
     "scale": {"qk_scale": 0.8},
+    "norm_around_one": {"qk_norm": True, "norm_unit_offset": True},
     "bias_of_heads": {"qkv_bias": True},
     "all_biases_but_one": {"use_bias": True, "out_bias": False},
     "half": {"rope_pairing": "half", "rope_theta": 500.0},
@@ -48,7 +49,10 @@ def expected_output(module: SelfAttention, options: dict, x: torch.Tensor, **inp
         for name in (*ATTENTION_OPTIONS, "rope_theta", "rope_pairing", "norm_eps")
         if name in options
     }
-    return reference.self_attention(x, dict(module.named_parameters()), HEAD_DIM, **inputs, **names)
+    parameters = dict(module.named_parameters())
+    if options.get("norm_unit_offset"):
+        parameters |= {name: 1 + parameters[name] for name in ("q_norm.weight", "k_norm.weight")}
+    return reference.self_attention(x, parameters, HEAD_DIM, **inputs, **names)
 
 
 @pytest.mark.parametrize("options", CONFIGS.values(), ids=CONFIGS.keys())

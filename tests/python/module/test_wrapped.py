@@ -7,12 +7,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from support import reference
 from support.plain_module import plain_forward
 from support.problems import error, make_ids
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from selfattn import SelfAttention, SelfAttentionConfig
+from selfattn import RMSNorm, SelfAttention, SelfAttentionConfig
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 NORMS = ("q_norm", "k_norm")
@@ -212,6 +213,40 @@ def test_weights_of_another_class_are_called() -> None:
     TensorSubclass.uses = 0
     assert error(layer(x, segment_ids=ids).as_subclass(Tensor), expected) < TOLERANCE
     assert TensorSubclass.uses == 2  # v_proj and, of its result, out_proj
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_norm_around_one_gives_the_same_called_alone(dtype: torch.dtype) -> None:
+    config = SelfAttentionConfig(head_dim=8, qk_norm=True, norm_unit_offset=True)
+    layer = SelfAttention(32, config, dtype=dtype)
+    assert not layer.q_norm.weight.any()
+    with torch.no_grad():
+        for norm in (layer.q_norm, layer.k_norm):
+            norm.weight.copy_(0.01 * torch.randn(8))
+    assert layer._is_plain()
+    x = torch.randn(2, 9, 32, dtype=dtype, requires_grad=True)
+    leaves, grad = [x, *layer.parameters()], torch.randn(2, 9, 32, dtype=dtype)
+    fused = layer(x)
+    grads = torch.autograd.grad(fused, leaves, grad)
+    layer.q_norm.register_forward_hook(lambda module, inputs, output: output)
+    called = layer(x)
+    tolerance = TOLERANCE if dtype == torch.float64 else 2e-2
+    assert error(called, fused) < tolerance
+    for one, other in zip(torch.autograd.grad(called, leaves, grad), grads, strict=True):
+        assert error(one, other) < tolerance
+
+
+@pytest.mark.parametrize("unit_offset", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_rms_norm_is_its_formula(dtype: torch.dtype, unit_offset: bool) -> None:
+    norm = RMSNorm(16, eps=1e-3, unit_offset=unit_offset, dtype=dtype)
+    assert torch.equal(norm.weight, torch.full((16,), 0.0 if unit_offset else 1.0, dtype=dtype))
+    with torch.no_grad():
+        norm.weight.add_(0.1 * torch.randn(16))
+    x = torch.randn(3, 5, 16, dtype=dtype)
+    expected = reference.rms_norm(x, norm.weight.double() + unit_offset, 1e-3)
+    assert norm(x).dtype == dtype
+    assert error(norm(x), expected) < {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 8e-3}[dtype]
 
 
 @pytest.mark.parametrize("change", ["eps", "one_eps", "no_eps", "replaced", "without_weight"])
