@@ -231,6 +231,8 @@ class SelfAttentionConfig(_ValidatedConfig):
     """Bias of the output projection; None is ``use_bias``."""
     norm_unit_offset: bool = False
     """The norms of q and k multiply by 1 + w, and the initial w is 0 (Gemma); see ``RMSNorm``."""
+    qk_norm_scope: str = "head"
+    """What ``qk_norm`` normalises: each "head", or the whole "projection" to all heads, before the split (OLMo 2)."""
 
     def __post_init__(self) -> None:
         self._check_int("head_dim", 2, "a positive even integer")
@@ -264,8 +266,11 @@ class SelfAttentionConfig(_ValidatedConfig):
         for name in ("qkv_bias", "out_bias"):
             if getattr(self, name) is not None:
                 self._check_bool(name)
+        self._check_choice("qk_norm_scope", ["head", "projection"])
         if self.norm_unit_offset and not self.qk_norm:
             self._fail(ValueError, "norm_unit_offset", "False without qk_norm")
+        if self.qk_norm_scope != "head" and not self.qk_norm:
+            self._fail(ValueError, "qk_norm_scope", "'head' without qk_norm")
 
     @property
     def _dtype(self) -> torch.dtype:

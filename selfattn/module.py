@@ -80,7 +80,8 @@ class SelfAttention(nn.Module):
     Parameters, with NH query heads (E / head_dim if not given) and NKV key/value heads: ``q_proj.weight``
     (NH * head_dim, E), ``k_proj.weight`` and ``v_proj.weight`` (NKV * head_dim, E), ``out_proj.weight``
     (E, NH * head_dim), their ``bias`` with ``use_bias``, ``qkv_bias`` or ``out_bias``;
-    ``q_norm.weight`` and ``k_norm.weight`` (head_dim,) with ``qk_norm``; ``sinks`` (NH,) with ``sinks``.
+    ``q_norm.weight`` and ``k_norm.weight`` (head_dim,) with ``qk_norm``, or (NH * head_dim,) and (NKV * head_dim,) with
+    ``qk_norm_scope="projection"``; ``sinks`` (NH,) with ``sinks``.
 
     Raises:
         ValueError: ``embedding_dim`` or ``num_kv_heads`` does not fit ``head_dim``.
@@ -131,6 +132,7 @@ class SelfAttention(nn.Module):
         self.rope_pairing = config.rope_pairing
         self.norm_eps = float(config.norm_eps)
         self.norm_unit_offset = config.norm_unit_offset
+        self.normalises_projections = config.qk_norm_scope == "projection"
         self.qk_scale: float | None = None if config.qk_scale is None else float(config.qk_scale)
 
         placed = {"device": device, "dtype": config._dtype if dtype is None else dtype}
@@ -142,8 +144,9 @@ class SelfAttention(nn.Module):
         self.v_proj = nn.Linear(embedding_dim, kv_dim, bias=qkv_bias, **placed)
         self.out_proj = nn.Linear(q_dim, embedding_dim, bias=out_bias, **placed)
         make_norm = functools.partial(RMSNorm, unit_offset=True) if config.norm_unit_offset else nn.RMSNorm
-        self.q_norm = make_norm(config.head_dim, eps=self.norm_eps, **placed) if config.qk_norm else None
-        self.k_norm = make_norm(config.head_dim, eps=self.norm_eps, **placed) if config.qk_norm else None
+        q_normed, k_normed = (q_dim, kv_dim) if self.normalises_projections else (config.head_dim, config.head_dim)
+        self.q_norm = make_norm(q_normed, eps=self.norm_eps, **placed) if config.qk_norm else None
+        self.k_norm = make_norm(k_normed, eps=self.norm_eps, **placed) if config.qk_norm else None
         self.sinks = nn.Parameter(torch.empty(num_heads, **placed)) if config.sinks else None
         std = math.sqrt(2 / (5 * embedding_dim))
         for projection in (self.q_proj, self.k_proj, self.v_proj):
@@ -229,7 +232,7 @@ class SelfAttention(nn.Module):
         )
 
     # TorchScript compiles one of two forward passes, as the layer is when it is scripted.
-    __constants__ = ("_script_calls_parts", "_script_fuses_norms", "norm_unit_offset")
+    __constants__ = ("_script_calls_parts", "_script_fuses_norms", "norm_unit_offset", "normalises_projections")
     _script_calls_parts = False
     _script_fuses_norms = True
 
@@ -253,6 +256,8 @@ class SelfAttention(nn.Module):
         q_norm, k_norm = modules.get("q_norm"), modules.get("k_norm")
         if q_norm is None and k_norm is None:
             return True
+        if self.normalises_projections:  # which the operator does not
+            return False
         kind = RMSNorm if self.norm_unit_offset else nn.RMSNorm
         if not (_is_untouched(q_norm, kind) and _is_untouched(k_norm, kind)):
             return False
@@ -283,6 +288,9 @@ class SelfAttention(nn.Module):
             if q_norm is not None and k_norm is not None:
                 weights = (norm.factor() if self.norm_unit_offset else norm.weight for norm in (q_norm, k_norm))
                 norms = dict(zip(("q_norm_weight", "k_norm_weight"), weights, strict=True), norm_eps=q_norm.eps)
+        elif self.normalises_projections:
+            q = q if q_norm is None else q_norm(q)
+            k = k if k_norm is None else k_norm(k)
         else:
             q = q if q_norm is None else q_norm(q.unflatten(-1, (-1, self.head_dim))).flatten(-2)
             k = k if k_norm is None else k_norm(k.unflatten(-1, (-1, self.head_dim))).flatten(-2)
@@ -322,6 +330,11 @@ class SelfAttention(nn.Module):
                 else:
                     q_norm_weight, k_norm_weight = self.q_norm.weight, self.k_norm.weight
                 norm_eps = self.q_norm.eps
+        elif self.normalises_projections:
+            if self.q_norm is not None:
+                q = self.q_norm(q)
+            if self.k_norm is not None:
+                k = self.k_norm(k)
         else:
             if self.q_norm is not None:
                 q = self.q_norm(q.unflatten(-1, [-1, self.head_dim])).flatten(-2)

@@ -41,32 +41,48 @@ std::string forward_source(const SelfAttentionOptions& options) {
                       factor + " = " + factor + " + 1.0\n";
     }
   }
-  return R"(
+  const std::string begin = R"(
 def forward(self, x, freqs: Optional[Tuple[Tensor, Tensor]] = None, segment_ids: Optional[Tensor] = None) -> Tensor:
     sin: Optional[Tensor] = None
     cos: Optional[Tensor] = None
     if freqs is not None:
         sin, cos = freqs
-)" + norm_factors +
-         R"(
-    return selfattn.self_attention(
-        x, self.q_proj.weight, self.k_proj.weight, self.v_proj.weight, self.out_proj.weight, )" +
-         name_or_none(qkv_bias, "self.q_proj.bias") + ", " + name_or_none(qkv_bias, "self.k_proj.bias") + ", " +
-         name_or_none(qkv_bias, "self.v_proj.bias") + ", " + name_or_none(out_bias, "self.out_proj.bias") + ", " +
-         name_or_none(options.qk_norm(), "q_factor") + ", " + name_or_none(options.qk_norm(), "k_factor") + ", " +
-         name_or_none(options.sinks(), "self.sinks") +
-         R"(, sin, cos, segment_ids,
+)" + norm_factors;
+  const std::string qkv_biases = name_or_none(qkv_bias, "self.q_proj.bias") + ", " +
+                                 name_or_none(qkv_bias, "self.k_proj.bias") + ", " +
+                                 name_or_none(qkv_bias, "self.v_proj.bias");
+  const std::string own_out_bias = name_or_none(out_bias, "self.out_proj.bias");
+  const std::string sinks = name_or_none(options.sinks(), "self.sinks");
+  const std::string call = R"(, sin, cos, segment_ids,
         head_dim=self.head_dim, norm_eps=self.norm_eps, rope_theta=self.rope_theta, rope_pairing=self.rope_pairing,
         causal=self.causal, qk_scale=self.qk_scale, backend=self.attention_backend, window_left=self.window_left,
-        window_right=self.window_right, softcap=self.softcap, dropout_rate=self.dropout_rate, training=self.training)
-)";
+        window_right=self.window_right, softcap=self.softcap)";
+  if (options.qk_norm() && options.qk_norm_scope() == "projection") {
+    return begin + R"(
+    q, k, v = selfattn.project_query_key_value(
+        x, self.q_proj.weight, self.k_proj.weight, self.v_proj.weight, )" +
+           qkv_biases + R"()
+    q = torch.rms_norm(q.to(q_factor.dtype), q_factor.size(), q_factor, self.norm_eps).to(q.dtype)
+    k = torch.rms_norm(k.to(k_factor.dtype), k_factor.size(), k_factor, self.norm_eps).to(k.dtype)
+    heads = selfattn.projected_attention(
+        q, k, v, None, None, )" +
+           sinks + call + R"()
+    return torch.dropout(torch.linear(heads, self.out_proj.weight, )" +
+           own_out_bias + "), self.dropout_rate, self.training)\n";
+  }
+  return begin + R"(
+    return selfattn.self_attention(
+        x, self.q_proj.weight, self.k_proj.weight, self.v_proj.weight, self.out_proj.weight, )" +
+         qkv_biases + ", " + own_out_bias + ", " + name_or_none(options.qk_norm(), "q_factor") + ", " +
+         name_or_none(options.qk_norm(), "k_factor") + ", " + sinks + call +
+         ", dropout_rate=self.dropout_rate, training=self.training)\n";
 }
 
 }  // namespace
 
 torch::jit::Module to_torchscript(const SelfAttention& module) {
   TORCH_CHECK_VALUE(
-      module->is_plain(),
+      !module->is_replaced(),
       "selfattn: module must have its own projections and norms to become TorchScript; some were replaced");
   const SelfAttentionOptions& options = module->options;
   torch::jit::Module script{c10::QualifiedName("selfattn.SelfAttention")};

@@ -243,15 +243,15 @@ torch::Tensor SelfAttentionImpl::compose(const torch::Tensor& x, const torch::Te
   };
   torch::Tensor q = project("q_proj", q_proj, x), k = project("k_proj", k_proj, x);
   const torch::Tensor v = project("v_proj", v_proj, x);
-  const bool calls_norms = replaced_.contains("q_norm") || replaced_.contains("k_norm");
+  const bool calls_norms = replaced_.contains("q_norm") || replaced_.contains("k_norm") || normalises_projections();
   if (calls_norms) {
     const auto normalise = [&](const char* name, const HeadNorm& norm, const torch::Tensor& projected) {
-      const torch::Tensor heads = split_heads(projected, options.head_dim());
+      const torch::Tensor heads = normalises_projections() ? projected : split_heads(projected, options.head_dim());
       const auto found = replaced_.find(name);
-      if (found != replaced_.end()) return found->second.forward(heads).flatten(2, 3);
+      if (found != replaced_.end()) return found->second.forward(heads).reshape_as(projected);
       const torch::Tensor factor = norm->factor(), wide = heads.to(factor.scalar_type());
-      const torch::Tensor normalised = at::rms_norm(wide, {options.head_dim()}, factor, options.norm_eps());
-      return normalised.to(heads.scalar_type()).flatten(2, 3);
+      const torch::Tensor normalised = at::rms_norm(wide, factor.sizes(), factor, options.norm_eps());
+      return normalised.to(heads.scalar_type()).reshape_as(projected);
     };
     q = normalise("q_norm", q_norm, q), k = normalise("k_norm", k_norm, k);
   }

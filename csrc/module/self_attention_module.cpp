@@ -33,6 +33,8 @@ void check(const SelfAttentionOptions& options) {
                            .window_left = options.window_left(),
                            .window_right = options.window_right(),
                            .softcap = options.softcap()});
+  TORCH_CHECK_VALUE(options.qk_norm_scope() == "head" || (options.qk_norm() && options.qk_norm_scope() == "projection"),
+                    "selfattn: qk_norm_scope must be head, or with qk_norm projection; got ", options.qk_norm_scope());
   TORCH_CHECK_VALUE(options.qk_norm() || !options.norm_unit_offset(),
                     "selfattn: norm_unit_offset must be false without qk_norm; got true");
   TORCH_CHECK_VALUE(std::isfinite(options.rope_theta()) && options.rope_theta() > 0.0,
@@ -43,13 +45,13 @@ void check(const SelfAttentionOptions& options) {
 
 }  // namespace
 
-HeadNormImpl::HeadNormImpl(int64_t head_dim, bool unit_offset) : head_dim_(head_dim), unit_offset_(unit_offset) {
+HeadNormImpl::HeadNormImpl(int64_t features, bool unit_offset) : features_(features), unit_offset_(unit_offset) {
   reset();
 }
 
 void HeadNormImpl::reset() {
   parameters_.clear();
-  weight = register_parameter("weight", unit_offset_ ? torch::zeros({head_dim_}) : torch::ones({head_dim_}));
+  weight = register_parameter("weight", unit_offset_ ? torch::zeros({features_}) : torch::ones({features_}));
 }
 
 torch::Tensor HeadNormImpl::factor() const {
@@ -58,7 +60,7 @@ torch::Tensor HeadNormImpl::factor() const {
 }
 
 void HeadNormImpl::pretty_print(std::ostream& stream) const {
-  stream << "selfattn::HeadNorm(head_dim=" << head_dim_ << ")";
+  stream << "selfattn::HeadNorm(features=" << features_ << ")";
 }
 
 SelfAttentionImpl::SelfAttentionImpl(SelfAttentionOptions options_) : options(std::move(options_)) {
@@ -81,8 +83,10 @@ void SelfAttentionImpl::reset() {
   v_proj = linear("v_proj", options.embedding_dim(), kv_features, options.qkv_bias());
   out_proj = linear("out_proj", q_features, options.embedding_dim(), options.out_bias());
   if (options.qk_norm()) {
-    q_norm = register_module("q_norm", HeadNorm(options.head_dim(), options.norm_unit_offset()));
-    k_norm = register_module("k_norm", HeadNorm(options.head_dim(), options.norm_unit_offset()));
+    q_norm = register_module(
+        "q_norm", HeadNorm(normalises_projections() ? q_features : options.head_dim(), options.norm_unit_offset()));
+    k_norm = register_module(
+        "k_norm", HeadNorm(normalises_projections() ? kv_features : options.head_dim(), options.norm_unit_offset()));
   }
   if (options.sinks()) sinks = register_parameter("sinks", torch::zeros({num_heads()}));
   reset_parameters();

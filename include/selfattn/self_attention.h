@@ -48,12 +48,14 @@ struct SELFATTN_API SelfAttentionOptions {
   TORCH_ARG(std::optional<bool>, out_bias);
   /// The norms of q and k multiply by 1 + w, and the initial w is 0 (Gemma); only with qk_norm.
   TORCH_ARG(bool, norm_unit_offset) = false;
+  /// What qk_norm normalises: each "head", or the whole "projection" to all heads, before the split (OLMo 2).
+  TORCH_ARG(std::string, qk_norm_scope) = "head";
 };
 
-/// Holds the weight (head_dim,) of a head's RMSNorm; the operator self_attention applies it.
+/// Holds the weight (features,) of the RMSNorm of a head, or of a projection; the layer applies it.
 class SELFATTN_API HeadNormImpl : public torch::nn::Cloneable<HeadNormImpl> {
  public:
-  explicit HeadNormImpl(int64_t head_dim, bool unit_offset = false);
+  explicit HeadNormImpl(int64_t features, bool unit_offset = false);
   void reset() override;
   void pretty_print(std::ostream& stream) const override;
   /// What normalised heads are multiplied by: the weights, or 1 + w in at least float32.
@@ -62,7 +64,7 @@ class SELFATTN_API HeadNormImpl : public torch::nn::Cloneable<HeadNormImpl> {
   torch::Tensor weight;
 
  private:
-  int64_t head_dim_;
+  int64_t features_;
   bool unit_offset_;
 };
 TORCH_MODULE(HeadNorm);
@@ -90,12 +92,15 @@ class SELFATTN_API SelfAttentionImpl : public torch::nn::Cloneable<SelfAttention
 
   /// Puts `module` in the place of a projection or a norm: "q_proj", "k_proj", "v_proj", "out_proj", "q_norm" or
   /// "k_norm". From then on forward calls it, with a tensor for a tensor: (B, S, features) for a projection, (B, S,
-  /// heads, head_dim) for a norm. It may hold what was there before (an adapter). Module::replace_module alone, of
-  /// whose module nobody knows how to call it, is an error in the next forward.
+  /// heads, head_dim) for a norm of heads. It may hold what was there before (an adapter). Module::replace_module
+  /// alone, of whose module nobody knows how to call it, is an error in the next forward.
   void replace(const std::string& name, torch::nn::AnyModule module);
 
-  /// Whether forward is one operator: nothing has been replaced.
-  bool is_plain() const { return replaced_.empty(); }
+  /// Whether forward is one operator: nothing has been replaced, and no norm is one of whole projections.
+  bool is_plain() const { return replaced_.empty() && !normalises_projections(); }
+
+  /// Whether a projection or norm has been replaced.
+  bool is_replaced() const { return !replaced_.empty(); }
 
   void pretty_print(std::ostream& stream) const override;
 
@@ -112,6 +117,7 @@ class SELFATTN_API SelfAttentionImpl : public torch::nn::Cloneable<SelfAttention
                            {3, torch::nn::AnyValue(torch::Tensor())})
 
  private:
+  bool normalises_projections() const { return options.qk_norm() && options.qk_norm_scope() == "projection"; }
   void check_children() const;
   torch::Tensor compose(const torch::Tensor& x, const torch::Tensor& freqs_sin, const torch::Tensor& freqs_cos,
                         const torch::Tensor& segment_ids);

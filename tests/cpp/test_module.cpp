@@ -57,6 +57,35 @@ TEST(Module, NormsMayBeHeldAsTheirDistanceFromOne) {
   EXPECT_THROW(SelfAttention(SelfAttentionOptions(64).norm_unit_offset(true)), c10::ValueError);
 }
 
+TEST(Module, NormalisesWholeProjections) {
+  SelfAttention module(every_option().qk_norm_scope("projection")), plain(every_option().qk_norm(false));
+  EXPECT_EQ(module->q_norm->weight.numel(), 64);
+  EXPECT_EQ(module->k_norm->weight.numel(), 32);
+  {
+    const torch::NoGradGuard no_grad;
+    for (const auto& parameter : module->named_parameters()) parameter->add_(0.1 * torch::randn_like(*parameter));
+    for (const auto& parameter : plain->named_parameters())
+      parameter->copy_(module->named_parameters()[parameter.key()]);
+  }
+  struct NormalisedImpl : torch::nn::Module {
+    NormalisedImpl(torch::nn::Linear projection_, torch::Tensor weight_)
+        : projection(register_module("projection", std::move(projection_))), weight(std::move(weight_)) {}
+    torch::Tensor forward(const torch::Tensor& x) {
+      const auto y = projection(x);
+      return y * (y.square().mean(-1, true) + 1e-6).rsqrt() * weight;
+    }
+    torch::nn::Linear projection;
+    torch::Tensor weight;
+  };
+  plain->replace("q_proj",
+                 torch::nn::AnyModule(std::make_shared<NormalisedImpl>(plain->q_proj, module->q_norm->weight)));
+  plain->replace("k_proj",
+                 torch::nn::AnyModule(std::make_shared<NormalisedImpl>(plain->k_proj, module->k_norm->weight)));
+  const auto x = torch::randn({2, 7, 64});
+  EXPECT_TRUE(torch::allclose(module->forward(x), plain->forward(x), 1e-4, 1e-5));
+  EXPECT_THROW(SelfAttention(SelfAttentionOptions(64).qk_norm_scope("projection")), c10::ValueError);
+}
+
 TEST(Module, ScalesTheLogitsByWhatIsGiven) {
   SelfAttention own(SelfAttentionOptions(64).head_dim(16)), given(SelfAttentionOptions(64).head_dim(16).qk_scale(0.25));
   SelfAttention other(SelfAttentionOptions(64).head_dim(16).qk_scale(0.7));

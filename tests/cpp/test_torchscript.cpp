@@ -11,12 +11,14 @@ namespace {
 using selfattn::SelfAttention;
 using selfattn::SelfAttentionOptions;
 
-class TorchScript : public testing::TestWithParam<bool> {};
+/// 0: the defaults; 1: every option; 2: norms of whole projections, too.
+class TorchScript : public testing::TestWithParam<int> {};
 
 TEST_P(TorchScript, EqualsTheModuleAfterSaveAndLoad) {
-  const bool full = GetParam();
+  const bool full = GetParam() > 0;
   auto options = SelfAttentionOptions(64).head_dim(16).num_kv_heads(2).qk_norm(full).use_bias(full).sinks(full);
   if (full) options.softcap(5.0).num_heads(6).qk_scale(0.3).out_bias(false).norm_unit_offset(true);
+  if (GetParam() == 2) options.qk_norm_scope("projection");
   SelfAttention module(options);
   std::stringstream stream;
   selfattn::to_torchscript(module).save(stream);
@@ -27,7 +29,7 @@ TEST_P(TorchScript, EqualsTheModuleAfterSaveAndLoad) {
   const auto [sin, cos] = selfattn::precompute_freqs(16, selfattn::FreqsOptions().max_length(11));
   const auto expected = module->forward(x, sin, cos, ids);
   const auto actual = script.forward({x, std::make_tuple(sin, cos), ids}).toTensor();
-  EXPECT_TRUE(torch::equal(expected, actual));
+  EXPECT_TRUE(torch::equal(expected, actual)) << GetParam();
 
   (expected * weight).sum().backward();
   (actual * weight).sum().backward();
@@ -57,6 +59,6 @@ TEST(TorchScript, FollowsTrainAndEval) {
   EXPECT_GT((script.forward({x}).toTensor() == 0).sum().item<int64_t>(), 0);
 }
 
-INSTANTIATE_TEST_SUITE_P(Options, TorchScript, testing::Bool());
+INSTANTIATE_TEST_SUITE_P(Options, TorchScript, testing::Range(0, 3));
 
 }  // namespace

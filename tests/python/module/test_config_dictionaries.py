@@ -46,6 +46,7 @@ DEFAULTS = {
     "qkv_bias": None,
     "out_bias": None,
     "norm_unit_offset": False,
+    "qk_norm_scope": "head",
 }
 
 parallel_configs = st.builds(

@@ -19,6 +19,8 @@ CONFIGS = {
     "heads_of_another_width": {"num_heads": 5, "num_kv_heads": 1, "qk_norm": True},
     "scale": {"qk_scale": 0.8},
     "norm_around_one": {"qk_norm": True, "norm_unit_offset": True},
+    "norm_of_projections": {"qk_norm": True, "qk_norm_scope": "projection", "num_kv_heads": 2},
+    "norm_of_projections_around_one": {"qk_norm": True, "qk_norm_scope": "projection", "norm_unit_offset": True},
     "bias_of_heads": {"qkv_bias": True},
     "all_biases_but_one": {"use_bias": True, "out_bias": False},
     "half": {"rope_pairing": "half", "rope_theta": 500.0},

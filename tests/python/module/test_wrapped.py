@@ -270,6 +270,20 @@ def test_changed_norm_counts(change: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("unit_offset", [False, True])
+def test_script_and_graph_of_norms_of_projections(unit_offset: bool) -> None:
+    config = {"qk_norm": True, "qk_norm_scope": "projection", "norm_unit_offset": unit_offset}
+    layer = SelfAttention(32, SelfAttentionConfig(head_dim=8, num_kv_heads=2, **config), dtype=torch.float64)
+    x, ids = make_input()
+    expected = layer(x, segment_ids=ids)
+    assert error(torch.jit.script(layer)(x, segment_ids=ids), expected) < TOLERANCE
+    torch.compiler.reset()
+    assert error(torch.compile(layer, backend="aot_eager", fullgraph=True)(x, segment_ids=ids), expected) < TOLERANCE
+    exported = torch.export.export(layer, (x,), {"segment_ids": ids}).module()
+    assert error(exported(x, segment_ids=ids), expected) < TOLERANCE
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("names", [(), ("q_proj",), ("out_proj",), ("v_proj", "q_norm")], ids=str)
 def test_script_takes_the_layer_as_it_is(names: tuple[str, ...]) -> None:
     layer = make_layer()

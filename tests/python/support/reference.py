@@ -142,10 +142,13 @@ def self_attention(
         out = tensor @ weights[f"{name}.weight"].double().T
         return out + weights[f"{name}.bias"].double() if f"{name}.bias" in weights else out
 
-    q, k, v = (project(name, x).view(batch, length, -1, head_dim) for name in ("q_proj", "k_proj", "v_proj"))
-    if "q_norm.weight" in weights:
-        q = rms_norm(q, weights["q_norm.weight"], norm_eps)
-        k = rms_norm(k, weights["k_norm.weight"], norm_eps)
+    q, k, v = (project(name, x) for name in ("q_proj", "k_proj", "v_proj"))
+    normalises_projections = "q_norm.weight" in weights and len(weights["q_norm.weight"]) == q.shape[-1] != head_dim
+    if normalises_projections:
+        q, k = (rms_norm(one, weights[f"{name}_norm.weight"], norm_eps) for one, name in ((q, "q"), (k, "k")))
+    q, k, v = (projected.view(batch, length, -1, head_dim) for projected in (q, k, v))
+    if "q_norm.weight" in weights and not normalises_projections:
+        q, k = (rms_norm(one, weights[f"{name}_norm.weight"], norm_eps) for one, name in ((q, "q"), (k, "k")))
     positions = torch.arange(length)[None] if positions is None else positions
     sin, cos = rotary_frequencies(head_dim, positions, rope_theta)
     q, k = rotate(q, sin, cos, rope_pairing), rotate(k, sin, cos, rope_pairing)
