@@ -175,8 +175,8 @@ class SelfAttention(nn.Module):
 
         Args:
             x: (B, S, E).
-            freqs: (sin, cos) of ``precompute_freqs`` or ``RopeParameters.tables``, each (1 or B, S, R / 2), R <= head_dim.
-                None takes positions 0..S-1: for packed rows pass those of each document's own positions.
+            freqs: (sin, cos) of ``precompute_freqs`` or ``RopeParameters.tables``, each (1 or B, S, R / 2) with
+                R <= head_dim. None takes positions 0..S-1: for packed rows pass those of each document's own positions.
             segment_ids: (B, S) int32 or int64; equal ids attend to each other, negative ids are padding. None is one
                 document a row.
 
