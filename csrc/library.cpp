@@ -84,7 +84,7 @@ TORCH_LIBRARY(selfattn, m) {
   m.def(
       "self_attention(Tensor x, Tensor q_weight, Tensor k_weight, Tensor v_weight, Tensor out_weight, "
       "Tensor? q_bias=None, Tensor? k_bias=None, Tensor? v_bias=None, Tensor? out_bias=None, " SELFATTN_LAYER
-      ", float dropout_rate=0.0, bool training=False) -> Tensor",
+      ", float dropout_rate=0.0, bool training=False, bool rope=True) -> Tensor",
       tags);
   // Its parts, for layers whose projections are not plain ones: the three projections of x, and what comes between them
   // and the output projection. q, k and v are (B, S, heads * head_dim), and so is the result.
@@ -92,7 +92,7 @@ TORCH_LIBRARY(selfattn, m) {
       "project_query_key_value(Tensor x, Tensor q_weight, Tensor k_weight, Tensor v_weight, Tensor? q_bias=None, "
       "Tensor? k_bias=None, Tensor? v_bias=None) -> (Tensor q, Tensor k, Tensor v)",
       tags);
-  m.def("projected_attention(" SELFATTN_QKV ", " SELFATTN_LAYER ") -> Tensor", tags);
+  m.def("projected_attention(" SELFATTN_QKV ", " SELFATTN_LAYER ", bool rope=True) -> Tensor", tags);
 }
 
 // Tensors that no kernel reads. Below the schemas, whose operators each of these lines goes through.

@@ -275,6 +275,7 @@ def _projected_attention(
     causal: bool = True,
     qk_scale: float | None = None,
     backend: str = "auto",
+    rope: bool = True,
     **options,
 ) -> Tensor:
     q, k, v = (heads.unflatten(2, (-1, head_dim)) for heads in (q, k, v))
@@ -287,6 +288,7 @@ def _projected_attention(
         freqs_cos,
         norm=q_norm_weight is not None,
         eps=norm_eps,
+        rope=rope,
         theta=rope_theta,
         pairing=rope_pairing,
     )

@@ -233,12 +233,14 @@ class SelfAttentionConfig(_ValidatedConfig):
     """The norms of q and k multiply by 1 + w, and the initial w is 0 (Gemma); see ``RMSNorm``."""
     qk_norm_scope: str = "head"
     """What ``qk_norm`` normalises: each "head", or the whole "projection" to all heads, before the split (OLMo 2)."""
+    rope: bool = True
+    """Whether q and k are rotated; layers without positions (NoPE: SmolLM3, Cohere2) are not."""
 
     def __post_init__(self) -> None:
         self._check_int("head_dim", 2, "a positive even integer")
         if self.head_dim % 2:
             self._fail(ValueError, "head_dim", "a positive even integer")
-        for name in ("qk_norm", "use_bias", "causal", "sinks", "norm_unit_offset"):
+        for name in ("qk_norm", "use_bias", "causal", "sinks", "norm_unit_offset", "rope"):
             self._check_bool(name)
         self._check_real("dropout_rate", lambda rate: 0 <= rate < 1, "a number in [0, 1)")
         self._check_int("num_layers", 1, "a positive integer")

@@ -131,6 +131,7 @@ class SelfAttention(nn.Module):
         self.rope_theta = float(config.rope_theta)
         self.rope_pairing = config.rope_pairing
         self.norm_eps = float(config.norm_eps)
+        self.rope = config.rope
         self.norm_unit_offset = config.norm_unit_offset
         self.normalises_projections = config.qk_norm_scope == "projection"
         self.qk_scale: float | None = None if config.qk_scale is None else float(config.qk_scale)
@@ -227,6 +228,7 @@ class SelfAttention(nn.Module):
             window_left=self.window_left,
             window_right=self.window_right,
             softcap=self.softcap,
+            rope=self.rope,
             dropout_rate=self.dropout_rate,
             training=self.training,
         )
@@ -311,6 +313,7 @@ class SelfAttention(nn.Module):
             window_left=self.window_left,
             window_right=self.window_right,
             softcap=self.softcap,
+            rope=self.rope,
             **norms,
         )
         return nn.functional.dropout(self.out_proj(attended), self.dropout_rate, self.training)
@@ -360,6 +363,7 @@ class SelfAttention(nn.Module):
             window_left=self.window_left,
             window_right=self.window_right,
             softcap=self.softcap,
+            rope=self.rope,
         )
         return nn.functional.dropout(self.out_proj(attended), self.dropout_rate, self.training)
 

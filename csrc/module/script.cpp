@@ -56,7 +56,7 @@ def forward(self, x, freqs: Optional[Tuple[Tensor, Tensor]] = None, segment_ids:
   const std::string call = R"(, sin, cos, segment_ids,
         head_dim=self.head_dim, norm_eps=self.norm_eps, rope_theta=self.rope_theta, rope_pairing=self.rope_pairing,
         causal=self.causal, qk_scale=self.qk_scale, backend=self.attention_backend, window_left=self.window_left,
-        window_right=self.window_right, softcap=self.softcap)";
+        window_right=self.window_right, softcap=self.softcap, rope=self.rope)";
   if (options.qk_norm() && options.qk_norm_scope() == "projection") {
     return begin + R"(
     q, k, v = selfattn.project_query_key_value(
@@ -107,6 +107,7 @@ torch::jit::Module to_torchscript(const SelfAttention& module) {
   script.register_attribute("rope_pairing", c10::StringType::get(), options.rope_pairing());
   script.register_attribute("qk_scale", c10::OptionalType::create(c10::FloatType::get()),
                             options.qk_scale() ? c10::IValue(*options.qk_scale()) : c10::IValue());
+  script.register_attribute("rope", c10::BoolType::get(), options.rope());
   script.register_attribute("causal", c10::BoolType::get(), options.causal());
   script.register_attribute("attention_backend", c10::StringType::get(), options.attention_backend());
   script.register_attribute("window_left", c10::IntType::get(), options.window_left());

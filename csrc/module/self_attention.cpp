@@ -69,6 +69,9 @@ at::Tensor attend(NormRopeCall norm_rope, const at::Tensor& value, const Attenti
   if (const auto call = as_one_operator(norm_rope, value, arguments, backend)) {
     return std::get<0>(qk_norm_rope_attention(*call));
   }
+  if (!norm_rope.norm && !norm_rope.rope) {
+    return call_multihead<at::Tensor>(norm_rope.q, norm_rope.k, value, arguments, backend);
+  }
   const auto [query, key] = qk_norm_rope(norm_rope);
   norm_rope.q.reset(), norm_rope.k.reset();
   return call_multihead<at::Tensor>(query, key, value, arguments, backend);
@@ -108,7 +111,8 @@ LayerCall make_layer_call(const at::Tensor& x, const char* x_name, const c10::Sy
                           const OptionalTensor& sinks, const OptionalTensor& freqs_sin, const OptionalTensor& freqs_cos,
                           const OptionalTensor& segment_ids, int64_t head_dim, double norm_eps, double rope_theta,
                           c10::string_view rope_pairing, bool causal, std::optional<double> qk_scale,
-                          c10::string_view backend, int64_t window_left, int64_t window_right, double softcap) {
+                          c10::string_view backend, int64_t window_left, int64_t window_right, double softcap,
+                          bool rope) {
   parse_backend(backend);
   const AttentionArguments arguments{segment_ids, causal,       qk_scale, std::nullopt,
                                      window_left, window_right, softcap,  sinks};
@@ -121,6 +125,7 @@ LayerCall make_layer_call(const at::Tensor& x, const char* x_name, const c10::Sy
                          .freqs_cos = freqs_cos,
                          .norm = q_norm_weight.has_value(),
                          .eps = norm_eps,
+                         .rope = rope,
                          .theta = rope_theta,
                          .pairing = parse_pairing(rope_pairing, "rope_pairing")};
   const HeadsShape shape{x_name, x.sym_size(0), x.sym_size(1), head_dim, x.device()};
@@ -149,13 +154,14 @@ at::Tensor projected_attention(const at::Tensor& q, const at::Tensor& k, const a
                                const OptionalTensor& freqs_cos, const OptionalTensor& segment_ids, int64_t head_dim,
                                double norm_eps, double rope_theta, c10::string_view rope_pairing, bool causal,
                                std::optional<double> qk_scale, c10::string_view backend, int64_t window_left,
-                               int64_t window_right, double softcap) {
+                               int64_t window_right, double softcap, bool rope) {
   check_head_dim(head_dim);
   check_projected(q, k, v, head_dim);
-  return attend_projected(make_layer_call(q, "q", q.sym_size(2) / head_dim, q_norm_weight, k_norm_weight, sinks,
-                                          freqs_sin, freqs_cos, segment_ids, head_dim, norm_eps, rope_theta,
-                                          rope_pairing, causal, qk_scale, backend, window_left, window_right, softcap),
-                          q, k, v);
+  return attend_projected(
+      make_layer_call(q, "q", q.sym_size(2) / head_dim, q_norm_weight, k_norm_weight, sinks, freqs_sin, freqs_cos,
+                      segment_ids, head_dim, norm_eps, rope_theta, rope_pairing, causal, qk_scale, backend, window_left,
+                      window_right, softcap, rope),
+      q, k, v);
 }
 
 /// The query heads of checked projections of x.
@@ -190,7 +196,7 @@ at::Tensor self_attention(const at::Tensor& x, const at::Tensor& q_weight, const
                           const OptionalTensor& segment_ids, int64_t head_dim, double norm_eps, double rope_theta,
                           c10::string_view rope_pairing, bool causal, std::optional<double> qk_scale,
                           c10::string_view backend, int64_t window_left, int64_t window_right, double softcap,
-                          double dropout_rate, bool training) {
+                          double dropout_rate, bool training, bool rope) {
   check_input(x, q_weight);
   check_head_dim(head_dim);
   TORCH_CHECK_VALUE(dropout_rate >= 0.0 && dropout_rate < 1.0,
@@ -203,7 +209,7 @@ at::Tensor self_attention(const at::Tensor& x, const at::Tensor& q_weight, const
   check_bias(out_bias, out_weight, x, "out_bias", "out_weight");
   LayerCall call = make_layer_call(x, "x", heads, q_norm_weight, k_norm_weight, sinks, freqs_sin, freqs_cos,
                                    segment_ids, head_dim, norm_eps, rope_theta, rope_pairing, causal, qk_scale, backend,
-                                   window_left, window_right, softcap);
+                                   window_left, window_right, softcap, rope);
 
   auto [q, k, v] = project_query_key_value(x, {q_weight, q_bias}, {k_weight, k_bias}, {v_weight, v_bias});
   const auto attend_own_heads = [&] {
@@ -232,7 +238,7 @@ torch::Tensor SelfAttentionImpl::forward(const torch::Tensor& x, const torch::Te
                  as_optional(freqs_cos), as_optional(segment_ids), options.head_dim(), options.norm_eps(),
                  options.rope_theta(), options.rope_pairing(), options.causal(), options.qk_scale(),
                  options.attention_backend(), options.window_left(), options.window_right(), options.softcap(),
-                 options.dropout_rate(), is_training());
+                 options.dropout_rate(), is_training(), options.rope());
 }
 
 torch::Tensor SelfAttentionImpl::compose(const torch::Tensor& x, const torch::Tensor& freqs_sin,
@@ -261,7 +267,7 @@ torch::Tensor SelfAttentionImpl::compose(const torch::Tensor& x, const torch::Te
       fuses_norms ? OptionalTensor(k_norm->factor()) : std::nullopt, as_optional(sinks), as_optional(freqs_sin),
       as_optional(freqs_cos), as_optional(segment_ids), options.head_dim(), options.norm_eps(), options.rope_theta(),
       options.rope_pairing(), options.causal(), options.qk_scale(), options.attention_backend(), options.window_left(),
-      options.window_right(), options.softcap());
+      options.window_right(), options.softcap(), options.rope());
   return at::dropout(project("out_proj", out_proj, attended), options.dropout_rate(), is_training());
 }
 

@@ -50,6 +50,8 @@ struct SELFATTN_API SelfAttentionOptions {
   TORCH_ARG(bool, norm_unit_offset) = false;
   /// What qk_norm normalises: each "head", or the whole "projection" to all heads, before the split (OLMo 2).
   TORCH_ARG(std::string, qk_norm_scope) = "head";
+  /// Whether q and k are rotated; layers without position (NoPE) are not.
+  TORCH_ARG(bool, rope) = true;
 };
 
 /// Holds the weight (features,) of the RMSNorm of a head, or of a projection; the layer applies it.

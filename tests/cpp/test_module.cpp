@@ -86,6 +86,17 @@ TEST(Module, NormalisesWholeProjections) {
   EXPECT_THROW(SelfAttention(SelfAttentionOptions(64).qk_norm_scope("projection")), c10::ValueError);
 }
 
+TEST(Module, MayLeavePositionsOut) {
+  SelfAttention module(SelfAttentionOptions(64).head_dim(16).rope(false).causal(false));
+  const auto x = torch::randn({1, 6, 64}), order = torch::tensor({3, 1, 5, 0, 2, 4});
+  const auto moved = module->forward(x.index_select(1, order));
+  EXPECT_TRUE(torch::allclose(moved, module->forward(x).index_select(1, order), 1e-4, 1e-6));
+  EXPECT_TRUE(torch::equal(selfattn::to_torchscript(module).forward({x}).toTensor(), module->forward(x)));
+  module->replace("v_proj", torch::nn::AnyModule(torch::nn::Identity()));
+  EXPECT_TRUE(torch::allclose(module->forward(x.index_select(1, order)), module->forward(x).index_select(1, order),
+                              1e-4, 1e-6));
+}
+
 TEST(Module, ScalesTheLogitsByWhatIsGiven) {
   SelfAttention own(SelfAttentionOptions(64).head_dim(16)), given(SelfAttentionOptions(64).head_dim(16).qk_scale(0.25));
   SelfAttention other(SelfAttentionOptions(64).head_dim(16).qk_scale(0.7));
@@ -216,9 +227,9 @@ TEST(Module, CallsWhatReplacesANorm) {
                                              const std::optional<torch::Tensor>&, const std::optional<torch::Tensor>&,
                                              const std::optional<torch::Tensor>&, const std::optional<torch::Tensor>&,
                                              int64_t, double, double, c10::string_view, bool, std::optional<double>,
-                                             c10::string_view, int64_t, int64_t, double)>()
+                                             c10::string_view, int64_t, int64_t, double, bool)>()
                         .call(q, normalised.flatten(2), module->v_proj(x), {}, {}, module->sinks, {}, {}, {}, 16, 1e-6,
-                              10000.0, "interleaved", true, {}, "auto", -1, -1, 0.0)),
+                              10000.0, "interleaved", true, {}, "auto", -1, -1, 0.0, true)),
       module->out_proj->weight, module->out_proj->bias);
   EXPECT_TRUE(torch::allclose(module->forward(x), expected, 1e-4, 1e-5));
 }

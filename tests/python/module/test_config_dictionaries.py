@@ -47,6 +47,7 @@ DEFAULTS = {
     "out_bias": None,
     "norm_unit_offset": False,
     "qk_norm_scope": "head",
+    "rope": True,
 }
 
 parallel_configs = st.builds(

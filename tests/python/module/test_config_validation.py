@@ -41,6 +41,7 @@ BAD_VALUES = [
     ("qk_norm_scope", "projection", ValueError),
     ("qk_norm_scope", "row", ValueError),
     ("qk_norm_scope", None, TypeError),
+    ("rope", None, TypeError),
     ("num_heads", 0, ValueError),
     ("num_heads", 4.0, TypeError),
     ("qk_scale", float("inf"), ValueError),

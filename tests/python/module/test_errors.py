@@ -25,6 +25,12 @@ def test_kv_heads_that_do_not_divide_are_refused() -> None:
         SelfAttention(128, SelfAttentionConfig(num_kv_heads=3))
 
 
+def test_tables_for_a_layer_that_does_not_rotate_are_refused() -> None:
+    layer = SelfAttention(128, SelfAttentionConfig(rope=False))
+    with pytest.raises(ValueError, match="freqs_sin, freqs_cos and positions must not be given where rope is False"):
+        layer(X, (SIN, COS))
+
+
 def test_config_of_another_type_is_refused() -> None:
     with pytest.raises(TypeError, match="config: expected a SelfAttentionConfig, got dict"):
         SelfAttention(128, {"head_dim": 64})

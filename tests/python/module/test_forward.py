@@ -18,6 +18,8 @@ CONFIGS = {
     "sinks": {"sinks": True},
     "heads_of_another_width": {"num_heads": 5, "num_kv_heads": 1, "qk_norm": True},
     "scale": {"qk_scale": 0.8},
+    "no_rotation": {"rope": False},
+    "norm_without_rotation": {"rope": False, "qk_norm": True, "num_kv_heads": 2},
     "norm_around_one": {"qk_norm": True, "norm_unit_offset": True},
     "norm_of_projections": {"qk_norm": True, "qk_norm_scope": "projection", "num_kv_heads": 2},
     "norm_of_projections_around_one": {"qk_norm": True, "qk_norm_scope": "projection", "norm_unit_offset": True},
@@ -48,7 +50,7 @@ def make_module(options: dict, dtype: torch.dtype = torch.float64) -> SelfAttent
 def expected_output(module: SelfAttention, options: dict, x: torch.Tensor, **inputs) -> torch.Tensor:
     names = {
         name: options[name]
-        for name in (*ATTENTION_OPTIONS, "rope_theta", "rope_pairing", "norm_eps")
+        for name in (*ATTENTION_OPTIONS, "rope", "rope_theta", "rope_pairing", "norm_eps")
         if name in options
     }
     parameters = dict(module.named_parameters())

@@ -132,6 +132,7 @@ def self_attention(
     norm_eps: float = 1e-6,
     rope_theta: float = 10000.0,
     rope_pairing: str = "interleaved",
+    rope: bool = True,
     **attention_options,
 ) -> Tensor:
     """The module's forward pass (without dropout) from the names of its state dict."""
@@ -151,6 +152,7 @@ def self_attention(
         q, k = (rms_norm(one, weights[f"{name}_norm.weight"], norm_eps) for one, name in ((q, "q"), (k, "k")))
     positions = torch.arange(length)[None] if positions is None else positions
     sin, cos = rotary_frequencies(head_dim, positions, rope_theta)
-    q, k = rotate(q, sin, cos, rope_pairing), rotate(k, sin, cos, rope_pairing)
+    if rope:
+        q, k = rotate(q, sin, cos, rope_pairing), rotate(k, sin, cos, rope_pairing)
     out, _ = attention(q, k, v, segment_ids, sinks=weights.get("sinks"), **attention_options)
     return project("out_proj", out.reshape(batch, length, -1))
