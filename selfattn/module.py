@@ -193,15 +193,7 @@ class SelfAttention(nn.Module):
                 return self._compose_in_script(x, freqs_sin, freqs_cos, segment_ids)
         elif not self._is_plain():
             return self._compose(x, freqs_sin, freqs_cos, segment_ids)
-        q_norm_weight: Tensor | None = None
-        k_norm_weight: Tensor | None = None
-        norm_eps = self.norm_eps
-        if self.q_norm is not None and self.k_norm is not None:
-            if self.norm_unit_offset:
-                q_norm_weight, k_norm_weight = self.q_norm.factor(), self.k_norm.factor()
-            else:
-                q_norm_weight, k_norm_weight = self.q_norm.weight, self.k_norm.weight
-            norm_eps = self.q_norm.eps
+        q_norm_weight, k_norm_weight, norm_eps = self._plain_norms()
         return torch.ops.selfattn.self_attention(
             x,
             self.q_proj.weight,
@@ -274,6 +266,19 @@ class SelfAttention(nn.Module):
             and k_norm.elementwise_affine
         )
 
+    def _plain_norms(self) -> tuple[Tensor | None, Tensor | None, float]:
+        """The weights and the eps of norms that an operator applies."""
+        q_norm_weight: Tensor | None = None
+        k_norm_weight: Tensor | None = None
+        norm_eps = self.norm_eps
+        if self.q_norm is not None and self.k_norm is not None:
+            if self.norm_unit_offset:
+                q_norm_weight, k_norm_weight = self.q_norm.factor(), self.k_norm.factor()
+            else:
+                q_norm_weight, k_norm_weight = self.q_norm.weight, self.k_norm.weight
+            norm_eps = self.q_norm.eps
+        return q_norm_weight, k_norm_weight, norm_eps
+
     @torch.jit.unused
     def _compose(self, x: Tensor, freqs_sin: Tensor | None, freqs_cos: Tensor | None, ids: Tensor | None) -> Tensor:
         """The forward pass by parts: what is plain stays fused, and every other submodule is called."""
@@ -284,56 +289,24 @@ class SelfAttention(nn.Module):
             q, k, v = torch.ops.selfattn.project_query_key_value(x, *weights, *biases)
         else:
             q, k, v = (projection(x) for projection in projections)
-        q_norm, k_norm = self.q_norm, self.k_norm
-        norms: dict[str, Tensor | float] = {}
         if not calls_any and self._norms_are_plain():
-            if q_norm is not None and k_norm is not None:
-                weights = (norm.factor() if self.norm_unit_offset else norm.weight for norm in (q_norm, k_norm))
-                norms = dict(zip(("q_norm_weight", "k_norm_weight"), weights, strict=True), norm_eps=q_norm.eps)
-        elif self.normalises_projections:
-            q = q if q_norm is None else q_norm(q)
-            k = k if k_norm is None else k_norm(k)
-        else:
-            q = q if q_norm is None else q_norm(q.unflatten(-1, (-1, self.head_dim))).flatten(-2)
-            k = k if k_norm is None else k_norm(k.unflatten(-1, (-1, self.head_dim))).flatten(-2)
-        attended = torch.ops.selfattn.projected_attention(
-            q,
-            k,
-            v,
-            sinks=self.sinks,
-            freqs_sin=freqs_sin,
-            freqs_cos=freqs_cos,
-            segment_ids=ids,
-            head_dim=self.head_dim,
-            rope_theta=self.rope_theta,
-            rope_pairing=self.rope_pairing,
-            causal=self.causal,
-            qk_scale=self.qk_scale,
-            backend=self.attention_backend,
-            window_left=self.window_left,
-            window_right=self.window_right,
-            softcap=self.softcap,
-            rope=self.rope,
-            **norms,
-        )
-        return nn.functional.dropout(self.out_proj(attended), self.dropout_rate, self.training)
+            return self._attend(q, k, v, self._plain_norms(), freqs_sin, freqs_cos, ids)
+        q, k = self._call_norms(q, k)
+        return self._attend(q, k, v, (None, None, self.norm_eps), freqs_sin, freqs_cos, ids)
 
     def _compose_in_script(
         self, x: Tensor, freqs_sin: Tensor | None, freqs_cos: Tensor | None, segment_ids: Tensor | None
     ) -> Tensor:
-        """``_compose`` for TorchScript, which has no ``**``."""
+        """``_compose`` for TorchScript: what is plain was found out when the layer was scripted."""
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        q_norm_weight: Tensor | None = None
-        k_norm_weight: Tensor | None = None
-        norm_eps = self.norm_eps
         if self._script_fuses_norms:
-            if self.q_norm is not None and self.k_norm is not None:
-                if self.norm_unit_offset:
-                    q_norm_weight, k_norm_weight = self.q_norm.factor(), self.k_norm.factor()
-                else:
-                    q_norm_weight, k_norm_weight = self.q_norm.weight, self.k_norm.weight
-                norm_eps = self.q_norm.eps
-        elif self.normalises_projections:
+            return self._attend(q, k, v, self._plain_norms(), freqs_sin, freqs_cos, segment_ids)
+        q, k = self._call_norms(q, k)
+        return self._attend(q, k, v, (None, None, self.norm_eps), freqs_sin, freqs_cos, segment_ids)
+
+    def _call_norms(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Of heads, or of whole projections; (B, S, heads * head_dim) each."""
+        if self.normalises_projections:
             if self.q_norm is not None:
                 q = self.q_norm(q)
             if self.k_norm is not None:
@@ -343,6 +316,20 @@ class SelfAttention(nn.Module):
                 q = self.q_norm(q.unflatten(-1, [-1, self.head_dim])).flatten(-2)
             if self.k_norm is not None:
                 k = self.k_norm(k.unflatten(-1, [-1, self.head_dim])).flatten(-2)
+        return q, k
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        norms: tuple[Tensor | None, Tensor | None, float],
+        freqs_sin: Tensor | None,
+        freqs_cos: Tensor | None,
+        segment_ids: Tensor | None,
+    ) -> Tensor:
+        """Everything behind the projections, with norms of ``_plain_norms`` that are yet to be applied."""
+        q_norm_weight, k_norm_weight, norm_eps = norms
         attended = torch.ops.selfattn.projected_attention(
             q,
             k,
