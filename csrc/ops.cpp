@@ -1,5 +1,6 @@
 // The C++ fronts of the operators: each a typed call through the dispatcher.
 #include <selfattn/ops.h>
+#include <selfattn/rope.h>
 
 #include "attention/multihead_attention.h"
 #include "common/dispatch.h"
@@ -52,6 +53,24 @@ std::tuple<at::Tensor, at::Tensor> precompute_freqs(int64_t feat_dim, const Freq
                                                     std::optional<at::ScalarType>, std::optional<at::Device>);
   static const auto op = find_op<Schema>("selfattn::precompute_freqs");
   return op.call(feat_dim, options.pos_idx(), options.max_length(), options.theta(), options.dtype(), options.device());
+}
+
+std::tuple<at::Tensor, at::Tensor> rope_tables(const RopeParameters& of, const RopeTablesOptions& options) {
+  using Number = std::optional<double>;
+  using Numbers = std::optional<at::ArrayRef<double>>;
+  using Size = std::optional<c10::SymInt>;
+  using Schema = std::tuple<at::Tensor, at::Tensor>(int64_t, const OptionalTensor&, Size, c10::string_view, double,
+                                                    Size, Number, std::optional<int64_t>, Number, Number, Number,
+                                                    Number, Number, Number, Number, std::optional<bool>, Numbers,
+                                                    Numbers, std::optional<at::ScalarType>, std::optional<at::Device>);
+  static const auto op = find_op<Schema>("selfattn::rope_tables");
+  const auto size = [](const std::optional<int64_t>& of) { return of ? Size(*of) : std::nullopt; };
+  const auto numbers = [](const std::optional<std::vector<double>>& of) { return of ? Numbers(*of) : Numbers(); };
+  return op.call(of.rotary_dim(), options.positions(), size(options.max_length()), of.rope_type(), of.rope_theta(),
+                 size(options.length()), of.factor(), of.original_max_position_embeddings(), of.low_freq_factor(),
+                 of.high_freq_factor(), of.attention_factor(), of.beta_fast(), of.beta_slow(), of.mscale(),
+                 of.mscale_all_dim(), of.truncate(), numbers(of.short_factor()), numbers(of.long_factor()),
+                 options.dtype(), options.device());
 }
 
 std::tuple<at::Tensor, at::Tensor> apply_rotary_emb(const at::Tensor& xq, const at::Tensor& xk,

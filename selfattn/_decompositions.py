@@ -47,6 +47,7 @@ def decompositions() -> dict[torch._ops.OpOverload, Decomposition]:
         "cu_seqlens_from_segment_ids",
         "merge_attention",
         "precompute_freqs",
+        "rope_tables",
         "segment_ids_from_positions",
         "segment_mask",
     ):

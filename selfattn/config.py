@@ -1,15 +1,14 @@
 """What a self-attention layer is, as data: validated when made, and written to and read from plain dictionaries."""
 
-import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
-_Config = TypeVar("_Config", bound="_ValidatedConfig")
+from selfattn._validated_config import _ValidatedConfig
+from selfattn.rope import RopeParameters
 
 _DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 
@@ -42,68 +41,6 @@ class AttentionBackend(str, Enum):
 
     def __str__(self) -> str:
         return self.value
-
-
-class _ValidatedConfig:
-    """Dictionaries in and out, and the words of the errors, for the dataclasses below."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON has them: numbers, strings, lists and nested dictionaries."""
-        plain = {}
-        for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            if isinstance(value, _ValidatedConfig):
-                value = value.to_dict()
-            plain[f.name] = list(value) if isinstance(value, tuple) else value
-        return plain
-
-    @classmethod
-    def from_dict(cls: type[_Config], values: Mapping[str, Any]) -> _Config:
-        """The inverse of ``to_dict``; absent fields take their defaults.
-
-        Raises:
-            TypeError: ``values`` is no mapping, or a field has a wrong type.
-            ValueError: an unknown field, or a field with a bad value; the message names it.
-        """
-        if not isinstance(values, Mapping):
-            raise TypeError(f"{cls.__name__}.from_dict: expected a mapping, got {type(values).__name__}")
-        known = [f.name for f in dataclasses.fields(cls)]
-        unknown = [name for name in values if name not in known]
-        if unknown:
-            raise ValueError(
-                f"{cls.__name__}: unknown field{'s' * (len(unknown) > 1)} {', '.join(map(repr, unknown))}; "
-                f"expected fields out of {', '.join(known)}"
-            )
-        return cls(**values)
-
-    def _fail(self, error: type[Exception], name: str, expected: str) -> None:
-        raise error(f"{type(self).__name__}.{name}: expected {expected}, got {getattr(self, name)!r}")
-
-    def _check_int(self, name: str, minimum: int, expected: str) -> None:
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int):
-            self._fail(TypeError, name, expected)
-        if value < minimum:
-            self._fail(ValueError, name, expected)
-
-    def _check_bool(self, name: str) -> None:
-        if not isinstance(getattr(self, name), bool):
-            self._fail(TypeError, name, "a bool")
-
-    def _check_real(self, name: str, is_allowed, expected: str) -> None:
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            self._fail(TypeError, name, expected)
-        if not (math.isfinite(value) and is_allowed(value)):
-            self._fail(ValueError, name, expected)
-
-    def _check_choice(self, name: str, choices: Sequence[str]) -> None:
-        value = getattr(self, name)
-        expected = f"one of {', '.join(map(repr, choices))}"
-        if not isinstance(value, str):
-            self._fail(TypeError, name, expected)
-        if value not in choices:
-            self._fail(ValueError, name, expected)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,6 +172,15 @@ class SelfAttentionConfig(_ValidatedConfig):
     """What ``qk_norm`` normalises: each "head", or the whole "projection" to all heads, before the split (OLMo 2)."""
     rope: bool = True
     """Whether q and k are rotated; layers without positions (NoPE: SmolLM3, Cohere2) are not."""
+    rotary_dim: int | None = None
+    """R, the first elements of a head, those that rotate (partial rotation); None is head_dim."""
+    rope_scaling: RopeParameters | Mapping[str, Any] | None = None
+    """The rotation of long contexts: ``RopeParameters``, their dictionary, or transformers' ``rope_parameters`` of one
+    layer with the original length in it. What it says of ``rotary_dim`` and ``rope_theta`` counts; those fields are
+    left at their defaults, or equal it. One of plain rotation ends in those two fields, with None here."""
+    rope_length: int | None = None
+    """The largest position plus 1 that "dynamic" and "longrope" frequencies are made for; None is S of each call. It
+    never depends on the values of positions."""
 
     def __post_init__(self) -> None:
         self._check_int("head_dim", 2, "a positive even integer")
@@ -273,6 +219,46 @@ class SelfAttentionConfig(_ValidatedConfig):
             self._fail(ValueError, "norm_unit_offset", "False without qk_norm")
         if self.qk_norm_scope != "head" and not self.qk_norm:
             self._fail(ValueError, "qk_norm_scope", "'head' without qk_norm")
+
+        self._check_rotation()
+
+    def _check_rotation(self) -> None:
+        for name in ("rotary_dim", "rope_scaling", "rope_length"):
+            if getattr(self, name) is not None and not self.rope:
+                self._fail(ValueError, name, "None where rope is False")
+        expected = f"None or a positive even integer of at most head_dim {self.head_dim}"
+        if self.rotary_dim is not None:
+            self._check_int("rotary_dim", 2, expected)
+            if self.rotary_dim % 2 or self.rotary_dim > self.head_dim:
+                self._fail(ValueError, "rotary_dim", expected)
+        if self.rope_scaling is not None:
+            self._take_rope_scaling()
+        if self.rope_length is not None:
+            self._check_int("rope_length", 1, "None or a positive number of tokens")
+            if self.rope_scaling is None or not self.rope_scaling.depends_on_length:
+                self._fail(ValueError, "rope_length", "None unless rope_scaling depends on the length")
+
+    def _take_rope_scaling(self) -> None:
+        """Rotation is said once: ``rotary_dim``, ``rope_theta`` and ``rope_scaling`` agree from here on."""
+        parameters = self.rope_scaling
+        if isinstance(parameters, Mapping):
+            if "rotary_dim" in parameters:
+                parameters = RopeParameters.from_dict(parameters)
+            else:
+                share = (self.rotary_dim or self.head_dim) / self.head_dim
+                own = {"rope_theta": self.rope_theta, "partial_rotary_factor": share}
+                parameters = RopeParameters.from_transformers({**own, **parameters}, self.head_dim)
+        if not isinstance(parameters, RopeParameters):
+            self._fail(TypeError, "rope_scaling", "None, RopeParameters or their dictionary")
+        if parameters.rotary_dim > self.head_dim:
+            self._fail(ValueError, "rope_scaling", f"a rotary_dim of at most head_dim {self.head_dim}")
+        if self.rotary_dim not in (None, parameters.rotary_dim):
+            self._fail(ValueError, "rotary_dim", f"None or that of rope_scaling, {parameters.rotary_dim}")
+        if self.rope_theta not in (type(self).rope_theta, parameters.rope_theta):
+            self._fail(ValueError, "rope_theta", f"that of rope_scaling, {parameters.rope_theta}")
+        object.__setattr__(self, "rotary_dim", parameters.rotary_dim)
+        object.__setattr__(self, "rope_theta", float(parameters.rope_theta))
+        object.__setattr__(self, "rope_scaling", None if parameters.rope_type == "default" else parameters)
 
     @property
     def _dtype(self) -> torch.dtype:

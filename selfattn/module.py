@@ -10,6 +10,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from selfattn.config import SelfAttentionConfig
 from selfattn.norm import RMSNorm
+from selfattn.rope import RopeParameters
 
 
 def _reset_projection(projection: nn.Linear, std: float) -> None:
@@ -132,6 +133,13 @@ class SelfAttention(nn.Module):
         self.rope_pairing = config.rope_pairing
         self.norm_eps = float(config.norm_eps)
         self.rope = config.rope
+        self.rotary_dim = config.head_dim if config.rotary_dim is None else config.rotary_dim
+        self.rope_scaling = config.rope_scaling
+        self.rope_length: int | None = config.rope_length
+        self.makes_tables = config.rope and (self.rotary_dim != config.head_dim or config.rope_scaling is not None)
+        # Each field by itself, for TorchScript.
+        for name, value in self.rope_parameters()._type_fields().items():
+            setattr(self, name if name.startswith("rope_") else f"rope_{name}", value)
         self.norm_unit_offset = config.norm_unit_offset
         self.normalises_projections = config.qk_norm_scope == "projection"
         self.qk_scale: float | None = None if config.qk_scale is None else float(config.qk_scale)
@@ -166,6 +174,13 @@ class SelfAttention(nn.Module):
         if self.sinks is not None:
             nn.init.zeros_(self.sinks)
 
+    @torch.jit.unused
+    def rope_parameters(self) -> RopeParameters:
+        """How q and k are rotated where ``forward`` is not given ``freqs``: for tables of other positions."""
+        if self.rope_scaling is not None:
+            return self.rope_scaling
+        return RopeParameters(rotary_dim=self.rotary_dim, rope_theta=self.rope_theta)
+
     def forward(
         self,
         x: Tensor,
@@ -188,6 +203,8 @@ class SelfAttention(nn.Module):
         freqs_cos: Tensor | None = None
         if freqs is not None:
             freqs_sin, freqs_cos = freqs
+        elif self.makes_tables:
+            freqs_sin, freqs_cos = self._make_tables(x)
         if torch.jit.is_scripting():
             if self._script_calls_parts:
                 return self._compose_in_script(x, freqs_sin, freqs_cos, segment_ids)
@@ -225,8 +242,39 @@ class SelfAttention(nn.Module):
             training=self.training,
         )
 
+    def _make_tables(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of positions 0..S-1: operators without tables rotate whole heads, by ``rope_theta`` alone."""
+        return torch.ops.selfattn.rope_tables(
+            self.rotary_dim,
+            None,
+            x.size(1),
+            rope_type=self.rope_type,
+            rope_theta=self.rope_theta,
+            length=self.rope_length,
+            factor=self.rope_factor,
+            original_max_position_embeddings=self.rope_original_max_position_embeddings,
+            low_freq_factor=self.rope_low_freq_factor,
+            high_freq_factor=self.rope_high_freq_factor,
+            attention_factor=self.rope_attention_factor,
+            beta_fast=self.rope_beta_fast,
+            beta_slow=self.rope_beta_slow,
+            mscale=self.rope_mscale,
+            mscale_all_dim=self.rope_mscale_all_dim,
+            truncate=self.rope_truncate,
+            short_factor=self.rope_short_factor,
+            long_factor=self.rope_long_factor,
+            dtype=torch.float64 if x.dtype == torch.float64 else torch.float32,
+            device=x.device,
+        )
+
     # TorchScript compiles one of two forward passes, as the layer is when it is scripted.
-    __constants__ = ("_script_calls_parts", "_script_fuses_norms", "norm_unit_offset", "normalises_projections")
+    __constants__ = (
+        "_script_calls_parts",
+        "_script_fuses_norms",
+        "norm_unit_offset",
+        "normalises_projections",
+        "makes_tables",
+    )
     _script_calls_parts = False
     _script_fuses_norms = True
 
@@ -367,10 +415,15 @@ class SelfAttention(nn.Module):
             "softcap",
             "rope_theta",
             "rope_pairing",
+            "rope",
+            "rope_scaling",
+            "rope_length",
             "dropout_rate",
         ):
             if getattr(self, name) != getattr(defaults, name):
                 parts.append(f"{name}={getattr(self, name)}")
+        if self.rotary_dim != self.head_dim:
+            parts.append(f"rotary_dim={self.rotary_dim}")
         if self.sinks is not None:
             parts.append("sinks=True")
         parts.append(f"backend={self.attention_backend}")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selfattn.config import _ValidatedConfig
+from selfattn._validated_config import _ValidatedConfig
 
 # Each type's fields, beyond rotary_dim and rope_theta: those that it needs, those that it may have.
 _FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -133,7 +133,7 @@ class RopeParameters(_ValidatedConfig):
 
     @classmethod
     def from_transformers(
-        cls, rope_parameters: Mapping[str, Any], head_dim: int, max_position_embeddings: int
+        cls, rope_parameters: Mapping[str, Any], head_dim: int, max_position_embeddings: int | None = None
     ) -> "RopeParameters":
         """Those of one layer of a model of transformers.
 
@@ -143,7 +143,7 @@ class RopeParameters(_ValidatedConfig):
             head_dim: D. R is int(D * partial_rotary_factor), and must be even.
             max_position_embeddings: ``config.max_position_embeddings``: the original length of "dynamic", and where
                 ``original_max_position_embeddings`` is absent; with that length it gives an absent ``factor`` of "yarn"
-                and "longrope".
+                and "longrope". None where nothing of this is absent.
 
         Returns:
             The parameters.
@@ -155,6 +155,8 @@ class RopeParameters(_ValidatedConfig):
         if not isinstance(rope_parameters, Mapping):
             raise TypeError(f"{where}: rope_parameters: expected a mapping, got {type(rope_parameters).__name__}")
         for name, value in (("head_dim", head_dim), ("max_position_embeddings", max_position_embeddings)):
+            if name == "max_position_embeddings" and value is None:
+                continue
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{where}: {name}: expected a positive integer, got {value!r}")
             if value < 1:
@@ -170,6 +172,8 @@ class RopeParameters(_ValidatedConfig):
         old_type = fields.pop("type", "default")
         fields.setdefault("rope_type", old_type)
         fields["rotary_dim"] = _rotary_dim(where, head_dim, fields.pop("partial_rotary_factor", 1.0))
+        if max_position_embeddings is None:
+            return cls(**fields)
         if fields["rope_type"] == "dynamic":
             length = fields.setdefault("original_max_position_embeddings", max_position_embeddings)
             if length != max_position_embeddings:
@@ -188,45 +192,6 @@ class RopeParameters(_ValidatedConfig):
     def depends_on_length(self) -> bool:
         """Whether the frequencies change with the largest length: rope_type "dynamic" and "longrope"."""
         return self.rope_type in ("dynamic", "longrope")
-
-    def inverse_frequencies(self, length: int, *, device: torch.device | str | None = None) -> tuple[Tensor, float]:
-        """The angle of one token's step for each pair, and the factor of sines and cosines.
-
-        Args:
-            length: the largest position that is to be rotated, plus 1. Only "dynamic" and "longrope" use it.
-            device: of the frequencies.
-
-        Returns:
-            (R / 2,) float64, in radians, and the attention factor: 1.0 for all types but yarn and longrope.
-
-        Raises:
-            TypeError, ValueError: a length that is no integer, or negative.
-        """
-        _check_length("length", length)
-        theta = self.rope_theta
-        if self.rope_type == "dynamic":
-            original = self.original_max_position_embeddings
-            stretch = self.factor * max(length, original) / original - (self.factor - 1)
-            theta = theta * stretch ** (self.rotary_dim / (self.rotary_dim - 2))
-        exponents = torch.arange(0, self.rotary_dim, 2, dtype=torch.float64, device=device) / self.rotary_dim
-        frequencies = theta**-exponents
-        if self.rope_type == "linear":
-            frequencies = frequencies / self.factor
-        elif self.rope_type == "llama3":
-            turns = self.original_max_position_embeddings / (2 * math.pi) * frequencies
-            kept = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
-            frequencies = self._blend(frequencies, kept.clamp(0, 1))
-        elif self.rope_type == "yarn":
-            first, last = self._yarn_blend()
-            pairs = torch.arange(self.rotary_dim // 2, dtype=torch.float64, device=device)
-            frequencies = self._blend(frequencies, 1 - ((pairs - first) / (last - first)).clamp(0, 1))
-        elif self.rope_type == "longrope":
-            is_long = length > self.original_max_position_embeddings
-            divisors = torch.tensor(
-                self.long_factor if is_long else self.short_factor, dtype=torch.float64, device="cpu"
-            )
-            frequencies = frequencies / divisors.to(frequencies.device, non_blocking=True)
-        return frequencies, self._attention_factor()
 
     def tables(
         self,
@@ -254,21 +219,25 @@ class RopeParameters(_ValidatedConfig):
         Raises:
             TypeError, ValueError: a bad argument.
         """
-        if isinstance(positions, Tensor):
-            if positions.dtype == torch.bool or positions.dtype.is_complex:
-                raise TypeError(f"positions: expected integers or floating point, got {positions.dtype}")
-            if positions.dim() not in (1, 2):
-                raise ValueError(f"positions: expected the shape (S,) or (B, S), got {tuple(positions.shape)}")
-            positions = positions if device is None else positions.to(device)
-            rows = positions if positions.dim() == 2 else positions[None]
-        else:
+        if not isinstance(positions, Tensor):
             _check_length("positions", positions)
-            rows = torch.arange(positions, device=device)[None]
-        if not dtype.is_floating_point:
-            raise TypeError(f"dtype: expected floating point, got {dtype}")
-        frequencies, factor = self.inverse_frequencies(rows.shape[1] if length is None else length, device=rows.device)
-        angles = rows.to(torch.float64)[..., None] * frequencies
-        return (factor * angles.sin()).to(dtype), (factor * angles.cos()).to(dtype)
+        if length is not None:
+            _check_length("length", length)
+        is_tensor = isinstance(positions, Tensor)
+        return torch.ops.selfattn.rope_tables(
+            self.rotary_dim,
+            positions if is_tensor else None,
+            None if is_tensor else positions,
+            length=length,
+            dtype=dtype,
+            device=device if is_tensor or device is not None else torch.get_default_device(),
+            **self._type_fields(),
+        )
+
+    def _type_fields(self) -> dict[str, Any]:
+        """The keywords of ``rope_tables`` that the fields are, without ``rotary_dim``."""
+        fields = {name: getattr(self, name) for name in ("rope_type", "rope_theta", *_OPTIONAL_FIELDS)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
 
     @property
     def _beta_fast(self) -> float:
@@ -277,40 +246,6 @@ class RopeParameters(_ValidatedConfig):
     @property
     def _beta_slow(self) -> float:
         return 1.0 if self.beta_slow is None else self.beta_slow
-
-    def _blend(self, frequencies: Tensor, kept: Tensor) -> Tensor:
-        """``kept`` of each frequency, and the rest of it divided by the factor."""
-        return kept * frequencies + (1 - kept) * frequencies / self.factor
-
-    def _yarn_blend(self) -> tuple[float, float]:
-        """The pairs between which yarn blends, as numbers that need not be whole."""
-
-        def pair_of(turns: float) -> float:  # that turns so often in the original length
-            wavelength = self.original_max_position_embeddings / turns
-            return self.rotary_dim * math.log(wavelength / (2 * math.pi)) / (2 * math.log(self.rope_theta))
-
-        first, last = pair_of(self._beta_fast), pair_of(self._beta_slow)
-        if self.truncate is not False:
-            first, last = math.floor(first), math.ceil(last)
-        # Both bounds as transformers has them: the upper one counts elements, not pairs.
-        first, last = max(first, 0), min(last, self.rotary_dim - 1)
-        return first, last + 0.001 if first == last else last
-
-    def _attention_factor(self) -> float:
-        if self.attention_factor is not None:
-            return float(self.attention_factor)
-        if self.rope_type == "yarn":
-            if self.mscale and self.mscale_all_dim:
-                return _yarn_scale(self.factor, self.mscale) / _yarn_scale(self.factor, self.mscale_all_dim)
-            return _yarn_scale(self.factor, 1.0)
-        if self.rope_type == "longrope" and self.factor > 1:
-            return math.sqrt(1 + math.log(self.factor) / math.log(self.original_max_position_embeddings))
-        return 1.0
-
-
-def _yarn_scale(factor: float, weight: float) -> float:
-    """The square root of 1 / t (YaRN, arXiv:2309.00071, section 3.4), with a weight of the logarithm (DeepSeek)."""
-    return 0.1 * weight * math.log(factor) + 1 if factor > 1 else 1.0
 
 
 def _rotary_dim(where: str, head_dim: int, partial_rotary_factor: float) -> int:

@@ -16,6 +16,7 @@ constexpr const char* kCompositeOperators[] = {"multihead_attention",
                                                "segment_ids_from_cu_seqlens",
                                                "cu_seqlens_from_segment_ids",
                                                "apply_rotary_emb",
-                                               "precompute_freqs"};
+                                               "precompute_freqs",
+                                               "rope_tables"};
 
 }  // namespace selfattn

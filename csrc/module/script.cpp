@@ -27,9 +27,50 @@ void add_child(torch::jit::Module& parent, const std::string& name, const char* 
 /// What stands for an optional parameter in the source: its name, or None.
 std::string name_or_none(bool is_present, const char* name) { return is_present ? name : "None"; }
 
+/// 7 and 6: float64 and float32.
+constexpr const char* kMakeTables = R"(
+    if sin is None and cos is None:
+        sin, cos = selfattn.rope_tables(
+            self.rotary_dim, None, x.size(1), rope_type=self.rope_type, rope_theta=self.rope_theta,
+            length=self.rope_length, factor=self.rope_factor,
+            original_max_position_embeddings=self.rope_original_max_position_embeddings,
+            low_freq_factor=self.rope_low_freq_factor, high_freq_factor=self.rope_high_freq_factor,
+            attention_factor=self.rope_attention_factor, beta_fast=self.rope_beta_fast, beta_slow=self.rope_beta_slow,
+            mscale=self.rope_mscale, mscale_all_dim=self.rope_mscale_all_dim, truncate=self.rope_truncate,
+            short_factor=self.rope_short_factor, long_factor=self.rope_long_factor,
+            dtype=7 if x.dtype == 7 else 6, device=x.device)
+)";
+
+template <typename Value>
+void register_optional(torch::jit::Module& script, const char* name, const c10::TypePtr& type,
+                       const std::optional<Value>& value) {
+  script.register_attribute(name, c10::OptionalType::create(type), value ? c10::IValue(*value) : c10::IValue());
+}
+
+void register_rotation(torch::jit::Module& script, const RopeParameters& of, std::optional<int64_t> length) {
+  const c10::TypePtr real = c10::FloatType::get(), reals = c10::ListType::ofFloats();
+  script.register_attribute("rotary_dim", c10::IntType::get(), of.rotary_dim());
+  script.register_attribute("rope_type", c10::StringType::get(), of.rope_type());
+  register_optional(script, "rope_length", c10::IntType::get(), length);
+  register_optional(script, "rope_factor", real, of.factor());
+  register_optional(script, "rope_original_max_position_embeddings", c10::IntType::get(),
+                    of.original_max_position_embeddings());
+  register_optional(script, "rope_low_freq_factor", real, of.low_freq_factor());
+  register_optional(script, "rope_high_freq_factor", real, of.high_freq_factor());
+  register_optional(script, "rope_attention_factor", real, of.attention_factor());
+  register_optional(script, "rope_beta_fast", real, of.beta_fast());
+  register_optional(script, "rope_beta_slow", real, of.beta_slow());
+  register_optional(script, "rope_mscale", real, of.mscale());
+  register_optional(script, "rope_mscale_all_dim", real, of.mscale_all_dim());
+  register_optional(script, "rope_truncate", c10::BoolType::get(), of.truncate());
+  register_optional(script, "rope_short_factor", reals, of.short_factor());
+  register_optional(script, "rope_long_factor", reals, of.long_factor());
+}
+
 std::string forward_source(const SelfAttentionOptions& options) {
   const bool qkv_bias = options.qkv_bias().value_or(options.use_bias()),
              out_bias = options.out_bias().value_or(options.use_bias());
+  const bool makes_tables = options.rope() && (options.rotary_dim() || options.rope_scaling());
   std::string norm_factors;
   for (const char* of : {"q", "k"}) {
     if (!options.qk_norm()) continue;
@@ -47,7 +88,8 @@ def forward(self, x, freqs: Optional[Tuple[Tensor, Tensor]] = None, segment_ids:
     cos: Optional[Tensor] = None
     if freqs is not None:
         sin, cos = freqs
-)" + norm_factors;
+)" + std::string(makes_tables ? kMakeTables : "") +
+                            norm_factors;
   const std::string qkv_biases = name_or_none(qkv_bias, "self.q_proj.bias") + ", " +
                                  name_or_none(qkv_bias, "self.k_proj.bias") + ", " +
                                  name_or_none(qkv_bias, "self.v_proj.bias");
@@ -103,7 +145,8 @@ torch::jit::Module to_torchscript(const SelfAttention& module) {
   script.register_attribute("training", c10::BoolType::get(), module->is_training());
   script.register_attribute("head_dim", c10::IntType::get(), options.head_dim());
   script.register_attribute("norm_eps", c10::FloatType::get(), options.norm_eps());
-  script.register_attribute("rope_theta", c10::FloatType::get(), options.rope_theta());
+  script.register_attribute("rope_theta", c10::FloatType::get(), module->rope_parameters().rope_theta());
+  register_rotation(script, module->rope_parameters(), options.rope_length());
   script.register_attribute("rope_pairing", c10::StringType::get(), options.rope_pairing());
   script.register_attribute("qk_scale", c10::OptionalType::create(c10::FloatType::get()),
                             options.qk_scale() ? c10::IValue(*options.qk_scale()) : c10::IValue());

@@ -225,6 +225,18 @@ at::Tensor self_attention(const at::Tensor& x, const at::Tensor& q_weight, const
 
 torch::Tensor SelfAttentionImpl::forward(const torch::Tensor& x, const torch::Tensor& freqs_sin,
                                          const torch::Tensor& freqs_cos, const torch::Tensor& segment_ids) {
+  if (makes_tables() && !freqs_sin.defined() && !freqs_cos.defined() && x.dim() == 3) {
+    const auto dtype = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+    const auto [sin, cos] = rope_tables(
+        rope_parameters(),
+        RopeTablesOptions().max_length(x.size(1)).length(options.rope_length()).dtype(dtype).device(x.device()));
+    return attend_with(x, sin, cos, segment_ids);
+  }
+  return attend_with(x, freqs_sin, freqs_cos, segment_ids);
+}
+
+torch::Tensor SelfAttentionImpl::attend_with(const torch::Tensor& x, const torch::Tensor& freqs_sin,
+                                             const torch::Tensor& freqs_cos, const torch::Tensor& segment_ids) {
   static const auto op = find_op<decltype(self_attention)>("selfattn::self_attention");
   check_children();
   if (!is_plain()) return compose(x, freqs_sin, freqs_cos, segment_ids);

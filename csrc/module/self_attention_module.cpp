@@ -7,10 +7,36 @@
 #include <cmath>
 
 #include "attention/problem.h"
+#include "rotary/frequencies.h"
 #include "rotary/rotary.h"
 
 namespace selfattn {
 namespace {
+
+void check_rotation(const SelfAttentionOptions& options) {
+  const auto& scaling = options.rope_scaling();
+  TORCH_CHECK_VALUE(options.rope() || (!options.rotary_dim() && !scaling && !options.rope_length()),
+                    "selfattn: rotary_dim, rope_scaling and rope_length must not be given where rope is false");
+  const int64_t rotary_dim = options.rotary_dim().value_or(options.head_dim());
+  TORCH_CHECK_VALUE(rotary_dim > 0 && rotary_dim % 2 == 0 && rotary_dim <= options.head_dim(),
+                    "selfattn: rotary_dim must be positive, even and at most head_dim, ", options.head_dim(), "; got ",
+                    rotary_dim);
+  TORCH_CHECK_VALUE(!options.rope_length() || (scaling && depends_on_length(*scaling) && *options.rope_length() > 0),
+                    "selfattn: rope_length must be positive, and given only for a rope_scaling that depends on the "
+                    "length; got ",
+                    options.rope_length().value_or(0));
+  if (!scaling) return;
+  check(*scaling);
+  TORCH_CHECK_VALUE(scaling->rotary_dim() <= options.head_dim(),
+                    "selfattn: rope_scaling must have a rotary_dim of at most head_dim, ", options.head_dim(), "; got ",
+                    scaling->rotary_dim());
+  TORCH_CHECK_VALUE(options.rotary_dim().value_or(scaling->rotary_dim()) == scaling->rotary_dim(),
+                    "selfattn: rotary_dim must be that of rope_scaling, ", scaling->rotary_dim(), "; got ", rotary_dim);
+  const double default_theta = SelfAttentionOptions(1).rope_theta();
+  TORCH_CHECK_VALUE(options.rope_theta() == default_theta || options.rope_theta() == scaling->rope_theta(),
+                    "selfattn: rope_theta must be that of rope_scaling, ", scaling->rope_theta(), "; got ",
+                    options.rope_theta());
+}
 
 void check(const SelfAttentionOptions& options) {
   TORCH_CHECK_VALUE(options.head_dim() > 0 && options.head_dim() % 2 == 0,
@@ -40,6 +66,7 @@ void check(const SelfAttentionOptions& options) {
   TORCH_CHECK_VALUE(std::isfinite(options.rope_theta()) && options.rope_theta() > 0.0,
                     "selfattn: rope_theta must be positive and finite; got ", options.rope_theta());
   parse_pairing(options.rope_pairing(), "rope_pairing");
+  check_rotation(options);
   parse_backend(options.attention_backend());
 }
 
@@ -116,6 +143,11 @@ void SelfAttentionImpl::check_children() const {
   check_child("q_proj", q_proj.get()), check_child("k_proj", k_proj.get()), check_child("v_proj", v_proj.get());
   check_child("out_proj", out_proj.get());
   if (q_norm) check_child("q_norm", q_norm.get()), check_child("k_norm", k_norm.get());
+}
+
+RopeParameters SelfAttentionImpl::rope_parameters() const {
+  if (options.rope_scaling()) return *options.rope_scaling();
+  return RopeParameters(options.rotary_dim().value_or(options.head_dim())).rope_theta(options.rope_theta());
 }
 
 void SelfAttentionImpl::reset_parameters() {

@@ -20,6 +20,9 @@ namespace {
 /// Below it the angles of a head's last pairs at far positions are beyond the digits of float64.
 constexpr double kLeastTheta = 1e-6;
 
+// Far beyond any model; without limits a slip of the caller's would ask for all memory.
+constexpr int64_t kMostFeatures = int64_t{1} << 20, kMostElements = int64_t{1} << 30;
+
 }  // namespace
 
 RotaryPairing parse_pairing(c10::string_view text, const char* name) {
@@ -51,10 +54,40 @@ const std::vector<double>& quarter_turns(int64_t head_dim, double theta) {
 RotaryTables rotary_tables(const at::Tensor& positions, int64_t head_dim, double theta) {
   const auto options = positions.options().dtype(at::kDouble);
   const at::Tensor exponents = at::arange(0, head_dim, 2, options) / static_cast<double>(head_dim);
-  const at::Tensor frequencies = at::pow(theta, -exponents);  // float64: float32 angles lose digits at far positions
+  return rotary_tables(positions, at::pow(theta, -exponents));
+}
+
+RotaryTables rotary_tables(const at::Tensor& positions, const at::Tensor& frequencies) {
   const at::Tensor rows = positions.dim() == 1 ? positions.unsqueeze(0) : positions;
   const at::Tensor angles = rows.to(at::kDouble).unsqueeze(-1) * frequencies;
   return {at::sin(angles), at::cos(angles)};
+}
+
+at::Tensor table_positions(int64_t rotary_dim, const OptionalTensor& positions, const char* name,
+                           const std::optional<c10::SymInt>& max_length, std::optional<at::ScalarType> dtype,
+                           std::optional<at::Device> device) {
+  TORCH_CHECK_VALUE(positions.has_value() != max_length.has_value(), "selfattn: exactly one of ", name,
+                    " and max_length must be given; got ", positions.has_value() ? "both" : "neither");
+  TORCH_CHECK_TYPE(!dtype || at::isFloatingType(*dtype), "selfattn: dtype must be floating point; got ", *dtype);
+  if (positions) {
+    check_positions_dtype(*positions, name);
+    TORCH_CHECK_VALUE(positions->dim() == 1 || positions->dim() == 2, "selfattn: ", name,
+                      " must have the shape (S,) or (B, S); got ", positions->sym_sizes());
+    TORCH_CHECK_TYPE(!device || !positions->is_meta() || device->is_meta(), "selfattn: ", name,
+                     " must hold values for tables on device ", *device, "; got a tensor on meta");
+    return device ? positions->to(*device) : *positions;
+  }
+  TORCH_CHECK_VALUE(*max_length >= 0, "selfattn: max_length must be at least 0; got ", *max_length);
+  TORCH_CHECK_VALUE(*max_length <= kMostElements / (rotary_dim / 2), "selfattn: max_length must be at most ",
+                    kMostElements / (rotary_dim / 2), " for tables of ", kMostElements, " elements; got ", *max_length);
+  return at::arange(*max_length, at::TensorOptions().dtype(at::kLong).device(device.value_or(at::kCPU)));
+}
+
+void check_rotary_dim(int64_t rotary_dim, const char* name) {
+  TORCH_CHECK_VALUE(rotary_dim > 0 && rotary_dim % 2 == 0, "selfattn: ", name, " must be positive and even; got ",
+                    rotary_dim);
+  TORCH_CHECK_VALUE(rotary_dim <= kMostFeatures, "selfattn: ", name, " must be at most ", kMostFeatures, "; got ",
+                    rotary_dim);
 }
 
 void check_theta(double theta, const char* name) {

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <optional>
 #include <string_view>
 #include <tuple>
 #include <utility>
@@ -32,6 +33,18 @@ struct RotaryTables {
 
 /// Tables of positions (S,) or (B, S): angle = position / theta^(2i / D) (RoFormer, arXiv:2104.09864, eq. 15), float64.
 RotaryTables rotary_tables(const at::Tensor& positions, int64_t head_dim, double theta);
+
+/// The same with R / 2 frequencies of one token's step, float64, on the device of the positions.
+RotaryTables rotary_tables(const at::Tensor& positions, const at::Tensor& frequencies);
+
+/// What precompute_freqs and rope_tables are given, checked: positions (S,) or (B, S), called `name`, or those of
+/// 0 .. max_length - 1, on the device.
+at::Tensor table_positions(int64_t rotary_dim, const OptionalTensor& positions, const char* name,
+                           const std::optional<c10::SymInt>& max_length, std::optional<at::ScalarType> dtype,
+                           std::optional<at::Device> device);
+
+/// Throws where so many elements of a head cannot rotate. `name` is the argument's.
+void check_rotary_dim(int64_t rotary_dim, const char* name);
 
 /// Throws where theta is no base of finite frequencies. `name` is the argument's.
 void check_theta(double theta, const char* name);

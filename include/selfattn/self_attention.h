@@ -5,6 +5,7 @@
 #include <string>
 
 #include <selfattn/export.h>
+#include <selfattn/rope.h>
 #include <torch/nn/cloneable.h>
 #include <torch/nn/modules/common.h>
 #include <torch/nn/modules/container/any.h>
@@ -52,6 +53,13 @@ struct SELFATTN_API SelfAttentionOptions {
   TORCH_ARG(std::string, qk_norm_scope) = "head";
   /// Whether q and k are rotated; layers without position (NoPE) are not.
   TORCH_ARG(bool, rope) = true;
+  /// R, the first elements of a head, those that rotate; head_dim where not given.
+  TORCH_ARG(std::optional<int64_t>, rotary_dim);
+  /// The rotation of long contexts. Its rotary_dim and rope_theta count; the options of those names stay as they are by
+  /// default, or equal them.
+  TORCH_ARG(std::optional<RopeParameters>, rope_scaling);
+  /// The largest position plus 1 that "dynamic" and "longrope" frequencies are made for; S of a call where not given.
+  TORCH_ARG(std::optional<int64_t>, rope_length);
 };
 
 /// Holds the weight (features,) of the RMSNorm of a head, or of a projection; the layer applies it.
@@ -87,8 +95,8 @@ class SELFATTN_API SelfAttentionImpl : public torch::nn::Cloneable<SelfAttention
   /// mesh-transformer-jax). Both as GPT-NeoX has them (arXiv:2204.06745). Biases and sinks 0, norm weights 1.
   void reset_parameters();
 
-  /// x (B, S, E) -> (B, S, E). freqs_sin, freqs_cos (1 or B, S, head_dim / 2): rotary tables; positions 0 .. S - 1
-  /// where not given. segment_ids (B, S): one document where not given.
+  /// x (B, S, E) -> (B, S, E). freqs_sin, freqs_cos (1 or B, S, R / 2): rotary tables, of rope_tables(); positions
+  /// 0 .. S - 1 where not given. segment_ids (B, S): one document where not given.
   torch::Tensor forward(const torch::Tensor& x, const torch::Tensor& freqs_sin = {},
                         const torch::Tensor& freqs_cos = {}, const torch::Tensor& segment_ids = {});
 
@@ -106,6 +114,9 @@ class SELFATTN_API SelfAttentionImpl : public torch::nn::Cloneable<SelfAttention
 
   void pretty_print(std::ostream& stream) const override;
 
+  /// How q and k are rotated where forward is not given tables: for tables of other positions.
+  RopeParameters rope_parameters() const;
+
   int64_t num_heads() const { return options.num_heads().value_or(options.embedding_dim() / options.head_dim()); }
   int64_t num_kv_heads() const { return options.num_kv_heads().value_or(num_heads()); }
 
@@ -120,7 +131,11 @@ class SELFATTN_API SelfAttentionImpl : public torch::nn::Cloneable<SelfAttention
 
  private:
   bool normalises_projections() const { return options.qk_norm() && options.qk_norm_scope() == "projection"; }
+  /// Whether tables are made for a call without them: operators rotate whole heads by rope_theta alone.
+  bool makes_tables() const { return options.rope() && (options.rotary_dim() || options.rope_scaling()); }
   void check_children() const;
+  torch::Tensor attend_with(const torch::Tensor& x, const torch::Tensor& freqs_sin, const torch::Tensor& freqs_cos,
+                            const torch::Tensor& segment_ids);
   torch::Tensor compose(const torch::Tensor& x, const torch::Tensor& freqs_sin, const torch::Tensor& freqs_cos,
                         const torch::Tensor& segment_ids);
 

@@ -3,5 +3,6 @@
 /// Everything a C++ user may see.
 #include <selfattn/backend.h>
 #include <selfattn/ops.h>
+#include <selfattn/rope.h>
 #include <selfattn/script.h>
 #include <selfattn/self_attention.h>

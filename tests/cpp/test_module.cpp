@@ -97,6 +97,39 @@ TEST(Module, MayLeavePositionsOut) {
                               1e-4, 1e-6));
 }
 
+TEST(Module, RotatesAsItsOptionsSay) {
+  const auto scaling = selfattn::RopeParameters(8).rope_type("yarn").factor(4.0).original_max_position_embeddings(8);
+  SelfAttention layer(SelfAttentionOptions(64).head_dim(16).rope_scaling(scaling));
+  const auto x = torch::randn({2, 9, 64});
+  const auto [sin, cos] = selfattn::rope_tables(scaling, selfattn::RopeTablesOptions().max_length(9));
+  EXPECT_TRUE(torch::equal(layer->forward(x), layer->forward(x, sin, cos)));
+  const auto power = sin.square() + cos.square();  // the attention factor's
+  EXPECT_TRUE(torch::allclose(power, torch::full_like(power, 1.138629436111989 * 1.138629436111989)));
+
+  SelfAttention partial(SelfAttentionOptions(64).head_dim(16).rotary_dim(4).rope_theta(300.0));
+  const auto [part_sin, part_cos] = selfattn::precompute_freqs(4, selfattn::FreqsOptions().max_length(9).theta(300.0));
+  EXPECT_TRUE(torch::equal(partial->forward(x), partial->forward(x, part_sin, part_cos)));
+}
+
+TEST(Module, RefusesRotationsThatContradict) {
+  const auto yarn = selfattn::RopeParameters(8).rope_type("yarn").factor(4.0).original_max_position_embeddings(8);
+  const auto base = SelfAttentionOptions(64).head_dim(16);
+  for (const auto& options : {
+           SelfAttentionOptions(base).rotary_dim(7),
+           SelfAttentionOptions(base).rotary_dim(18),
+           SelfAttentionOptions(base).rotary_dim(8).rope(false),
+           SelfAttentionOptions(base).rope_length(9),
+           SelfAttentionOptions(base).rope_scaling(yarn).rotary_dim(16),
+           SelfAttentionOptions(base).rope_scaling(yarn).rope_theta(7.0),
+           SelfAttentionOptions(base).rope_scaling(yarn).rope_length(9),
+           SelfAttentionOptions(base).rope_scaling(selfattn::RopeParameters(8).rope_type("linear")),
+           SelfAttentionOptions(base).rope_scaling(selfattn::RopeParameters(8).rope_type("ntk")),
+           SelfAttentionOptions(base).rope_scaling(selfattn::RopeParameters(32)),
+       }) {
+    EXPECT_THROW(SelfAttention{options}, c10::ValueError);
+  }
+}
+
 TEST(Module, ScalesTheLogitsByWhatIsGiven) {
   SelfAttention own(SelfAttentionOptions(64).head_dim(16)), given(SelfAttentionOptions(64).head_dim(16).qk_scale(0.25));
   SelfAttention other(SelfAttentionOptions(64).head_dim(16).qk_scale(0.7));

@@ -49,6 +49,26 @@ TEST(TorchScript, TakesXAlone) {
   EXPECT_TRUE(torch::equal(module->forward(x), script.forward({x}).toTensor()));
 }
 
+TEST(TorchScript, RotatesAsTheLayerDoes) {
+  const auto longrope = selfattn::RopeParameters(4)
+                            .rope_type("longrope")
+                            .original_max_position_embeddings(8)
+                            .factor(4.0)
+                            .short_factor(std::vector<double>{1.0, 1.5})
+                            .long_factor(std::vector<double>{2.0, 3.0});
+  for (const bool is_scaled : {false, true}) {
+    auto options = SelfAttentionOptions(64).head_dim(16);
+    SelfAttention module(is_scaled ? options.rope_scaling(longrope) : options.rotary_dim(4));
+    std::stringstream stream;
+    selfattn::to_torchscript(module).save(stream);
+    auto script = torch::jit::load(stream);
+    for (const int64_t length : {5, 13}) {
+      const auto x = torch::randn({2, length, 64});
+      EXPECT_TRUE(torch::equal(module->forward(x), script.forward({x}).toTensor())) << length;
+    }
+  }
+}
+
 TEST(TorchScript, FollowsTrainAndEval) {
   SelfAttention module(SelfAttentionOptions(64).dropout_rate(0.5));
   auto script = selfattn::to_torchscript(module);

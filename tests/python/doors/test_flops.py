@@ -122,6 +122,7 @@ WITHOUT_PRODUCTS = {
     "precompute_freqs",
     "qk_norm_rope",
     "qk_norm_rope_backward",
+    "rope_tables",
     "segment_ids_from_cu_seqlens",
     "segment_ids_from_positions",
     "segment_mask",

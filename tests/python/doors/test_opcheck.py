@@ -138,6 +138,10 @@ SAMPLES = {
         ((8, None, 5), {}),
         ((8, torch.tensor([[0, 1, 0]]), None, 100.0), {"dtype": torch.bfloat16}),
     ],
+    "rope_tables": lambda: [
+        ((8, None, 5), {}),
+        ((4, torch.tensor([[0, 1, 0]])), {"rope_type": "linear", "factor": 2.0, "dtype": torch.bfloat16}),
+    ],
     "apply_rotary_emb": lambda: [
         ((random(2, 6, 4, 8), random(2, 6, 2, 8)), {}),
         ((random(2, 6, 4, 8), random(2, 6, 2, 8), *OPS.precompute_freqs(8, None, 6)), {"pairing": "half"}),

@@ -48,6 +48,9 @@ DEFAULTS = {
     "norm_unit_offset": False,
     "qk_norm_scope": "head",
     "rope": True,
+    "rotary_dim": None,
+    "rope_scaling": None,
+    "rope_length": None,
 }
 
 parallel_configs = st.builds(
