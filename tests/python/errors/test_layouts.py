@@ -10,7 +10,7 @@ from torch import Tensor
 import selfattn  # noqa: F401 - loads the operators
 
 OPERATORS = operators()
-REQUIRED = {"length": 7, "max_segments": 7, "feat_dim": 8, "head_dim": 8, "grad_lse": None}
+REQUIRED = {"length": 7, "max_segments": 7, "feat_dim": 8, "rotary_dim": 8, "head_dim": 8, "grad_lse": None}
 
 
 def jagged() -> Tensor:
