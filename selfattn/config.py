@@ -245,9 +245,9 @@ class SelfAttentionConfig(_ValidatedConfig):
             if "rotary_dim" in parameters:
                 parameters = RopeParameters.from_dict(parameters)
             else:
-                share = (self.rotary_dim or self.head_dim) / self.head_dim
-                own = {"rope_theta": self.rope_theta, "partial_rotary_factor": share}
-                parameters = RopeParameters.from_transformers({**own, **parameters}, self.head_dim)
+                has_share = parameters.get("partial_rotary_factor") is not None
+                whole = self.head_dim if has_share or self.rotary_dim is None else self.rotary_dim
+                parameters = RopeParameters.from_transformers({"rope_theta": self.rope_theta, **parameters}, whole)
         if not isinstance(parameters, RopeParameters):
             self._fail(TypeError, "rope_scaling", "None, RopeParameters or their dictionary")
         if parameters.rotary_dim > self.head_dim:

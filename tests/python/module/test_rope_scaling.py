@@ -116,6 +116,13 @@ def test_rotation_is_said_once() -> None:
     assert (plain.rotary_dim, plain.rope_theta, plain.rope_scaling) == (16, 5e5, None)
 
 
+@pytest.mark.parametrize("head_dim", [44, 96, 128, 256])
+def test_every_part_of_a_head_can_be_scaled(head_dim: int) -> None:
+    for rotary_dim in range(2, head_dim + 1, 2):
+        config = SelfAttentionConfig(head_dim=head_dim, rotary_dim=rotary_dim, rope_scaling=SCALINGS["linear"])
+        assert config.rope_scaling.rotary_dim == config.rotary_dim == rotary_dim
+
+
 BAD = {
     "odd": ({"rotary_dim": 7}, ValueError, "rotary_dim.*7"),
     "wide": ({"rotary_dim": 66}, ValueError, "rotary_dim.*64.*66"),
