@@ -29,6 +29,12 @@
   "int "                                                                                                             \
   "window_right=-1, float softcap=0.0"
 
+#define SELFATTN_ROPE_TYPE                                                                                  \
+  "str rope_type=\"default\", float rope_theta=10000.0, SymInt? length=None, float? factor=None, "          \
+  "int? original_max_position_embeddings=None, float? low_freq_factor=None, float? high_freq_factor=None, " \
+  "float? attention_factor=None, float? beta_fast=None, float? beta_slow=None, float? mscale=None, "        \
+  "float? mscale_all_dim=None, bool? truncate=None, float[]? short_factor=None, float[]? long_factor=None"
+
 TORCH_LIBRARY(selfattn, m) {
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
   // Attention
@@ -59,15 +65,9 @@ TORCH_LIBRARY(selfattn, m) {
       "ScalarType? dtype=None, Device? device=None) -> (Tensor sin, Tensor cos)",
       tags);
   // Of contexts beyond the trained one: docs/semantics.md names the types and their fields.
-  m.def(
-      "rope_tables(int rotary_dim, Tensor? positions=None, SymInt? max_length=None, *, str rope_type=\"default\", "
-      "float "
-      "rope_theta=10000.0, SymInt? length=None, float? factor=None, int? original_max_position_embeddings=None, float? "
-      "low_freq_factor=None, float? high_freq_factor=None, float? attention_factor=None, float? beta_fast=None, float? "
-      "beta_slow=None, float? mscale=None, float? mscale_all_dim=None, bool? truncate=None, float[]? "
-      "short_factor=None, "
-      "float[]? long_factor=None, ScalarType? dtype=None, Device? device=None) -> (Tensor sin, Tensor cos)",
-      tags);
+  m.def("rope_tables(int rotary_dim, Tensor? positions=None, SymInt? max_length=None, *, " SELFATTN_ROPE_TYPE
+        ", ScalarType? dtype=None, Device? device=None) -> (Tensor sin, Tensor cos)",
+        tags);
   m.def(
       "apply_rotary_emb(Tensor xq, Tensor xk, Tensor? freqs_sin=None, Tensor? freqs_cos=None, "
       "float theta=10000.0, *, str pairing=\"interleaved\") -> (Tensor xq, Tensor xk)",

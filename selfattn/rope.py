@@ -219,11 +219,11 @@ class RopeParameters(_ValidatedConfig):
         Raises:
             TypeError, ValueError: a bad argument.
         """
-        if not isinstance(positions, Tensor):
+        is_tensor = isinstance(positions, Tensor)
+        if not is_tensor:
             _check_length("positions", positions)
         if length is not None:
             _check_length("length", length)
-        is_tensor = isinstance(positions, Tensor)
         return torch.ops.selfattn.rope_tables(
             self.rotary_dim,
             positions if is_tensor else None,

@@ -67,10 +67,9 @@ void register_rotation(torch::jit::Module& script, const RopeParameters& of, std
   register_optional(script, "rope_long_factor", reals, of.long_factor());
 }
 
-std::string forward_source(const SelfAttentionOptions& options) {
+std::string forward_source(const SelfAttentionOptions& options, bool makes_tables) {
   const bool qkv_bias = options.qkv_bias().value_or(options.use_bias()),
              out_bias = options.out_bias().value_or(options.use_bias());
-  const bool makes_tables = options.rope() && (options.rotary_dim() || options.rope_scaling());
   std::string norm_factors;
   for (const char* of : {"q", "k"}) {
     if (!options.qk_norm()) continue;
@@ -146,7 +145,7 @@ torch::jit::Module to_torchscript(const SelfAttention& module) {
   script.register_attribute("head_dim", c10::IntType::get(), options.head_dim());
   script.register_attribute("norm_eps", c10::FloatType::get(), options.norm_eps());
   script.register_attribute("rope_theta", c10::FloatType::get(), module->rope_parameters().rope_theta());
-  register_rotation(script, module->rope_parameters(), options.rope_length());
+  if (module->makes_tables()) register_rotation(script, module->rope_parameters(), options.rope_length());
   script.register_attribute("rope_pairing", c10::StringType::get(), options.rope_pairing());
   script.register_attribute("qk_scale", c10::OptionalType::create(c10::FloatType::get()),
                             options.qk_scale() ? c10::IValue(*options.qk_scale()) : c10::IValue());
@@ -157,7 +156,7 @@ torch::jit::Module to_torchscript(const SelfAttention& module) {
   script.register_attribute("window_right", c10::IntType::get(), options.window_right());
   script.register_attribute("softcap", c10::FloatType::get(), options.softcap());
   script.register_attribute("dropout_rate", c10::FloatType::get(), options.dropout_rate());
-  script.define(forward_source(options), std::make_shared<OperatorResolver>());
+  script.define(forward_source(options, module->makes_tables()), std::make_shared<OperatorResolver>());
   return script;
 }
 

@@ -117,6 +117,9 @@ class SELFATTN_API SelfAttentionImpl : public torch::nn::Cloneable<SelfAttention
   /// How q and k are rotated where forward is not given tables: for tables of other positions.
   RopeParameters rope_parameters() const;
 
+  /// Whether tables are made for a call without them: operators rotate whole heads by rope_theta alone.
+  bool makes_tables() const { return options.rope() && (options.rotary_dim() || options.rope_scaling()); }
+
   int64_t num_heads() const { return options.num_heads().value_or(options.embedding_dim() / options.head_dim()); }
   int64_t num_kv_heads() const { return options.num_kv_heads().value_or(num_heads()); }
 
@@ -131,8 +134,6 @@ class SELFATTN_API SelfAttentionImpl : public torch::nn::Cloneable<SelfAttention
 
  private:
   bool normalises_projections() const { return options.qk_norm() && options.qk_norm_scope() == "projection"; }
-  /// Whether tables are made for a call without them: operators rotate whole heads by rope_theta alone.
-  bool makes_tables() const { return options.rope() && (options.rotary_dim() || options.rope_scaling()); }
   void check_children() const;
   torch::Tensor attend_with(const torch::Tensor& x, const torch::Tensor& freqs_sin, const torch::Tensor& freqs_cos,
                             const torch::Tensor& segment_ids);

@@ -88,8 +88,8 @@ def good_arguments(name: str, schema: torch._C.FunctionSchema, generator: random
     dtype = generator.choice([torch.float32, torch.float32, torch.bfloat16, torch.float16])
     length, dim = generator.choice([S, S, 1, 67]), generator.choice([D, D, 2, 24, 70])
     tensors = good_tensors(name, dtype, length, dim)
-    numbers = {name: length for name in ("length", "max_segments", "max_length")}
-    numbers |= {name: dim for name in ("feat_dim", "rotary_dim", "head_dim")}
+    numbers = dict.fromkeys(("length", "max_segments", "max_length"), length)
+    numbers |= dict.fromkeys(("feat_dim", "rotary_dim", "head_dim"), dim)
     arguments = {}
     for argument in schema.arguments:
         is_optional = argument.has_default_value() or isinstance(argument.type, torch.OptionalType)
