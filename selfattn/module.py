@@ -174,6 +174,35 @@ class SelfAttention(nn.Module):
         if self.sinks is not None:
             nn.init.zeros_(self.sinks)
 
+    @classmethod
+    def from_pretrained_layer(cls, module: nn.Module, *, copy: bool | None = None) -> "SelfAttention":
+        """The layer that computes what an attention module of transformers computes, without its cache.
+
+        Everything is read from ``module``, its ``config`` and its ``layer_idx``: heads, scale, window, softcap, norms,
+        sinks, rotation. docs/pretrained_layers.md lists the classes, and what the layer is given in place of masks and
+        position embeddings. transformers is not imported.
+
+        Args:
+            module: e.g. ``model.model.layers[0].self_attn``, of exactly a class that is known.
+            copy: None shares the parameters (the same ``nn.Parameter`` objects: training the layer trains ``module``)
+                where it can, and copies the parts of one fused projection. True copies all, with what is wrapped around
+                them. False shares all, or raises. A projection or norm that is not plain (LoRA, quantised weights,
+                hooks) is shared, or copied, as a module.
+
+        Returns:
+            The layer, of ``module``'s mode (training or evaluation), dtype, device and ``requires_grad``.
+
+        Raises:
+            TypeError: ``module`` is no module, ``copy`` no bool.
+            ValueError: a fused projection with ``copy=False``, or with something wrapped around it; hooks around the
+                whole of ``module``; weights or fields that do not fit its configuration.
+            NotImplementedError: an unknown class; attention dropout; what the layer does not do (chunks, gates, clipped
+                projections, latent attention, both directions, ...), named.
+        """
+        from selfattn.integrations._transformers_layers import from_pretrained_layer
+
+        return from_pretrained_layer(cls, module, copy=copy)
+
     @torch.jit.unused
     def rope_parameters(self) -> RopeParameters:
         """How q and k are rotated where ``forward`` is not given ``freqs``: for tables of other positions."""

@@ -78,18 +78,79 @@ _MODELS = {
     "granite": (hf.GraniteConfig, hf.GraniteForCausalLM, {"attention_multiplier": 0.2}),
 }
 NAMES = list(_MODELS)
+
+# Those whose attention is like one of theirs, for tests of single layers alone.
+_MOE = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_SLIDING = {"sliding_window": WINDOW, "layer_types": _SLIDING_AND_FULL}
+_RELATIVES = {
+    "apertus": (hf.ApertusConfig, hf.ApertusForCausalLM, {}),
+    "arcee": (hf.ArceeConfig, hf.ArceeForCausalLM, {"attention_bias": True}),
+    "cohere": (hf.CohereConfig, hf.CohereForCausalLM, {"logit_scale": 1.0}),
+    "cwm": (hf.CwmConfig, hf.CwmForCausalLM, {"head_dim": 16, **_SLIDING}),
+    "dots1": (hf.Dots1Config, hf.Dots1ForCausalLM, {"head_dim": 32, "first_k_dense_replace": 4, **_SLIDING}),
+    "ernie4_5": (hf.Ernie4_5Config, hf.Ernie4_5ForCausalLM, {"head_dim": 32, "use_bias": True}),
+    "exaone4": (hf.Exaone4Config, hf.Exaone4ForCausalLM, {"head_dim": 16, **_SLIDING}),
+    "exaone4_full": (
+        hf.Exaone4Config,
+        hf.Exaone4ForCausalLM,
+        {"head_dim": 16, "sliding_window": None, "layer_types": ["full_attention"] * 4},
+    ),
+    "flex_olmo": (hf.FlexOlmoConfig, hf.FlexOlmoForCausalLM, _MOE),
+    "gemma": (hf.GemmaConfig, hf.GemmaForCausalLM, {"head_dim": 32}),
+    "glm": (hf.GlmConfig, hf.GlmForCausalLM, {"head_dim": 16, "attention_bias": True}),
+    "granitemoe": (hf.GraniteMoeConfig, hf.GraniteMoeForCausalLM, {"attention_multiplier": 0.2, **_MOE}),
+    "granitemoeshared": (
+        hf.GraniteMoeSharedConfig,
+        hf.GraniteMoeSharedForCausalLM,
+        {"attention_multiplier": 0.2, "shared_intermediate_size": 32, **_MOE},
+    ),
+    "helium": (hf.HeliumConfig, hf.HeliumForCausalLM, {"head_dim": 16, "attention_bias": True}),
+    "minimax_m2": (
+        hf.MiniMaxM2Config,
+        hf.MiniMaxM2ForCausalLM,
+        {"head_dim": 32, "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}, **_MOE},
+    ),
+    "ministral": (hf.MinistralConfig, hf.MinistralForCausalLM, {"head_dim": 32, **_SLIDING}),
+    "mistral_nemo": (hf.MistralConfig, hf.MistralForCausalLM, {"head_dim": 32, "sliding_window": None}),
+    "mixtral": (hf.MixtralConfig, hf.MixtralForCausalLM, {"head_dim": 16, "sliding_window": WINDOW, **_MOE}),
+    "olmo": (hf.OlmoConfig, hf.OlmoForCausalLM, {"clip_qkv": None}),
+    "olmo3": (hf.Olmo3Config, hf.Olmo3ForCausalLM, _SLIDING),
+    "qwen2_moe": (
+        hf.Qwen2MoeConfig,
+        hf.Qwen2MoeForCausalLM,
+        {"use_sliding_window": True, "shared_expert_intermediate_size": 32, **_SLIDING, **_MOE},
+    ),
+    "qwen3_moe": (
+        hf.Qwen3MoeConfig,
+        hf.Qwen3MoeForCausalLM,
+        {"head_dim": 32, "use_sliding_window": True, "sliding_window": WINDOW, **_MOE},
+    ),
+    "seed_oss": (hf.SeedOssConfig, hf.SeedOssForCausalLM, {"head_dim": 32, "residual_dropout": 0.3}),
+    "starcoder2": (
+        hf.Starcoder2Config,
+        hf.Starcoder2ForCausalLM,
+        {"sliding_window": WINDOW, "residual_dropout": 0.3, "use_bias": True},
+    ),
+    "vaultgemma": (
+        hf.VaultGemmaConfig,
+        hf.VaultGemmaForCausalLM,
+        {"head_dim": 32, "query_pre_attn_scalar": 20, "attn_logit_softcapping": 3.0, **_SLIDING},
+    ),
+}
+RELATIVES = list(_RELATIVES)
 every_model = pytest.mark.parametrize("name", NAMES)
 
 
 def build(name: str, implementation: str = "selfattn", *, layers: int = 4, **changes) -> torch.nn.Module:
-    """A model of ``NAMES`` in float32, with the same weights each time."""
-    model = _initialise(name, implementation, layers, changes)
+    """A model of ``NAMES`` or ``RELATIVES`` in float32, with the same weights each time."""
+    model = initialise(name, implementation, layers, changes)
     model.load_state_dict(_weights(name, layers))
     return model
 
 
-def _initialise(name: str, implementation: str, layers: int, changes: dict) -> torch.nn.Module:
-    configuration, model_class, extra = _MODELS[name]
+def initialise(name: str, implementation: str, layers: int, changes: dict) -> torch.nn.Module:
+    """Likewise, with any weights: ``changes`` may ask for others than the model has."""
+    configuration, model_class, extra = (_MODELS | _RELATIVES)[name]
     options = {**_SIZES, **extra, "num_hidden_layers": layers, **changes}
     for each_layer in ("layer_types", "no_rope_layers"):
         if each_layer in options:
@@ -103,7 +164,7 @@ def _initialise(name: str, implementation: str, layers: int, changes: dict) -> t
 def _weights(name: str, layers: int) -> dict[str, Tensor]:
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        model = _initialise(name, "eager", layers, {})
+        model = initialise(name, "eager", layers, {})
         for parameter_name, parameter in model.named_parameters():
             if "norm" in parameter_name or parameter_name.endswith(("bias", "sinks")):
                 torch.nn.init.normal_(parameter, parameter.detach().mean().item(), 0.3)  # not all ones, not all zeros
