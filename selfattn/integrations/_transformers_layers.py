@@ -193,8 +193,8 @@ def _configuration(module: nn.Module, attention: _Attention) -> SelfAttentionCon
             )
     if module.attention_dropout > 0:
         raise NotImplementedError(
-            f"{_WHERE}: module: attention_dropout: expected 0, got {module.attention_dropout}: SelfAttention drops none "
-            f"of the weights. Set attention_dropout of the configuration, and of a {name} that is built, to 0"
+            f"{_WHERE}: module: attention_dropout: expected 0, got {module.attention_dropout}: SelfAttention drops no "
+            f"weights of attention. Set attention_dropout of the configuration, and of a {name} that is built, to 0"
         )
     if not module.is_causal or getattr(config, "is_causal", True) is False:
         raise NotImplementedError(f"{_WHERE}: module: is_causal: expected True, got a {name} that sees both ways")

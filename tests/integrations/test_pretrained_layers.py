@@ -2,16 +2,19 @@
 
 import copy
 import importlib
+import os
 import subprocess
 import sys
 from collections.abc import Callable
 
+import accelerate
 import models
 import peft
 import pytest
 import torch
 import transformers as hf
 from torch import Tensor, nn
+from torchao import quantization
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaAttention
 
@@ -221,6 +224,22 @@ def test_single_precision(case: str) -> None:
         check_same(call, input_of(model, 2, LONG), 1e-5)
 
 
+@pytest.mark.parametrize("case", models.NAMES)
+def test_half_precision(case: str) -> None:
+    """transformers rounds tables and norms on the way: both are held to float64, and ours is no worse."""
+    model, reference = build(case, torch.bfloat16), build(case)
+    reference.load_state_dict(model.state_dict())
+    tokens = models.tokens(2, LONG)
+    x = input_of(model, 2, LONG)
+    calls, exact_calls = (attention_calls(each, input_ids=tokens) for each in (model, reference))
+    for call, exact_call in zip(calls, exact_calls, strict=True):
+        out, theirs = SelfAttention.from_pretrained_layer(call[0])(x), attend(call, x)
+        exact = attend(exact_call, x.double())
+        assert out.dtype == torch.bfloat16
+        errors = [(each.double() - exact).norm() / exact.norm() for each in (out, theirs)]
+        assert errors[0] < max(1.1 * errors[1], 5e-3)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 @every_case
 def test_padded_rows(case: str, side: str) -> None:
@@ -426,6 +445,29 @@ def test_hooks_and_other_norms_count() -> None:
     assert models.difference(layer(x), attend(call, x)) < TOLERANCE
 
 
+def test_quantised_weights_count() -> None:
+    call = attention_calls(build("qwen3", torch.float32), input_ids=models.tokens(2, 9))[0]
+    module, x = call[0], torch.randn(2, 9, 64)
+    before = attend(call, x)
+    quantization.quantize_(module, quantization.Int8WeightOnlyConfig())
+    layer = SelfAttention.from_pretrained_layer(module)
+    assert layer.q_proj is module.q_proj and layer.out_proj is module.o_proj
+    with torch.no_grad():
+        assert models.difference(layer(x), attend(call, x)) < 1e-5
+        assert models.difference(layer(x), before) > 1e-4
+
+
+def test_offloaded_weights_are_fetched() -> None:
+    model = build("llama", torch.float32)
+    call = attention_calls(model, input_ids=models.tokens(2, 9))[0]
+    x = torch.randn(2, 9, 64)
+    expected = attend(call, x)
+    accelerate.cpu_offload(model, execution_device="cpu")
+    assert call[0].q_proj.weight.is_meta
+    layer = SelfAttention.from_pretrained_layer(call[0])
+    assert models.difference(layer(x), expected) < 1e-5
+
+
 @pytest.mark.parametrize(("case", "attribute"), [("gemma3", "eps"), ("qwen3", "variance_epsilon")])
 def test_eps_is_that_of_each_norm(case: str, attribute: str) -> None:
     call = attention_calls(build(case), input_ids=models.tokens(2, 9))[0]
@@ -444,7 +486,8 @@ def test_subclasses_make_themselves() -> None:
 
 def test_transformers_is_not_imported() -> None:
     program = "import sys, selfattn.integrations._transformers_layers; assert 'transformers' not in sys.modules"
-    subprocess.run([sys.executable, "-c", program], check=True)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True)
 
 
 def test_every_class_is_tested() -> None:
