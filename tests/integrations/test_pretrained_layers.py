@@ -272,18 +272,22 @@ def test_packed_rows_are_their_documents(case: str) -> None:
         assert models.difference(layer(row, None, ids), theirs) < 3 * TOLERANCE
 
 
-def test_packed_rows_longer_than_the_original_length() -> None:
-    """The length is that of the documents, which the row does not say."""
-    model, lengths = build("phi3_longrope"), [30, 28]
+@pytest.mark.parametrize("lengths", [[20, 18], [30, 28]], ids=str)
+def test_length_of_packed_rows_is_that_of_their_documents(lengths: list[int]) -> None:
+    """On one side of the original length or the other; that of the row is beyond it."""
+    model, longest = build("phi3_longrope"), max(lengths)
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
-    ids = torch.tensor([0] * 30 + [1] * 28)[None]
+    ids = torch.tensor([index for index, length in enumerate(lengths) for _ in range(length)])[None]
     row = input_of(model, *ids.shape)
     calls = [attention_calls(model, input_ids=models.tokens(1, length))[0] for length in lengths]
     theirs = torch.cat([attend(*pair) for pair in zip(calls, row.split(lengths, 1), strict=True)], 1)
     layer = SelfAttention.from_pretrained_layer(calls[0][0])
-    for length, is_right in ((30, True), (24, False)):
+    for length in (24, 25):
         tables = layer.rope_parameters().tables(positions, length, dtype=row.dtype)
-        assert (models.difference(layer(row, tables, ids), theirs) < TOLERANCE) is is_right
+        assert (models.difference(layer(row, tables, ids), theirs) < TOLERANCE) == ((length > 24) == (longest > 24))
+    assert (models.difference(layer(row, None, ids), theirs) < 3 * TOLERANCE) == (longest > 24)
+    layer.rope_length = longest
+    assert models.difference(layer(row, None, ids), theirs) < 3 * TOLERANCE
 
 
 @pytest.mark.parametrize("case", ["starcoder2", "seed_oss"])
