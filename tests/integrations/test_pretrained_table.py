@@ -27,6 +27,7 @@ GEMMA3 = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
 }
+COMMAND_R = {"sliding_window": 4096, "rope_parameters": {"rope_theta": 5e4}}
 NEMO = {"head_dim": 128, "sliding_window": None, "rope_parameters": {"rope_theta": 1e6}}
 
 # Of the published configurations: the class of the configuration, the layer, E, query heads, key heads, the rest.
@@ -68,6 +69,19 @@ PUBLISHED = {
     "Phi-3-mini 4k": (hf.Phi3Config, 0, 3072, 32, 32, {"sliding_window": 2047}),
     "Phi-4 14B": (hf.Phi3Config, 0, 5120, 40, 10, {"rope_parameters": {"rope_theta": 250000.0}}),
     "OLMo 2 7B": (hf.Olmo2Config, 0, 4096, 32, 32, {"rope_parameters": {"rope_theta": 5e5}, "rms_norm_eps": 1e-6}),
+    "GLM-4 9B": (hf.GlmConfig, 0, 4096, 32, 2, {"head_dim": 128, "attention_bias": True}),
+    "SmolLM3 3B, rotating": (hf.SmolLM3Config, 0, 2048, 16, 4, {"rope_parameters": {"rope_theta": 5e6}}),
+    "SmolLM3 3B, every fourth": (hf.SmolLM3Config, 3, 2048, 16, 4, {"rope_parameters": {"rope_theta": 5e6}}),
+    "Command R7B (Cohere 2), sliding": (hf.Cohere2Config, 0, 4096, 32, 8, COMMAND_R),
+    "Command R7B (Cohere 2), full": (hf.Cohere2Config, 3, 4096, 32, 8, COMMAND_R),
+    "Granite 3.1 8B": (
+        hf.GraniteConfig,
+        0,
+        4096,
+        32,
+        8,
+        {"attention_multiplier": 0.0078125, "rope_parameters": {"rope_theta": 1e7}},
+    ),
 }
 
 
