@@ -10,8 +10,10 @@
 #define SELFATTN_QKV "Tensor q, Tensor k, Tensor v"
 #define SELFATTN_PAIRS "Tensor? segment_ids=None, bool causal=True, float? qk_scale=None"
 #define SELFATTN_KEYWORDS "Tensor? kv_segment_ids=None, int window_left=-1, int window_right=-1, float softcap=0.0"
-#define SELFATTN_CALL \
-  SELFATTN_QKV ", " SELFATTN_PAIRS ", str backend=\"auto\", *, " SELFATTN_KEYWORDS ", Tensor? sinks=None"
+#define SELFATTN_POSITIONS "Tensor? positions=None, Tensor? kv_positions=None"
+#define SELFATTN_CALL                                                              \
+  SELFATTN_QKV ", " SELFATTN_PAIRS ", str backend=\"auto\", *, " SELFATTN_KEYWORDS \
+               ", Tensor? sinks=None, " SELFATTN_POSITIONS
 #define SELFATTN_NORM_ROPE \
   "Tensor? q_weight=None, Tensor? k_weight=None, Tensor? freqs_sin=None, Tensor? freqs_cos=None"
 #define SELFATTN_NORM_ROPE_CALL                                                                                     \
@@ -44,15 +46,16 @@ TORCH_LIBRARY(selfattn, m) {
   m.def("merge_attention(Tensor out, Tensor lse, Tensor other_out, Tensor other_lse) -> (Tensor out, Tensor lse)",
         tags);
   m.def("flash_attention(" SELFATTN_QKV ", " SELFATTN_PAIRS ", *, " SELFATTN_KEYWORDS
-        ", Tensor? sinks=None) -> (Tensor out, Tensor lse)",
+        ", Tensor? sinks=None, " SELFATTN_POSITIONS ") -> (Tensor out, Tensor lse)",
         tags);
   m.def("flash_attention_backward(Tensor grad_out, Tensor? grad_lse, " SELFATTN_QKV
-        ", Tensor out, Tensor lse, " SELFATTN_PAIRS ", *, " SELFATTN_KEYWORDS ") -> (Tensor dq, Tensor dk, Tensor dv)",
+        ", Tensor out, Tensor lse, " SELFATTN_PAIRS ", *, " SELFATTN_KEYWORDS ", " SELFATTN_POSITIONS
+        ") -> (Tensor dq, Tensor dk, Tensor dv)",
         tags);
   // Into memory that is there: dq may be out, dk may be k, dv may be v.
   m.def("flash_attention_backward.into(Tensor grad_out, Tensor? grad_lse, " SELFATTN_QKV
         ", Tensor out, Tensor lse, " SELFATTN_PAIRS ", *, " SELFATTN_KEYWORDS
-        ", Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv) -> ()",
+        ", Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, " SELFATTN_POSITIONS ") -> ()",
         tags);
   // Segments
   m.def("segment_mask(Tensor segment_ids, Tensor? kv_segment_ids=None) -> Tensor", tags);

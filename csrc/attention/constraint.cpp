@@ -41,6 +41,11 @@ Reason no_sinks(const AttentionProblem& problem) {
   return "sinks must not be given";
 }
 
+Reason no_positions(const AttentionProblem& problem) {
+  if (!problem.has_positions()) return std::nullopt;
+  return c10::str("positions must not be given where ", problem.is_causal ? "causality" : "a window", " reads them");
+}
+
 Reason no_lse_output(const AttentionProblem& problem) {
   if (!problem.needs_lse) return std::nullopt;
   return "it gives no differentiable logsumexp";

@@ -36,6 +36,7 @@ Reason no_forward_mode_ad(const AttentionProblem& problem);
 /// Scores are products times the scale, and nothing else.
 Reason scaled_products(const AttentionProblem& problem);
 Reason no_sinks(const AttentionProblem& problem);
+Reason no_positions(const AttentionProblem& problem);
 Reason no_lse_output(const AttentionProblem& problem);
 Reason no_empty_tensor(const AttentionProblem& problem);
 

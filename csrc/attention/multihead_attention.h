@@ -19,9 +19,12 @@ template <typename Result, Result (*kImplementation)(const at::Tensor&, const at
 Result multihead_from_schema(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                              const OptionalTensor& segment_ids, bool causal, std::optional<double> qk_scale,
                              c10::string_view backend, const OptionalTensor& kv_segment_ids, int64_t window_left,
-                             int64_t window_right, double softcap, const OptionalTensor& sinks) {
-  return kImplementation(
-      q, k, v, {segment_ids, causal, qk_scale, kv_segment_ids, window_left, window_right, softcap, sinks}, backend);
+                             int64_t window_right, double softcap, const OptionalTensor& sinks,
+                             const OptionalTensor& positions, const OptionalTensor& kv_positions) {
+  return kImplementation(q, k, v,
+                         {segment_ids, causal, qk_scale, kv_segment_ids, window_left, window_right, softcap, sinks,
+                          positions, kv_positions},
+                         backend);
 }
 
 /// The one of the three operators that gives a Result, through the dispatcher.
@@ -34,15 +37,16 @@ Result call_multihead(const at::Tensor& q, const at::Tensor& k, const at::Tensor
                                             : "selfattn::multihead_attention_lse");
   return op.call(q, k, v, arguments.segment_ids, arguments.is_causal, arguments.qk_scale, backend,
                  arguments.kv_segment_ids, arguments.window_left, arguments.window_right, arguments.softcap,
-                 arguments.sinks);
+                 arguments.sinks, arguments.positions, arguments.kv_positions);
 }
 
 template <typename Result>
 Result call_multihead(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const AttentionOptions& options) {
-  return call_multihead<Result>(q, k, v,
-                                {options.segment_ids(), options.causal(), options.qk_scale(), options.kv_segment_ids(),
-                                 options.window_left(), options.window_right(), options.softcap(), options.sinks()},
-                                options.backend());
+  return call_multihead<Result>(
+      q, k, v,
+      {options.segment_ids(), options.causal(), options.qk_scale(), options.kv_segment_ids(), options.window_left(),
+       options.window_right(), options.softcap(), options.sinks(), options.positions(), options.kv_positions()},
+      options.backend());
 }
 
 }  // namespace selfattn

@@ -64,9 +64,9 @@ void add_segment_ids(const AttentionArguments& arguments, AttentionProblem& prob
                       "selfattn: kv_segment_ids must come with segment_ids; got kv_segment_ids alone");
     return;
   }
-  check_token_ids(*arguments.segment_ids, "segment_ids", problem.query, "q");
+  check_token_integers(*arguments.segment_ids, "segment_ids", problem.query, "q");
   if (arguments.kv_segment_ids) {
-    check_token_ids(*arguments.kv_segment_ids, "kv_segment_ids", problem.key, "k");
+    check_token_integers(*arguments.kv_segment_ids, "kv_segment_ids", problem.key, "k");
   } else {
     TORCH_CHECK_VALUE(problem.query_length() == problem.key_length(),
                       "selfattn: kv_segment_ids must be given where q and k differ in length; got lengths ",
@@ -75,6 +75,29 @@ void add_segment_ids(const AttentionArguments& arguments, AttentionProblem& prob
   std::pair ids{*arguments.segment_ids, arguments.kv_segment_ids.value_or(*arguments.segment_ids)};
   if (!kernels_read(ids.first, ids.second)) ids = segment_ids_as_int32(ids.first, ids.second);
   std::tie(problem.query_segment_ids, problem.key_segment_ids) = ids;
+}
+
+/// After the rest of the problem, which says whether a rule reads them.
+void add_positions(const AttentionArguments& arguments, AttentionProblem& problem) {
+  if (!arguments.positions) {
+    TORCH_CHECK_VALUE(!arguments.kv_positions,
+                      "selfattn: kv_positions must come with positions; got kv_positions alone");
+    return;
+  }
+  check_token_integers(*arguments.positions, "positions", problem.query, "q");
+  const at::Tensor query = as_int32(*arguments.positions, "positions");
+  at::Tensor key = query;
+  if (arguments.kv_positions) {
+    check_token_integers(*arguments.kv_positions, "kv_positions", problem.key, "k");
+    if (!arguments.kv_positions->is_same(*arguments.positions)) key = as_int32(*arguments.kv_positions, "kv_positions");
+  } else {
+    TORCH_CHECK_VALUE(problem.query_length() == problem.key_length(),
+                      "selfattn: kv_positions must come with positions where q and k differ in length; got lengths ",
+                      problem.query_length(), " and ", problem.key_length());
+  }
+  if (!problem.is_causal && !problem.has_window()) return;
+  problem.query_positions = query;
+  problem.key_positions = key;
 }
 
 }  // namespace
@@ -94,11 +117,12 @@ void check_attention_numbers(const AttentionArguments& arguments) {
                     softcap);
 }
 
-void check_token_ids(const at::Tensor& ids, const char* name, const at::Tensor& tokens, const char* owner) {
-  check_segment_ids(ids, name);
-  check_device(ids, name, tokens.device(), owner);
-  TORCH_CHECK_VALUE(ids.sym_size(0) == tokens.sym_size(0) && ids.sym_size(1) == tokens.sym_size(1), "selfattn: ", name,
-                    " must have the shape (B, S) = ", tokens.sym_sizes().slice(0, 2), "; got ", ids.sym_sizes());
+void check_token_integers(const at::Tensor& integers, const char* name, const at::Tensor& tokens, const char* owner) {
+  check_integer_rows(integers, name);
+  check_device(integers, name, tokens.device(), owner);
+  TORCH_CHECK_VALUE(integers.sym_size(0) == tokens.sym_size(0) && integers.sym_size(1) == tokens.sym_size(1),
+                    "selfattn: ", name, " must have the shape (B, S) = ", tokens.sym_sizes().slice(0, 2), "; got ",
+                    integers.sym_sizes());
 }
 
 void check_sinks(const at::Tensor& sinks, const c10::SymInt& heads, const at::Device& device, const char* owner) {
@@ -115,7 +139,14 @@ std::vector<at::Tensor> AttentionProblem::save(SavedNumbers& numbers) const {
   numbers["window_left"] = window_left;
   numbers["window_right"] = window_right;
   numbers["softcap"] = softcap;
-  return {query, key, value, as_saved(sinks), as_saved(query_segment_ids), as_saved(key_segment_ids)};
+  return {query,
+          key,
+          value,
+          as_saved(sinks),
+          as_saved(query_segment_ids),
+          as_saved(key_segment_ids),
+          as_saved(query_positions),
+          as_saved(key_positions)};
 }
 
 AttentionProblem AttentionProblem::restore(at::TensorList saved, const SavedNumbers& numbers) {
@@ -125,6 +156,8 @@ AttentionProblem AttentionProblem::restore(at::TensorList saved, const SavedNumb
           .query_segment_ids = as_optional(saved[4]),
           .key_segment_ids = as_optional(saved[5]),
           .sinks = as_optional(saved[3]),
+          .query_positions = as_optional(saved[6]),
+          .key_positions = as_optional(saved[7]),
           .is_causal = numbers.at("is_causal").toBool(),
           .scale = numbers.at("scale").toDouble(),
           .window_left = numbers.at("window_left").toInt(),
@@ -149,6 +182,7 @@ AttentionProblem make_attention_problem(const at::Tensor& q, const at::Tensor& k
   problem.window_right = std::min(arguments.window_right, kWidestWindow);
   problem.softcap = arguments.softcap;
   problem.needs_lse = needs_lse;
+  add_positions(arguments, problem);
   return problem;
 }
 

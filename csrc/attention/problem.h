@@ -25,6 +25,10 @@ struct AttentionProblem {
   OptionalTensor query_segment_ids = std::nullopt;  // (B, Sq)
   OptionalTensor key_segment_ids = std::nullopt;    // (B, Skv)
   OptionalTensor sinks = std::nullopt;              // (NH,)
+  // What causality and windows compare in the place of indices; both or neither are given, and neither where no rule
+  // reads them. int32.
+  OptionalTensor query_positions = std::nullopt;  // (B, Sq)
+  OptionalTensor key_positions = std::nullopt;    // (B, Skv)
   bool is_causal = true;
   double scale = 1.0;
   int64_t window_left = -1;   // -1: unbounded
@@ -41,6 +45,7 @@ struct AttentionProblem {
   c10::SymInt value_head_dim() const { return value.sym_size(3); }
 
   bool has_segments() const { return query_segment_ids.has_value(); }
+  bool has_positions() const { return query_positions.has_value(); }
   bool has_window() const { return window_left >= 0 || window_right >= 0; }
   bool requires_grad() const;
 
@@ -48,6 +53,7 @@ struct AttentionProblem {
   template <typename Apply>
   void for_each_tensor(const Apply& apply) {
     apply(query), apply(key), apply(value), apply(query_segment_ids), apply(key_segment_ids), apply(sinks);
+    apply(query_positions), apply(key_positions);
   }
 
   /// For an autograd node, what the call's gradient is made of: puts the numbers into the node's data and gives the
@@ -55,7 +61,7 @@ struct AttentionProblem {
   std::vector<at::Tensor> save(SavedNumbers& numbers) const;
   /// The call again, of the tensors that the node saved; only `needs_lse` is forgotten.
   static AttentionProblem restore(at::TensorList saved, const SavedNumbers& numbers);
-  static constexpr size_t kSavedTensors = 6;
+  static constexpr size_t kSavedTensors = 8;
 };
 
 /// What a caller may leave out, as the operators' schemas have it.
@@ -68,19 +74,22 @@ struct AttentionArguments {
   int64_t window_right = -1;
   double softcap = 0.0;
   OptionalTensor sinks;
+  OptionalTensor positions;
+  OptionalTensor kv_positions;
 };
 
 // The checks of make_attention_problem that need no q, k and v yet. `owner` is the argument that the caller knows the
 // tokens and the device by, for the message.
 void check_attention_numbers(const AttentionArguments& arguments);
-/// `tokens`: (B, S, ...).
-void check_token_ids(const at::Tensor& ids, const char* name, const at::Tensor& tokens, const char* owner);
+/// `tokens`: (B, S, ...). For segment ids and for positions.
+void check_token_integers(const at::Tensor& integers, const char* name, const at::Tensor& tokens, const char* owner);
 void check_sinks(const at::Tensor& sinks, const c10::SymInt& heads, const at::Device& device, const char* owner);
 
-/// Validates a call and fills in the defaults (scale 1/sqrt(DQK), key ids = query ids). Narrows int64 ids, behind a
-/// check that they fit, where the device's kernels do not read them; brings numbers that are far beyond any effect to
-/// ones that every rule and float32 can hold. Throws c10::TypeError for a wrong dtype, device or layout,
-/// c10::ValueError for a wrong rank, shape or number; each message names the argument, what was expected and what came.
+/// Validates a call and fills in the defaults (scale 1/sqrt(DQK), key ids = query ids, key positions = query
+/// positions). Narrows int64 ids and positions, behind a check that they fit, where the device's kernels do not read
+/// them; brings numbers that are far beyond any effect to ones that every rule and float32 can hold. Throws
+/// c10::TypeError for a wrong dtype, device or layout, c10::ValueError for a wrong rank, shape or number; each message
+/// names the argument, what was expected and what came.
 AttentionProblem make_attention_problem(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                         const AttentionArguments& arguments, bool needs_lse = false);
 

@@ -83,7 +83,7 @@ at::Tensor masked_attention(const AttentionProblem& problem, const at::Tensor& a
 std::tuple<at::Tensor, at::Tensor> call(const AttentionProblem& original) {
   const AttentionProblem problem = adapted_to_pytorch_kernels(original);
   const bool is_plain_causal = problem.is_causal && !problem.has_segments() && !problem.has_window() &&
-                               problem.query_length() == problem.key_length();
+                               !problem.has_positions() && problem.query_length() == problem.key_length();
   const auto mask = is_plain_causal ? std::nullopt : attention_mask(problem);
   if (!mask) return {plain_attention(problem, std::nullopt, is_plain_causal).transpose(1, 2), at::Tensor()};
   // A row without an allowed pair attends to every key and is cleared afterwards: kernels differ on what they make of

@@ -70,9 +70,9 @@ Reason not_deterministic(const AttentionProblem& problem) {
 }
 
 constexpr Constraint kConstraints[] = {
-    on_cuda,          has_cudnn,         half_precision,        supported_head_dim, dense_pairs,
-    square_if_causal, no_empty_tensor,   more_than_one_token,   scaled_products,    no_sinks,
-    no_lse_output,    not_deterministic, no_function_transform, no_forward_mode_ad};
+    on_cuda,          has_cudnn,       half_precision,      supported_head_dim,    dense_pairs,
+    square_if_causal, no_empty_tensor, more_than_one_token, scaled_products,       no_sinks,
+    no_positions,     no_lse_output,   not_deterministic,   no_function_transform, no_forward_mode_ad};
 
 std::tuple<at::Tensor, at::Tensor> call(const AttentionProblem& original) {
   const AttentionProblem problem = adapted_to_pytorch_kernels(original);

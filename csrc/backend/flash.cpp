@@ -64,6 +64,10 @@ Reason scaled_products_on_cuda(const AttentionProblem& problem) {
   return problem.query.is_cuda() ? scaled_products(problem) : std::nullopt;
 }
 
+Reason no_positions_on_cuda(const AttentionProblem& problem) {
+  return problem.query.is_cuda() ? no_positions(problem) : std::nullopt;
+}
+
 Reason rows_fit_kernels(const AttentionProblem& problem) {
   const KernelLimits* limits = cuda_limits(problem);
   if (!limits) return std::nullopt;
@@ -82,8 +86,9 @@ Reason rows_fit_metadata(const AttentionProblem& problem) {
 }
 
 constexpr Constraint kConstraints[] = {
-    has_kernel,       supported_capability, supported_dtype, supported_head_dim,           scaled_products_on_cuda,
-    rows_fit_kernels, rows_fit_metadata,    no_empty_tensor, no_differentiation_transform, no_forward_mode_ad};
+    has_kernel,           supported_capability, supported_dtype,   supported_head_dim, scaled_products_on_cuda,
+    no_positions_on_cuda, rows_fit_kernels,     rows_fit_metadata, no_empty_tensor,    no_differentiation_transform,
+    no_forward_mode_ad};
 
 }  // namespace
 

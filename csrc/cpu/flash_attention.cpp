@@ -58,21 +58,29 @@ struct Call {
       query_ids = attention.query_segment_ids->contiguous();
       key_ids = attention.key_segment_ids->contiguous();
     }
+    if (attention.has_positions()) {
+      query_positions = attention.query_positions->contiguous();
+      key_positions = attention.key_positions->contiguous();
+    }
+    const auto data_of = [](const at::Tensor& tensor) {
+      return tensor.defined() ? tensor.const_data_ptr<int32_t>() : nullptr;
+    };
     const int64_t group = query.size(2) / key.size(2);
     constexpr int64_t kMost = std::numeric_limits<int32_t>::max() - kPanel;
     TORCH_CHECK_VALUE(key.size(1) <= kMost && query.size(1) * group <= kMost, "selfattn: at most ", kMost,
                       " keys, and queries times heads of a group, are supported on CPU; got ", key.size(1), " and ",
                       query.size(1) * group);
-    static_cast<PairRules&>(problem) = {
-        .batch = query.size(0),
-        .query_length = query.size(1),
-        .key_length = key.size(1),
-        .group = group,
-        .is_causal = attention.is_causal,
-        .window_left = attention.window_left,
-        .window_right = attention.window_right,
-        .query_ids = query_ids.defined() ? query_ids.const_data_ptr<int32_t>() : nullptr,
-        .key_ids = key_ids.defined() ? key_ids.const_data_ptr<int32_t>() : nullptr};
+    static_cast<PairRules&>(problem) = {.batch = query.size(0),
+                                        .query_length = query.size(1),
+                                        .key_length = key.size(1),
+                                        .group = group,
+                                        .is_causal = attention.is_causal,
+                                        .window_left = attention.window_left,
+                                        .window_right = attention.window_right,
+                                        .query_ids = data_of(query_ids),
+                                        .key_ids = data_of(key_ids),
+                                        .query_positions = data_of(query_positions),
+                                        .key_positions = data_of(key_positions)};
     pair_table = make_pair_table(problem);
     problem.query_heads = query.size(2), problem.key_heads = key.size(2);
     problem.head_dim = query.size(3), problem.value_dim = value.size(3);
@@ -114,7 +122,7 @@ struct Call {
     return static_cast<uint64_t*>(memory.allocate(words * static_cast<int64_t>(sizeof(uint64_t))));
   }
 
-  at::Tensor query, key, value, query_ids, key_ids;
+  at::Tensor query, key, value, query_ids, key_ids, query_positions, key_positions;
   KernelChoice choice;
   PairTable pair_table;
   FlashProblem problem{};

@@ -19,6 +19,11 @@ AttentionProblem fold_problem(const Vmap& vmap, const AttentionProblem& problem)
     folded.query_segment_ids = vmap.fold(problem.query_segment_ids);
     folded.key_segment_ids = are_alike ? folded.query_segment_ids : vmap.fold(problem.key_segment_ids);
   }
+  if (problem.has_positions()) {
+    const bool are_alike = problem.key_positions->is_same(*problem.query_positions);
+    folded.query_positions = vmap.fold(problem.query_positions);
+    folded.key_positions = are_alike ? folded.query_positions : vmap.fold(problem.key_positions);
+  }
   return folded;
 }
 

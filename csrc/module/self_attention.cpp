@@ -132,7 +132,7 @@ LayerCall make_layer_call(const at::Tensor& x, const char* x_name, const c10::Sy
   check_norm_rope_options(
       norm_rope, shape, shape,
       {.q_weight = "q_norm_weight", .k_weight = "k_norm_weight", .eps = "norm_eps", .theta = "rope_theta"});
-  if (segment_ids) check_token_ids(*segment_ids, "segment_ids", x, x_name);
+  if (segment_ids) check_token_integers(*segment_ids, "segment_ids", x, x_name);
   if (sinks) check_sinks(*sinks, heads, x.device(), x_name);
   return {std::move(norm_rope), arguments, backend, head_dim};
 }

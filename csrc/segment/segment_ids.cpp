@@ -25,25 +25,24 @@ void check_values(const at::Tensor& mapped_condition, const std::string& message
   }
 }
 
-void check_segment_ids(const at::Tensor& segment_ids, const char* name) {
-  check_integers(segment_ids, name);
-  TORCH_CHECK_VALUE(segment_ids.dim() == 2, "selfattn: ", name, " must have two dimensions (B, S); got ",
-                    segment_ids.dim());
+void check_integer_rows(const at::Tensor& integers, const char* name) {
+  check_integers(integers, name);
+  TORCH_CHECK_VALUE(integers.dim() == 2, "selfattn: ", name, " must have two dimensions (B, S); got ", integers.dim());
 }
 
-at::Tensor segment_ids_as_int32(const at::Tensor& segment_ids, const char* name) {
-  check_segment_ids(segment_ids, name);
-  if (segment_ids.scalar_type() == at::kInt) return segment_ids;
-  const at::Tensor fits = at::logical_and(segment_ids >= std::numeric_limits<int32_t>::min(),
-                                          segment_ids <= std::numeric_limits<int32_t>::max());
+at::Tensor as_int32(const at::Tensor& integers, const char* name) {
+  check_integer_rows(integers, name);
+  if (integers.scalar_type() == at::kInt) return integers;
+  const at::Tensor fits =
+      at::logical_and(integers >= std::numeric_limits<int32_t>::min(), integers <= std::numeric_limits<int32_t>::max());
   check_values(fits, std::string("selfattn: ") + name + " must hold values that fit in int32; got a larger one");
-  return segment_ids.to(at::kInt);
+  return integers.to(at::kInt);
 }
 
 std::pair<at::Tensor, at::Tensor> segment_ids_as_int32(const at::Tensor& segment_ids,
                                                        const at::Tensor& kv_segment_ids) {
-  const at::Tensor query = segment_ids_as_int32(segment_ids, "segment_ids");
-  return {query, kv_segment_ids.is_same(segment_ids) ? query : segment_ids_as_int32(kv_segment_ids, "kv_segment_ids")};
+  const at::Tensor query = as_int32(segment_ids, "segment_ids");
+  return {query, kv_segment_ids.is_same(segment_ids) ? query : as_int32(kv_segment_ids, "kv_segment_ids")};
 }
 
 at::Tensor same_segment(const at::Tensor& query_segment_ids, const at::Tensor& key_segment_ids) {

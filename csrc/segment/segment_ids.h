@@ -14,11 +14,11 @@ bool has_readable_values(const at::Tensor& tensor);
 /// look at the values, and asserts on the device (PyTorch's habit for indices) elsewhere: never a synchronisation.
 void check_values(const at::Tensor& condition, const std::string& message);
 
-/// Requires segment ids of rank 2, int32 or int64. `name` is the argument's, for the message.
-void check_segment_ids(const at::Tensor& segment_ids, const char* name);
+/// Requires segment ids or positions of rank 2, int32 or int64. `name` is the argument's, for the message.
+void check_integer_rows(const at::Tensor& integers, const char* name);
 
 /// The same, and gives them as int32, behind a check that they fit.
-at::Tensor segment_ids_as_int32(const at::Tensor& segment_ids, const char* name);
+at::Tensor as_int32(const at::Tensor& integers, const char* name);
 
 /// The same of queries' and keys' ids; once where they are one tensor.
 std::pair<at::Tensor, at::Tensor> segment_ids_as_int32(const at::Tensor& segment_ids, const at::Tensor& kv_segment_ids);

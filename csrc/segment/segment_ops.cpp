@@ -41,9 +41,9 @@ at::Tensor left_neighbours(const at::Tensor& tokens) { return tokens.slice_symin
 at::Tensor right_neighbours(const at::Tensor& tokens) { return tokens.slice_symint(1, 1); }
 
 at::Tensor segment_mask(const at::Tensor& segment_ids, const OptionalTensor& kv_segment_ids) {
-  const at::Tensor query = segment_ids_as_int32(segment_ids, "segment_ids");
+  const at::Tensor query = as_int32(segment_ids, "segment_ids");
   if (!kv_segment_ids) return same_segment(query, query);
-  const at::Tensor key = segment_ids_as_int32(*kv_segment_ids, "kv_segment_ids");
+  const at::Tensor key = as_int32(*kv_segment_ids, "kv_segment_ids");
   check_device(key, "kv_segment_ids", query.device(), "segment_ids");
   TORCH_CHECK_VALUE(key.sym_size(0) == query.sym_size(0), "selfattn: kv_segment_ids must have the batch size of ",
                     "segment_ids, ", query.sym_size(0), "; got ", key.sym_size(0));

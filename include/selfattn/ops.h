@@ -37,6 +37,10 @@ struct AttentionOptions {
   TORCH_ARG(double, softcap) = 0.0;
   /// (NH,): one more logit a head in the softmax's denominator.
   TORCH_ARG(std::optional<at::Tensor>, sinks);
+  /// (B, Sq) int32 or int64: what causality and windows compare in the place of i + Skv - Sq, in any order.
+  TORCH_ARG(std::optional<at::Tensor>, positions);
+  /// (B, Skv): the same of the keys; `positions` where not given, and then Sq == Skv.
+  TORCH_ARG(std::optional<at::Tensor>, kv_positions);
 };
 
 /// Exact attention. q (B, Sq, NH, DQK), k (B, Skv, NKV, DQK), v (B, Skv, NKV, DV) -> (B, Sq, NH, DV).

@@ -345,18 +345,12 @@ class Backward {
   }
 
   /// Zeros in place of a row's P and dS, whatever they are, where the pair is not allowed.
-  static void clear_forbidden(const TileRows& rows, int64_t row, Span keys, Span columns, float* __restrict weight,
-                              float* __restrict grad_score) {
+  static void clear_forbidden(const TileRows& rows, int64_t row, Span keys, Span columns, float* weight,
+                              float* grad_score) {
     for (float* values : {weight, grad_score}) {
       std::fill(values, values + columns.first, 0.0f);
       std::fill(values + columns.end, values + keys.count(), 0.0f);
-    }
-    if (!rows.compares_ids) return;
-    const int32_t id = rows.id[row];
-    const int32_t* __restrict ids = rows.key_ids + keys.first;
-    for (int64_t i = columns.first; i < columns.end; ++i) {
-      weight[i] = ids[i] == id ? weight[i] : 0.0f;
-      grad_score[i] = ids[i] == id ? grad_score[i] : 0.0f;
+      rows.replace_forbidden(row, keys, columns, values, 0.0f);
     }
   }
 

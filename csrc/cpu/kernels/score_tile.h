@@ -105,25 +105,50 @@ inline const QueryTile& tile_of(const FlashProblem& problem, int64_t index) {
 /// The rows of a tile: which keys each may attend to.
 struct TileRows {
   int32_t first_key[kTileRows], end_key[kTileRows], id[kTileRows];
+  int32_t first_position[kTileRows], last_position[kTileRows];  // where positions are compared
   int64_t count;
-  bool compares_ids;
-  const int32_t* key_ids;  // (Skv), where ids are compared
+  bool compares_ids, compares_positions;
+  const int32_t *key_ids, *key_positions;  // (Skv), where they are compared
 
   TileRows(const FlashProblem& problem, const QueryTile& tile)
       : count(tile.rows),
         compares_ids(problem.pair_table->compares_ids[tile.batch]),
-        key_ids(compares_ids ? problem.key_ids + tile.batch * problem.key_length : nullptr) {
+        compares_positions(problem.pair_table->compares_positions[tile.batch]),
+        key_ids(compares_ids ? problem.key_ids + tile.batch * problem.key_length : nullptr),
+        key_positions(compares_positions ? problem.key_positions + tile.batch * problem.key_length : nullptr) {
     const int64_t group = problem.group;
     for (int64_t row = 0; row < tile.rows; ++row) {
       const int64_t token = tile.batch * problem.query_length + (tile.first_row + row) / group;
       first_key[row] = problem.pair_table->first_key[token];
       end_key[row] = problem.pair_table->end_key[token];
       id[row] = compares_ids ? problem.query_ids[token] : 0;
+      if (!compares_positions) continue;
+      first_position[row] = problem.pair_table->first_position[token];
+      last_position[row] = problem.pair_table->last_position[token];
     }
   }
 
   bool allows(int64_t row, int64_t key) const {
-    return first_key[row] <= key && key < end_key[row] && (!compares_ids || key_ids[key] == id[row]);
+    return first_key[row] <= key && key < end_key[row] && (!compares_ids || key_ids[key] == id[row]) &&
+           (!compares_positions ||
+            (first_position[row] <= key_positions[key] && key_positions[key] <= last_position[row]));
+  }
+
+  /// Replaces the values of the columns of `keys` that the row may not attend to by their id or position.
+  void replace_forbidden(int64_t row, Span keys, Span columns, float* __restrict values, float replacement) const {
+    if (compares_ids) {
+      const int32_t* __restrict ids = key_ids + keys.first;
+      const int32_t own = id[row];
+      for (int64_t i = columns.first; i < columns.end; ++i) values[i] = ids[i] == own ? values[i] : replacement;
+    }
+    if (compares_positions) {
+      const int32_t* __restrict positions = key_positions + keys.first;
+      const int32_t first = first_position[row], last = last_position[row];
+      for (int64_t i = columns.first; i < columns.end; ++i) {
+        const bool is_allowed = (first <= positions[i]) & (positions[i] <= last);
+        values[i] = is_allowed ? values[i] : replacement;
+      }
+    }
   }
 
   /// Calls apply(rows, keys) with groups of rows, and the keys that some row of the group may attend to.
@@ -136,7 +161,7 @@ struct TileRows {
     }
   }
 
-  /// The columns of `keys` that the row may attend to, its id permitting.
+  /// The columns of `keys` that the row may attend to, its id and position permitting.
   Span columns_of(int64_t row, Span keys) const {
     return {std::clamp<int64_t>(first_key[row] - keys.first, 0, keys.count()),
             std::clamp<int64_t>(end_key[row] - keys.first, 0, keys.count())};
@@ -232,11 +257,7 @@ inline Span mask_row(const TileRows& rows, int64_t row, Span keys, bool is_full,
   if (is_full) return vectors;
   std::fill(score + vectors.first, score + columns.first, -kInfinity);
   std::fill(score + columns.end, score + vectors.end, -kInfinity);
-  if (rows.compares_ids) {
-    const int32_t id = rows.id[row];
-    const int32_t* ids = rows.key_ids + keys.first;
-    for (int64_t i = columns.first; i < columns.end; ++i) score[i] = ids[i] == id ? score[i] : -kInfinity;
-  }
+  rows.replace_forbidden(row, keys, columns, score, -kInfinity);
   return vectors;
 }
 
