@@ -75,13 +75,19 @@ def _allowed_pairs(
     causal: bool,
     window_left: int,
     window_right: int,
+    positions: Tensor | None,
+    kv_positions: Tensor | None,
 ) -> Tensor | None:
     """Broadcastable to (B, 1, Sq, Skv); None where all pairs are allowed."""
     q_length, kv_length = q.shape[1], k.shape[1]
     parts = []
     if causal or window_left >= 0 or window_right >= 0:
-        rows = torch.arange(q_length, device=q.device).unsqueeze(1) + (kv_length - q_length)
-        columns = torch.arange(kv_length, device=q.device).unsqueeze(0)
+        if positions is None:
+            rows = torch.arange(q_length, device=q.device).unsqueeze(1) + (kv_length - q_length)
+            columns = torch.arange(kv_length, device=q.device).unsqueeze(0)
+        else:
+            rows = positions.to(torch.int64)[:, None, :, None]
+            columns = (positions if kv_positions is None else kv_positions).to(torch.int64)[:, None, None, :]
         if causal:
             parts.append(columns <= rows)
         # Differences, so that the widest window overflows nothing.
@@ -113,6 +119,8 @@ def _attention(
     window_right: int = -1,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
+    positions: Tensor | None = None,
+    kv_positions: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     dtype = _compute_dtype(q)
     batch_size, q_length, num_heads, head_dim = q.shape
@@ -124,7 +132,9 @@ def _attention(
     scores = scores.reshape(batch_size, num_heads, q_length, kv_length)
     if softcap > 0:
         scores = torch.tanh(scores / softcap) * softcap
-    allowed = _allowed_pairs(q, k, segment_ids, kv_segment_ids, causal, window_left, window_right)
+    allowed = _allowed_pairs(
+        q, k, segment_ids, kv_segment_ids, causal, window_left, window_right, positions, kv_positions
+    )
     if allowed is not None:
         scores = torch.where(allowed, scores, -torch.inf)
 

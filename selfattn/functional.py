@@ -25,12 +25,15 @@ def multihead_attention(
     window_right: int = -1,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
+    positions: Tensor | None = None,
+    kv_positions: Tensor | None = None,
 ) -> Tensor:
     """Exact attention inside documents: softmax(qk_scale * q k^T, over the allowed pairs) v.
 
     A pair (i, j) is allowed iff ``segment_ids[b, i] == kv_segment_ids[b, j]`` and neither is negative; if ``causal``,
-    j <= i'; and i' - window_left <= j <= i' + window_right, where i' = i + Skv - Sq aligns the last query with the
-    last key. A query with no allowed key gets 0 and gives no gradients.
+    j' <= i'; and i' - window_left <= j' <= i' + window_right. There i' and j' are the tokens' ``positions`` and
+    ``kv_positions``, or without them i' = i + Skv - Sq, which aligns the last query with the last key, and j' = j. A
+    query with no allowed key gets 0 and gives no gradients.
 
     Args:
         q: (B, Sq, NH, DQK), float32, bfloat16 or float16 (float64 in the backends reference and aten).
@@ -46,6 +49,10 @@ def multihead_attention(
         window_right: keys to the right of i' that are allowed; -1 is unbounded.
         softcap: c > 0 turns the scaled logits into c * tanh(logits / c) (Gemma 2, arXiv:2408.00118).
         sinks: (NH,) one extra logit a head in the softmax's denominator (gpt-oss, arXiv:2508.10925).
+        positions: (B, Sq) int32 or int64 values that fit in int32, in any order, with repetitions: what ``causal`` and
+            the windows compare. They are compared between equal ids alone, so those of a document and those of a whole
+            row or sequence give the same. They rotate nothing.
+        kv_positions: (B, Skv) int32 or int64; None is ``positions``, and then Sq == Skv. Not without ``positions``.
 
     Returns:
         (B, Sq, NH, DV), of q's dtype.
@@ -67,6 +74,8 @@ def multihead_attention(
         window_right=window_right,
         softcap=softcap,
         sinks=sinks,
+        positions=positions,
+        kv_positions=kv_positions,
     )
 
 
@@ -83,6 +92,8 @@ def multihead_attention_lse(
     window_right: int = -1,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
+    positions: Tensor | None = None,
+    kv_positions: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``multihead_attention`` that also returns the logarithm of the softmax's denominator, with its gradient.
 
@@ -111,6 +122,8 @@ def multihead_attention_lse(
         window_right=window_right,
         softcap=softcap,
         sinks=sinks,
+        positions=positions,
+        kv_positions=kv_positions,
     )
 
 
@@ -127,6 +140,8 @@ def explain_backend(
     window_right: int = -1,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
+    positions: Tensor | None = None,
+    kv_positions: Tensor | None = None,
 ) -> str:
     """Which backend this call would take, and why no other: one line a backend.
 
@@ -152,6 +167,8 @@ def explain_backend(
         window_right=window_right,
         softcap=softcap,
         sinks=sinks,
+        positions=positions,
+        kv_positions=kv_positions,
     )
 
 
