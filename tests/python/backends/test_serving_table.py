@@ -104,6 +104,23 @@ def grid(device: str) -> list[Call]:
             DTYPES, SCALES, HEADS, (False, True), (0.0, 1.5), (False, True), MODES
         )
     ]
+    calls += [
+        base.with_(
+            dtype=dtype,
+            batch=batch,
+            num_queries=num_queries,
+            num_keys=num_keys,
+            causal=causal,
+            has_ids=has_ids,
+            window_left=window[0],
+            window_right=window[1],
+            has_positions=True,
+            **mode,
+        )
+        for dtype, (batch, num_queries, num_keys), causal, has_ids, window, mode in itertools.product(
+            DTYPES, LENGTHS, (True, False), (False, True), WINDOWS, MODES
+        )
+    ]
     return calls
 
 
@@ -123,6 +140,10 @@ def tensors_of(call: Call) -> dict[str, Tensor]:
         ids = {"segment_ids": call.num_queries, "kv_segment_ids": call.num_keys}
         for name, length in ids.items():
             tensors[name] = torch.zeros(call.batch, length, dtype=torch.int32, device=call.device)
+    if call.has_positions:
+        positions = {"positions": call.num_queries, "kv_positions": call.num_keys}
+        for name, length in positions.items():
+            tensors[name] = torch.zeros(call.batch, length, dtype=torch.int64, device=call.device)
     if call.has_sinks:
         tensors["sinks"] = make(call.num_heads)
     return tensors
@@ -228,7 +249,9 @@ OPTIONS: tuple[dict[str, Any], ...] = (
     *({"num_heads": heads, "num_kv_heads": kv_heads} for heads, kv_heads in HEADS),
     *({"qk_scale": scale} for scale in SCALES),
     *({"window_left": left, "window_right": right} for left, right in WINDOWS),
-    *({name: True} for name in ("has_ids", "has_sinks")),
+    *({name: True} for name in ("has_ids", "has_sinks", "has_positions")),
+    {"has_positions": True, "causal": False},
+    {"has_positions": True, "causal": False, "window_left": 1},
     {"softcap": 1.5},
     *MODES,
 )
@@ -309,7 +332,7 @@ def test_operators_below_flash_refuse_what_flash_refuses(operator, where: str) -
         joins_norm = operator in (norm_rope_attention_of, norm_rope_attention_backward_of)
         if FEATURES["empty tensors"](call) or call.transform is not None or call.has_tangent:
             continue
-        if joins_norm and (call.dim % 2 != 0 or call.num_queries != call.num_keys):
+        if joins_norm and (call.dim % 2 != 0 or call.num_queries != call.num_keys or call.has_positions):
             continue
         call = call.with_(requires_grad=False)
         tensors = tensors_of(call)

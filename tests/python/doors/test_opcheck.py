@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.problems import make_ids
+from support.problems import POSITIONS, make_ids, make_positions
 
 OPS = torch.ops.selfattn
 IDS = make_ids("shuffled", 2, 6)
@@ -22,6 +22,8 @@ def attention_samples() -> list[tuple[tuple, dict]]:
         ((*qkv, IDS.long(), False, 0.3), {"window_left": 2, "window_right": 1}),
         ((*longer_keys, IDS[:, :5].contiguous()), ids),
         ((*qkv, IDS), {"backend": "reference", "softcap": 1.0, "sinks": random(4)}),
+        ((*qkv, IDS), {"positions": torch.arange(6).flip(0).repeat(2, 1)}),
+        ((*longer_keys,), dict(zip(POSITIONS, make_positions("permuted", 2, 5, 9), strict=True))),
     ]
 
 

@@ -50,6 +50,27 @@ BAD = {
     "kv_ids_missing": (
         {"k": torch.zeros(2, 9, 2, 8), "v": torch.zeros(2, 9, 2, 8)}, ValueError, "kv_segment_ids", "6 and 9",
     ),
+    "positions_dtype": ({"positions": IDS.float()}, TypeError, "positions", "int32 or int64.*Float"),
+    "positions_rank": ({"positions": IDS[0]}, ValueError, "positions", "1"),
+    "positions_length": ({"positions": IDS[:, :5]}, ValueError, "positions", r"\[2, 6\].*\[2, 5\]"),
+    "positions_batch": ({"positions": IDS[:1]}, ValueError, "positions", r"\[2, 6\].*\[1, 6\]"),
+    "positions_device": ({"positions": IDS.to("meta")}, TypeError, "positions", "cpu.*meta"),
+    "positions_too_large": ({"positions": IDS.long() + 2**31}, ValueError, "positions", "int32"),
+    "positions_too_small": ({"positions": IDS.long() - 2**62}, ValueError, "positions", "int32"),
+    "positions_unread": ({"positions": IDS.long() + 2**62, "causal": False}, ValueError, "positions", "int32"),
+    "kv_positions_dtype": ({"positions": IDS, "kv_positions": IDS.bool()}, TypeError, "kv_positions", "Bool"),
+    "kv_positions_length": (
+        {"positions": IDS, "kv_positions": IDS[:, :5]}, ValueError, "kv_positions", r"\[2, 6\].*\[2, 5\]",
+    ),
+    "kv_positions_device": ({"positions": IDS, "kv_positions": IDS.to("meta")}, TypeError, "kv_positions", "cpu.*meta"),
+    "kv_positions_too_large": (
+        {"positions": IDS, "kv_positions": IDS.long() + 2**62}, ValueError, "kv_positions", "int32",
+    ),
+    "kv_positions_alone": ({"kv_positions": IDS}, ValueError, "kv_positions", "positions.*alone"),
+    "kv_positions_missing": (
+        {"segment_ids": None, "k": torch.zeros(2, 9, 2, 8), "v": torch.zeros(2, 9, 2, 8), "positions": IDS},
+        ValueError, "kv_positions", "6 and 9",
+    ),
     "scale_nan": ({"qk_scale": float("nan")}, ValueError, "qk_scale", "finite.*nan"),
     "scale_infinite": ({"qk_scale": float("inf")}, ValueError, "qk_scale", "finite.*inf"),
     "window_left": ({"window_left": -2}, ValueError, "window_left", "-1.*-2"),

@@ -93,6 +93,17 @@ PROBLEMS = [
     Problem("mixed_padding", ids="mixed_padding", causal=False),
     Problem("own_ids_for_keys", ids="shuffled", has_kv_ids=True, num_queries=90, num_keys=260, causal=False),
     Problem("packed_ids_for_keys", ids="padding_after", has_kv_ids=True, num_queries=260, num_keys=90, causal=False),
+    Problem("positions_index", positions="index", num_queries=200, num_keys=333),
+    Problem("positions_zigzag", positions="zigzag", num_queries=450, batch=1),
+    Problem("positions_gathered", positions="gathered", num_queries=150, num_keys=600, batch=1),
+    Problem("positions_zigzag_window", positions="zigzag", num_queries=450, batch=1, window_left=90),
+    Problem("positions_restarting", positions="restarting", ids="padding_after", num_queries=300),
+    Problem("positions_of_reused", positions="restarting", ids="reused_tiles", num_queries=450, batch=1),
+    Problem("positions_in_order_of_shuffled", positions="index", ids="shuffled", num_queries=300),
+    Problem("positions_permuted", positions="permuted", ids="shuffled_padding", num_queries=300),
+    Problem("positions_cache", positions="cache", num_queries=3, num_keys=2100, num_heads=8),
+    Problem("positions_future", positions="future", num_queries=200),
+    Problem("positions_extreme", positions="extreme", window_left=1, window_right=3, causal=False),
     Problem("heads_first", layout="surrounded_bnsd"),
     Problem("heads_last", layout="surrounded_bsdn"),
     Problem("one_query", num_queries=1, num_keys=3000, batch=1, num_heads=4),
@@ -124,6 +135,7 @@ def test_error_is_at_most_twice_that_of_the_formula(problem: Problem, dtype: tor
 
 
 IDS = ("padding_after", "shuffled", "reused_tiles", "distinct", "descending", "all_padding", "mixed_padding")
+POSITIONS = ("index", "zigzag", "restarting", "any", "permuted", "extreme_in_order", "future")
 LENGTHS = st.sampled_from([1, 2, 15, 16, 17, 63, 64, 65, 127, 129, 200, 257])
 
 
@@ -143,6 +155,7 @@ def problems(draw: st.DrawFn) -> Problem:
         value_dim=draw(st.sampled_from([1, 8, 17, 64, 70])),
         ids=ids,
         has_kv_ids=ids is not None and (num_keys != num_queries or draw(st.booleans())),
+        positions=draw(st.sampled_from([None, None, *POSITIONS])),
         has_sinks=draw(st.booleans()),
         has_grad_lse=draw(st.booleans()),
         layout=draw(st.sampled_from(["surrounded", "surrounded_bnsd", "surrounded_bsdn"])),

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from support import reference
-from support.problems import allowed_pairs, make_ids
+from support.problems import allowed_pairs, make_ids, make_positions
 from torch import Tensor
 
 import selfattn  # noqa: F401  (registers the operators)
@@ -73,6 +73,10 @@ def make_call(rng: random.Random, dtype: torch.dtype, is_split: bool) -> Call:
         ids = padded_ids(rng, kind, batch, num_queries)
         if num_queries != num_keys or rng.random() < 0.3:
             kv_ids = padded_ids(rng, kind, batch, num_keys)
+    positions = kv_positions = None
+    if rng.random() < 0.5:
+        of_positions = rng.choice(["zigzag", "any", "permuted", "cache", "restarting"])
+        positions, kv_positions = make_positions(of_positions, batch, num_queries, num_keys)
     heads = kv_heads * group
     tensors = {
         "q": torch.randn(batch, num_queries, heads, dim).to(dtype),
@@ -85,6 +89,8 @@ def make_call(rng: random.Random, dtype: torch.dtype, is_split: bool) -> Call:
     options = {
         "segment_ids": ids,
         "kv_segment_ids": kv_ids,
+        "positions": positions,
+        "kv_positions": kv_positions,
         "causal": rng.random() < 0.5,
         "window_left": rng.choice([-1, -1, 0, 7]),
         "window_right": rng.choice([-1, -1, 0, 5]),

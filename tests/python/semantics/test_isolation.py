@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from support.cases import BACKENDS_ON_CPU
-from support.problems import Case, error, make_ids
+from support.problems import POSITIONS, Case, error, make_ids
 from support.serving_table import Call as ServedCall
 from support.serving_table import describe, skip_refused
 from torch import Tensor
@@ -68,6 +68,12 @@ SMALL = [
     Call("more_queries", poisoned="first", num_keys=9, ids=None),
     Call("own_ids_for_keys", num_queries=11, num_keys=24, has_kv_ids=True),
     Call("own_ids_for_keys_with_padding", poisoned="padding", num_keys=11, ids="mixed_padding", has_kv_ids=True),
+    Call("positions", poisoned="middle", ids=None, positions="zigzag"),
+    Call("positions_in_order", poisoned="last", num_queries=7, num_keys=24, ids=None, positions="cache"),
+    Call("positions_and_window", poisoned="middle", positions="permuted", causal=False, window_left=3, window_right=2),
+    Call("positions_and_documents", ids="packed", positions="restarting", has_sinks=True),
+    Call("positions_and_padding", poisoned="padding", ids="mixed_padding", positions="any"),
+    Call("positions_of_nothing", poisoned="first", ids=None, positions="future", has_sinks=True),
     Call("softcap", ids="packed", softcap=1.5),
     Call("softcap_and_padding", poisoned="padding", ids="mixed_padding", has_sinks=True, softcap=1.5),
     Call("scale", poisoned="padding", ids="packed", qk_scale=-0.3),
@@ -83,6 +89,8 @@ LARGE = [
     Call("tiles_of_wide_heads_dense", poisoned="middle", ids=None, num_kv_heads=2, dim=256, **TILES),
     Call("tiles_of_the_future", poisoned="middle", ids=None, num_kv_heads=1, dim=64, **TILES),
     Call("tiles_outside_the_window", poisoned="first", ids=None, num_kv_heads=2, dim=64, window_left=40, **TILES),
+    Call("tiles_of_positions", poisoned="middle", ids=None, positions="zigzag", num_kv_heads=1, dim=64, **TILES),
+    Call("tiles_of_permuted_positions", ids="packed", positions="permuted", num_kv_heads=1, dim=64, **TILES),
     Call("tiles_of_own_ids", batch=1, num_queries=140, num_keys=300, has_kv_ids=True, dim=64),
 ]
 
@@ -96,6 +104,7 @@ class Problem:
         self.allowed = call.allowed(self.tensors)[:, 0]
         self.query_ids = self.tensors.pop("segment_ids", None)
         self.key_ids = self.tensors.pop("kv_segment_ids", self.query_ids)
+        self.positions = {name: self.tensors.pop(name) for name in POSITIONS if name in self.tensors}
         self.sinks = self.tensors.pop("sinks").float() if call.has_sinks else None
         self.query_tokens = call.poisoned_tokens(self.query_ids, call.num_queries)
         self.key_tokens = call.poisoned_tokens(self.key_ids, call.num_keys)
@@ -131,7 +140,8 @@ class Problem:
 
     def facts(self) -> ServedCall:
         heads = (self.tensors[name].to(self.device) for name in ("q", "k", "v"))
-        return describe(*heads, self.query_ids, sinks=self.sinks, wants_lse=True, **self.call.options)
+        others = {"sinks": self.sinks, "wants_lse": True, **self.positions}
+        return describe(*heads, self.query_ids, **others, **self.call.options)
 
     def run(self, tensors: dict[str, Tensor], backend: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         def on_device(tensor: Tensor | None) -> Tensor | None:
@@ -145,6 +155,7 @@ class Problem:
             on_device(self.query_ids),
             kv_segment_ids=on_device(self.key_ids),
             sinks=leaves[3] if self.sinks is not None else None,
+            **{name: on_device(tensor) for name, tensor in self.positions.items()},
             backend=backend,
             **self.call.options,
         )

@@ -64,8 +64,9 @@ def good_tensors(name: str, dtype: torch.dtype, S: int = S, D: int = D) -> dict[
         "freqs_cos": angles.cos(),
         "cu_seqlens": torch.tensor([0, min(3, S), min(5, S), S]),
     }
-    if name == "segment_ids_from_positions":
+    if name == "segment_ids_from_positions" or "attention" in name:
         tensors["positions"] = torch.arange(B * S).view(B, S)
+        tensors["kv_positions"] = torch.arange(B * S).view(B, S).flip(1)
     if name == "projected_attention":
         tensors |= {name: tensors[name].flatten(2) for name in "qkv"}
         return tensors | {"q_norm_weight": randn(D), "k_norm_weight": randn(D)}
@@ -105,10 +106,11 @@ def good_arguments(name: str, schema: torch._C.FunctionSchema, generator: random
 def make_consistent(name: str, arguments: dict, tensors: dict[str, Tensor]) -> dict:
     """Leaves out what must not be given beside the rest."""
     pairs = [("freqs_sin", "freqs_cos"), ("q_norm_weight", "k_norm_weight"), ("kv_segment_ids", "segment_ids")]
+    pairs += [("kv_positions", "positions")]
     for one, other in pairs:
         if one in arguments and other not in arguments:
             del arguments[one]
-        if other in arguments and one not in arguments and other != "segment_ids":
+        if other in arguments and one not in arguments and other not in ("segment_ids", "positions"):
             del arguments[other]
     if "freqs_sin" in arguments:
         arguments.pop("positions", None)

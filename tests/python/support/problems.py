@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 OPTIONS = ("causal", "qk_scale", "window_left", "window_right", "softcap")
+IDS = ("segment_ids", "kv_segment_ids")
+POSITIONS = ("positions", "kv_positions")
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Case:
     value_dim: int = 0  # 0: dim
     ids: str | None = "packed"  # a kind of make_ids
     has_kv_ids: bool = False
+    positions: str | None = None  # a kind of make_positions
     has_sinks: bool = False
     has_grad_lse: bool = False
     causal: bool = True
@@ -65,7 +68,8 @@ class Case:
         return lay_out(tensor.to(dtype or self.dtype), self.layout)
 
     def tensors(self, dtype: torch.dtype | None = None, device: str = "cpu") -> dict[str, Tensor]:
-        """q, k, v and, where the case has them, segment_ids, kv_segment_ids (int32) and sinks."""
+        """q, k, v and, where the case has them, segment_ids, kv_segment_ids, positions, kv_positions (int32) and sinks.
+        """
         tensors = {
             "q": self.random(self.num_queries, self.num_heads, self.dim, dtype, device).mul_(self.spread),
             "k": self.random(self.num_keys, self.num_kv_heads, self.dim, dtype, device).mul_(self.spread),
@@ -75,6 +79,11 @@ class Case:
             tensors["segment_ids"] = make_ids(self.ids, self.batch, self.num_queries).to(device)
         if self.has_kv_ids:
             tensors["kv_segment_ids"] = make_ids(self.ids, self.batch, self.num_keys).to(device)
+        if self.positions is not None:
+            of_queries, of_keys = make_positions(self.positions, self.batch, self.num_queries, self.num_keys)
+            tensors["positions"] = of_queries.to(device)
+            if of_keys is not None:
+                tensors["kv_positions"] = of_keys.to(device)
         if self.has_sinks:
             tensors["sinks"] = torch.randn(self.num_heads, dtype=torch.float64).to(device, dtype or self.dtype)
         return tensors
@@ -88,7 +97,7 @@ class Case:
 
     def allowed(self, tensors: dict[str, Tensor]) -> Tensor:
         """(B, 1, Sq, Skv)."""
-        ids = {name: tensors[name] for name in ("segment_ids", "kv_segment_ids") if name in tensors}
+        ids = {name: tensors[name] for name in (*IDS, *POSITIONS) if name in tensors}
         windows = {"window_left": self.window_left, "window_right": self.window_right}
         return allowed_pairs(tensors["q"], tensors["k"], causal=self.causal, **windows, **ids)
 
@@ -158,6 +167,57 @@ def make_ids(kind: str, batch: int, length: int) -> Tensor:
     return ids.to(torch.int32).contiguous()
 
 
+def zigzag(length: int, ranks: int = 2) -> Tensor:
+    """(length,) the order in which context parallelism hands a row's tokens to ranks, so that causal work is even: of
+    2 * ranks chunks each rank has one from the front and one from the back."""
+    chunks = torch.arange(length).tensor_split(2 * ranks)
+    return torch.cat([chunk for rank in range(ranks) for chunk in (chunks[rank], chunks[-1 - rank])])
+
+
+def make_positions(kind: str, batch: int, num_queries: int, num_keys: int) -> tuple[Tensor, Tensor | None]:
+    """positions (batch, num_queries) and kv_positions (batch, num_keys) int32 of a kind that the semantics must serve;
+    None for the keys where the queries' serve for them."""
+    of_queries, of_keys = (torch.arange(length).expand(batch, length) for length in (num_queries, num_keys))
+    match kind:
+        case "index":  # as without positions
+            of_queries = of_queries + num_keys - num_queries
+        case "zigzag":
+            of_queries, of_keys = (zigzag(length).expand(batch, length) for length in (num_queries, num_keys))
+        case "gathered":  # the queries of one rank, the keys of all
+            of_keys = zigzag(num_keys).expand(batch, num_keys)
+            of_queries = of_keys[:, :num_queries]
+        case "restarting":  # in each document of about 7
+            of_queries, of_keys = of_queries % 7, of_keys % 7
+        case "cache":  # of rows that are filled to different lengths, whose last tokens are the queries
+            filled = torch.randint(num_keys // 3, num_keys + 1, (batch, 1))
+            of_queries = filled - num_queries + of_queries
+            of_keys = torch.where(of_keys < filled, of_keys, 2**31 - 1)
+        case "any":  # some are negative, many equal
+            of_queries, of_keys = (torch.randint(-5, 6, (batch, length)) for length in (num_queries, num_keys))
+        case "permuted":
+            of_queries, of_keys = (
+                torch.stack([torch.randperm(length) for _ in range(batch)]) for length in (num_queries, num_keys)
+            )
+        case "extreme":
+            numbers = torch.tensor([-(2**31), -(2**31) + 1, -1, 0, 1, 2**31 - 2, 2**31 - 1])
+            of_queries, of_keys = (
+                numbers[torch.randint(0, len(numbers), (batch, length))] for length in (num_queries, num_keys)
+            )
+        case "extreme_in_order":
+            numbers = torch.tensor([-(2**31), -(2**31) + 1, -1, 0, 1, 2**31 - 2, 2**31 - 1])
+            of_queries, of_keys = (
+                numbers[torch.randint(0, len(numbers), (batch, length)).sort().values]
+                for length in (num_queries, num_keys)
+            )
+        case "future":  # nothing may be seen
+            of_keys = of_keys + num_queries
+        case "alike":  # of queries and keys, by default
+            return of_queries.flip(1).to(torch.int32), None
+        case _:
+            raise ValueError(kind)
+    return of_queries.to(torch.int32).contiguous(), of_keys.to(torch.int32).contiguous()
+
+
 LAYOUTS = {
     "bsnd": ((0, 1, 2, 3), 0, 0, 0),
     "bnsd": ((0, 2, 1, 3), 0, 0, 0),
@@ -186,11 +246,16 @@ def allowed_pairs(
     kv_segment_ids: Tensor | None = None,
     window_left: int = -1,
     window_right: int = -1,
+    positions: Tensor | None = None,
+    kv_positions: Tensor | None = None,
 ) -> Tensor:
     """(B, 1, Sq, Skv), True where a query may attend to a key."""
-    query = torch.arange(q.shape[1], device=q.device)[:, None] + k.shape[1] - q.shape[1]
-    key = torch.arange(k.shape[1], device=q.device)
-    allowed = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device)
+    query = torch.arange(q.shape[1], device=q.device)[None, :, None] + k.shape[1] - q.shape[1]
+    key = torch.arange(k.shape[1], device=q.device)[None, None]
+    if positions is not None:
+        kv_positions = positions if kv_positions is None else kv_positions
+        query, key = positions.long()[:, :, None], kv_positions.long()[:, None]
+    allowed = torch.ones(q.shape[0], q.shape[1], k.shape[1], dtype=torch.bool, device=q.device)
     if causal:
         allowed &= key <= query
     if window_left >= 0:
@@ -198,7 +263,7 @@ def allowed_pairs(
     if window_right >= 0:
         allowed &= key <= query + window_right
     if segment_ids is None:
-        return allowed.expand(q.shape[0], 1, -1, -1)
+        return allowed[:, None]
     key_ids = segment_ids if kv_segment_ids is None else kv_segment_ids
     same = (segment_ids[:, :, None] == key_ids[:, None]) & (segment_ids >= 0)[:, :, None]
     return (same & allowed)[:, None]
@@ -217,6 +282,8 @@ def dense_attention(
     window_right: int = -1,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
+    positions: Tensor | None = None,
+    kv_positions: Tensor | None = None,
     grad_out: Tensor | None = None,
     grad_lse: Tensor | None = None,
     out: Tensor | None = None,
@@ -228,7 +295,8 @@ def dense_attention(
     ``out`` and ``lse`` where they are given. The formula in a kernel's own precision is that in float32 with
     ``rounding`` to the dtype of q of what enters a product or leaves: P, dS and the results."""
     windows = {"window_left": window_left, "window_right": window_right}
-    masked = ~allowed_pairs(q, k, segment_ids, causal, kv_segment_ids=kv_segment_ids, **windows)
+    tokens = {"kv_segment_ids": kv_segment_ids, "positions": positions, "kv_positions": kv_positions}
+    masked = ~allowed_pairs(q, k, segment_ids, causal, **tokens, **windows)
     group, scale = q.shape[2] // k.shape[2], q.shape[-1] ** -0.5 if qk_scale is None else qk_scale
 
     def rounded(tensor: Tensor) -> Tensor:

@@ -11,25 +11,22 @@ from torch import Tensor
 
 
 def is_allowed(
-    i: int,
-    j: int,
-    num_queries: int,
-    num_keys: int,
+    query_position: int,
+    key_position: int,
     query_id: int,
     key_id: int,
     causal: bool,
     window_left: int,
     window_right: int,
 ) -> bool:
-    """Whether query i may see key j."""
+    """Whether a query may see a key."""
     if query_id != key_id or query_id < 0:
         return False
-    aligned = i + num_keys - num_queries
-    if causal and j > aligned:
+    if causal and key_position > query_position:
         return False
-    if window_left >= 0 and j < aligned - window_left:
+    if window_left >= 0 and key_position < query_position - window_left:
         return False
-    return not (window_right >= 0 and j > aligned + window_right)
+    return not (window_right >= 0 and key_position > query_position + window_right)
 
 
 def attention(
@@ -44,6 +41,8 @@ def attention(
     window_right: int = -1,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
+    positions: Tensor | None = None,
+    kv_positions: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """out (B, Sq, NH, DV) and lse (B, NH, Sq), differentiable, in float64 on the CPU.
 
@@ -57,6 +56,12 @@ def attention(
     kv_segment_ids = segment_ids if kv_segment_ids is None else kv_segment_ids
     query_ids = [[0] * num_queries] * batch if segment_ids is None else segment_ids.tolist()
     key_ids = [[0] * num_keys] * batch if kv_segment_ids is None else kv_segment_ids.tolist()
+    if positions is None:
+        query_positions = [[i + num_keys - num_queries for i in range(num_queries)]] * batch
+        key_positions = [list(range(num_keys))] * batch
+    else:
+        query_positions = positions.tolist()
+        key_positions = query_positions if kv_positions is None else kv_positions.tolist()
 
     outs, lses = [], []
     for b in range(batch):
@@ -65,7 +70,13 @@ def attention(
                 j
                 for j in range(num_keys)
                 if is_allowed(
-                    i, j, num_queries, num_keys, query_ids[b][i], key_ids[b][j], causal, window_left, window_right
+                    query_positions[b][i],
+                    key_positions[b][j],
+                    query_ids[b][i],
+                    key_ids[b][j],
+                    causal,
+                    window_left,
+                    window_right,
                 )
             ]
             for head in range(num_heads):

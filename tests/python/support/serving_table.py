@@ -46,6 +46,7 @@ class Call:
     window_right: int = -1
     softcap: float = 0.0
     has_sinks: bool = False
+    has_positions: bool = False
     wants_lse: bool = False
     requires_grad: bool = False
     is_deterministic: bool = False  # torch.use_deterministic_algorithms
@@ -65,6 +66,9 @@ FEATURES: dict[str, Callable[[Call], bool]] = {
     "windows": lambda call: call.window_left >= 0 or call.window_right >= 0,
     "softcap": lambda call: call.softcap > 0,
     "sinks": lambda call: call.has_sinks,
+    "positions": lambda call: (  # which nothing else reads
+        call.has_positions and (call.causal or call.window_left >= 0 or call.window_right >= 0)
+    ),
     "lse": lambda call: call.wants_lse,
     "causal with Sq != Skv": lambda call: call.causal and call.num_queries != call.num_keys,
     "one query or one key": lambda call: call.num_queries <= 1 or call.num_keys <= 1,
@@ -117,6 +121,7 @@ CUDNN = Limits(
         "windows",
         "softcap",
         "sinks",
+        "positions",
         "lse",
         "causal with Sq != Skv",
         "one query or one key",
@@ -135,6 +140,7 @@ TABLE: dict[tuple[str, str], Limits] = {
         max_dim=256,
         refuses=(
             "softcap",
+            "positions",
             "rows of more than 524,288 tokens with segment ids",
             "rows of more than 2^29 tokens",
             *OUR_KERNELS_LEAVE,
@@ -186,6 +192,8 @@ def describe(
     window_right: int = -1,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
+    positions: Tensor | None = None,
+    kv_positions: Tensor | None = None,
     wants_lse: bool = False,
 ) -> Call:
     """The facts of a call with these arguments, outside transforms and forward mode."""
@@ -209,6 +217,7 @@ def describe(
         window_right=window_right,
         softcap=softcap,
         has_sinks=sinks is not None,
+        has_positions=positions is not None,
         wants_lse=wants_lse,
         requires_grad=torch.is_grad_enabled()
         and any(tensor is not None and tensor.requires_grad for tensor in (q, k, v, sinks)),
