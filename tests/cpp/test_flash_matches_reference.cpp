@@ -81,6 +81,17 @@ TEST_P(FlashMatchesReference, OnIdsOfAnyOrder) {
   }
 }
 
+TEST_P(FlashMatchesReference, OnPositionsInOrderAndInAnyOrder) {
+  const auto keys = torch::arange(140, torch::kInt32).repeat({2, 1});
+  const auto queries = keys.slice(1, 60, 110);
+  for (const auto& order : {torch::arange(140), torch::randperm(140)}) {
+    const auto options = selfattn::AttentionOptions().positions(queries).kv_positions(keys.index_select(1, order));
+    compare({2, 50, 140, 4, 2, 32, 32}, options);
+    compare({2, 50, 140, 4, 2, 32, 32}, selfattn::AttentionOptions(options).window_left(30));
+  }
+  compare({2, 140, 140, 2, 2, 32, 32}, selfattn::AttentionOptions().positions(keys.flip({1})), 10.0);
+}
+
 TEST_P(FlashMatchesReference, WithWindowSoftcapAndSinks) {
   const auto options = selfattn::AttentionOptions().window_left(20).softcap(4.0).sinks(torch::zeros({4}));
   compare({1, 90, 90, 4, 2, 32, 32}, options);

@@ -197,6 +197,23 @@ def test_attention_with_lse_of_fewer_queries_than_keys(options: dict, num_kv_hea
     check(run, model, *args[:-1], infinite)
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("options", [{}, {"window_left": 3}, {"window_left": 2**62, "causal": False}], ids=str)
+def test_attention_of_positions(options: dict, dtype: torch.dtype) -> None:
+    model = call(
+        lambda q, k, v, positions, kv_positions: selfattn.multihead_attention_lse(
+            q, k, v, positions=positions, kv_positions=kv_positions, **options
+        )
+    )
+    q, k, v = torch.randn(2, 5, 4, 16), torch.randn(2, 9, 2, 16), torch.randn(2, 9, 2, 8)
+    positions = torch.stack([torch.randperm(9) for _ in range(2)]).to(dtype)
+    args = (q, k, v, positions[:, -5:].contiguous(), positions)
+    run = export(model, args)
+    check(run, model, *args)
+    far = torch.tensor([-(2**31), 2**31 - 1, 0, 1, -1]).to(dtype).repeat(2, 1)
+    check(run, model, *args[:3], far, positions)
+
+
 def test_masked_rows_are_zero() -> None:
     model = call(lambda q, ids: selfattn.multihead_attention_lse(q, q, q, ids))
     args = torch.randn(2, 6, 2, 16), torch.full((2, 6), -1)
@@ -278,6 +295,7 @@ def test_decompositions_compute_what_the_operators_compute(dtype: torch.dtype) -
     for operator, args, options in (
         (operators.qk_norm_rope.default, (q, k, weight, weight), {"eps": 1e-5}),
         (operators.multihead_attention.default, (q, k, v, ids), {"window_left": 3, "softcap": 2.0}),
+        (operators.multihead_attention.default, (q, k, v, ids), {"positions": torch.randint(0, 5, (2, 9))}),
     ):
         given, expected = table[operator](*args, **options), operator(*args, **options)
         for one, other in itertools.zip_longest(*(x if isinstance(x, tuple) else (x,) for x in (given, expected))):

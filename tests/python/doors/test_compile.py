@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.problems import make_ids
+from support.problems import make_ids, make_positions
 
 import selfattn
 from selfattn import SelfAttention, SelfAttentionConfig
@@ -46,6 +46,27 @@ def test_attention_in_one_graph(dynamic: bool, backend: str) -> None:
         ids = make_ids("mixed_padding", 2, length)
         expected = function(q, k, ids)
         out = compiled(q, k, ids)
+        torch.testing.assert_close(out, expected)
+        for actual, oracle in zip(
+            torch.autograd.grad(out.sum(), (q, k)), torch.autograd.grad(expected.sum(), (q, k)), strict=True
+        ):
+            torch.testing.assert_close(actual, oracle, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize("backend", ["auto", "reference", "aten", "flash"])
+def test_positions_in_one_graph(dynamic: bool, backend: str) -> None:
+    def function(q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, kv_positions: torch.Tensor) -> torch.Tensor:
+        options = {"positions": positions, "kv_positions": kv_positions, "window_left": 6, "backend": backend}
+        return selfattn.multihead_attention(q * 2, k, k, **options).sin()
+
+    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for length in (9, 14) if dynamic else (9,):
+        q = torch.randn(2, length, 4, 16, requires_grad=True)
+        k = torch.randn(2, length + 5, 2, 16, requires_grad=True)
+        positions, kv_positions = make_positions("gathered", 2, length, length + 5)
+        inputs = (q, k, positions, kv_positions.long())
+        out, expected = compiled(*inputs), function(*inputs)
         torch.testing.assert_close(out, expected)
         for actual, oracle in zip(
             torch.autograd.grad(out.sum(), (q, k)), torch.autograd.grad(expected.sum(), (q, k)), strict=True

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.problems import make_ids
+from support.problems import make_ids, make_positions
 from torch.export import Dim
 
+import selfattn
 from selfattn import SelfAttention, SelfAttentionConfig
 
 CONFIG = SelfAttentionConfig(head_dim=16, qk_norm=True, num_kv_heads=2, window_left=6)
@@ -47,6 +48,42 @@ def test_exported_graph_can_be_trained() -> None:
     gradients = {name: parameter.grad for name, parameter in program.named_parameters()}
     for name, parameter in module.named_parameters():
         torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-5)
+
+
+class Chunk(torch.nn.Module):
+    """A chunk of queries against longer keys."""
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        return selfattn.multihead_attention(q, k, k, positions=positions, kv_positions=keys, window_left=6)
+
+
+def chunk(batch: int, length: int) -> tuple[torch.Tensor, ...]:
+    positions, kv_positions = make_positions("cache", batch, length, length + 9)
+    return torch.randn(batch, length, 4, 16), torch.randn(batch, length + 9, 2, 16), positions, kv_positions.long()
+
+
+def export_chunk() -> torch.export.ExportedProgram:
+    batch, length = Dim("batch", min=1, max=64), Dim("length", min=2, max=4096)
+    of_queries, of_keys = {0: batch, 1: length}, {0: batch, 1: length + 9}
+    return torch.export.export(Chunk(), chunk(2, 10), dynamic_shapes=(of_queries, of_keys, of_queries, of_keys))
+
+
+def test_exported_positions_serve_other_shapes() -> None:
+    program = export_chunk().module()
+    for shape in ((2, 10), (3, 17), (5, 33)):
+        inputs = chunk(*shape)
+        torch.testing.assert_close(program(*inputs), Chunk()(*inputs))
+
+
+def test_aotinductor_package_takes_positions(tmp_path: Path) -> None:
+    with torch.no_grad():
+        path = str(tmp_path / "chunk.pt2")
+        runner = torch._inductor.aoti_load_package(
+            torch._inductor.aoti_compile_and_package(export_chunk(), package_path=path)
+        )
+        for shape in ((2, 10), (3, 17)):
+            inputs = chunk(*shape)
+            torch.testing.assert_close(runner(*inputs), Chunk()(*inputs), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dynamic", [True, False])

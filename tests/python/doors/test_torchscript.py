@@ -1,4 +1,5 @@
-"""A scripted module, saved and loaded in a process without this package, gives the same outputs and gradients."""
+"""A scripted module, saved and loaded in a process without this package, gives the same outputs and gradients, and so
+does a file that an earlier version of the library saved."""
 
 import io
 import os
@@ -9,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.problems import make_ids
+from support import ROOT
+from support.problems import make_ids, zigzag
 
 import selfattn
 from selfattn import SelfAttention, SelfAttentionConfig
@@ -72,6 +74,33 @@ def test_script_of_a_function_around_the_operators() -> None:
     q, ids = torch.randn(2, 9, 2, 16), make_ids("one_document", 2, 9)
     out, lse = selfattn.multihead_attention_lse(q, q, q, ids, window_left=3)
     assert torch.equal(function(q, ids), out * lse.transpose(1, 2).unsqueeze(-1))
+
+
+def test_script_of_a_function_with_positions() -> None:
+    @torch.jit.script
+    def function(q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, kv_positions: torch.Tensor) -> torch.Tensor:
+        return torch.ops.selfattn.multihead_attention(q, k, k, positions=positions, kv_positions=kv_positions)
+
+    q, k = torch.randn(2, 5, 2, 16), torch.randn(2, 9, 2, 16)
+    kv_positions = zigzag(9).expand(2, 9)
+    positions = kv_positions[:, :5]
+    file = io.BytesIO()
+    torch.jit.save(function, file)
+    file.seek(0)
+    out = torch.jit.load(file)(q, k, positions, kv_positions)
+    expected = selfattn.multihead_attention(q, k, k, positions=positions, kv_positions=kv_positions)
+    assert torch.equal(out, expected) and not torch.equal(out, selfattn.multihead_attention(q, k, k))
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "tests" / "data").glob("torchscript_*.pt")), ids=lambda file: file.stem)
+def test_file_of_an_earlier_version_gives_what_it_gave(file: Path) -> None:
+    calls = torch.jit.load(file)
+    expected = [tensor for name, tensor in calls.named_buffers() if name.startswith("expected_")]
+    for _ in range(3):  # the first runs of a script are profiled, later ones are optimised
+        results = calls()
+        assert len(results) == len(expected) > 0
+        for actual, oracle in zip(results, expected, strict=True):
+            torch.testing.assert_close(actual, oracle, rtol=1e-5, atol=1e-6)  # processors differ in rounding
 
 
 def test_saved_script_needs_the_library_alone(tmp_path: Path) -> None:

@@ -49,8 +49,9 @@ def arguments_with(name: str, bad_name: str, bad: Tensor) -> dict:
         for given, missing in ((one, other), (other, one)):
             if bad_name == given:
                 arguments.setdefault(missing, tensors[missing])
-    if bad_name == "kv_segment_ids" and "segment_ids" not in arguments:
-        arguments["segment_ids"] = tensors["segment_ids"]
+    for of_keys, of_queries in (("kv_segment_ids", "segment_ids"), ("kv_positions", "positions")):
+        if bad_name == of_keys:
+            arguments.setdefault(of_queries, tensors[of_queries])
     return arguments
 
 

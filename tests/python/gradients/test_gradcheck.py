@@ -40,7 +40,9 @@ def test_first_derivatives(case: Case) -> None:
     assert torch.autograd.gradcheck(function, leaves, check_forward_ad=True)
 
 
-@pytest.mark.parametrize("name", ["ids_shuffled", "ids_mixed_padding", "softcap", "sinks", "positions_any", "everything"])
+@pytest.mark.parametrize(
+    "name", ["ids_shuffled", "ids_mixed_padding", "softcap", "sinks", "positions_any", "everything"]
+)
 def test_second_derivatives(name: str) -> None:
     case = next(case for case in SMALL if case.name == name).with_(num_queries=4, num_keys=5, has_kv_ids=True)
     function, leaves = make_function(case)

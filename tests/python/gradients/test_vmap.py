@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 from support import reference
-from support.problems import error, make_ids
+from support.problems import error, make_ids, make_positions
 from torch import Tensor
 
 import selfattn
@@ -143,6 +143,38 @@ def test_ids_of_keys_of_their_own(kv_dim: int | None, device: str) -> None:
     check_vmap(function, (0, 0, 0, 0, kv_dim), *tensors, kv_ids)
 
 
+@pytest.mark.parametrize("backend", ["auto", "flash", "reference"])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("kv_dim", [0, 1, None])
+@pytest.mark.parametrize("dim", [0, -1, None])
+def test_positions_of_each_element(
+    dim: int | None, kv_dim: int | None, dtype: torch.dtype, backend: str, device: str
+) -> None:
+    if device == "cuda" and backend == "flash":
+        backend = "reference"  # by the serving table flash takes no positions there
+    q, k, v, _ = inputs(device, size=SIZE).values()
+    both = make_positions("any", SIZE * 2, 4, 6)
+    of_queries, of_keys = (p.view(SIZE, 2, -1).to(device, dtype) for p in both)
+
+    def function(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, kv_positions: Tensor) -> tuple[Tensor, Tensor]:
+        options = {"positions": positions, "kv_positions": kv_positions, "window_left": 4, "backend": backend}
+        return selfattn.multihead_attention_lse(q, k, v, **options)
+
+    dims = (0, 0, None, dim, kv_dim)
+    check_vmap(function, dims, q[:, :, :4], k, v[0], mapped_at(of_queries, dim), mapped_at(of_keys, kv_dim))
+    only_positions = (None, None, None, dim, kv_dim)
+    if dim is not None or kv_dim is not None:
+        tensors = q[0, :, :4], k[0], v[0]
+        check_vmap(function, only_positions, *tensors, mapped_at(of_queries, dim), mapped_at(of_keys, kv_dim))
+
+
+def test_positions_of_queries_alone_serve_the_keys_of_each_element(device: str) -> None:
+    q, k, v, ids = inputs(device, size=SIZE).values()
+    positions = make_positions("permuted", SIZE * 2, 6, 6)[0].view(SIZE, 2, 6).to(device)
+    function = lambda q, k, v, ids, p: selfattn.multihead_attention_lse(q, k, v, ids, positions=p)  # noqa: E731
+    check_vmap(function, (0, 0, 0, 0, 0), q, k, v, ids, positions)
+
+
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("ids_dim", [0, None])
 @pytest.mark.parametrize("sinks_dim", [0, 1, None])
@@ -162,6 +194,14 @@ def test_large_ids_are_refused_inside_a_map() -> None:
     ids[1, 0, 0] = 2**40
     with pytest.raises(ValueError, match=r"^selfattn: segment_ids must hold values that fit in int32"):
         torch.vmap(selfattn.multihead_attention)(q, k, v, ids)
+
+
+def test_large_positions_are_refused_inside_a_map() -> None:
+    q, k, v, ids = inputs("cpu", size=SIZE).values()
+    positions = ids.long()
+    positions[1, 0, 0] = 2**62
+    with pytest.raises(ValueError, match=r"^selfattn: positions must hold values that fit in int32"):
+        torch.vmap(lambda q, k, v, p: selfattn.multihead_attention(q, k, v, positions=p))(q, k, v, positions)
 
 
 def test_maps_of_maps(device: str) -> None:

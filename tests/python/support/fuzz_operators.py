@@ -64,7 +64,7 @@ def good_tensors(name: str, dtype: torch.dtype, S: int = S, D: int = D) -> dict[
         "freqs_cos": angles.cos(),
         "cu_seqlens": torch.tensor([0, min(3, S), min(5, S), S]),
     }
-    if name == "segment_ids_from_positions" or "attention" in name:
+    if name in ("segment_ids_from_positions", "explain_backend") or "attention" in name:
         tensors["positions"] = torch.arange(B * S).view(B, S)
         tensors["kv_positions"] = torch.arange(B * S).view(B, S).flip(1)
     if name == "projected_attention":

@@ -68,8 +68,7 @@ class Case:
         return lay_out(tensor.to(dtype or self.dtype), self.layout)
 
     def tensors(self, dtype: torch.dtype | None = None, device: str = "cpu") -> dict[str, Tensor]:
-        """q, k, v and, where the case has them, segment_ids, kv_segment_ids, positions, kv_positions (int32) and sinks.
-        """
+        """q, k, v and, where the case has them, ids and positions of queries and keys (int32) and sinks."""
         tensors = {
             "q": self.random(self.num_queries, self.num_heads, self.dim, dtype, device).mul_(self.spread),
             "k": self.random(self.num_keys, self.num_kv_heads, self.dim, dtype, device).mul_(self.spread),
