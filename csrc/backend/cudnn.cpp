@@ -26,7 +26,9 @@ Reason has_cudnn(const AttentionProblem& problem) {
   if (!problem.query.is_cuda()) return std::nullopt;  // on_cuda says it
   if (!at::detail::getCUDAHooks().compiledWithCuDNN()) return "this PyTorch was built without cuDNN";
   const auto capability = compute_capability(problem.query.device());
-  if (!capability) return "this build of selfattn has no CUDA part";
+  if (!capability) {
+    return c10::str("this build of selfattn has no CUDA part, or there is no device ", problem.query.device());
+  }
   if (*capability < kAmpere) return c10::str("it needs compute capability 8.0 or newer; got ", *capability / 10.0);
   return std::nullopt;
 }

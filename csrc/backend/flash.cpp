@@ -32,8 +32,9 @@ Reason has_kernel(const AttentionProblem& problem) {
 Reason supported_capability(const AttentionProblem& problem) {
   if (!problem.query.is_cuda() || cuda_limits(problem)) return std::nullopt;
   const auto capability = compute_capability(problem.query.device());
-  if (!capability) return std::nullopt;  // a build without CUDA: has_kernel says it
-  return c10::str("it needs compute capability 9.0 (Hopper); got ", *capability / 10.0);
+  if (capability) return c10::str("it needs compute capability 9.0 (Hopper); got ", *capability / 10.0);
+  if (has_kernel(problem)) return std::nullopt;  // a build without CUDA, of which that is said
+  return c10::str("it needs compute capability 9.0 (Hopper); there is no device ", problem.query.device());
 }
 
 Reason supported_dtype(const AttentionProblem& problem) {

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import selfattn
 
@@ -61,3 +62,14 @@ def test_refusals_of_the_explanation_are_those_of_the_error() -> None:
         selfattn.multihead_attention(q, q, q, backend="aten", softcap=2.0)
     reason = str(raised.value).split("cannot serve this call: ")[1].splitlines()[0]
     assert reason in said
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_fake_tensors_of_a_device_that_is_not_there_are_composed() -> None:
+    with FakeTensorMode():
+        q = torch.zeros(2, 13, 4, 8, device="cuda", dtype=torch.bfloat16)
+        said = dict(line.split(": ", 1) for line in selfattn.explain_backend(q, q, q).splitlines())
+        assert selfattn.multihead_attention(q, q, q).shape == q.shape
+    assert said["aten"] == "chosen"
+    for name in ("flash", "cudnn"):
+        assert "there is no device cuda:0" in said[name] or "no kernels for cuda:0" in said[name]
