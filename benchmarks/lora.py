@@ -16,13 +16,12 @@ import json
 from typing import Any
 
 import torch
-from measure import Call, add_options, describe_run, host_time, median_times, parse_with_tiny
+from measure import Call, add_turn_options, describe_run, host_time, median_times, parse_with_tiny
 from torch import Tensor, nn
 
 from selfattn import SelfAttention, SelfAttentionConfig
 
 RANK = 16
-IMPLEMENTATIONS = ("plain", "frozen", "products", "lora")
 
 
 def make_calls(embedding_dim: int, head_dim: int, length: int, batch: int, device: str) -> dict[str, Call]:
@@ -60,7 +59,7 @@ def make_calls(embedding_dim: int, head_dim: int, length: int, batch: int, devic
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_options(parser, list(IMPLEMENTATIONS), "lora.jsonl")
+    add_turn_options(parser, "lora.jsonl")
     arguments = parse_with_tiny(parser)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     record = describe_run(arguments.commit)

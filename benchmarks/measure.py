@@ -104,9 +104,14 @@ def sm_clock() -> str | None:
 
 
 def add_options(parser: argparse.ArgumentParser, implementations: list[str], out: str) -> None:
-    """The options of every benchmark that takes turns."""
+    """The options of a benchmark of many cases that takes turns."""
     parser.add_argument("--case", action="append", default=[], help="part of a case's name; may be repeated")
     parser.add_argument("--impl", action="append", choices=implementations, help="may be repeated")
+    add_turn_options(parser, out)
+
+
+def add_turn_options(parser: argparse.ArgumentParser, out: str) -> None:
+    """How often and how long turns are taken, and the record."""
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--ms", type=int, default=60, help="time spent on one implementation in one round")
     parser.add_argument("--pause", type=float, default=0.1, help="seconds of rest before each measurement")

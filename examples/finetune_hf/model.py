@@ -8,15 +8,17 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import selfattn.integrations.transformers
 
 
-def build_model(width: int, layers: int, longest: int, rank: int, device: str, dtype: torch.dtype) -> PeftModel:
+def build_model(
+    width: int, layers: int, longest: int, rank: int, device: str, dtype: torch.dtype, head_dim: int = 32
+) -> PeftModel:
     selfattn.integrations.transformers.register()
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=width,
         intermediate_size=3 * width,
         num_hidden_layers=layers,
-        num_attention_heads=width // 32,
-        num_key_value_heads=max(1, width // 64),
+        num_attention_heads=width // head_dim,
+        num_key_value_heads=max(1, width // head_dim // 2),
         max_position_embeddings=longest,
         tie_word_embeddings=False,
         bos_token_id=None,
