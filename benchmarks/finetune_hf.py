@@ -3,8 +3,8 @@
     python benchmarks/finetune_hf.py --rounds 5 --out benchmarks/results/finetune_hf.jsonl
 
 One JSON line each: milliseconds, tokens/s, peak memory, and how far a packed row of the first four documents is from
-them alone (the largest relative difference of the loss and of the gradients of the adapters). Needs the group integrations of
-pyproject.toml.
+them alone (the largest relative difference of the loss and of the gradients of the adapters). Needs the group
+integrations of pyproject.toml.
 """
 
 import argparse

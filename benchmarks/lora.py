@@ -8,8 +8,8 @@
     lora      the adapters' parameters and the input get gradients, the layer's own are frozen
 
 All with the gradient of the input. One JSON line each, and the ratio lora / (plain + products). The first line is the
-time that a call takes to find out whether the layer is plain, in microseconds: after a wait for the device, and one call
-after the other. Needs the package peft.
+time that a call takes to find out whether the layer is plain, in microseconds: after a wait for the device, and one
+call after the other. Needs the package peft.
 """
 
 import argparse
