@@ -182,7 +182,7 @@ def _multihead_attention(*args, **options) -> Tensor:
 def _rotary_tables(
     x: Tensor, freqs_sin: Tensor | None, freqs_cos: Tensor | None, positions: Tensor | None, theta: float
 ) -> tuple[Tensor, Tensor]:
-    """Each (1 | B, S, 1, D / 2), in the dtype of the computation."""
+    """Each (1 | B, S, 1, R / 2), in the dtype of the computation; R = D where none are given."""
     if freqs_sin is None or freqs_cos is None:
         if positions is None:
             positions = torch.arange(x.shape[1], device=x.device).unsqueeze(0)
@@ -195,12 +195,16 @@ def _rotary_tables(
 
 
 def _rotate(x: Tensor, sin: Tensor, cos: Tensor, pairing: str) -> Tensor:
+    """The first R elements of each head, twice as many as the tables have columns."""
+    rotary_dim = 2 * sin.shape[3]
+    rotated, rest = x[..., :rotary_dim], x[..., rotary_dim:]
     if pairing == "interleaved":
-        even, odd = x[..., 0::2], x[..., 1::2]
-        return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(3)
-    half = x.shape[3] // 2
-    low, high = x[..., :half], x[..., half:]
-    return torch.cat((low * cos - high * sin, low * sin + high * cos), -1)
+        even, odd = rotated[..., 0::2], rotated[..., 1::2]
+        rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(3)
+    else:
+        low, high = rotated.chunk(2, -1)
+        rotated = torch.cat((low * cos - high * sin, low * sin + high * cos), -1)
+    return torch.cat((rotated, rest), -1) if rest.shape[3] > 0 else rotated
 
 
 def _qk_norm_rope(

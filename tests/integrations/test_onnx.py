@@ -76,6 +76,16 @@ class Layer(nn.Module):
         return self.attention(x, freqs, segment_ids)
 
 
+ORIGINAL = {"original_max_position_embeddings": 24}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, **ORIGINAL}
+YARN = {"rope_type": "yarn", "factor": 4.0, **ORIGINAL}
+LONGROPE = {
+    "rope_type": "longrope",
+    "factor": 4.0,
+    "short_factor": [1.0 + pair / 8 for pair in range(8)],
+    "long_factor": [2.0 + pair for pair in range(8)],
+    **ORIGINAL,
+}
 LAYERS = {
     "plain": {},
     "everything": {
@@ -91,6 +101,10 @@ LAYERS = {
     "both directions, windows": {"causal": False, "window_left": 2, "window_right": 1, "num_kv_heads": 1},
     "backend aten": {"attention_backend": "aten", "qk_norm": True},
     "dropout that evaluation has not": {"dropout_rate": 0.5, "with_freqs": True},
+    "rotation of a part": {"rotary_dim": 6},
+    "llama3": {"rope_scaling": LLAMA3},
+    "yarn": {"rope_scaling": YARN, "rotary_dim": 8, "rope_pairing": "half"},
+    "longrope of a known length": {"rope_scaling": LONGROPE, "rope_length": 64},
 }
 
 
@@ -225,6 +239,23 @@ FUNCTIONS = {
     "apply_rotary_emb": (
         lambda q, k, sin, cos: selfattn.apply_rotary_emb(q, k, sin, cos, pairing="half"),
         lambda: (torch.randn(2, 7, 4, 16), torch.randn(2, 7, 2, 16), *selfattn.precompute_freqs(16, max_length=7)),
+    ),
+    "apply_rotary_emb of a part": (
+        selfattn.apply_rotary_emb,
+        lambda: (torch.randn(2, 7, 4, 16), torch.randn(2, 7, 2, 16), *selfattn.precompute_freqs(6, max_length=7)),
+    ),
+    "qk_norm_rope of a part": (
+        lambda q, k, weight, sin, cos: selfattn.qk_norm_rope(q, k, weight, weight, sin, cos, pairing="half"),
+        lambda: (
+            torch.randn(2, 7, 4, 16),
+            torch.randn(2, 7, 2, 16),
+            torch.randn(16),
+            *selfattn.precompute_freqs(6, max_length=7),
+        ),
+    ),
+    "rope_tables": (
+        lambda positions: selfattn.RopeParameters(rotary_dim=16, rope_type="linear", factor=4.0).tables(positions),
+        lambda: (torch.randint(100_000, (2, 7)),),
     ),
     "qk_norm_rope of positions": (
         lambda q, k, positions: selfattn.qk_norm_rope(q, k, positions=positions, theta=1e6),
