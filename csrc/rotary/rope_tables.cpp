@@ -29,7 +29,11 @@ at::Tensor constant(const std::vector<double>& numbers, const at::Tensor& beside
     return at::stack(at::_foreach_add(at::zeros({static_cast<int64_t>(numbers.size())}, options).unbind(), scalars));
   }
   std::vector<at::Tensor> elements;
-  for (const double number : numbers) elements.push_back(at::full({}, number, options));
+  for (const double number : numbers) {
+    // In two parts that float32 holds: PyTorch's exporter to ONNX rounds the numbers of a graph to it.
+    const double part = static_cast<float>(number);
+    elements.push_back(at::full({}, part, options) + (number - part));
+  }
   return at::stack(elements);
 }
 
