@@ -5,4 +5,5 @@
 #include <selfattn/ops.h>
 #include <selfattn/rope.h>
 #include <selfattn/script.h>
+#include <selfattn/sdpa.h>
 #include <selfattn/self_attention.h>

@@ -1,10 +1,10 @@
 """selfattn behind PyTorch's flash attention operators: on the CPU in the place of stand-ins for PyTorch's kernels."""
 
 import functools
-import inspect
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -14,9 +14,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel, varlen
 from torch.profiler import ProfilerActivity, profile
 
 from selfattn.integrations import sdpa
-from selfattn.integrations._sdpa_kernels import IMPLEMENTATIONS
 
 aten = torch.ops.aten
+OPERATORS = (
+    "_flash_attention_forward",
+    "_flash_attention_backward",
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_flash_attention_backward",
+)
 TOLERANCE = {torch.float32: {"rtol": 1e-4, "atol": 1e-5}, torch.bfloat16: {"rtol": 2e-2, "atol": 2e-2}}
 
 
@@ -34,7 +39,7 @@ def active() -> Iterator[list[tuple]]:
         raise FellBack(name)
 
     before = torch.library.Library("aten", "IMPL")
-    for name in IMPLEMENTATIONS:
+    for name in OPERATORS:
         before.impl(name, functools.partial(stand_in, name), "CPU")
     activation = sdpa._override("CPU")
     yield calls
@@ -259,19 +264,83 @@ class TestFallBack:
             aten._scaled_dot_product_flash_attention_backward(*args)
         assert [len(args) for _, args, _ in active] == [14, 14]
 
-    def test_arguments_of_later_versions_fall_back(self) -> None:
-        """Where one is given, PyTorch's own kernel knows what it means; where it is None, nothing changes."""
-        q, calls = torch.randn(1, 5, 2, 16), []
 
-        def previous(*args, **kwargs) -> str:
-            calls.append(kwargs)
-            return "previous"
+LATER = "selfattn_later_aten"
+LATER_ARGUMENTS = {
+    "_flash_attention_forward": "int num_splits=0, Tensor? block_table=None, *, ",
+    "_flash_attention_backward": "bool deterministic=False, *, ",
+}
 
-        forward = functools.partial(
-            IMPLEMENTATIONS["_flash_attention_forward"], previous, q, q, q, None, None, 5, 5, 0.0, True, False
+
+@pytest.fixture
+def later() -> Iterator[list[tuple]]:
+    """The operators of a version of PyTorch that has more arguments, first among those with a keyword."""
+    calls = []
+    library = torch.library.Library(LATER, "DEF")
+    for name in OPERATORS:
+        schema = str(getattr(aten, name).default._schema).removeprefix("aten::")
+        library.define(schema.replace("*, ", LATER_ARGUMENTS.get(name, "*, ")))
+        library.impl(name, lambda *args, **kwargs: calls.append((args, kwargs)) or (torch.zeros(()),) * 5, "CPU")
+    activation = sdpa._override("CPU", LATER)
+    yield calls
+    activation.remove()
+
+
+class TestLaterVersions:
+    """Where PyTorch's operators have grown: what selfattn does not know, PyTorch's own kernel does."""
+
+    def forward(self, *later, **options) -> tuple:
+        q = torch.randn(1, 5, 2, 16)
+        return getattr(torch.ops, LATER)._flash_attention_forward(
+            q, q, q, None, None, 5, 5, 0.0, True, False, *later, **options
         )
-        assert forward(num_splits=2) == "previous" and calls[0]["num_splits"] == 2
-        assert len(forward(num_splits=None)) == 5 and len(calls) == 1
+
+    @pytest.mark.parametrize("arguments", [(), (0,), (0, None)])
+    def test_arguments_that_are_their_defaults_change_nothing(self, later, arguments) -> None:
+        out, lse, *_ = self.forward(*arguments, window_size_left=2)
+        assert out.shape == (1, 5, 2, 16) and lse.shape == (1, 2, 5) and not later
+
+    @pytest.mark.parametrize(
+        "arguments", [(2,), (0, torch.zeros(1, dtype=torch.int32))], ids=["num_splits", "block_table"]
+    )
+    def test_others_fall_back(self, later, arguments) -> None:
+        self.forward(*arguments, scale=0.5)
+        args, kwargs = later[0]
+        assert args[10] == arguments[0] and kwargs["scale"] == 0.5
+        assert len(arguments) == 1 or args[11] is arguments[1]
+
+    def test_another_order_of_arguments(self) -> None:
+        """They are read by name."""
+        library, calls = torch.library.Library("selfattn_turned_aten", "DEF"), []
+        for name in OPERATORS:
+            schema = str(getattr(aten, name).default._schema).removeprefix("aten::")
+            schema = schema.replace("float dropout_p, bool is_causal", "bool is_causal, float dropout_p")
+            library.define(schema)
+            library.impl(name, lambda *args, **kwargs: calls.append(args), "CPU")
+        activation = sdpa._override("CPU", "selfattn_turned_aten")
+        q = torch.randn(1, 5, 2, 16)
+        turned = torch.ops.selfattn_turned_aten
+        out = turned._flash_attention_forward(q, q, q, None, None, 5, 5, True, 0.0, False)[0]
+        expected = reference(*(x.transpose(1, 2) for x in (q, q, q)), bottom_right(5, 5, right=0)).transpose(1, 2)
+        torch.testing.assert_close(out, expected, **TOLERANCE[torch.float32])
+        assert not calls
+        activation.remove()
+
+    @pytest.mark.parametrize(
+        ("old", "new", "message"),
+        [
+            ("dropout_p", "dropout", "must have the argument dropout_p"),
+            ("Tensor debug_attn_mask)", "Tensor debug_attn_mask, Tensor more)", "must return 5 values"),
+        ],
+    )
+    def test_schemas_that_mean_something_else_are_refused(self, old, new, message) -> None:
+        namespace = f"selfattn_other_{old.split()[0]}"
+        library = torch.library.Library(namespace, "DEF")
+        for name in OPERATORS:
+            library.define(str(getattr(aten, name).default._schema).removeprefix("aten::").replace(old, new))
+            library.impl(name, lambda *args, **kwargs: None, "CPU")
+        with pytest.raises(NotImplementedError, match=message):
+            sdpa._override("CPU", namespace)
 
 
 class TestRegistration:
@@ -285,7 +354,7 @@ class TestRegistration:
 
     def test_activates_by_name_and_only_when_asked(self, monkeypatch) -> None:
         activated = []
-        monkeypatch.setattr(sdpa, "_override", lambda key: activated.append(key) or sdpa._Activation(None))
+        monkeypatch.setattr(sdpa, "_override", lambda key: activated.append(key) or Mock())
         monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
         sdpa.register()
         sdpa.register()
@@ -301,11 +370,6 @@ class TestRegistration:
         with pytest.raises(RuntimeError, match=r"register_flash_attention_impl.*got torch " + torch.__version__[:4]):
             sdpa.register()
 
-    def test_torch_without_kernels_to_ask_for(self, monkeypatch) -> None:
-        monkeypatch.delattr(torch.library, "get_kernel")
-        with pytest.raises(RuntimeError, match="get_kernel"):
-            sdpa.register()
-
     def test_torch_without_cuda(self, monkeypatch) -> None:
         sdpa.register()
         monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: False)
@@ -317,14 +381,21 @@ class TestRegistration:
         code = "import torch.nn.attention as a, selfattn; assert 'selfattn' not in a.list_flash_attention_impls()"
         subprocess.run([sys.executable, "-c", code], check=True)
 
-    @pytest.mark.parametrize("name", IMPLEMENTATIONS)
+    @pytest.mark.parametrize("name", OPERATORS)
     def test_arguments_are_those_of_the_operator(self, name) -> None:
-        """A version of PyTorch that changes a schema is seen here."""
+        """A version of PyTorch that changes a schema is seen here: what is not in this list falls back."""
         schema = getattr(aten, name).default._schema
-        parameters = list(inspect.signature(IMPLEMENTATIONS[name]).parameters.values())[1:-1]
-        served_by_previous = {"seqused_k", "alibi_slopes"}
-        expected = [argument.name for argument in schema.arguments if argument.name not in served_by_previous]
-        assert [parameter.name for parameter in parameters] == expected
+        qkv, lengths = "query key value", "cum_seq_q cum_seq_k max_q max_k"
+        saved = f"grad_out {qkv} out logsumexp {lengths} dropout_p is_causal"
+        windows = "window_size_left window_size_right"
+        numbers = "dropout_p is_causal return_debug_mask scale"
+        expected = {
+            "_flash_attention_forward": f"{qkv} {lengths} {numbers} {windows} seqused_k alibi_slopes",
+            "_flash_attention_backward": f"{saved} rng_state unused scale {windows}",
+            "_scaled_dot_product_flash_attention": f"{qkv} {numbers}",
+            "_scaled_dot_product_flash_attention_backward": f"{saved} philox_seed philox_offset scale",
+        }
+        assert [argument.name for argument in schema.arguments] == expected[name].split()
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ LEVELS = (
     {"attention"},
     {"backend", "norm_rope_attention"},
     {"autocast", "autograd", "cpu", "cuda", "functorch", "meta"},
-    {"module"},
+    {"module", "sdpa"},
     {"."},  # library.cpp and ops.cpp: the schemas and the C++ fronts
 )
 LEVEL_OF = {folder: level for level, folders in enumerate(LEVELS) for folder in folders}
