@@ -13,7 +13,7 @@ class Registration;
 
 /// selfattn's kernels behind PyTorch's flash attention operators, for as long as the object lives:
 ///
-///     selfattn::SdpaOverride override;
+///     selfattn::SdpaOverride active;
 ///
 /// From then on at::scaled_dot_product_attention runs selfattn's kernels wherever it chooses its flash backend. The
 /// operators are those that torch.nn.attention's registry of implementations replaces: _flash_attention_forward,
@@ -28,7 +28,7 @@ class SELFATTN_API SdpaOverride {
  public:
   /// `dispatch_key`: that of the kernels to replace; another than CUDA is for tests. Throws c10::NotImplementedError,
   /// and changes nothing, where PyTorch has no such kernels (as without CUDA), or operators with other arguments.
-  explicit SdpaOverride(c10::DispatchKey dispatch_key = c10::DispatchKey::CUDA);
+  [[nodiscard]] explicit SdpaOverride(c10::DispatchKey dispatch_key = c10::DispatchKey::CUDA);
   SdpaOverride(SdpaOverride&&) noexcept;
   SdpaOverride& operator=(SdpaOverride&&) noexcept;
   /// Restores the kernels of before.

@@ -92,7 +92,7 @@ class SdpaOverrideTest : public testing::Test {
 };
 
 TEST_F(SdpaOverrideTest, ServesTheFormula) {
-  const SdpaOverride override(c10::DispatchKey::CPU);
+  const SdpaOverride active(c10::DispatchKey::CPU);
   for (const bool is_causal : {true, false}) {
     const torch::Tensor q = heads(4, 9), k = heads(2, 9), v = heads(2, 9);
     const CallCounter counter("selfattn::flash_attention");
@@ -112,7 +112,7 @@ TEST_F(SdpaOverrideTest, ServesTheFormula) {
 }
 
 TEST_F(SdpaOverrideTest, ServesTheGradient) {
-  const SdpaOverride override(c10::DispatchKey::CPU);
+  const SdpaOverride active(c10::DispatchKey::CPU);
   const auto run = [](torch::Dtype dtype, const std::vector<torch::Tensor>& inputs, const auto& attend) {
     std::vector<torch::Tensor> leaves;
     for (const auto& input : inputs) leaves.push_back(input.detach().to(dtype).requires_grad_());
@@ -139,7 +139,7 @@ TEST_F(SdpaOverrideTest, ServesTheGradient) {
 }
 
 TEST_F(SdpaOverrideTest, ServesDocumentsByTheirLengths) {
-  const SdpaOverride override(c10::DispatchKey::CPU);
+  const SdpaOverride active(c10::DispatchKey::CPU);
   const auto x = torch::randn({9, 2, 16});
   const auto lengths = torch::tensor({0, 4, 5, 9}, torch::kInt);
   const auto ids = selfattn::segment_ids_from_cu_seqlens(lengths, 9);
@@ -153,7 +153,7 @@ TEST_F(SdpaOverrideTest, ServesDocumentsByTheirLengths) {
 }
 
 TEST_F(SdpaOverrideTest, GivesRowsWithoutKeysAnInfiniteLse) {
-  const SdpaOverride override(c10::DispatchKey::CPU);
+  const SdpaOverride active(c10::DispatchKey::CPU);
   const auto q = heads(2, 5), k = heads(2, 3);
   const auto lse = std::get<1>(at::_scaled_dot_product_flash_attention(q, k, k, 0.0, true));
   EXPECT_TRUE((lse.narrow(2, 0, 2) == INFINITY).all().item<bool>());
@@ -161,7 +161,7 @@ TEST_F(SdpaOverrideTest, GivesRowsWithoutKeysAnInfiniteLse) {
 }
 
 TEST_F(SdpaOverrideTest, HandsOnWhatItCannotServe) {
-  const SdpaOverride override(c10::DispatchKey::CPU);
+  const SdpaOverride active(c10::DispatchKey::CPU);
   const torch::Tensor q = heads(2, 5), wide = heads(2, 5, torch::kDouble);
   at::_scaled_dot_product_flash_attention(q, q, q, 0.25, true, false, 0.5);
   EXPECT_EQ(StandIns::calls, 1);
@@ -180,7 +180,7 @@ TEST_F(SdpaOverrideTest, HandsOnWhatItCannotServe) {
 TEST_F(SdpaOverrideTest, RestoresTheKernelsOfBefore) {
   EXPECT_EQ(calls_of_stand_ins(), 1);
   {
-    const SdpaOverride override(c10::DispatchKey::CPU);
+    const SdpaOverride active(c10::DispatchKey::CPU);
     EXPECT_EQ(calls_of_stand_ins(), 0);
   }
   EXPECT_EQ(calls_of_stand_ins(), 1);
@@ -191,7 +191,9 @@ TEST_F(SdpaOverrideTest, MovesWithItsObject) {
   SdpaOverride second(std::move(*first));
   first.reset();
   EXPECT_EQ(calls_of_stand_ins(), 0);
-  SdpaOverride(std::move(second));
+  {
+    const SdpaOverride third(std::move(second));
+  }
   EXPECT_EQ(calls_of_stand_ins(), 1);
 }
 
@@ -208,25 +210,25 @@ TEST_F(SdpaOverrideTest, EndsInAnyOrder) {
 }
 
 TEST_F(SdpaOverrideTest, LeavesALaterImplementationAlone) {
-  std::optional<SdpaOverride> override(std::in_place, c10::DispatchKey::CPU);
+  std::optional<SdpaOverride> active(std::in_place, c10::DispatchKey::CPU);
   const StandIns later;
   EXPECT_EQ(calls_of_stand_ins(), 1);
   const SdpaOverride newest(c10::DispatchKey::CPU);
-  override.reset();
+  active.reset();
   EXPECT_EQ(calls_of_stand_ins(), 0);
   EXPECT_EQ(calls_of_stand_ins(/*dropout=*/0.5), 1);
 }
 
 TEST_F(SdpaOverrideTest, SaysWhereTheKernelsOfBeforeAreGone) {
   auto before = std::make_unique<StandIns>();
-  const SdpaOverride override(c10::DispatchKey::CPU);
+  const SdpaOverride active(c10::DispatchKey::CPU);
   before.reset();
   EXPECT_EQ(calls_of_stand_ins(), 0);
   EXPECT_THROW(calls_of_stand_ins(/*dropout=*/0.5), c10::Error);
 }
 
 TEST_F(SdpaOverrideTest, GoesOnAfterAnError) {
-  const SdpaOverride override(c10::DispatchKey::CPU);
+  const SdpaOverride active(c10::DispatchKey::CPU);
   const torch::Tensor q = heads(2, 5), k = heads(2, 5, torch::kBFloat16);
   EXPECT_THROW(at::_scaled_dot_product_flash_attention(q, k, k), c10::TypeError);
   EXPECT_EQ(calls_of_stand_ins(), 0);
@@ -234,7 +236,7 @@ TEST_F(SdpaOverrideTest, GoesOnAfterAnError) {
 
 TEST(SdpaOverride, RefusesADeviceWithoutKernelsAndChangesNothing) {
   try {
-    SdpaOverride(c10::DispatchKey::CPU);
+    const SdpaOverride active(c10::DispatchKey::CPU);
     FAIL() << "no error";
   } catch (const c10::NotImplementedError& error) {
     EXPECT_NE(std::string(error.what()).find("must have a kernel of aten::_flash_attention_forward for CPU"),
@@ -249,7 +251,7 @@ TEST(SdpaOverride, RefusesADeviceWithoutKernelsAndChangesNothing) {
     for (const char* name : {kOperators[0], kOperators[1], kOperators[2]}) {
       three.impl(name, torch::CppFunction::makeFromBoxedFunction<raise>());
     }
-    EXPECT_THROW(SdpaOverride(c10::DispatchKey::CPU), c10::NotImplementedError);
+    EXPECT_THROW(SdpaOverride active(c10::DispatchKey::CPU), c10::NotImplementedError);
     EXPECT_THROW(at::_scaled_dot_product_flash_attention(q, q, q), std::runtime_error);
   }
 }
@@ -257,13 +259,13 @@ TEST(SdpaOverride, RefusesADeviceWithoutKernelsAndChangesNothing) {
 TEST(SdpaOverride, ReplacesKernelsForCuda) {
   const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("aten::_flash_attention_forward", "");
   if (!op.hasKernelForDispatchKey(c10::DispatchKey::CUDA)) {
-    EXPECT_THROW(SdpaOverride(), c10::NotImplementedError);
+    EXPECT_THROW(SdpaOverride active, c10::NotImplementedError);
     return;
   }
   const auto kernel = [&] { return op.getComputedKernelForDispatchKey(c10::DispatchKey::CUDA).debug(); };
   const std::string before = kernel();
   {
-    const SdpaOverride override;
+    const SdpaOverride active;
     EXPECT_NE(kernel().find("SdpaOverride"), std::string::npos) << kernel();
   }
   EXPECT_EQ(kernel(), before);

@@ -46,6 +46,11 @@ def active() -> Iterator[list[tuple]]:
     activation.remove()
 
 
+def results_of_query(query: Tensor, *_, **__) -> tuple:
+    """What the third operator returns, with the query wherever a tensor stands."""
+    return query, query, None, None, 5, 5, query, query, query
+
+
 def heads(batch_size: int, num_heads: int, length: int, head_dim: int = 16, layout: str = "BSHD") -> Tensor:
     """(B, H, S, D), laid out in memory as said."""
     if layout == "BSHD":
@@ -351,6 +356,87 @@ class TestRegistration:
         assert len(aten._scaled_dot_product_flash_attention(q, q, q)) == 9  # those of the fixture
         with pytest.raises(FellBack):
             aten._scaled_dot_product_flash_attention(q, q, q, 0.1)
+
+    def test_no_python_runs_inside_a_call(self, active) -> None:
+        """Forward, backward and ragged: nothing between PyTorch's operator and selfattn's."""
+        q, cu = torch.randn(1, 2, 5, 16), lengths(2, 3)
+        rows = q[0].transpose(0, 1)
+        names = []
+
+        def run() -> None:
+            out, lse, *_, state, offset, _ = aten._scaled_dot_product_flash_attention.default(q, q, q)
+            aten._scaled_dot_product_flash_attention_backward.default(
+                q, q, q, q, out, lse, None, None, 5, 5, 0.0, False, state, offset
+            )
+            aten._flash_attention_forward.default(rows, rows, rows, cu, cu, 3, 3, 0.0, True, False)
+
+        assert {"selfattn::flash_attention", "selfattn::flash_attention_backward"} <= operators_of(run)
+        sys.setprofile(lambda frame, event, _: names.append(frame.f_code.co_name) if event == "call" else None)
+        try:
+            run()
+        finally:
+            sys.setprofile(None)
+        assert names == ["run", "__call__", "__call__", "__call__"] and not active  # those of the operators called here
+
+    @pytest.mark.parametrize("is_older_first", [True, False])
+    def test_activations_may_end_in_any_order(self, active, is_older_first) -> None:
+        q = torch.randn(1, 2, 5, 16)
+        older, newer = sdpa._override("CPU"), sdpa._override("CPU")
+        first, second = (older, newer) if is_older_first else (newer, older)
+        for activation in (first, first, second):  # removing twice changes nothing
+            activation.remove()
+            assert len(aten._scaled_dot_product_flash_attention(q, q, q)) == 9
+            with pytest.raises(FellBack):
+                aten._scaled_dot_product_flash_attention(q, q, q, 0.1)
+
+    def test_an_activation_ends_with_its_handle(self) -> None:
+        before = torch.library.Library("aten", "IMPL")
+        for name in OPERATORS:
+            before.impl(name, lambda *args, **kwargs: (args[0],) * 5, "CPU")
+        q = torch.randn(1, 5, 2, 16)
+        call = functools.partial(aten._flash_attention_forward, q, q, q, None, None, 5, 5, 0.0, True, False)
+        activation = sdpa._override("CPU")
+        assert call()[0] is not q
+        del activation
+        assert call()[0] is q
+
+    def test_an_implementation_activated_later_stays(self, active) -> None:
+        """As FA3's does whose function nobody but its caller runs: the registry removes one before the next."""
+        q, activation = torch.randn(1, 2, 5, 16), sdpa._override("CPU")
+        later = torch.library.Library("aten", "IMPL")
+        later.impl(OPERATORS[2], results_of_query, "CPU", allow_override=True)
+        assert aten._scaled_dot_product_flash_attention(q, q, q)[0] is q
+        activation.remove()
+        assert aten._scaled_dot_product_flash_attention(q, q, q)[0] is q
+        later._destroy()
+        assert aten._scaled_dot_product_flash_attention(q, q, q)[0] is not q  # the fixture's
+
+    def test_a_device_without_kernels(self) -> None:
+        with pytest.raises(NotImplementedError, match="must have a kernel of aten::_flash_attention_forward for CPU"):
+            sdpa._override("CPU")
+
+    def test_the_registry_swaps_implementations(self, active, monkeypatch) -> None:
+        """What FA3 and FA4 do: a handle that keeps a library."""
+        override = sdpa._override
+        monkeypatch.setattr(sdpa, "_override", lambda _: override("CPU"))
+        monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+
+        def activate_other() -> Mock:
+            library = torch.library.Library("aten", "IMPL")
+            library.impl(OPERATORS[2], results_of_query, "CPU", allow_override=True)
+            return Mock(remove=library._destroy)
+
+        q = torch.randn(1, 2, 5, 16)
+        sdpa.register()
+        torch.nn.attention.register_flash_attention_impl("another", register_fn=activate_other)
+        try:
+            for name in ("selfattn", "selfattn", "another", "selfattn", "another"):
+                torch.nn.attention.activate_flash_attention_impl(name)
+                result = aten._scaled_dot_product_flash_attention(q, q, q)
+                assert (result[0] is q) == (name == "another")
+        finally:
+            torch.nn.attention.restore_flash_attention_impl()
+        assert aten._scaled_dot_product_flash_attention(q, q, q)[0] is not q and not active  # the fixture's
 
     def test_activates_by_name_and_only_when_asked(self, monkeypatch) -> None:
         activated = []
