@@ -8,7 +8,6 @@
 #include <selfattn/ops.h>
 
 #include <limits>
-#include <utility>
 
 #include "attention/flash_attention_op.h"
 #include "attention/select_backend.h"
@@ -50,36 +49,42 @@ bool are_same(const at::Tensor& tensor, const at::Tensor& other) {
           tensor.strides() == other.strides() && tensor.scalar_type() == other.scalar_type());
 }
 
-struct Call {
-  Layout layout;
-  AttentionProblem problem;
+/// Which pairs of tokens attend.
+struct Pairs {
+  AttentionArguments arguments;
   /// Whether a query may see no key. Its lse is +inf in PyTorch's contract, and -inf in selfattn's.
   bool may_have_empty_rows;
 };
 
-/// Which pairs of tokens attend, for rows (B, S, H, D), and whether some may see none; nothing for what segment ids and
-/// windows cannot say.
-std::optional<std::pair<AttentionArguments, bool>> pairs_of(const Arguments& arguments, Layout layout,
-                                                            const at::Tensor& query, const at::Tensor& key) {
+/// Of rows (B, S, H, D); nothing for what segment ids and windows cannot say.
+std::optional<Pairs> read_pairs(const Arguments& arguments, Layout layout, const at::Tensor& query,
+                                const at::Tensor& key) {
   AttentionArguments pairs{.is_causal = arguments.flag(Name::kIsCausal),
                            .qk_scale = arguments.optional_number(Name::kScale),
                            .window_left = arguments.window(Name::kWindowLeft),
                            .window_right = arguments.window(Name::kWindowRight)};
   const bool is_diagonal = pairs.is_causal || pairs.window_left >= 0 || pairs.window_right >= 0;
   const int64_t query_length = query.size(1), key_length = key.size(1);
-  if (layout != Layout::kRagged) return std::pair(pairs, is_diagonal && query_length > key_length);
+  if (layout != Layout::kRagged) return Pairs{pairs, is_diagonal && query_length > key_length};
   const OptionalTensor cum_q = arguments.optional_tensor(Name::kCumSeqQ),
                        cum_k = arguments.optional_tensor(Name::kCumSeqK);
   if (!cum_q || !cum_k) return std::nullopt;
-  const bool has_one_length = query_length == key_length && are_same(*cum_q, *cum_k);
+  const bool has_same_lengths = query_length == key_length && are_same(*cum_q, *cum_k);
   // Each document's last query would have to meet its last key; selfattn aligns the ends of the row.
-  if (is_diagonal && !has_one_length) return std::nullopt;
+  if (is_diagonal && !has_same_lengths) return std::nullopt;
   pairs.segment_ids = segment_ids_from_cu_seqlens(*cum_q, query_length).unsqueeze(0);
-  if (!has_one_length) pairs.kv_segment_ids = segment_ids_from_cu_seqlens(*cum_k, key_length).unsqueeze(0);
-  return std::pair(pairs, !has_one_length);
+  if (!has_same_lengths) pairs.kv_segment_ids = segment_ids_from_cu_seqlens(*cum_k, key_length).unsqueeze(0);
+  return Pairs{pairs, !has_same_lengths};
 }
 
-/// The call as the kernels take it; nothing where they, or the arguments of selfattn, cannot.
+/// A call as the kernels take it.
+struct Call {
+  AttentionProblem problem;
+  bool may_have_empty_rows;
+};
+
+/// Nothing for what they, or the arguments of selfattn, cannot say. The backend's constraints are asked, so that no
+/// exception decides who serves.
 std::optional<Call> read_call(const Arguments& arguments, Layout layout) {
   if (arguments.has_unknown() || arguments.number(Name::kDropout) != 0.0 || arguments.flag(Name::kReturnDebugMask)) {
     return std::nullopt;
@@ -90,9 +95,10 @@ std::optional<Call> read_call(const Arguments& arguments, Layout layout) {
   if (q.dim() != dim || k.dim() != dim || v.dim() != dim) return std::nullopt;
   if (v.size(-1) != q.size(-1)) return std::nullopt;  // the result would not be laid out as the query
   const at::Tensor query = to_rows(layout, q), key = to_rows(layout, k), value = to_rows(layout, v);
-  const auto pairs = pairs_of(arguments, layout, query, key);
+  const std::optional<Pairs> pairs = read_pairs(arguments, layout, query, key);
   if (!pairs) return std::nullopt;
-  Call call{layout, make_attention_problem(query, key, value, pairs->first, /*needs_lse=*/true), pairs->second};
+  Call call{make_attention_problem(query, key, value, pairs->arguments, /*needs_lse=*/true),
+            pairs->may_have_empty_rows};
   if (!reasons_against(flash_backend(), call.problem).empty()) return std::nullopt;
   return call;
 }

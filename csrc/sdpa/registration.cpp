@@ -113,7 +113,7 @@ Registration::Registration(c10::DispatchKey dispatch_key, const std::string& ope
 Registration::~Registration() {
   const std::lock_guard lock(registry().mutex);
   std::erase(registry().live, this);
-  library_.reset();
+  library_.reset();  // the kernels of before are let go after the lock: one in Python takes that of Python
 }
 
 }  // namespace selfattn::sdpa
