@@ -8,6 +8,7 @@ from selfattn._library import load as _load
 
 _load()
 
+from selfattn.checkpointing import attention_operators  # noqa: E402
 from selfattn.config import AttentionBackend, ParallelConfig, SelfAttentionConfig  # noqa: E402
 from selfattn.flops import register as _register_flops  # noqa: E402
 from selfattn.functional import (  # noqa: E402
@@ -47,6 +48,7 @@ __all__ = [
     "SelfAttention",
     "SelfAttentionConfig",
     "apply_rotary_emb",
+    "attention_operators",
     "cu_seqlens_from_segment_ids",
     "decompositions",
     "explain_backend",
