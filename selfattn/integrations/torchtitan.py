@@ -84,8 +84,8 @@ class Converter:
         degree = job_config.parallelism.context_parallel_degree
         if degree > 1:
             raise NotImplementedError(
-                f"selfattn: context_parallel_degree must be 1; got {degree}. A rank's queries stand anywhere among all "
-                "keys, and the operators, which align the last query with the last key, take no positions of queries"
+                f"selfattn: context_parallel_degree must be 1; got {degree}. torchtitan has no context parallelism for "
+                'attn_type="varlen", which hands documents over'
             )
 
     def convert(self, model: nn.Module) -> None:
