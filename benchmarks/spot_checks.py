@@ -2,12 +2,13 @@
 
     python benchmarks/spot_checks.py --out benchmarks/results/attention_spot_checks_h100.jsonl
 
-Forward with ids of any order, and with one document, over the same call without ids; backward with 2 key heads and in
-the deterministic mode over the plain call; device time of the preparation of segments; host time of a call on a tiny
+Forward with ids of any order, and with one document, over the same call without ids; documents named in no order over
+documents numbered from left to right; backward with 2 key heads and in the deterministic mode over the plain call; device time of the preparation of segments; host time of a call on a tiny
 shape. Writes one JSON line a check: its name, the unit and a value for every round.
 """
 
 import argparse
+import functools
 import json
 import statistics
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from contextlib import contextmanager
 import torch
 from cases import Case
 from measure import Call, add_record_options, describe_run, host_time, times_of_rounds
+from support.problems import names
 from torch import Tensor
 
 import selfattn
@@ -49,6 +51,30 @@ def check_ids(rounds: int, milliseconds: int) -> dict[str, tuple[str, list[float
     }
 
 
+def check_names(rounds: int, milliseconds: int) -> dict[str, tuple[str, list[float]]]:
+    """Documents whose ids are names in no order, over the same documents numbered from left to right."""
+    results = {}
+    for mean in (64, 256, 1024):
+        case = Case("docs", 128, 16384, 1, mean)
+        numbers = case.segment_ids()
+        ids = {"numbers": numbers, "names": names(numbers).to(numbers.dtype)}
+        leaves = [tensor.requires_grad_() for tensor in case.tensors()]
+        grad = torch.randn_like(leaves[0])
+
+        def forward(ids: Tensor, leaves: list[Tensor] = leaves) -> object:
+            with torch.no_grad():
+                return flash(*leaves, ids)
+
+        def step(ids: Tensor, leaves: list[Tensor] = leaves, grad: Tensor = grad) -> object:
+            return torch.autograd.grad(flash(*leaves, ids)[0], leaves, grad)
+
+        for name, function in (("forward", forward), ("forward and backward", step)):
+            calls = {kind: functools.partial(function, each) for kind, each in ids.items()}
+            times = times_of_rounds(calls, rounds, PAUSE, milliseconds)
+            results[f"{name} {case.name}, names over numbers"] = ("time ratio", ratios(times, "names", "numbers"))
+    return results
+
+
 def check_backward(rounds: int, milliseconds: int) -> dict[str, tuple[str, list[float]]]:
     case = Case("causal", 128, 16384, 1)
 
@@ -78,9 +104,10 @@ def check_backward(rounds: int, milliseconds: int) -> dict[str, tuple[str, list[
 
 def check_preparation(rounds: int) -> dict[str, tuple[str, list[float]]]:
     results = {}
-    for length, mean in ((16384, 16), (16384, 1024), (32768, 4096)):
+    for length, mean, has_names in ((16384, 16, False), (16384, 1024, False), (32768, 4096, False), (16384, 64, True)):
         case = Case("docs", 128, length, 1, mean)
         ids = case.segment_ids()
+        ids = names(ids).to(ids.dtype) if has_names else ids
         q = torch.randn(1, length, 1, 128, device="cuda", dtype=torch.bfloat16)
         flash(q, q, q, ids)
         microseconds = []
@@ -91,7 +118,8 @@ def check_preparation(rounds: int) -> dict[str, tuple[str, list[float]]]:
                 torch.cuda.synchronize()
             kernels = [e.device_time for e in profile.events() if "prepare_segments" in e.name]
             microseconds.append(round(statistics.median(kernels), 2))
-        results[f"preparation of segments, {case.name}"] = ("us", microseconds)
+        name = f"preparation of segments, {case.name}{', named' if has_names else ''}"
+        results[name] = ("us", microseconds)
     return results
 
 
@@ -120,7 +148,7 @@ def main() -> None:
     with torch.no_grad():
         results = check_host_times(arguments.rounds) | check_preparation(arguments.rounds)
         results |= check_ids(arguments.rounds, arguments.ms)
-    results |= check_backward(arguments.rounds, arguments.ms)
+    results |= check_names(arguments.rounds, arguments.ms) | check_backward(arguments.rounds, arguments.ms)
     with arguments.out.open("a") as out:
         for name, (unit, values) in results.items():
             out.write(json.dumps({"case": name, "unit": unit, "values": values, **record}) + "\n")

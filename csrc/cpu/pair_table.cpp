@@ -23,8 +23,11 @@ std::vector<Run> find_runs(const int32_t* ids, int64_t length) {
   return runs;
 }
 
-bool is_ascending(const std::vector<Run>& runs) {
-  return std::adjacent_find(runs.begin(), runs.end(), [](const Run& a, const Run& b) { return a.id >= b.id; }) ==
+/// Puts runs in the order of their ids. Whether each id has one run, as documents have: none comes back after others.
+bool sort_by_distinct_id(std::vector<Run>& runs) {
+  const auto has_lower_id = [](const Run& a, const Run& b) { return a.id < b.id; };
+  if (!std::is_sorted(runs.begin(), runs.end(), has_lower_id)) std::sort(runs.begin(), runs.end(), has_lower_id);
+  return std::adjacent_find(runs.begin(), runs.end(), [](const Run& a, const Run& b) { return a.id == b.id; }) ==
          runs.end();
 }
 
@@ -97,7 +100,8 @@ void append_key_block_positions(const int32_t* positions, const int32_t* ids, in
   }
 }
 
-/// The interval of each query token's document among ascending runs; nothing for padding and absent ids.
+/// The interval of each query token's document among runs in the order of their ids; nothing for padding and absent
+/// ids.
 void limit_to_runs(const std::vector<Run>& runs, const int32_t* query_ids, int64_t length, int32_t* first_key,
                    int32_t* end_key) {
   auto run = runs.begin();
@@ -178,7 +182,7 @@ QueryTile make_tile(const PairRules& rules, const PairTable& table, int64_t batc
 
 bool PairTable::may_meet(const QueryTile& tile, int64_t block) const {
   if (block * kPanel >= tile.end_key || (block + 1) * kPanel <= tile.first_key) return false;
-  if (compares_ids[tile.batch]) {
+  if (!key_block_ids.empty()) {  // of documents in another order than the queries', the interval holds others, too
     const KeyBlockIds& ids = key_block_ids[tile.batch * blocks + block];
     if (ids.min_id > tile.max_id || tile.min_id > ids.max_id) return false;
   }
@@ -227,7 +231,7 @@ PairTable make_pair_table(const PairRules& rules) {
       const int32_t* query_ids = rules.query_ids + batch * rules.query_length;
       const int32_t* key_ids = rules.key_ids + batch * rules.key_length;
       auto runs = find_runs(key_ids, rules.key_length);
-      if (is_ascending(runs)) {
+      if (sort_by_distinct_id(runs)) {
         limit_to_runs(runs, query_ids, rules.query_length, first_key, end_key);
         intervals = std::move(runs);
       } else {

@@ -32,7 +32,7 @@ def packing_report(
 
     ``print`` of the result is a table, ``draw`` a picture. It counts the allowed pairs exactly, in O(S log S) a row,
     and the blocks that the forward kernels of the backend ``flash`` visit, by the kernels' own rule: the tiles that
-    they take for ``head_dim``; in contiguous rows (the ids of the runs strictly increase) the interval from the first
+    they take for ``head_dim``; in contiguous rows (no id has two runs) the interval from the first
     query's document to the last one's, in others the blocks whose ranges and signatures of ids meet
     (selfattn/packing_report/visited.py names the sources). Three things are not counted: the block that a thread block
     of the causal CUDA kernel loads before the ids are known, where its tile would not have visited it (one a thread

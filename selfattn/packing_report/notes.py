@@ -61,7 +61,7 @@ def notes_of(ids: Tensor, given: Tensor) -> list[str]:
              or _all_different(facts, given) or _tokens(facts) or _sorted_values(facts)]  # fmt: skip
     explained = notes[0] is not None
     if not explained:
-        notes += [_zero_as_padding(facts), _sorted_padding(facts), _pieces(facts), _order(facts)]
+        notes += [_zero_as_padding(facts), _sorted_padding(facts), _pieces(facts)]
     notes.append(_empty_rows(facts))
     return [note for note in notes if note]
 
@@ -223,16 +223,6 @@ def _pieces(f: _Facts) -> str | None:
     return (
         f"{_rows(rows)} in which a document stands in several pieces: {', '.join(reasons)}. The pieces attend to each "
         "other as one document; the kernels compare such rows id by id, which is slower."
-    )
-
-
-def _order(f: _Facts) -> str | None:
-    rows = ~f.runs.is_ascending & (f.run_count == f.documents)
-    if not bool(rows.any()):
-        return None
-    return (
-        f"{_rows(rows)} in which each document is in one piece but the ids do not rise from left to right. The result "
-        "is right; numbered in their order, the documents would be intervals to the kernels, which is faster."
     )
 
 

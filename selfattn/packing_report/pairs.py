@@ -43,6 +43,7 @@ class Runs:
     end: Tensor  # (B, S) where it ends
     is_first: Tensor  # (B, S) bool, the first token of a run of an id >= 0
     is_ascending: Tensor  # (B,) bool, the ids of the runs strictly increase along the row
+    are_distinct: Tensor  # (B,) bool, no id has two runs
 
 
 def find_runs(ids: Tensor) -> Runs:
@@ -55,12 +56,15 @@ def find_runs(ids: Tensor) -> Runs:
     begin = torch.where(is_start, position, 0).cummax(1).values
     end = torch.where(is_last, position + 1, length).flip(1).cummin(1).values.flip(1)
     is_first = is_start & is_real
+    by_id = ids.sort(1).values
+    distinct = torch.cat([by_id[:, :1] >= 0, (by_id.diff(dim=1) != 0) & (by_id[:, 1:] >= 0)], 1)
     highest_before = torch.cat([torch.full_like(ids[:, :1], NO_ID), ids[:, :-1].cummax(1).values], 1)
     return Runs(
         torch.where(is_real, begin, position),
         torch.where(is_real, end, position),
         is_first,
         ~(is_first & (ids <= highest_before)).any(1),
+        is_first.sum(1) == distinct.sum(1),
     )
 
 

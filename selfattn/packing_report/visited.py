@@ -3,15 +3,16 @@
 The CUDA rule is that of the forward kernel's producer warp (``describe_tile`` and ``load_tiles`` of
 csrc/cuda/flash/sm90/forward/producer.cuh, ``test_by_ids`` of csrc/cuda/flash/tile/key_blocks.cuh) over the tables of
 csrc/cuda/flash/segments/. A tile reaches from the first key that its first query may see by position to the last key
-that its last query may see. In a contiguous row (no key ids of its own, the ids of the runs strictly increase, padding
-anywhere) this is cut to the run of the first query and that of the last. In any other row each block in reach is tested
-instead: the ranges of ids and the 64-bit signatures of tile and block must meet. A tile that meets nothing visits one
-block all the same.
+that its last query may see. In a contiguous row (no key ids of its own, no id has two runs, padding anywhere; where the
+ids do not increase along the row, no more runs than ``have_distinct_ids`` of csrc/cuda/flash/segments/runs.cuh takes)
+this is cut to the run of the first query and that of the last. In any other row each block in reach is tested instead:
+the ranges of ids and the 64-bit signatures of tile and block must meet. A tile that meets nothing visits one block all
+the same.
 
 The CPU rule is that of csrc/cpu/pair_table.cpp (``make_pair_table``, ``may_meet``): the keys of each query are an
-interval, by position and, where the runs of the keys strictly increase, by the query's run; a tile reaches from the
-least to the largest. In other rows the ranges of ids of tile and block must meet. The heads that share a key head are
-rows beside each other, so a tile of 64 rows is 64 / group queries.
+interval, by position and, where no id has two runs of keys, by the query's run; a tile reaches from the least to the
+largest, and the ranges of ids of tile and block must meet. The heads that share a key head are rows beside each other,
+so a tile of 64 rows is 64 / group queries.
 """
 
 from collections.abc import Iterator
@@ -89,7 +90,8 @@ class VisitedBlocks:
     begin: Tensor  # (B, tiles) the key blocks in reach are begin .. end - 1
     end: Tensor
     blocks: int  # of a row
-    compares: Tensor  # (B,) bool, ids are compared block by block
+    compares: Tensor  # (B,) bool, ids are compared pair by pair
+    tests: Tensor  # (B,) bool, ids are tested block by block
     tile_ids: IdRanges  # (B, tiles)
     block_ids: IdRanges  # (B, blocks)
     at_least_one: bool  # a tile visits its last block in reach where it meets none
@@ -97,7 +99,7 @@ class VisitedBlocks:
     def count(self) -> Tensor:
         """(B,) blocks."""
         counts = (self.end - self.begin).sum(1)
-        for row in self.compares.nonzero().flatten().tolist():
+        for row in self.tests.nonzero().flatten().tolist():
             counts[row] = sum(int(part.sum()) for part in self._parts(row))
         return counts
 
@@ -113,7 +115,7 @@ class VisitedBlocks:
             part = (row, slice(first, first + step), None)
             begin, end = self.begin[part], self.end[part]
             visits = (block >= begin) & (block < end)
-            if self.compares[row]:
+            if self.tests[row]:
                 visits &= self.tile_ids[part].meets(self.block_ids[row, None])
                 if self.at_least_one:
                     visits |= ~visits.any(1, keepdim=True) & (block == end - 1)
@@ -139,7 +141,8 @@ def _visited_on_cuda(
     compares = torch.ones(len(query_ids), dtype=torch.bool)
     if not has_own_key_ids:
         runs = find_runs(query_ids)
-        compares = ~runs.is_ascending
+        few = runs.is_first.sum(1) <= _id_slots(query_length) // 4 * 3
+        compares = ~(runs.is_ascending | (runs.are_distinct & few))
         begin = torch.where(compares[:, None], begin, begin.maximum(runs.begin[:, first]))
         end = torch.where(compares[:, None], end, end.minimum(runs.end[:, last]))
     blocks = tiling.key_blocks(key_length)
@@ -149,7 +152,15 @@ def _visited_on_cuda(
         _ranges_with_signatures(ids, size)
         for ids, size in ((query_ids, tiling.query_tile), (key_ids, tiling.key_block))
     )
-    return VisitedBlocks(begin, end, blocks, compares, tile_ids, block_ids, at_least_one=True)
+    return VisitedBlocks(begin, end, blocks, compares, compares, tile_ids, block_ids, at_least_one=True)
+
+
+def _id_slots(length: int) -> int:
+    """``SegmentRuns::id_slots`` of csrc/cuda/flash/segments/runs.cuh."""
+    slots = 32
+    while slots < 8192 and 8 * slots < length:
+        slots *= 2
+    return slots
 
 
 def _visited_on_cpu(
@@ -158,7 +169,7 @@ def _visited_on_cpu(
     runs = find_runs(key_ids)
     begin, end = rules.key_limits(query_ids.shape[1], key_ids.shape[1])
     run_begin, run_end = _run_of_each_query(query_ids, key_ids, runs)
-    is_run = runs.is_ascending[:, None]
+    is_run = runs.are_distinct[:, None]
     begin = torch.where(is_run, begin.maximum(run_begin), begin)
     end = torch.where(is_run, end.minimum(run_end), end)
     is_empty = (begin >= end) | (query_ids < 0)
@@ -175,13 +186,15 @@ def _visited_on_cpu(
     keys = key_ids.masked_fill(key_ids < 0, _HIGHEST)
     block_ids = _ranges(_split(keys, tiling.key_block, _HIGHEST), _split(key_ids, tiling.key_block, NO_ID))
     blocks = tiling.key_blocks(key_ids.shape[1])
-    return VisitedBlocks(begin, end, blocks, ~runs.is_ascending, tile_ids, block_ids, at_least_one=False)
+    tests = torch.ones(len(query_ids), dtype=torch.bool)
+    return VisitedBlocks(begin, end, blocks, ~runs.are_distinct, tests, tile_ids, block_ids, at_least_one=False)
 
 
 def _run_of_each_query(query_ids: Tensor, key_ids: Tensor, runs: Runs) -> tuple[Tensor, Tensor]:
-    """begin and end of the run of keys with the query's id, in rows where runs ascend; empty where there is none."""
-    highest_so_far = key_ids.cummax(1).values  # not below the id sought from its run's first key on
-    first = torch.searchsorted(highest_so_far, query_ids).clamp(max=key_ids.shape[1] - 1)
+    """begin and end of the run of keys with the query's id, in rows where no id has two; empty where there is none."""
+    by_id, position = key_ids.sort(dim=1, stable=True)
+    place = torch.searchsorted(by_id, query_ids.contiguous()).clamp(max=key_ids.shape[1] - 1)
+    first = position.gather(1, place)
     is_found = (key_ids.gather(1, first) == query_ids) & (query_ids >= 0)
     return first.masked_fill(~is_found, 0), runs.end.gather(1, first).masked_fill(~is_found, 0)
 

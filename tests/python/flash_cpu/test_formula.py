@@ -90,6 +90,9 @@ PROBLEMS = [
     Problem("shuffled", ids="shuffled"),
     Problem("reused", ids="reused_tiles", num_queries=450, batch=1),
     Problem("descending", ids="descending", causal=False),
+    Problem("named", ids="named"),
+    Problem("named_padding", ids="named_padding", causal=False),
+    Problem("own_named_ids_for_keys", ids="named", num_keys=300, has_kv_ids=True, causal=False),
     Problem("mixed_padding", ids="mixed_padding", causal=False),
     Problem("own_ids_for_keys", ids="shuffled", has_kv_ids=True, num_queries=90, num_keys=260, causal=False),
     Problem("packed_ids_for_keys", ids="padding_after", has_kv_ids=True, num_queries=260, num_keys=90, causal=False),
@@ -134,7 +137,16 @@ def test_error_is_at_most_twice_that_of_the_formula(problem: Problem, dtype: tor
     check(problem, dtype, is_strict=True)
 
 
-IDS = ("padding_after", "shuffled", "reused_tiles", "distinct", "descending", "all_padding", "mixed_padding")
+IDS = (
+    "padding_after",
+    "shuffled",
+    "reused_tiles",
+    "distinct",
+    "descending",
+    "named_padding",
+    "all_padding",
+    "mixed_padding",
+)
 POSITIONS = ("index", "zigzag", "restarting", "any", "permuted", "extreme_in_order", "future")
 LENGTHS = st.sampled_from([1, 2, 15, 16, 17, 63, 64, 65, 127, 129, 200, 257])
 

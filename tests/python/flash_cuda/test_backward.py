@@ -51,7 +51,15 @@ def check(problem: CudaCase) -> None:
     inputs.assert_as_good(gradients)
 
 
-KINDS = ("documents", "padding_around", "short_documents", "one_row_reversed", "shuffled_padding", "blocks")
+KINDS = (
+    "documents",
+    "padding_around",
+    "short_documents",
+    "one_row_reversed",
+    "named_padding",
+    "shuffled_padding",
+    "blocks",
+)
 
 # Of queries that see few keys; ``long`` ones see many.
 HAND_MADE = [

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import reference
 from support.cases import BACKENDS_ON_CPU, PLACES, segment_ids
-from support.problems import error, make_ids
+from support.problems import dense_attention, error, make_ids, names
 from support.serving_table import describe, is_refused
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -87,6 +87,22 @@ def test_integer_types_of_the_ids_do_not_matter(
     expected = attend(q, q, q, ids, backend, kv_segment_ids=kv_ids)
     others = {"kv_segment_ids": None if kv_ids is None else kv_ids.to(kv_type)}
     assert torch.equal(attend(q, q, q, ids.to(id_type), backend, **others), expected)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("length", [29, 500])
+@pytest.mark.parametrize(("device", "backend"), PLACES)
+def test_documents_of_the_keys_may_stand_in_another_order(device: str, backend: str, length: int, causal: bool) -> None:
+    q, k, v = (torch.randn(2, length, 2, 8, device=device, dtype=torch.bfloat16) for _ in range(3))
+    documents = torch.arange(length) * 7 // length
+    order = torch.cat([torch.where(documents == document)[0] for document in (4, 1, 6, 0, 5, 2)])
+    ids, kv_ids = (names(each).int().expand(2, -1).contiguous().to(device) for each in (documents, documents[order]))
+    k, v = k[:, order], v[:, order]
+    options = {"kv_segment_ids": kv_ids, "causal": causal}
+    if is_refused(backend, describe(q, k, v, ids, **options), lambda: attend(q, k, v, ids, backend, **options)):
+        return
+    expected = dense_attention(q.double(), k.double(), v.double(), segment_ids=ids, **options)["out"]
+    assert error(attend(q, k, v, ids, backend, **options), expected) < 1.6e-2
 
 
 KERNELS: dict[str, Callable] = {

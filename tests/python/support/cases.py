@@ -29,6 +29,8 @@ CASES = [
     Case("queries_fewer_than_keys", num_queries=5, num_keys=12, ids=None),
     Case("queries_more_than_keys", num_queries=12, num_keys=5, ids=None),
     Case("own_ids_for_keys", num_queries=7, num_keys=13, ids="shuffled", has_kv_ids=True),
+    Case("ids_named", ids="named_padding", num_queries=23),
+    Case("own_named_ids_for_keys", num_queries=19, num_keys=31, ids="named", has_kv_ids=True),
     Case("own_ids_for_keys_full", num_keys=6, ids="mixed_padding", has_kv_ids=True, causal=False),
     Case("window_left", window_left=3),
     Case("window_itself", window_left=0, window_right=0, causal=False),

@@ -106,6 +106,11 @@ def documents(batch: int, length: int, mean: float) -> Tensor:
     return (torch.rand(batch, length) < 1 / mean).cumsum(1)
 
 
+def names(documents: Tensor) -> Tensor:
+    """Another id of 31 bits for each number of a document, in no order."""
+    return (documents.long() * 1640531527 + 12345) % 2**31
+
+
 def make_ids(kind: str, batch: int, length: int) -> Tensor:
     """Segment ids (batch, length) int32 of a kind that the semantics must serve."""
     positions = torch.arange(length).expand(batch, length)
@@ -144,6 +149,14 @@ def make_ids(kind: str, batch: int, length: int) -> Tensor:
             ids = torch.stack([torch.randperm(length) for _ in range(batch)])
         case "descending":
             ids = (length - positions) // 20
+        case "named":  # documents side by side whose ids are hashes
+            ids = names(documents(batch, length, length / 5 + 1))
+        case "named_padding":  # some padding between them, and at the end
+            ids = names(documents(batch, length, length / 9 + 1))
+            ids[torch.rand(batch, length) < 0.1] = -1
+            ids[:, length - length // 6 :] = -3
+            first_of_run = torch.cat([torch.ones(batch, 1), (ids.diff() != 0)], 1).bool()
+            ids = torch.where(ids < 0, ids, names((first_of_run & (ids >= 0)).cumsum(1)))
         case "reused":  # runs 0 1 0 1: an id that comes back is the same document
             ids = positions // 3 % 2
         case "reused_tiles":  # so that some blocks of a kernel are skipped and some are full

@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(kThreads)
   const auto queries = id_row<Id>(p.query_ids, b, p.query_stride_batch, p.query_stride_token, p.query_length);
   SegmentRuns runs(s_storage, p.query_length);  // without own key ids
   int* s_keys = reinterpret_cast<int*>(s_storage) + (p.key_ids ? 0 : SegmentRuns::storage_words(p.query_length));
-  const bool is_contiguous = !p.key_ids && runs.find(queries);
+  const bool is_contiguous = !p.key_ids && (runs.find(queries) || runs.have_distinct_ids(queries, s_keys));
   if (writes) {
     if (b == 0 && share.thread() < kTileCounters) t.counters[threadIdx.x] = 0;
     if (share.thread() == 0) t.mode[b] = is_contiguous ? kContiguous : kGeneral;
@@ -256,11 +256,13 @@ cudaError_t launch_prepare_segments(const SegmentProblem& asked, const SegmentTa
     return cudaErrorInvalidValue;
   }
   const int run_words = problem.key_ids ? 0 : SegmentRuns::storage_words(problem.query_length);
-  const int bytes = 4 * (run_words + round_up(tiles, kKeysPerLane));
+  const int slots = problem.key_ids ? 0 : SegmentRuns::id_slots(problem.query_length);  // where the keys follow
+  const int bytes = 4 * (run_words + std::max(round_up(tiles, kKeysPerLane), slots));
   const auto kernel = problem.ids_are_int64 ? prepare_segments_kernel<int64_t> : prepare_segments_kernel<int>;
   constexpr int kDefaultSharedMemory = 46 * 1024;  // of 48 KB; the rest is the kernel's own
   // The most that any row takes: what another thread sets at the same time must not be less than this call needs.
-  constexpr int kMaxSharedMemory = 4 * (SegmentRuns::storage_words(kMaxSegmentLength) + kMaxTiles);
+  constexpr int kMaxSharedMemory = 4 * (SegmentRuns::storage_words(kMaxSegmentLength) +
+                                        std::max(kMaxTiles, SegmentRuns::id_slots(kMaxSegmentLength)));
   static_assert(kMaxSharedMemory <= 226 * 1024);
   if (bytes > kDefaultSharedMemory) {
     const cudaError_t status =

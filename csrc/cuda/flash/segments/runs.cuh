@@ -109,8 +109,16 @@ class SegmentRuns {
     return word * kWarpSize + lowest_bit(starts);
   }
 
-  // Called by the whole thread block of kWarps warps. Whether the row is contiguous: the ids at the starts of its real
-  // runs strictly increase.
+  // Slots, of an int each, that have_distinct_ids() takes: enough for runs of 11 tokens in the mean, of 86 in the
+  // longest rows.
+  static __host__ __device__ constexpr int id_slots(int length) {
+    int slots = kWarpSize;
+    while (slots < kMostSlots && slots * kTokensPerSlot < length) slots *= 2;
+    return slots;
+  }
+
+  // Called by the whole thread block of kWarps warps. Whether the ids at the starts of the real runs strictly increase,
+  // so that each fills one run.
   template <class Id>
   __device__ bool find(const IdRow<Id>& ids) {
     __shared__ Stretch s_stretches[kWarps];
@@ -129,14 +137,47 @@ class SegmentRuns {
     const int word_before = __shfl_sync(kAllLanes, stretch.last_word, before ? highest_bit(before) : 0);
     const int word_after = __shfl_sync(kAllLanes, stretch.first_word, after ? lowest_bit(after) : 0);
     link_words(before ? word_before : kNoWord, after ? word_after : kNoWord);
-    const bool is_contiguous = __all_sync(kAllLanes, stretch.increases && joins);
+    const bool increases = __all_sync(kAllLanes, stretch.increases && joins);
     __syncthreads();
-    return is_contiguous;
+    return increases;
+  }
+
+  // The same, after find(). Whether every id fills one run, in any order; also false where there are more runs than
+  // the slots are for. Every thread block of a row comes to the same answer.
+  template <class Id>
+  __device__ bool have_distinct_ids(const IdRow<Id>& ids, int* s_slots) const {
+    constexpr int kFree = -1;
+    __shared__ int s_runs, s_is_repeated;
+    const int slots = id_slots(length_), words = (length_ + kWarpSize - 1) / kWarpSize;
+    if (threadIdx.x == 0) s_runs = s_is_repeated = 0;
+    for (int slot = threadIdx.x; slot < slots; slot += blockDim.x) s_slots[slot] = kFree;
+    __syncthreads();
+    int runs = 0;
+    for (int word = threadIdx.x; word < words; word += blockDim.x) runs += __popc(starts_[word] & real_[word]);
+    runs = __reduce_add_sync(kAllLanes, runs);
+    if (lane_of_thread() == 0) atomicAdd(&s_runs, runs);
+    __syncthreads();
+    if (s_runs > slots / 4 * 3) return false;  // which bounds the search for a free slot
+#pragma unroll 1
+    for (int word = threadIdx.x; word < words; word += blockDim.x) {
+#pragma unroll 1
+      for (unsigned starts = starts_[word] & real_[word]; starts; starts &= starts - 1) {
+        const int id = ids[word * kWarpSize + lowest_bit(starts)];
+        unsigned slot = static_cast<unsigned>(id) * 0x9E3779B1u >> 16;
+        int found;
+        while ((found = atomicCAS(s_slots + slot % slots, kFree, id)) != kFree && found != id) slot++;
+        if (found == id) s_is_repeated = 1;
+        if (*static_cast<volatile int*>(&s_is_repeated)) break;
+      }
+    }
+    __syncthreads();
+    return !s_is_repeated;
   }
 
  private:
   static constexpr int kGroup = kOctet;  // words that a warp marks at once: a byte a lane
   static constexpr int kNoWord = 0xFFFF;
+  static constexpr int kTokensPerSlot = 8, kMostSlots = 1 << 13;
 
   static __host__ __device__ constexpr int padded_words(int length) {
     return (length + kGroup * kWarpSize - 1) / (kGroup * kWarpSize) * kGroup;
