@@ -3,8 +3,9 @@
     python benchmarks/spot_checks.py --out benchmarks/results/attention_spot_checks_h100.jsonl
 
 Forward with ids of any order, and with one document, over the same call without ids; documents named in no order over
-documents numbered from left to right; backward with 2 key heads and in the deterministic mode over the plain call; device time of the preparation of segments; host time of a call on a tiny
-shape. Writes one JSON line a check: its name, the unit and a value for every round.
+documents numbered from left to right; backward with 2 key heads and in the deterministic mode over the plain call;
+device time of the preparation of segments; host time of a call on a tiny shape. Writes one JSON line a check: its name,
+the unit and a value for every round.
 """
 
 import argparse
