@@ -8,6 +8,7 @@ Each measurement becomes a row of benchmarks/results/attention_cpu.jsonl.
 """
 
 import argparse
+import functools
 import json
 import platform
 import statistics
@@ -20,12 +21,13 @@ from pathlib import Path
 
 import torch
 from cases import document_lengths
+from measure import ROOT as BENCHMARKS  # makes support importable
+from support.problems import names
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import selfattn  # noqa: F401  (registers the operators)
 
-ROOT = Path(__file__).resolve().parents[1]
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # (B, H, S, D) each
 
 
@@ -53,6 +55,7 @@ CASES = [
     Case("full", 8, 2048, 2048, 64, causal=False),
     Case("one_head", 1, 4096, 4096, 64),
     Case("grouped", 16, 2048, 2048, 64, kv_heads=4),
+    Case("documents64", 8, 4096, 4096, 64, mean_length=64),
     Case("documents256", 8, 4096, 4096, 64, mean_length=256),
     Case("documents1024", 8, 4096, 4096, 64, mean_length=1024),
     Case("decode", 32, 1, 8192, 128, causal=False, kv_heads=8, has_backward=False),
@@ -68,7 +71,7 @@ def implementations(case: Case, with_flex: bool) -> tuple[dict[str, Attention], 
         ids = torch.repeat_interleave(torch.arange(len(lengths), dtype=torch.int32), torch.tensor(lengths))
     pairs = case.queries * case.keys if case.queries != case.keys else sum(n * n for n in lengths)
 
-    def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def flash(q: Tensor, k: Tensor, v: Tensor, ids: Tensor | None = ids) -> Tensor:
         q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
         pairs = {"segment_ids": None if ids is None else ids[None], "causal": case.causal}
         return torch.ops.selfattn.flash_attention(q, k, v, **pairs)[0].transpose(1, 2)
@@ -79,6 +82,7 @@ def implementations(case: Case, with_flex: bool) -> tuple[dict[str, Attention], 
         found["sdpa"] = lambda q, k, v: sdpa(q, k, v, is_causal=case.causal, **group)
         return found, pairs / 2 if case.causal else pairs
 
+    found["selfattn_named"] = functools.partial(flash, ids=names(ids).int())  # the same documents, in no order
     same = ids[:, None] == ids[None]
     mask = same.tril() if case.causal else same
     found["sdpa_mask"] = lambda q, k, v: sdpa(q, k, v, attn_mask=mask)
@@ -165,7 +169,7 @@ def describe_run() -> dict[str, str | int]:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=BENCHMARKS, capture_output=True, text=True)
     return {
         "device": f"{cpu}, {torch.backends.cpu.get_cpu_capability()}",
         "threads": torch.get_num_threads(),
@@ -182,7 +186,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--flex", action="store_true", help="also time compiled FlexAttention on documents")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "attention_cpu.jsonl")
+    parser.add_argument("--out", type=Path, default=BENCHMARKS / "results" / "attention_cpu.jsonl")
     return parser.parse_args()
 
 
