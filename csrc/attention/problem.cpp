@@ -58,19 +58,29 @@ bool kernels_read(const at::Tensor& query_ids, const at::Tensor& key_ids) {
   return query_ids.is_cuda() && query_ids.scalar_type() == key_ids.scalar_type();
 }
 
-void add_segment_ids(const AttentionArguments& arguments, AttentionProblem& problem) {
-  if (!arguments.segment_ids) {
-    TORCH_CHECK_VALUE(!arguments.kv_segment_ids,
-                      "selfattn: kv_segment_ids must come with segment_ids; got kv_segment_ids alone");
-    return;
+/// Segment ids or positions of a call, those of keys being those of queries where they are not given. Whether there are
+/// any; the names are the arguments', for the messages.
+bool check_integers_of_tokens(const OptionalTensor& of_queries, const char* name, const OptionalTensor& of_keys,
+                              const char* key_name, const AttentionProblem& problem) {
+  if (!of_queries) {
+    TORCH_CHECK_VALUE(!of_keys, "selfattn: ", key_name, " must come with ", name, "; got ", key_name, " alone");
+    return false;
   }
-  check_token_integers(*arguments.segment_ids, "segment_ids", problem.query, "q");
-  if (arguments.kv_segment_ids) {
-    check_token_integers(*arguments.kv_segment_ids, "kv_segment_ids", problem.key, "k");
+  check_token_integers(*of_queries, name, problem.query, "q");
+  if (of_keys) {
+    check_token_integers(*of_keys, key_name, problem.key, "k");
   } else {
-    TORCH_CHECK_VALUE(problem.query_length() == problem.key_length(),
-                      "selfattn: kv_segment_ids must be given where q and k differ in length; got lengths ",
-                      problem.query_length(), " and ", problem.key_length());
+    TORCH_CHECK_VALUE(problem.query_length() == problem.key_length(), "selfattn: ", key_name,
+                      " must be given where q and k differ in length; got lengths ", problem.query_length(), " and ",
+                      problem.key_length());
+  }
+  return true;
+}
+
+void add_segment_ids(const AttentionArguments& arguments, AttentionProblem& problem) {
+  if (!check_integers_of_tokens(arguments.segment_ids, "segment_ids", arguments.kv_segment_ids, "kv_segment_ids",
+                                problem)) {
+    return;
   }
   std::pair ids{*arguments.segment_ids, arguments.kv_segment_ids.value_or(*arguments.segment_ids)};
   if (!kernels_read(ids.first, ids.second)) ids = segment_ids_as_int32(ids.first, ids.second);
@@ -79,22 +89,11 @@ void add_segment_ids(const AttentionArguments& arguments, AttentionProblem& prob
 
 /// After the rest of the problem, which says whether a rule reads them.
 void add_positions(const AttentionArguments& arguments, AttentionProblem& problem) {
-  if (!arguments.positions) {
-    TORCH_CHECK_VALUE(!arguments.kv_positions,
-                      "selfattn: kv_positions must come with positions; got kv_positions alone");
+  if (!check_integers_of_tokens(arguments.positions, "positions", arguments.kv_positions, "kv_positions", problem)) {
     return;
   }
-  check_token_integers(*arguments.positions, "positions", problem.query, "q");
-  const at::Tensor query = as_int32(*arguments.positions, "positions");
-  at::Tensor key = query;
-  if (arguments.kv_positions) {
-    check_token_integers(*arguments.kv_positions, "kv_positions", problem.key, "k");
-    if (!arguments.kv_positions->is_same(*arguments.positions)) key = as_int32(*arguments.kv_positions, "kv_positions");
-  } else {
-    TORCH_CHECK_VALUE(problem.query_length() == problem.key_length(),
-                      "selfattn: kv_positions must come with positions where q and k differ in length; got lengths ",
-                      problem.query_length(), " and ", problem.key_length());
-  }
+  const auto [query, key] = as_int32(*arguments.positions, "positions",
+                                     arguments.kv_positions.value_or(*arguments.positions), "kv_positions");
   if (!problem.is_causal && !problem.has_window()) return;
   problem.query_positions = query;
   problem.key_positions = key;

@@ -14,16 +14,14 @@ AttentionProblem fold_problem(const Vmap& vmap, const AttentionProblem& problem)
   folded.query = vmap.fold(problem.query);
   folded.key = vmap.fold(problem.key);
   folded.value = vmap.fold(problem.value);
-  if (problem.has_segments()) {
-    const bool are_alike = problem.key_segment_ids->is_same(*problem.query_segment_ids);
-    folded.query_segment_ids = vmap.fold(problem.query_segment_ids);
-    folded.key_segment_ids = are_alike ? folded.query_segment_ids : vmap.fold(problem.key_segment_ids);
-  }
-  if (problem.has_positions()) {
-    const bool are_alike = problem.key_positions->is_same(*problem.query_positions);
-    folded.query_positions = vmap.fold(problem.query_positions);
-    folded.key_positions = are_alike ? folded.query_positions : vmap.fold(problem.key_positions);
-  }
+  const auto fold_pair = [&](OptionalTensor& of_queries, OptionalTensor& of_keys) {  // one tensor stays one
+    if (!of_queries) return;
+    const bool are_alike = of_keys->is_same(*of_queries);
+    of_queries = vmap.fold(of_queries);
+    of_keys = are_alike ? of_queries : vmap.fold(of_keys);
+  };
+  fold_pair(folded.query_segment_ids, folded.key_segment_ids);
+  fold_pair(folded.query_positions, folded.key_positions);
   return folded;
 }
 

@@ -39,10 +39,15 @@ at::Tensor as_int32(const at::Tensor& integers, const char* name) {
   return integers.to(at::kInt);
 }
 
+std::pair<at::Tensor, at::Tensor> as_int32(const at::Tensor& of_queries, const char* name, const at::Tensor& of_keys,
+                                           const char* key_name) {
+  const at::Tensor query = as_int32(of_queries, name);
+  return {query, of_keys.is_same(of_queries) ? query : as_int32(of_keys, key_name)};
+}
+
 std::pair<at::Tensor, at::Tensor> segment_ids_as_int32(const at::Tensor& segment_ids,
                                                        const at::Tensor& kv_segment_ids) {
-  const at::Tensor query = as_int32(segment_ids, "segment_ids");
-  return {query, kv_segment_ids.is_same(segment_ids) ? query : as_int32(kv_segment_ids, "kv_segment_ids")};
+  return as_int32(segment_ids, "segment_ids", kv_segment_ids, "kv_segment_ids");
 }
 
 at::Tensor same_segment(const at::Tensor& query_segment_ids, const at::Tensor& key_segment_ids) {

@@ -20,7 +20,11 @@ void check_integer_rows(const at::Tensor& integers, const char* name);
 /// The same, and gives them as int32, behind a check that they fit.
 at::Tensor as_int32(const at::Tensor& integers, const char* name);
 
-/// The same of queries' and keys' ids; once where they are one tensor.
+/// The same of queries and of keys; once where they are one tensor.
+std::pair<at::Tensor, at::Tensor> as_int32(const at::Tensor& of_queries, const char* name, const at::Tensor& of_keys,
+                                           const char* key_name);
+
+/// Of segment ids.
 std::pair<at::Tensor, at::Tensor> segment_ids_as_int32(const at::Tensor& segment_ids, const at::Tensor& kv_segment_ids);
 
 /// True where the ids are equal and not negative: (B, Sq), (B, Skv) -> (B, 1, Sq, Skv).
