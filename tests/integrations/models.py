@@ -10,6 +10,8 @@ from torch import Tensor
 VOCABULARY = 97
 WINDOW = 5  # of the sliding layers: shorter than every document of the tests but the shortest
 PAD = 0
+ORIGINAL = {"original_max_position_embeddings": 24}  # of rotations for long contexts
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 _SIZES = {
     "vocab_size": VOCABULARY,

@@ -76,15 +76,13 @@ class Layer(nn.Module):
         return self.attention(x, freqs, segment_ids)
 
 
-ORIGINAL = {"original_max_position_embeddings": 24}
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, **ORIGINAL}
-YARN = {"rope_type": "yarn", "factor": 4.0, **ORIGINAL}
+YARN = {"rope_type": "yarn", "factor": 4.0, **models.ORIGINAL}
 LONGROPE = {
     "rope_type": "longrope",
     "factor": 4.0,
     "short_factor": [1.0 + pair / 8 for pair in range(8)],
     "long_factor": [2.0 + pair for pair in range(8)],
-    **ORIGINAL,
+    **models.ORIGINAL,
 }
 LAYERS = {
     "plain": {},
@@ -102,7 +100,7 @@ LAYERS = {
     "backend aten": {"attention_backend": "aten", "qk_norm": True},
     "dropout that evaluation has not": {"dropout_rate": 0.5, "with_freqs": True},
     "rotation of a part": {"rotary_dim": 6},
-    "llama3": {"rope_scaling": LLAMA3},
+    "llama3": {"rope_scaling": {**models.LLAMA3, **models.ORIGINAL}},
     "yarn": {"rope_scaling": YARN, "rotary_dim": 8, "rope_pairing": "half"},
     "longrope of a known length": {"rope_scaling": LONGROPE, "rope_length": 64},
 }

@@ -23,9 +23,7 @@ from selfattn.integrations import _transformers_layers
 
 LENGTHS = [11, 7, 1, 4]
 LONG = 40  # beyond the windows, and the original length
-ORIGINAL = {"original_max_position_embeddings": 24}
 TOLERANCE = 2e-6  # float64, but transformers rounds tables, softmax and norms to float32
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LONGROPE = {
     "rope_type": "longrope",
     "partial_rotary_factor": 0.5,
@@ -43,15 +41,23 @@ VARIANTS = {
         "llama",
         {"rope_parameters": {"rope_type": "dynamic", "factor": 3.0}, "max_position_embeddings": 24},
     ),
-    "llama_llama3": ("llama", {"rope_parameters": {**LLAMA3, **ORIGINAL}}),
-    "llama_llama3_no_original": ("llama", {"rope_parameters": LLAMA3}),
+    "llama_llama3": ("llama", {"rope_parameters": {**models.LLAMA3, **models.ORIGINAL}}),
+    "llama_llama3_no_original": ("llama", {"rope_parameters": models.LLAMA3}),
     "qwen3_biases": ("qwen3", {"attention_bias": True}),
-    "qwen3_yarn": ("qwen3", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, **ORIGINAL}}),
+    "qwen3_yarn": ("qwen3", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, **models.ORIGINAL}}),
     "gpt_oss_yarn": (
         "gpt_oss",
-        {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "truncate": False, "beta_fast": 8.0, **ORIGINAL}},
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "truncate": False,
+                "beta_fast": 8.0,
+                **models.ORIGINAL,
+            }
+        },
     ),
-    "phi3_longrope": ("phi3", {"rope_parameters": LONGROPE, **ORIGINAL}),
+    "phi3_longrope": ("phi3", {"rope_parameters": LONGROPE, **models.ORIGINAL}),
     "gemma2_no_softcap": ("gemma2", {"attn_logit_softcapping": None, "attention_bias": True}),
     "gemma3_scaled": (
         "gemma3",
@@ -73,7 +79,7 @@ VARIANTS = {
                     "factor": 4.0,
                     "rope_theta": 1e4,
                     "truncate": False,  # which transformers does not find there
-                    **ORIGINAL,
+                    **models.ORIGINAL,
                 },
             },
         },
