@@ -1,6 +1,8 @@
 // Which queries may see a key. Causal limit, window, length and (in rows of contiguous segments) the key's document are
 // one interval of queries each, so together they are one interval, and both its ends never decrease from key to key.
 #pragma once
+#include <climits>
+
 #include "config.cuh"
 #include "flash/tile/key_blocks.cuh"
 #include "flash/tile/window.h"
@@ -71,8 +73,11 @@ __device__ __forceinline__ SegmentBlock query_block(const BackwardParams& p, con
   SegmentBlock block = g_blocks[tile * kBlocks];
   if (kBlocks == 2 && tile * kBlocks + 1 < schedule.query_blocks) {
     const SegmentBlock second = g_blocks[tile * kBlocks + 1];
+    const bool has_padding = (block.min_id > block.max_id) != (second.min_id > second.max_id);  // all of one
     block.min_id = min(block.min_id, second.min_id), block.max_id = max(block.max_id, second.max_id);
     block.signature |= second.signature;
+    // As in the preparation: one id and padding are made to look like two ids, for uniform means unmasked.
+    if (has_padding && block.min_id == block.max_id) block.max_id < INT_MAX ? block.max_id++ : block.min_id--;
   }
   return block;
 }
