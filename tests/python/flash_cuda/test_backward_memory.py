@@ -58,3 +58,24 @@ def test_sum_of_dq_is_kept_small_where_it_may_not_be_needed() -> None:
     peak = peak_of(lambda: torch.ops.selfattn.flash_attention_backward(grad, None, q, k, v, out, lse, ids))
     tensor = 2 * q.numel()
     assert peak <= 3 * tensor + 2 * tensor // batch + tensor // 8  # dq, dk, dv; float32 of one batch; statistics
+
+
+@pytest.mark.parametrize("what", ["huge_logits", "nan_in_k", "nan_in_v", "nan_in_grad"])
+@pytest.mark.parametrize("kind", ["packed", "shuffled", None])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_gradients_of_tiles_that_are_computed_twice_go_over_the_inputs_too(kind, dim: int, what: str) -> None:
+    """What is read again must not have been written over: rows of huge logits, and of others' NaN."""
+    torch.use_deterministic_algorithms(True)
+    for batch, length in ((2, 300), (1, 6000)):
+        q, k, v, grad = (torch.randn(batch, length, 4, dim, device="cuda").bfloat16() for _ in range(4))
+        ids = None if kind is None else make_ids(kind, batch, length).cuda()
+        if what == "huge_logits":
+            q *= 3600
+        else:
+            {"nan_in_k": k, "nan_in_v": v, "nan_in_grad": grad}[what][:, length // 2] = float("nan")
+        out, lse = torch.ops.selfattn.flash_attention(q, k, v, ids)
+        wanted = torch.ops.selfattn.flash_attention_backward(grad, None, q, k, v, out, lse, ids)
+        dq, dk, dv = out.clone(), k.clone(), v.clone()
+        torch.ops.selfattn.flash_attention_backward.into(grad, None, q, dk, dv, dq, lse, ids, dq=dq, dk=dk, dv=dv)
+        for found, expected, name in zip((dq, dk, dv), wanted, ("dq", "dk", "dv"), strict=True):
+            assert torch.equal(found.nan_to_num(7.0), expected.nan_to_num(7.0)), (name, batch, length)

@@ -51,6 +51,7 @@ struct BackgroundJob {
 // The keys at work, announced with K.
 struct TileInfo {
   int key_tile, head, batch, section;  // key_tile < 0: no more
+  int warpgroups;                      // two-pass form: a bit for each one that stores
 };
 
 // Barrier 0 is __syncthreads.
@@ -152,7 +153,7 @@ struct DkdvConfig {
     int query_ids[kStages][kTileQ];
     BlockInfo block[kStages];
     TileInfo tile[kKeyBuffers];
-    RepairList<kKeyBuffers> repair;
+    RepairList<kKeyBuffers, 2> repair;  // marked by warpgroups
     uint64_t q_full[kStages], q_empty[kStages], grad_out_full[kStages], grad_out_empty[kStages];
     uint64_t k_full[kKeyBuffers], k_empty[kKeyBuffers], v_full[kKeyBuffers], v_empty[kKeyBuffers];
   };

@@ -24,6 +24,7 @@ struct QueryProducer {
   using Storage = typename Config::SharedStorage;
   static constexpr int kTileQ = Config::kTileQ, kTileKv = Config::kTileKv;
   static constexpr unsigned kAllLanes = ~0u;
+  static constexpr int kBothWarpgroups = 3;
 
   const BackwardMaps& maps;
   const BackwardParams& p;
@@ -33,11 +34,11 @@ struct QueryProducer {
   int lane = threadIdx.x % 32;
   Ring<Config::kStages> ring = {};
   Ring<Config::kKeyBuffers> key_ring = {};
-  int next_work = -1;
+  int next_work = -1, next_warpgroups = kBothWarpgroups;  // of lane 0
 
   // The keys at work.
   int batch = 0, kv_head = 0, key_tile = 0;
-  int section = -1;
+  int section = -1, warpgroups = kBothWarpgroups;
   RowSegments segments = {};
   bool keys_are_loaded = false;
   bool is_upward = false;  // the walk over the query tiles
@@ -85,6 +86,7 @@ struct QueryProducer {
     else
       key_tile = p.segments.mode ? p.segments.order[int64_t(batch) * schedule.key_tiles + rank] : rank;
     if (is_listed()) key_tile = work % schedule.key_tiles;
+    warpgroups = next_warpgroups;
     is_upward = schedule.walks_upward || (schedule.reverses && rest >= static_cast<int>(gridDim.x));
     keys_are_loaded = false;
     if (schedule.has_background_warps && section != section_before && section > 0) {
@@ -154,7 +156,7 @@ struct QueryProducer {
     if (lane != 0 || next_work >= 0) return;
     if constexpr (kIsRepair) {
       if (is_listed()) {
-        next_work = s.repair.take(schedule.repair_list, schedule.work_tiles());
+        next_work = s.repair.take(schedule.repair_list, schedule.work_tiles(), next_warpgroups);
         return;
       }
     }
@@ -223,7 +225,7 @@ struct QueryProducer {
       if constexpr (!Config::kSumsQueries)
         s.repair.take_stage(buffer, (batch * p.shape.num_kv_heads + kv_head) * schedule.key_tiles + key_tile,
                             schedule.repair_list);
-      s.tile[buffer] = {key_tile, kv_head, batch, section};
+      s.tile[buffer] = {key_tile, kv_head, batch, section, warpgroups};
       mbarrier_arrive_expect(k_full, Config::kKeyBytes);
       load_panels(&maps.k, k_full, shared_address(s.k[buffer]), kTileKv, key_tile * kTileKv, kv_head);
     }

@@ -63,10 +63,18 @@ __device__ __forceinline__ bool is_ordinary_row(float lse, float sum, bool is_ou
   return fabsf(lse * kLog2E) < kFirstExactStat && is_finite(sum) && !is_out_zero;
 }
 
+__device__ __forceinline__ float* row_stats_address(const BackwardSchedule& schedule, int head, int row) {
+  return schedule.row_stats + (int64_t(head) * schedule.stat_groups + row / kStatRows) * kStatFloats + row % kStatRows;
+}
+
 __device__ __forceinline__ void store_row_stats(const BackwardSchedule& schedule, int head, int row, float2 stats) {
-  float* g_stats =
-      schedule.row_stats + (int64_t(head) * schedule.stat_groups + row / kStatRows) * kStatFloats + row % kStatRows;
+  float* g_stats = row_stats_address(schedule, head, row);
   g_stats[0] = stats.x, g_stats[kStatRows] = stats.y;
+}
+
+__device__ __forceinline__ float2 load_row_stats(const BackwardSchedule& schedule, int head, int row) {
+  const float* g_stats = row_stats_address(schedule, head, row);
+  return {g_stats[0], g_stats[kStatRows]};
 }
 
 }  // namespace selfattn::cuda::sm90

@@ -3,7 +3,8 @@
 // dV += P^T dO and dK += dS^T Q. The warpgroups share nothing but the stages, so each skips the blocks that its keys do
 // not meet, and goes on to the next tile alone: K and V have two buffers.
 //
-// What is out of the ordinary is left to a second pass over the tiles in question (exceptional.cuh).
+// What is out of the ordinary is left to a second pass over the tiles in question (exceptional.cuh). dK and dV may be
+// written over K and V, so a warpgroup stores a tile once: what it leaves to the second pass it does not store before.
 #pragma once
 #include "flash/sm90/backward/config.cuh"
 #include "flash/sm90/backward/exceptional.cuh"
@@ -55,14 +56,14 @@ __device__ __forceinline__ void multiply_dkdv(const BackwardMaps& maps, const Ba
                                                   do_rows + ring.stage * operand_step(Config::kQueryBytes), v_held);
   };
   const auto arrive = [&](uint64_t& barrier) { arrive_by_warp(barrier, lane); };
-  // Writes this warp's 16 keys of dK or dV over its rows of V or K and on to global memory.
+  // Writes this warp's 16 keys of dK or dV over its rows of V or K and, if they are final, on to global memory.
   const auto store = [&](const CUtensorMap* map, float (&d)[kD / 2], float factor, unsigned char* s_panels,
-                         const TileInfo& tile) {
+                         const TileInfo& tile, bool is_final) {
     const uint32_t s_rows = shared_address(s_panels) + own_row * 128, s_row = s_rows + lane % 16 * 128;
     store_rows<Element, kKvPanel>(s_row, lane, d, factor);
     fence_proxy_async_shared();
     __syncwarp();
-    if (lane == 0) {
+    if (lane == 0 && is_final) {
 #pragma unroll
       for (int panel = 0; panel < Config::kPanels; panel++) {
         tma_store_4d(map, s_rows + panel * kKvPanel, panel * kPanelColumns, tile.key_tile * kTileKv + own_row,
@@ -162,11 +163,13 @@ __device__ __forceinline__ void multiply_dkdv(const BackwardMaps& maps, const Ba
       arrive(s.q_empty[stage]), arrive(s.grad_out_empty[stage]);
     }
     if (!is_open) free_buffers_before();
-    // A dS that is not finite has made all of the key's row of dK so.
-    if (!kIsRepair) s.repair.mark_if(is_any_non_finite(dk[0], dk[2]), key_ring.stage);
-    barrier_sync(kWarpgroup0Barrier + warpgroup, 128);  // this warpgroup has read its rows of K and V
-    store(&maps.grad_v, dv, 1.f, s.v[key_ring.stage], tile);
-    store(&maps.grad_k, dk, p.scale, s.k[key_ring.stage], tile);
+    // This warpgroup has read its rows of K and V. A dS that is not finite has made all of the key's row of dK so.
+    const bool is_spoilt =
+        barrier_any(kWarpgroup0Barrier + warpgroup, 128, !kIsRepair && is_any_non_finite(dk[0], dk[2]));
+    if (!kIsRepair) s.repair.mark_if(is_spoilt, key_ring.stage, warpgroup);
+    const bool is_final = kIsRepair ? tile.warpgroups >> warpgroup & 1 : !is_spoilt;
+    store(&maps.grad_v, dv, 1.f, s.v[key_ring.stage], tile, is_final);
+    store(&maps.grad_k, dk, p.scale, s.k[key_ring.stage], tile, is_final);
     key_ring.advance();
   }
   if (lane == 0) bulk_wait<0>();

@@ -5,7 +5,8 @@
 // It also computes what both kernels want to know of the rows (kStatFloats): O comes in as a block of its own, ahead of
 // the keys.
 //
-// What is out of the ordinary is left to a second pass over the tiles in question (exceptional.cuh).
+// What is out of the ordinary is left to a second pass over the tiles in question (exceptional.cuh). dQ may be written
+// over O, so the second pass takes the statistics of the rows from the first.
 #pragma once
 #include "dq_producer.cuh"
 #include "flash/sm90/backward/config.cuh"
@@ -145,20 +146,28 @@ __device__ __forceinline__ void multiply_dq(const DqMaps& maps, const BackwardPa
     }
     arrive_both();
     const int first_query = tile.query_tile * kTileQ + row_in_tile;
-    bool is_ordinary = true;
+    if constexpr (kIsRepair) {
 #pragma unroll
-    for (int r = 0; r < 2; r++) {
-      delta[r] += __shfl_xor_sync(~0u, delta[r], 1);
-      delta[r] += __shfl_xor_sync(~0u, delta[r], 2);
-      is_ordinary &= is_ordinary_row(lse[r], delta[r], out_bits[r] == 0);  // the bits of this lane alone: may err
+      for (int r = 0; r < 2; r++) {
+        const float2 stats = load_row_stats(schedule, head, first_query + 8 * r);
+        lse[r] = stats.x, delta[r] = stats.y;
+      }
+    } else {
+      bool is_ordinary = true;
+#pragma unroll
+      for (int r = 0; r < 2; r++) {
+        delta[r] += __shfl_xor_sync(~0u, delta[r], 1);
+        delta[r] += __shfl_xor_sync(~0u, delta[r], 2);
+        is_ordinary &= is_ordinary_row(lse[r], delta[r], out_bits[r] == 0);  // the bits of this lane alone: may err
+      }
+      if (__any_sync(~0u, !is_ordinary || p.grad_lse)) [[unlikely]]
+        look_closer(head, first_query, lse, delta, out_bits);
+      else
+        lse[0] *= kLog2E, lse[1] *= kLog2E;
+#pragma unroll
+      for (int r = 0; r < 2; r++)
+        if (lane % 4 == 0) store_row_stats(schedule, head, first_query + 8 * r, {lse[r], delta[r]});
     }
-    if (__any_sync(~0u, !is_ordinary || p.grad_lse)) [[unlikely]]
-      look_closer(head, first_query, lse, delta, out_bits);
-    else
-      lse[0] *= kLog2E, lse[1] *= kLog2E;
-#pragma unroll
-    for (int r = 0; r < 2; r++)
-      if (lane % 4 == 0) store_row_stats(schedule, head, first_query + 8 * r, {lse[r], delta[r]});
 #pragma unroll
     for (int i = 0; i < kD / 2; i++) dq[i] = 0.f;
     pin(dq);
