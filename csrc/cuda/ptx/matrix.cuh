@@ -12,6 +12,14 @@ __device__ __forceinline__ void load_matrix_x4(uint32_t s_row, uint32_t* r) {
                : "memory");
 }
 
+// Each matrix transposed: a lane's elements are 2 * (l % 4) and + 1 of column l / 4.
+__device__ __forceinline__ void load_matrix_x4_transposed(uint32_t s_row, uint32_t* r) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(s_row)
+               : "memory");
+}
+
 __device__ __forceinline__ void store_matrix_x4(uint32_t s_row, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(s_row), "r"(r0), "r"(r1),
                "r"(r2), "r"(r3)

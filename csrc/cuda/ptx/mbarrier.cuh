@@ -3,11 +3,9 @@
 #pragma once
 #include <cstdint>
 
-namespace selfattn::ptx {
+#include "address.cuh"
 
-__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
+namespace selfattn::ptx {
 
 // A predicated store, never a branch.
 __device__ __forceinline__ void store_shared_if(bool condition, uint32_t s_destination, int value) {

@@ -1,0 +1,60 @@
+// Everything static about the forward kernel: tiles, warps, shared memory.
+#pragma once
+#include "flash/sm80/operand.cuh"
+
+namespace selfattn::cuda::sm80 {
+
+// What the mask may cut off. The narrower kinds save the others' bookkeeping.
+enum class MaskKind {
+  kFull,    // nothing but the end of the keys
+  kCausal,  // keys right of the diagonal
+  kMasked,  // windows and segments
+};
+
+// Of one pair of head dimensions. The tiles fit the 99 KB that a block may have on every card from 8.0 on.
+template <int kDimQk, int kDimV>
+struct ForwardTiles;
+
+template <>
+struct ForwardTiles<64, 64> {
+  static constexpr int kWarps = 4, kWarpRows = 32, kTileKey = 64, kBlocksAtOnce = 2;
+};
+template <>
+struct ForwardTiles<96, 96> : ForwardTiles<64, 64> {};
+template <>
+struct ForwardTiles<128, 128> : ForwardTiles<64, 64> {};
+template <>
+struct ForwardTiles<192, 128> {
+  static constexpr int kWarps = 8, kWarpRows = 16, kTileKey = 64, kBlocksAtOnce = 1;
+};
+template <>
+struct ForwardTiles<192, 192> {
+  static constexpr int kWarps = 4, kWarpRows = 16, kTileKey = 64, kBlocksAtOnce = 2;
+};
+template <>
+struct ForwardTiles<256, 256> : ForwardTiles<192, 192> {};
+
+template <class Element_, int kDimQk_, int kDimV_, MaskKind kMask_>
+struct ForwardConfig : ForwardTiles<kDimQk_, kDimV_> {
+  using Tiles = ForwardTiles<kDimQk_, kDimV_>;
+  using Element = Element_;
+  static constexpr MaskKind kMask = kMask_;
+  static constexpr int kDimQk = kDimQk_, kDimV = kDimV_;
+  static constexpr int kThreads = Tiles::kWarps * kWarpSize, kTileQuery = Tiles::kWarps * Tiles::kWarpRows;
+  static constexpr int kRowGroups = Tiles::kWarpRows / 16;  // of 16 rows, in a warp
+
+  using Query = OperandTile<kTileQuery, kDimQk>;
+  using Key = OperandTile<Tiles::kTileKey, kDimQk>;
+  using Value = OperandTile<Tiles::kTileKey, kDimV>;
+  using Out = OperandTile<kTileQuery, kDimV>;  // leaves through the memory of Q
+
+  struct SharedStorage {
+    alignas(128) unsigned char q[Query::kBytes];
+    alignas(128) unsigned char k[Key::kBytes];
+    alignas(128) unsigned char v[Value::kBytes];
+  };
+  static_assert(sizeof(SharedStorage) <= 99 * 1024);
+  static_assert(Out::kBytes <= Query::kBytes && kDimQk % 16 == 0 && kDimV % 16 == 0);
+};
+
+}  // namespace selfattn::cuda::sm80

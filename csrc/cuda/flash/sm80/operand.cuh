@@ -1,0 +1,76 @@
+// Tiles of q, k and v in shared memory: panels of 64 columns, one after the other, each of 128-byte rows whose 16-byte
+// chunks are swizzled (chunk c of row r at place c ^ r % 8), so that neither copies nor ldmatrix meet in a bank.
+#pragma once
+#include "flash/params.h"
+#include "flash/tile/constants.h"
+#include "ptx/address.cuh"
+#include "ptx/async_copy.cuh"
+#include "ptx/matrix.cuh"
+
+namespace selfattn::cuda::sm80 {
+
+constexpr int kPanelColumns = 64, kPanelRowBytes = 128, kChunkElements = 8, kChunkBytes = 16;
+
+template <int kRows_, int kDim_>
+struct OperandTile {
+  static constexpr int kRows = kRows_, kDim = kDim_;
+  static constexpr int kPanels = (kDim + kPanelColumns - 1) / kPanelColumns;
+  static constexpr int kPanelBytes = kRows * kPanelRowBytes, kBytes = kPanels * kPanelBytes;
+  static constexpr int kChunks = kDim / kChunkElements;  // of a row
+
+  // Bytes from the start of the tile.
+  static __device__ __forceinline__ int place(int row, int chunk) {
+    return chunk / 8 * kPanelBytes + row * kPanelRowBytes + (chunk % 8 ^ row % 8) * kChunkBytes;
+  }
+
+  // Rows first_row .. of a head, g_head being its first; zeros past `rows` and in columns past `dim`. All kThreads
+  // threads take part, each with one chunk of every kRowStep-th row; nobody waits.
+  template <int kThreads>
+  static __device__ __forceinline__ void load(uint32_t s_tile, const uint16_t* g_head, int64_t stride_token,
+                                              int first_row, int rows, int dim) {
+    constexpr int kLanesOfRow = kChunks <= 8 ? 8 : kChunks <= 16 ? 16 : 32, kRowStep = kThreads / kLanesOfRow;
+    static_assert(kRows % kRowStep == 0);
+    const int chunk = threadIdx.x % kLanesOfRow, row = threadIdx.x / kLanesOfRow;
+    if (chunk >= kChunks) return;
+    const bool is_column = chunk * kChunkElements < dim;
+    const uint16_t* g_chunk = g_head + (first_row + row) * stride_token + (is_column ? chunk * kChunkElements : 0);
+#pragma unroll
+    for (int i = 0; i < kRows / kRowStep; i++) {
+      const bool is_there = is_column && first_row + row + i * kRowStep < rows;
+      ptx::copy_async(s_tile + place(row + i * kRowStep, chunk), is_there ? g_chunk : g_head, is_there);
+      g_chunk += kRowStep * stride_token;
+    }
+  }
+
+  // Operands of 16 columns, step after step: of a place in step 0 (below) that in another.
+  static __device__ __forceinline__ uint32_t at_step(uint32_t s_place, int step) {
+    return (s_place ^ step % 4 * (2 * kChunkBytes)) + step / 4 * kPanelBytes;
+  }
+
+  // As left operand: where this lane's row of 16 rows is, first_row being a multiple of 8.
+  static __device__ __forceinline__ uint32_t left_place(uint32_t s_tile, int first_row) {
+    const int lane = threadIdx.x % kWarpSize;
+    return s_tile + place(first_row + lane % 16, lane / 16);
+  }
+  static __device__ __forceinline__ void load_left(uint32_t s_place, int step, uint32_t (&a)[4]) {
+    ptx::load_matrix_x4(at_step(s_place, step), a);
+  }
+
+  // As right operand with the tile's rows as columns (Q K^T): b[0], b[1] of rows 16 * pair .. + 7, b[2], b[3] of the
+  // eight behind them; columns 16 * step .. + 15.
+  static __device__ __forceinline__ uint32_t right_place(uint32_t s_tile) {
+    const int lane = threadIdx.x % kWarpSize;
+    return s_tile + place(lane / 16 * 8 + lane % 8, lane / 8 % 2);
+  }
+  static __device__ __forceinline__ void load_right(uint32_t s_place, int pair, int step, uint32_t (&b)[4]) {
+    ptx::load_matrix_x4(at_step(s_place, step) + pair * 16 * kPanelRowBytes, b);
+  }
+
+  // As right operand (P V): rows 16 * step .. + 15; b[0], b[1] of columns 16 * pair .. + 7, b[2], b[3] of the eight
+  // behind them. From left_place(s_tile, 0).
+  static __device__ __forceinline__ void load_right_transposed(uint32_t s_place, int step, int pair, uint32_t (&b)[4]) {
+    ptx::load_matrix_x4_transposed(at_step(s_place, pair) + step * 16 * kPanelRowBytes, b);
+  }
+};
+
+}  // namespace selfattn::cuda::sm80
