@@ -8,7 +8,7 @@
 #pragma once
 #include <algorithm>
 
-#include "flash/sm90/element.h"
+#include "flash/tile/element.h"
 #include "host/device.h"
 #include "launcher.h"
 #include "make_schedule.cuh"

@@ -1,34 +1,13 @@
 // Host side of one kernel instantiation: params -> tensor maps, schedule, launch.
 #pragma once
-#include <algorithm>
 
-#include "flash/sm90/element.h"
+#include "flash/tile/element.h"
+#include "flash/tile/make_schedule.h"
 #include "host/device.h"
 #include "kernel.cuh"
 #include "launcher.h"
 
 namespace selfattn::cuda::sm90 {
-
-// Keys and values of the heads worked on together, in bytes: few, so that they stay in L2 and memory is read evenly.
-// With a mask the tiles differ, and at the end those of several heads are wanted to even out the thread blocks.
-constexpr int64_t kSectionBytes = 8 << 20, kMaskedLastSectionBytes = 32 << 20;
-
-inline TileSchedule make_schedule(const AttentionShape& shape, int tile_query, MaskKind mask) {
-  const int group = shape.num_heads / shape.num_kv_heads;
-  const int64_t bytes_per_group = int64_t(shape.key_length) * (shape.dim_qk + shape.dim_v) * kElementBytes;
-  const auto heads_in = [&](int64_t bytes) {
-    return int(bytes > bytes_per_group ? bytes / bytes_per_group : 1) * group;
-  };
-  TileSchedule schedule;
-  schedule.heads = shape.batch * shape.num_heads;
-  schedule.tiles_per_head = (shape.query_length + tile_query - 1) / tile_query;
-  schedule.tiles = schedule.heads * schedule.tiles_per_head;
-  const auto capped = [&](int heads) { return heads < schedule.heads ? heads : schedule.heads; };
-  schedule.section = capped(heads_in(kSectionBytes));
-  const int wanted = mask == MaskKind::kFull ? schedule.section : capped(heads_in(kMaskedLastSectionBytes));
-  schedule.last_section = schedule.heads - (schedule.heads - wanted) / schedule.section * schedule.section;
-  return schedule;
-}
 
 template <class Config>
 cudaError_t launch_forward_kernel(const ForwardParams& params, cudaStream_t stream) {
@@ -49,7 +28,7 @@ cudaError_t launch_forward_kernel(const ForwardParams& params, cudaStream_t stre
   p.lse = params.lse;
   p.sinks = params.sinks;
   p.segments = params.segments;
-  p.schedule = make_schedule(shape, Config::kTileQuery, Config::kMask);
+  p.schedule = make_schedule(shape, Config::kTileQuery, Config::kMask != MaskKind::kFull);
 
   const auto kernel = flash_attention_forward_kernel<Config>;
   int device = 0, sms = 0;

@@ -5,7 +5,7 @@
 
 #include "flash/params.h"
 
-namespace selfattn::cuda::sm90 {
+namespace selfattn::cuda {
 
 template <ElementType kElement>
 struct ElementOf {
@@ -16,4 +16,4 @@ struct ElementOf<ElementType::kHalf> {
   using Type = __half;
 };
 
-}  // namespace selfattn::cuda::sm90
+}  // namespace selfattn::cuda

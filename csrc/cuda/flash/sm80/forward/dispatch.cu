@@ -1,0 +1,55 @@
+// Chooses the kernel for a call: the smallest pair of head dimensions that holds the call's. Loads fill the rest with
+// zeros.
+#include "dispatch.h"
+
+#include "config.h"
+#include "launcher.h"
+
+namespace selfattn::cuda::sm80 {
+
+namespace {
+
+struct ForwardKernel {
+  int dim_qk, dim_v;
+  TileSizes tiles;
+  cudaError_t (*launch_bf16)(const ForwardParams&, cudaStream_t);
+  cudaError_t (*launch_fp16)(const ForwardParams&, cudaStream_t);
+};
+
+template <int kDimQk, int kDimV>
+constexpr ForwardKernel kernel_for() {
+  using Tiles = ForwardTiles<kDimQk, kDimV>;
+  return {kDimQk,
+          kDimV,
+          {Tiles::kWarps * Tiles::kWarpRows, Tiles::kTileKey},
+          ForwardLauncher<ElementType::kBFloat16, kDimQk, kDimV>::launch,
+          ForwardLauncher<ElementType::kHalf, kDimQk, kDimV>::launch};
+}
+
+// Each is instantiated in instantiations/.
+constexpr ForwardKernel kKernels[] = {
+    kernel_for<64, 64>(),   kernel_for<96, 96>(),   kernel_for<128, 128>(),
+    kernel_for<192, 128>(), kernel_for<192, 192>(), kernel_for<256, 256>(),
+};
+
+const ForwardKernel* find_kernel(const AttentionShape& shape) {
+  for (const ForwardKernel& kernel : kKernels) {
+    if (shape.dim_qk <= kernel.dim_qk && shape.dim_v <= kernel.dim_v) return &kernel;
+  }
+  return nullptr;
+}
+
+}  // namespace
+
+TileSizes forward_tiles(const AttentionShape& shape) {
+  const ForwardKernel* kernel = find_kernel(shape);
+  return kernel ? kernel->tiles : TileSizes{};
+}
+
+cudaError_t launch_forward(const ForwardParams& params, cudaStream_t stream) {
+  const ForwardKernel* kernel = find_kernel(params.shape);
+  if (!kernel) return cudaErrorInvalidValue;
+  return (params.element == ElementType::kBFloat16 ? kernel->launch_bf16 : kernel->launch_fp16)(params, stream);
+}
+
+}  // namespace selfattn::cuda::sm80

@@ -1,0 +1,36 @@
+// Host side of one kernel instantiation: params -> schedule, launch.
+#pragma once
+#include "flash/tile/element.h"
+#include "flash/tile/make_schedule.h"
+#include "host/device.h"
+#include "kernel.cuh"
+#include "launcher.h"
+
+namespace selfattn::cuda::sm80 {
+
+template <class Config>
+cudaError_t launch_forward_kernel(const ForwardParams& params, cudaStream_t stream) {
+  const ForwardKernelParams p{params,
+                              make_schedule(params.shape, Config::kTileQuery, Config::kMask != MaskKind::kFull)};
+  const auto kernel = flash_attention_forward_kernel<Config>;
+  int device = 0;
+  if (const cudaError_t status = cudaGetDevice(&device)) return status;
+  constexpr int kBytes = sizeof(typename Config::SharedStorage);
+  if (const cudaError_t status = allow_shared_memory<Config>(kernel, kBytes, device)) return status;
+  kernel<<<p.schedule.tiles, Config::kThreads, kBytes, stream>>>(p);
+  return cudaGetLastError();
+}
+
+template <ElementType kElement, int kDimQk, int kDimV>
+cudaError_t ForwardLauncher<kElement, kDimQk, kDimV>::launch(const ForwardParams& params, cudaStream_t stream) {
+  using Element = typename ElementOf<kElement>::Type;
+  if (params.segments.mode || params.window.left < AttentionWindow::kUnbounded) {
+    return launch_forward_kernel<ForwardConfig<Element, kDimQk, kDimV, MaskKind::kMasked>>(params, stream);
+  }
+  if (params.window.right < AttentionWindow::kUnbounded) {
+    return launch_forward_kernel<ForwardConfig<Element, kDimQk, kDimV, MaskKind::kCausal>>(params, stream);
+  }
+  return launch_forward_kernel<ForwardConfig<Element, kDimQk, kDimV, MaskKind::kFull>>(params, stream);
+}
+
+}  // namespace selfattn::cuda::sm80
