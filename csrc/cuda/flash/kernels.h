@@ -26,10 +26,13 @@ struct FlashKernels {
   cudaError_t (*launch_backward)(const BackwardParams& params, cudaStream_t stream);
 };
 
+// Every card since Ampere: mma.sync and cp.async.
+const FlashKernels& sm80_kernels();
 // Hopper: TMA and wgmma.
 const FlashKernels& sm90_kernels();
 
-// The family that serves a device of this compute capability (10 * major + minor); null where none does.
+// The family that serves a device of this compute capability (10 * major + minor); null where none does. The
+// environment variable SELFATTN_FLASH_FAMILY (sm80, sm90) forces one.
 const FlashKernels* select_kernels(int capability);
 
 }  // namespace selfattn::cuda
