@@ -17,7 +17,7 @@ struct ForwardTiles;
 
 template <>
 struct ForwardTiles<64, 64> {
-  static constexpr int kWarps = 4, kWarpRows = 32, kTileKey = 64, kBlocksAtOnce = 2;
+  static constexpr int kWarps = 4, kWarpRows = 32, kTileKey = 32, kBlocksAtOnce = 2;
 };
 template <>
 struct ForwardTiles<96, 96> : ForwardTiles<64, 64> {};
@@ -25,11 +25,11 @@ template <>
 struct ForwardTiles<128, 128> : ForwardTiles<64, 64> {};
 template <>
 struct ForwardTiles<192, 128> {
-  static constexpr int kWarps = 8, kWarpRows = 16, kTileKey = 64, kBlocksAtOnce = 1;
+  static constexpr int kWarps = 8, kWarpRows = 16, kTileKey = 32, kBlocksAtOnce = 1;
 };
 template <>
 struct ForwardTiles<192, 192> {
-  static constexpr int kWarps = 4, kWarpRows = 16, kTileKey = 64, kBlocksAtOnce = 2;
+  static constexpr int kWarps = 4, kWarpRows = 16, kTileKey = 32, kBlocksAtOnce = 2;
 };
 template <>
 struct ForwardTiles<256, 256> : ForwardTiles<192, 192> {};
@@ -50,8 +50,8 @@ struct ForwardConfig : ForwardTiles<kDimQk_, kDimV_> {
 
   struct SharedStorage {
     alignas(128) unsigned char q[Query::kBytes];
-    alignas(128) unsigned char k[Key::kBytes];
-    alignas(128) unsigned char v[Value::kBytes];
+    alignas(128) unsigned char k[2][Key::kBytes];
+    alignas(128) unsigned char v[2][Value::kBytes];
   };
   static_assert(sizeof(SharedStorage) <= 99 * 1024);
   static_assert(Out::kBytes <= Query::kBytes && kDimQk % 16 == 0 && kDimV % 16 == 0);

@@ -1,11 +1,14 @@
 // The forward kernel: a thread block a query tile; each warp has 16 or 32 rows of it to itself, and all share the key
-// blocks that they load.
+// blocks that they load. Keys and values have two buffers each. A step has one barrier:
 //
-//   wait for K | start V | S = Q K^T, mask | wait for V | start the next K | softmax, O += P V
+//   wait for K of the next block and V of this one | start K of the block after, and V of the next
+//   S of the next block = Q K^T, between which the softmax of this one runs | O += P V
 //
 // What comes out not finite, and rows whose logits are too large for the fast softmax, are computed once more by the
 // same warps with more care (repair.cuh of the other family says why).
 #pragma once
+#include <type_traits>
+
 #include "config.h"
 #include "flash/tile/key_blocks.cuh"
 #include "flash/tile/mask.cuh"
@@ -57,68 +60,264 @@ __device__ __forceinline__ QueryTile describe_tile(const ForwardKernelParams& p)
   return tile;
 }
 
-// Adds the products of what is not finite in V to the output of the allowed pairs, and clears it for the tensor cores.
-// By all warps of the thread block, with P in `weights` (0 where a pair is masked).
-template <class Config>
-__device__ __noinline__ void clear_non_finite_values(unsigned char* s_value) {
-  using Value = typename Config::Value;
-  const int lane = threadIdx.x % kWarpSize;
-#pragma unroll 1
-  for (int key = threadIdx.x / kWarpSize; key < Config::kTileKey; key += Config::kWarps) {
-#pragma unroll 1
-    for (int chunk = lane; chunk < Value::kChunks; chunk += kWarpSize) {
-      uint32_t* pairs = reinterpret_cast<uint32_t*>(s_value + Value::place(key, chunk));
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        const float2 values = ptx::unpack<typename Config::Element>(pairs[i]);
-        if (!(fabsf(values.x) < infinity())) pairs[i] &= 0xffff0000u;
-        if (!(fabsf(values.y) < infinity())) pairs[i] &= 0x0000ffffu;
-      }
-    }
-  }
-}
-
-// One pass over a tile. Returns whether a row of this warp must be computed with more care.
+// A warp's part of a tile.
 template <class Config, bool kIsRepair>
-__device__ __forceinline__ bool attend(const ForwardKernelParams& p, const QueryTile& tile,
-                                       typename Config::SharedStorage& s) {
+class WarpRows {
+ public:
   using Element = typename Config::Element;
   using Query = typename Config::Query;
   using Key = typename Config::Key;
   using Value = typename Config::Value;
   using Out = typename Config::Out;
-  constexpr bool kMasked = Config::kMask == MaskKind::kMasked, kLimited = Config::kMask != MaskKind::kFull;
-  constexpr int kTileKey = Config::kTileKey, kGroups = Config::kRowGroups;
-  const AttentionShape& shape = p.call.shape;
+  static constexpr bool kMasked = Config::kMask == MaskKind::kMasked, kLimited = Config::kMask != MaskKind::kFull;
+  static constexpr int kTileKey = Config::kTileKey, kGroups = Config::kRowGroups;
+  using Scores = float[kGroups][kTileKey / 2];
+
+  __device__ __forceinline__ WarpRows(const ForwardKernelParams& p, const QueryTile& tile,
+                                      typename Config::SharedStorage& s)
+      : call_(p.call), tile_(tile), s_(s), first_row_(tile.index * Config::kTileQuery) {
+    query_place_ = Query::left_place(ptx::shared_address(s.q), warp_row());
+    key_place_ = Key::right_place(ptx::shared_address(s.k[0]));
+    value_place_ = Value::left_place(ptx::shared_address(s.v[0]), 0);
+    reach_ = shared_ = {0, call_.shape.key_length};
+    if (kLimited) {
+      const Interval first = keys_of(warp_row()), last = keys_of(warp_row() + Config::kWarpRows - 1);
+      reach_.end = last.end, shared_.end = first.end;
+      if (kMasked) reach_.begin = first.begin, shared_.begin = last.begin;
+    }
+#pragma unroll
+    for (int g = 0; g < kGroups; g++) {
+      softmax_[g].c = call_.scale * kLog2E;
+      softmax_[g].state = {{-infinity(), -infinity()}, {0.f, 0.f}};
+#pragma unroll
+      for (int i = 0; i < Config::kDimV / 2; i++) out_[g][i] = 0.f;
+    }
+  }
+
+  __device__ __forceinline__ void load_query() const {
+    Query::template load<Config::kThreads>(ptx::shared_address(s_.q), head_of(call_.q, tile_.head),
+                                           call_.q.stride_token, first_row_, call_.shape.query_length,
+                                           call_.shape.dim_qk);
+  }
+  __device__ __forceinline__ void load_key(int block, int buffer) const {
+    Key::template load<Config::kThreads>(ptx::shared_address(s_.k[buffer]), head_of(call_.k, kv_head()),
+                                         call_.k.stride_token, block * kTileKey, call_.shape.key_length,
+                                         call_.shape.dim_qk);
+  }
+  __device__ __forceinline__ void load_value(int block, int buffer) const {
+    Value::template load<Config::kThreads>(ptx::shared_address(s_.v[buffer]), head_of(call_.v, kv_head()),
+                                           call_.v.stride_token, block * kTileKey, call_.shape.key_length,
+                                           call_.shape.dim_v);
+  }
+
+  // Whether some row of the warp may see a key of the block, by intervals.
+  __device__ __forceinline__ bool needs(const KeyBlock& block) const {
+    const int first_key = block.index * kTileKey;
+    return first_key < reach_.end && (!kMasked || first_key + kTileKey > reach_.begin);
+  }
+
+  __device__ __forceinline__ void multiply_scores(int buffer, Scores& scores) const {
+    const uint32_t key_place = key_place_ + buffer * Key::kBytes;
+#pragma unroll
+    for (int g = 0; g < kGroups; g++)
+#pragma unroll
+      for (int i = 0; i < kTileKey / 2; i++) scores[g][i] = 0.f;
+#pragma unroll
+    for (int step = 0; step < Config::kDimQk / 16; step++) {
+      uint32_t a[kGroups][4];
+#pragma unroll
+      for (int g = 0; g < kGroups; g++) Query::load_left(query_place_ + g * 16 * kPanelRowBytes, step, a[g]);
+#pragma unroll
+      for (int pair = 0; pair < kTileKey / 16; pair++) {
+        uint32_t b[4];
+        Key::load_right(key_place, pair, step, b);
+#pragma unroll
+        for (int g = 0; g < kGroups; g++) {
+          ptx::multiply<Element>(scores[g] + 8 * pair, a[g], b[0], b[1]);
+          ptx::multiply<Element>(scores[g] + 8 * pair + 4, a[g], b[2], b[3]);
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void mask_scores(const KeyBlock& block, Scores& scores) const {
+    const int first_key = block.index * kTileKey, first_column = first_key + 2 * (lane() % 4);
+    const bool is_cut = first_key + kTileKey > shared_.end || (kMasked && first_key < shared_.begin);
+    if (!is_cut && !block.by_ids) return;
+#pragma unroll
+    for (int g = 0; g < kGroups; g++) {
+      const int row = warp_row() + 16 * g + lane() / 4;
+      if (is_cut) {
+        const Interval keys[2] = {keys_of(row), keys_of(row + 8)};
+        mask_by_intervals<kMasked>(scores[g], keys, first_column);
+      }
+      if (kMasked && block.by_ids) {
+        const SegmentTables& segments = call_.segments;
+        const int* g_ids = segments.query_ids + int64_t(tile_.batch) * segments.pitch_query + first_row_ + row;
+        const int ids[2] = {g_ids[0], g_ids[8]};
+        mask_by_ids(scores[g], ids, segments.key_ids + int64_t(tile_.batch) * segments.pitch_key + first_column);
+      }
+    }
+  }
+
+  // Scores become P; the output so far is brought to the new maxima.
+  __device__ __forceinline__ void take_scores(Scores& scores) {
+#pragma unroll
+    for (int g = 0; g < kGroups; g++) {
+      softmax_[g].template take_max<false, kIsRepair>(scores[g]);
+      softmax_[g].rescale(out_[g]);
+      softmax_[g].template exponentiate<0, kTileKey / 8>(scores[g]);
+      softmax_[g].template take_sum<false>();
+      is_good_enough_ = is_good_enough_ && softmax_[g].is_good_enough(0) && softmax_[g].is_good_enough(1);
+    }
+  }
+
+  __device__ __forceinline__ void multiply_out(int buffer, const Scores& weights) {
+    const uint32_t value_place = value_place_ + buffer * Value::kBytes;
+#pragma unroll
+    for (int step = 0; step < kTileKey / 16; step++) {
+      uint32_t a[kGroups][4];
+#pragma unroll
+      for (int g = 0; g < kGroups; g++)
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+          a[g][i] = ptx::pack<Element>(weights[g][8 * step + 2 * i], weights[g][8 * step + 2 * i + 1]);
+#pragma unroll
+      for (int pair = 0; pair < Config::kDimV / 16; pair++) {
+        uint32_t b[4];
+        Value::load_right_transposed(value_place, step, pair, b);
+#pragma unroll
+        for (int g = 0; g < kGroups; g++) {
+          ptx::multiply<Element>(out_[g] + 8 * pair, a[g], b[0], b[1]);
+          ptx::multiply<Element>(out_[g] + 8 * pair + 4, a[g], b[2], b[3]);
+        }
+      }
+    }
+  }
+
+  // In the repair, by all warps of the thread block: adds the products of what is not finite in V to the output of the
+  // allowed pairs, and clears it for the tensor cores. `is_needed`: whether `weights` hold this warp's P.
+  __device__ __forceinline__ void take_out_non_finite_values(int buffer, bool is_needed, const Scores& weights) {
+    unsigned char* s_value = s_.v[buffer];
+#pragma unroll 1
+    for (int key = 0; is_needed && key < kTileKey; key++) {
+      ptx::FiniteTest<Element> finite;
+#pragma unroll 1
+      for (int chunk = lane(); chunk < Value::kChunks; chunk += kWarpSize) {
+        const auto* pairs = reinterpret_cast<const uint32_t*>(s_value + Value::place(key, chunk));
+#pragma unroll
+        for (int i = 0; i < 4; i++) finite.add(pairs[i]);
+      }
+      if (__all_sync(~0u, finite.all_finite())) continue;
+#pragma unroll
+      for (int g = 0; g < kGroups; g++) {
+        // The weights of the lane's two rows with this key, from the lane of the four that has them.
+        float weight[2] = {};
+#pragma unroll
+        for (int i = 0; i < kTileKey / 2; i++)
+          if (i / 4 == key / 8 && i % 2 == key % 2) weight[i / 2 % 2] = weights[g][i];
+#pragma unroll
+        for (int r = 0; r < 2; r++) weight[r] = __shfl_sync(~0u, weight[r], lane() / 4 * 4 + key % 8 / 2);
+#pragma unroll
+        for (int i = 0; i < Config::kDimV / 2; i++) {
+          const int column = i / 4 * 8 + 2 * (lane() % 4) + i % 2;
+          const auto* chunk = reinterpret_cast<const Element*>(s_value + Value::place(key, column / kChunkElements));
+          const float value = static_cast<float>(chunk[column % kChunkElements]);
+          if (!(fabsf(value) < infinity()) && weight[i / 2 % 2] != 0.f) out_[g][i] += weight[i / 2 % 2] * value;
+        }
+      }
+    }
+    __syncthreads();  // all have read V as it came
+#pragma unroll 1
+    for (int number = threadIdx.x; number < kTileKey * Value::kChunks; number += Config::kThreads) {
+      auto* pairs =
+          reinterpret_cast<uint32_t*>(s_value + Value::place(number / Value::kChunks, number % Value::kChunks));
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const float2 values = ptx::unpack<Element>(pairs[i]);
+        if (!(fabsf(values.x) < infinity())) pairs[i] &= 0xffff0000u;
+        if (!(fabsf(values.y) < infinity())) pairs[i] &= 0x0000ffffu;
+      }
+    }
+    __syncthreads();
+  }
+
+  // Writes out and lse. Returns whether a row must be computed with more care.
+  __device__ __forceinline__ bool finish() const {
+    bool is_spoilt = false;
+#pragma unroll
+    for (int g = 0; g < kGroups; g++) {
+#pragma unroll
+      for (int r = 0; r < 2; r++) {
+        float sum = softmax_[g].state.sum[r];
+        sum += __shfl_xor_sync(~0u, sum, 1);
+        sum += __shfl_xor_sync(~0u, sum, 2);
+        const float max = softmax_[g].state.max[r];
+        const RowEnd end = call_.sinks ? finish_row_with_sink(max, sum, call_.scale, call_.sinks[tile_.head])
+                                       : finish_row(max, sum, call_.scale);
+        const int row_in_tile = warp_row() + 16 * g + 8 * r + lane() / 4, row = first_row_ + row_in_tile;
+        if (lane() % 4 == 0 && row < call_.shape.query_length)
+          call_.lse[int64_t(tile_.head_of_all) * call_.shape.query_length + row] = end.lse;
+        ptx::FiniteTest<Element> finite;
+#pragma unroll
+        for (int chunk = 0; chunk < Config::kDimV / 8; chunk++) {
+          const uint32_t pair =
+              ptx::pack<Element>(out_[g][4 * chunk + 2 * r] * end.factor, out_[g][4 * chunk + 2 * r + 1] * end.factor);
+          finite.add(pair);
+          *reinterpret_cast<uint32_t*>(s_.q + Out::place(row_in_tile, chunk) + 4 * (lane() % 4)) = pair;
+        }
+        is_spoilt = is_spoilt || (!finite.all_finite() && end.factor == end.factor);
+      }
+    }
+    __syncwarp();  // the rows are this warp's own
+    uint16_t* g_out = head_of(call_.out, tile_.head);
+#pragma unroll 1
+    for (int number = lane(); number < Config::kWarpRows * Out::kChunks; number += kWarpSize) {
+      const int row_in_tile = warp_row() + number / Out::kChunks, chunk = number % Out::kChunks;
+      const int row = first_row_ + row_in_tile;
+      if (row < call_.shape.query_length && chunk * kChunkElements < call_.shape.dim_v)
+        *reinterpret_cast<uint4*>(g_out + row * call_.out.stride_token + chunk * kChunkElements) =
+            *reinterpret_cast<const uint4*>(s_.q + Out::place(row_in_tile, chunk));
+    }
+    return is_spoilt || !is_good_enough_;
+  }
+
+ private:
+  static __device__ __forceinline__ int lane() { return threadIdx.x % kWarpSize; }
+  static __device__ __forceinline__ int warp_row() { return threadIdx.x / kWarpSize * Config::kWarpRows; }
+  __device__ __forceinline__ int kv_head() const {
+    return tile_.head / (call_.shape.num_heads / call_.shape.num_kv_heads);
+  }
+  __device__ __forceinline__ uint16_t* head_of(const TensorView& view, int head) const {
+    return static_cast<uint16_t*>(view.data) + tile_.batch * view.stride_batch + head * view.stride_head;
+  }
+  __device__ __forceinline__ Interval keys_of(int row_in_tile) const {
+    const AttentionShape& shape = call_.shape;
+    const int row = min(first_row_ + row_in_tile, shape.query_length - 1);
+    const Interval window = keys_of_query(call_.window, row, shape.key_length - shape.query_length, shape.key_length);
+    if (!kMasked || tile_.mode != kContiguous) return window;
+    const int64_t place = int64_t(tile_.batch) * call_.segments.pitch_query + row;
+    return window & Interval{call_.segments.run_begin[place], call_.segments.run_end[place]};
+  }
+
+  const ForwardParams& call_;
+  const QueryTile& tile_;
+  typename Config::SharedStorage& s_;
+  int first_row_;
+  uint32_t query_place_, key_place_, value_place_;
+  Interval reach_, shared_;  // keys that some row may see, and that all may see, by intervals
+  float out_[kGroups][Config::kDimV / 2];
+  OnlineSoftmax<kTileKey> softmax_[kGroups];
+  bool is_good_enough_ = true;
+};
+
+// One pass over a tile. Returns whether a row of this warp must be computed with more care.
+template <class Config, bool kIsRepair>
+__device__ __forceinline__ bool attend(const ForwardKernelParams& p, const QueryTile& tile,
+                                       typename Config::SharedStorage& s) {
+  using Rows = WarpRows<Config, kIsRepair>;
   const SegmentTables& segments = p.call.segments;
-  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  const int offset = shape.key_length - shape.query_length;
-  const int warp_row = warp * Config::kWarpRows, first_row = tile.index * Config::kTileQuery;
-  const int kv_head = tile.head / (shape.num_heads / shape.num_kv_heads);
-  const uint32_t s_q = ptx::shared_address(s.q), s_k = ptx::shared_address(s.k), s_v = ptx::shared_address(s.v);
-  const uint32_t query_place = Query::left_place(s_q, warp_row), key_place = Key::right_place(s_k),
-                 value_place = Value::left_place(s_v, 0);
-
-  const auto head_of = [](const TensorView& view, int batch, int head) {
-    return static_cast<uint16_t*>(view.data) + batch * view.stride_batch + head * view.stride_head;
-  };
-  const auto load_key = [&](int block) {
-    Key::template load<Config::kThreads>(s_k, head_of(p.call.k, tile.batch, kv_head), p.call.k.stride_token,
-                                         block * kTileKey, shape.key_length, shape.dim_qk);
-  };
-  const auto load_value = [&](int block) {
-    Value::template load<Config::kThreads>(s_v, head_of(p.call.v, tile.batch, kv_head), p.call.v.stride_token,
-                                           block * kTileKey, shape.key_length, shape.dim_v);
-  };
-  const auto keys_of = [&](int row_in_tile) {
-    const int row = min(first_row + row_in_tile, shape.query_length - 1);
-    const Interval window = keys_of_query(p.call.window, row, offset, shape.key_length);
-    if (!kMasked || tile.mode != kContiguous) return window;
-    const int64_t place = int64_t(tile.batch) * segments.pitch_query + row;
-    return window & Interval{segments.run_begin[place], segments.run_end[place]};
-  };
-
-  const bool by_ids = kMasked && tile.mode == kGeneral;
+  const bool by_ids = Rows::kMasked && tile.mode == kGeneral;
   const auto test = [&](int index, bool& meets, bool& is_uniform) {
     if (!by_ids) return;
     const SegmentBlock queries = segments.query_blocks[int64_t(tile.batch) * segments.query_tiles + tile.index],
@@ -126,195 +325,57 @@ __device__ __forceinline__ bool attend(const ForwardKernelParams& p, const Query
     meets = may_share_segment(queries, keys), is_uniform = is_one_segment(queries, keys);
   };
   KeyBlockWalk walk(tile.blocks.begin, tile.blocks.end, -1);
-  KeyBlock block{0, false, false}, next{0, false, false};
-  bool has_block = walk.find_next(block, test);
+  KeyBlock block{0, false, false}, next{0, false, false}, after{0, false, false};
+  bool has_block = walk.find_next(block, test), has_next = has_block && walk.find_next(next, test);
 
-  Query::template load<Config::kThreads>(s_q, head_of(p.call.q, tile.batch, tile.head), p.call.q.stride_token,
-                                         first_row, shape.query_length, shape.dim_qk);
-  if (has_block) load_key(block.index);
+  Rows rows(p, tile, s);
+  rows.load_query();
+  if (has_block) rows.load_key(block.index, 0);
+  ptx::commit_copies();
+  if (has_block) rows.load_value(block.index, 0);
+  if (has_next) rows.load_key(next.index, 1);
   ptx::commit_copies();
 
-  // Of the warp's rows: the keys that some row may see, and that all see, by intervals.
-  Interval reach{0, shape.key_length}, shared = reach;
-  if (kLimited) {
-    const Interval first = keys_of(warp_row), last = keys_of(warp_row + Config::kWarpRows - 1);
-    reach.end = last.end, shared.end = first.end;
-    if (kMasked) reach.begin = first.begin, shared.begin = last.begin;
-  }
+  typename Rows::Scores scores[2];
+  ptx::wait_for_copies<1>();
+  __syncthreads();
+  bool is_needed = has_block && rows.needs(block);
+  if (is_needed) rows.multiply_scores(0, scores[0]), rows.mask_scores(block, scores[0]);
 
-  float out[kGroups][Config::kDimV / 2];
-  OnlineSoftmax<kTileKey> softmax[kGroups];
-#pragma unroll
-  for (int g = 0; g < kGroups; g++) {
-    softmax[g].c = p.call.scale * kLog2E;
-    softmax[g].state = {{-infinity(), -infinity()}, {0.f, 0.f}};
-#pragma unroll
-    for (int i = 0; i < Config::kDimV / 2; i++) out[g][i] = 0.f;
-  }
-  bool is_good_enough = true;
-
+  // With the block in work in buffer kBuffer: its V, its scores; K of the next block is in the other.
+  const auto step = [&](auto buffer) {
+    constexpr int kBuffer = decltype(buffer)::value, kOther = 1 - kBuffer;
+    const bool has_after = has_next && walk.find_next(after, test);
+    ptx::wait_for_copies<0>();
+    __syncthreads();  // V of the block and K of the next are there; V of the last and K of the block have been read
+    if (has_next) rows.load_value(next.index, kOther);
+    if (has_after) rows.load_key(after.index, kBuffer);
+    ptx::commit_copies();
+    const bool is_next_needed = has_next && rows.needs(next);
+    if constexpr (kIsRepair) {
+      if (is_needed) rows.take_scores(scores[kBuffer]);
+      rows.take_out_non_finite_values(kBuffer, is_needed, scores[kBuffer]);
+      if (is_needed) rows.multiply_out(kBuffer, scores[kBuffer]);
+      if (is_next_needed) rows.multiply_scores(kOther, scores[kOther]);
+    } else if (is_needed && is_next_needed) {  // in one basic block, so that products and softmax mix
+      rows.multiply_scores(kOther, scores[kOther]);
+      rows.take_scores(scores[kBuffer]);
+      rows.multiply_out(kBuffer, scores[kBuffer]);
+    } else if (is_needed) {
+      rows.take_scores(scores[kBuffer]);
+      rows.multiply_out(kBuffer, scores[kBuffer]);
+    } else if (is_next_needed) {
+      rows.multiply_scores(kOther, scores[kOther]);
+    }
+    if (is_next_needed) rows.mask_scores(next, scores[kOther]);
+    block = next, next = after, has_block = has_next, has_next = has_after, is_needed = is_next_needed;
+  };
 #pragma unroll 1
   while (has_block) {
-    const bool has_next = walk.find_next(next, test);
-    const int first_key = block.index * kTileKey;
-    const bool is_needed = first_key < reach.end && (!kMasked || first_key + kTileKey > reach.begin);
-    ptx::wait_for_copies<0>();
-    __syncthreads();  // K is there, and V of the block before has been read
-    load_value(block.index);
-    ptx::commit_copies();
-
-    float scores[kGroups][kTileKey / 2];
-    if (is_needed) {
-#pragma unroll
-      for (int g = 0; g < kGroups; g++)
-#pragma unroll
-        for (int i = 0; i < kTileKey / 2; i++) scores[g][i] = 0.f;
-#pragma unroll
-      for (int step = 0; step < Config::kDimQk / 16; step++) {
-        uint32_t a[kGroups][4];
-#pragma unroll
-        for (int g = 0; g < kGroups; g++) Query::load_left(query_place + g * 16 * kPanelRowBytes, step, a[g]);
-#pragma unroll
-        for (int pair = 0; pair < kTileKey / 16; pair++) {
-          uint32_t b[4];
-          Key::load_right(key_place, pair, step, b);
-#pragma unroll
-          for (int g = 0; g < kGroups; g++) {
-            ptx::multiply<Element>(scores[g] + 8 * pair, a[g], b[0], b[1]);
-            ptx::multiply<Element>(scores[g] + 8 * pair + 4, a[g], b[2], b[3]);
-          }
-        }
-      }
-      const int first_column = first_key + 2 * (lane % 4);
-      const bool is_cut = first_key + kTileKey > shared.end || (kMasked && first_key < shared.begin);
-      if (is_cut || block.by_ids) {
-#pragma unroll
-        for (int g = 0; g < kGroups; g++) {
-          const int row = warp_row + 16 * g + lane / 4;
-          if (is_cut) {
-            const Interval keys[2] = {keys_of(row), keys_of(row + 8)};
-            mask_by_intervals<kMasked>(scores[g], keys, first_column);
-          }
-          if (kMasked && block.by_ids) {
-            const int* g_ids = segments.query_ids + int64_t(tile.batch) * segments.pitch_query + first_row + row;
-            const int ids[2] = {g_ids[0], g_ids[8]};
-            mask_by_ids(scores[g], ids, segments.key_ids + int64_t(tile.batch) * segments.pitch_key + first_column);
-          }
-        }
-      }
-    }
-
-    ptx::wait_for_copies<0>();
-    __syncthreads();  // V is there, and K has been read
-    if (has_next) load_key(next.index);
-    ptx::commit_copies();
-
-    if (is_needed) {
-#pragma unroll
-      for (int g = 0; g < kGroups; g++) {
-        softmax[g].template take_max<false, kIsRepair>(scores[g]);
-        softmax[g].rescale(out[g]);
-        softmax[g].template exponentiate<0, kTileKey / 8>(scores[g]);
-        softmax[g].template take_sum<false>();
-        is_good_enough = is_good_enough && softmax[g].is_good_enough(0) && softmax[g].is_good_enough(1);
-      }
-    }
-    if constexpr (kIsRepair) {
-      if (is_needed) {
-#pragma unroll 1
-        for (int key = 0; key < kTileKey; key++) {
-          ptx::FiniteTest<Element> finite;
-#pragma unroll 1
-          for (int chunk = lane; chunk < Value::kChunks; chunk += kWarpSize) {
-            const auto* pairs = reinterpret_cast<const uint32_t*>(s.v + Value::place(key, chunk));
-#pragma unroll
-            for (int i = 0; i < 4; i++) finite.add(pairs[i]);
-          }
-          if (__all_sync(~0u, finite.all_finite())) continue;
-#pragma unroll
-          for (int g = 0; g < kGroups; g++) {
-            float weight[2] = {};
-#pragma unroll
-            for (int i = 0; i < kTileKey / 2; i++)
-              if (i / 4 == key / 8 && i % 2 == key % 2) weight[i / 2 % 2] = scores[g][i];
-#pragma unroll
-            for (int r = 0; r < 2; r++) weight[r] = __shfl_sync(~0u, weight[r], lane / 4 * 4 + key % 8 / 2);
-#pragma unroll
-            for (int i = 0; i < Config::kDimV / 2; i++) {
-              const int column = i / 4 * 8 + 2 * (lane % 4) + i % 2;
-              const auto* chunk = reinterpret_cast<const Element*>(s.v + Value::place(key, column / kChunkElements));
-              const float value = static_cast<float>(chunk[column % kChunkElements]);
-              if (!(fabsf(value) < infinity()) && weight[i / 2 % 2] != 0.f) out[g][i] += weight[i / 2 % 2] * value;
-            }
-          }
-        }
-      }
-      __syncthreads();  // all have read V as it came
-      clear_non_finite_values<Config>(s.v);
-      __syncthreads();
-    }
-    if (is_needed) {
-#pragma unroll
-      for (int step = 0; step < kTileKey / 16; step++) {
-        uint32_t weights[kGroups][4];
-#pragma unroll
-        for (int g = 0; g < kGroups; g++)
-#pragma unroll
-          for (int i = 0; i < 4; i++)
-            weights[g][i] = ptx::pack<Element>(scores[g][8 * step + 2 * i], scores[g][8 * step + 2 * i + 1]);
-#pragma unroll
-        for (int pair = 0; pair < Config::kDimV / 16; pair++) {
-          uint32_t b[4];
-          Value::load_right_transposed(value_place, step, pair, b);
-#pragma unroll
-          for (int g = 0; g < kGroups; g++) {
-            ptx::multiply<Element>(out[g] + 8 * pair, weights[g], b[0], b[1]);
-            ptx::multiply<Element>(out[g] + 8 * pair + 4, weights[g], b[2], b[3]);
-          }
-        }
-      }
-    }
-    block = next, has_block = has_next;
+    step(std::integral_constant<int, 0>{});
+    if (has_block) step(std::integral_constant<int, 1>{});
   }
-  ptx::wait_for_copies<0>();
-  __syncthreads();  // Q is there even where no block was, before its memory is written over
-
-  bool is_spoilt = false;
-#pragma unroll
-  for (int g = 0; g < kGroups; g++) {
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-      float sum = softmax[g].state.sum[r];
-      sum += __shfl_xor_sync(~0u, sum, 1);
-      sum += __shfl_xor_sync(~0u, sum, 2);
-      const float max = softmax[g].state.max[r];
-      const RowEnd end = p.call.sinks ? finish_row_with_sink(max, sum, p.call.scale, p.call.sinks[tile.head])
-                                      : finish_row(max, sum, p.call.scale);
-      const int row_in_tile = warp_row + 16 * g + 8 * r + lane / 4, row = first_row + row_in_tile;
-      if (lane % 4 == 0 && row < shape.query_length)
-        p.call.lse[int64_t(tile.head_of_all) * shape.query_length + row] = end.lse;
-      ptx::FiniteTest<Element> finite;
-#pragma unroll
-      for (int chunk = 0; chunk < Config::kDimV / 8; chunk++) {
-        const uint32_t pair =
-            ptx::pack<Element>(out[g][4 * chunk + 2 * r] * end.factor, out[g][4 * chunk + 2 * r + 1] * end.factor);
-        finite.add(pair);
-        *reinterpret_cast<uint32_t*>(s.q + Out::place(row_in_tile, chunk) + 4 * (lane % 4)) = pair;
-      }
-      is_spoilt = is_spoilt || (!finite.all_finite() && end.factor == end.factor);
-    }
-  }
-  __syncwarp();
-  auto* g_out = head_of(p.call.out, tile.batch, tile.head);
-#pragma unroll 1
-  for (int number = lane; number < Config::kWarpRows * Out::kChunks; number += kWarpSize) {
-    const int row_in_tile = warp_row + number / Out::kChunks, chunk = number % Out::kChunks;
-    const int row = first_row + row_in_tile;
-    if (row < shape.query_length && chunk * kChunkElements < shape.dim_v)
-      *reinterpret_cast<uint4*>(g_out + row * p.call.out.stride_token + chunk * kChunkElements) =
-          *reinterpret_cast<const uint4*>(s.q + Out::place(row_in_tile, chunk));
-  }
-  return !kIsRepair && (is_spoilt || !is_good_enough);
+  return rows.finish();
 }
 
 // Apart from the first pass, whose registers it must not take.
