@@ -1,0 +1,138 @@
+// Everything static about the backward kernels: tiles, warps, shared memory. All tiles fit the 99 KB that a thread
+// block may have on every card from 8.0 on.
+#pragma once
+#include "flash/sm80/operand.cuh"
+
+namespace selfattn::cuda::sm80 {
+
+constexpr int kMaxSharedBytes = 99 * 1024;
+
+// Rows of a block of queries in the tables of segments. Blocks of keys are those of the kernel for dK and dV.
+constexpr int kQueryBlock = 64;
+
+// The rows of the workspace are filled up to whole tiles of any kernel.
+constexpr int kStatRows = 128;
+
+// Of the kernel for dQ: a thread block has kWarps * kWarpRows queries and walks over blocks of kTileKey keys.
+template <int kDimQk, int kDimV>
+struct DqTiles;
+
+template <>
+struct DqTiles<64, 64> {
+  static constexpr int kWarps = 4, kWarpRows = 32, kTileKey = 64, kBlocksAtOnce = 2;
+};
+template <>
+struct DqTiles<96, 96> {
+  static constexpr int kWarps = 8, kWarpRows = 16, kTileKey = 64, kBlocksAtOnce = 1;
+};
+template <>
+struct DqTiles<128, 128> : DqTiles<96, 96> {};
+template <>
+struct DqTiles<192, 128> {
+  static constexpr int kWarps = 4, kWarpRows = 16, kTileKey = 64, kBlocksAtOnce = 1;
+};
+template <>
+struct DqTiles<192, 192> : DqTiles<192, 128> {};
+template <>
+struct DqTiles<256, 256> {
+  static constexpr int kWarps = 4, kWarpRows = 16, kTileKey = 32, kBlocksAtOnce = 1;
+};
+
+// Of the kernel for dK and dV: a thread block has kWarps * kWarpRows keys and walks over blocks of kTileQuery queries,
+// kQueriesAtOnce of which are multiplied before their weights become operands. Where the registers do not hold both
+// sums (kSumsTogether false) it walks twice, for dK and then for dV.
+template <int kDimQk, int kDimV>
+struct DkdvTiles;
+
+template <>
+struct DkdvTiles<64, 64> {
+  static constexpr int kWarps = 4, kWarpRows = 32, kTileQuery = 64, kQueriesAtOnce = 32, kBlocksAtOnce = 2;
+  static constexpr bool kSumsTogether = true;
+};
+template <>
+struct DkdvTiles<96, 96> {
+  static constexpr int kWarps = 8, kWarpRows = 16, kTileQuery = 64, kQueriesAtOnce = 64, kBlocksAtOnce = 1;
+  static constexpr bool kSumsTogether = true;
+};
+template <>
+struct DkdvTiles<128, 128> : DkdvTiles<96, 96> {};
+template <>
+struct DkdvTiles<192, 128> {
+  static constexpr int kWarps = 4, kWarpRows = 16, kTileQuery = 64, kQueriesAtOnce = 32, kBlocksAtOnce = 1;
+  static constexpr bool kSumsTogether = true;
+};
+template <>
+struct DkdvTiles<192, 192> {
+  static constexpr int kWarps = 4, kWarpRows = 16, kTileQuery = 64, kQueriesAtOnce = 64, kBlocksAtOnce = 1;
+  static constexpr bool kSumsTogether = false;
+};
+template <>
+struct DkdvTiles<256, 256> {
+  static constexpr int kWarps = 4, kWarpRows = 16, kTileQuery = 32, kQueriesAtOnce = 32, kBlocksAtOnce = 1;
+  static constexpr bool kSumsTogether = false;
+};
+
+// Rows of the tiles of either kernel, for what is prepared ahead of them.
+template <int kDimQk, int kDimV>
+struct BackwardTileRows {
+  using Queries = DqTiles<kDimQk, kDimV>;
+  using Keys = DkdvTiles<kDimQk, kDimV>;
+  static constexpr int kOfDq = Queries::kWarps * Queries::kWarpRows, kOfDkdv = Keys::kWarps * Keys::kWarpRows;
+  static_assert(kOfDq % kQueryBlock == 0 && kStatRows % kOfDq == 0 && kStatRows % kQueryBlock == 0);
+  static_assert(kOfDkdv % Queries::kTileKey == 0, "a block of keys lies in one block of the tables");
+  static_assert(kQueryBlock % Keys::kTileQuery == 0, "a block of queries, too");
+};
+
+template <class Element_, int kDimQk_, int kDimV_>
+struct DqConfig : DqTiles<kDimQk_, kDimV_> {
+  using Tiles = DqTiles<kDimQk_, kDimV_>;
+  using Element = Element_;
+  static constexpr int kDimQk = kDimQk_, kDimV = kDimV_;
+  static constexpr int kThreads = Tiles::kWarps * kWarpSize, kTileQuery = Tiles::kWarps * Tiles::kWarpRows;
+  static constexpr int kRowGroups = Tiles::kWarpRows / 16;                      // of 16 rows, in a warp
+  static constexpr int kKeyBlock = BackwardTileRows<kDimQk_, kDimV_>::kOfDkdv;  // in the tables of segments
+
+  using Query = OperandTile<kTileQuery, kDimQk>;  // dQ leaves through its memory
+  using GradOut = OperandTile<kTileQuery, kDimV>;
+  using Key = OperandTile<Tiles::kTileKey, kDimQk>;
+  using Value = OperandTile<Tiles::kTileKey, kDimV>;
+
+  struct SharedStorage {
+    alignas(128) unsigned char q[Query::kBytes];
+    alignas(128) unsigned char grad_out[GradOut::kBytes];
+    alignas(128) unsigned char k[Key::kBytes];
+    alignas(128) unsigned char v[Value::kBytes];
+  };
+  static_assert(sizeof(SharedStorage) <= kMaxSharedBytes);
+  static_assert(kDimQk % 16 == 0 && kDimV % 16 == 0 && Tiles::kTileKey % 16 == 0 && Tiles::kWarpRows % 16 == 0);
+};
+
+template <class Element_, int kDimQk_, int kDimV_>
+struct DkdvConfig : DkdvTiles<kDimQk_, kDimV_> {
+  using Tiles = DkdvTiles<kDimQk_, kDimV_>;
+  using Element = Element_;
+  static constexpr int kDimQk = kDimQk_, kDimV = kDimV_;
+  static constexpr int kThreads = Tiles::kWarps * kWarpSize, kTileKey = Tiles::kWarps * Tiles::kWarpRows;
+  static constexpr int kRowGroups = Tiles::kWarpRows / 16;
+  static constexpr int kParts = Tiles::kTileQuery / Tiles::kQueriesAtOnce;
+
+  using Key = OperandTile<kTileKey, kDimQk>;  // dK leaves through its memory, dV through that of V
+  using Value = OperandTile<kTileKey, kDimV>;
+  using Query = OperandTile<Tiles::kTileQuery, kDimQk>;
+  using GradOut = OperandTile<Tiles::kTileQuery, kDimV>;
+
+  struct SharedStorage {
+    alignas(128) unsigned char k[Key::kBytes];
+    alignas(128) unsigned char v[Value::kBytes];
+    alignas(128) unsigned char q[Query::kBytes];
+    alignas(128) unsigned char grad_out[GradOut::kBytes];
+    alignas(16) float lse_log2[Tiles::kTileQuery];  // of the queries in q (row_stats.cuh)
+    alignas(16) float delta[Tiles::kTileQuery];
+  };
+  static_assert(sizeof(SharedStorage) <= kMaxSharedBytes);
+  static_assert(kDimQk % 16 == 0 && kDimV % 16 == 0 && Tiles::kQueriesAtOnce % 16 == 0 && Tiles::kWarpRows % 16 == 0);
+  static_assert(Tiles::kSumsTogether || (kParts == 1 && kDimQk == kDimV),
+                "one sum at a time: of whole blocks, dK through the memory of V, as K is wanted for dV");
+};
+
+}  // namespace selfattn::cuda::sm80

@@ -1,0 +1,66 @@
+// Chooses the kernels for a call: the smallest pair of head dimensions that holds the call's. Loads fill the rest with
+// zeros.
+#include "dispatch.h"
+
+#include "config.h"
+#include "launcher.h"
+#include "workspace.h"
+
+namespace selfattn::cuda::sm80 {
+namespace {
+
+struct BackwardKernels {
+  int dim_qk, dim_v;
+  TileSizes tiles;
+  int ordered_queries;
+  cudaError_t (*launch_bf16)(const BackwardParams&, cudaStream_t);
+  cudaError_t (*launch_fp16)(const BackwardParams&, cudaStream_t);
+};
+
+template <int kDimQk, int kDimV>
+constexpr BackwardKernels kernels_for() {
+  using Rows = BackwardTileRows<kDimQk, kDimV>;
+  return {kDimQk,
+          kDimV,
+          {kQueryBlock, Rows::kOfDkdv},
+          Rows::kOfDq,
+          BackwardLauncher<ElementType::kBFloat16, kDimQk, kDimV>::launch,
+          BackwardLauncher<ElementType::kHalf, kDimQk, kDimV>::launch};
+}
+
+// Each is instantiated in instantiations/.
+constexpr BackwardKernels kKernels[] = {
+    kernels_for<64, 64>(),   kernels_for<96, 96>(),   kernels_for<128, 128>(),
+    kernels_for<192, 128>(), kernels_for<192, 192>(), kernels_for<256, 256>(),
+};
+
+const BackwardKernels* find_kernels(const AttentionShape& shape) {
+  for (const BackwardKernels& kernels : kKernels) {
+    if (shape.dim_qk <= kernels.dim_qk && shape.dim_v <= kernels.dim_v) return &kernels;
+  }
+  return nullptr;
+}
+
+}  // namespace
+
+TileSizes backward_tiles(const AttentionShape& shape) {
+  const BackwardKernels* kernels = find_kernels(shape);
+  return kernels ? kernels->tiles : TileSizes{};
+}
+
+int backward_ordered_queries(const AttentionShape& shape) {
+  const BackwardKernels* kernels = find_kernels(shape);
+  return kernels ? kernels->ordered_queries : 0;
+}
+
+int64_t backward_workspace_bytes(const BackwardParams& params) {
+  return 2 * int64_t(sizeof(float)) * stat_count(params.shape);
+}
+
+cudaError_t launch_backward(const BackwardParams& params, cudaStream_t stream) {
+  const BackwardKernels* kernels = find_kernels(params.shape);
+  if (!kernels) return cudaErrorInvalidValue;
+  return (params.element == ElementType::kBFloat16 ? kernels->launch_bf16 : kernels->launch_fp16)(params, stream);
+}
+
+}  // namespace selfattn::cuda::sm80

@@ -1,0 +1,12 @@
+// The backward kernels of the family (FlashKernels says what is what).
+#pragma once
+#include "flash/params.h"
+
+namespace selfattn::cuda::sm80 {
+
+TileSizes backward_tiles(const AttentionShape& shape);
+int backward_ordered_queries(const AttentionShape& shape);
+int64_t backward_workspace_bytes(const BackwardParams& params);
+cudaError_t launch_backward(const BackwardParams& params, cudaStream_t stream);
+
+}  // namespace selfattn::cuda::sm80

@@ -1,0 +1,12 @@
+// One set of backward kernels: declared here for the dispatch, defined in launch.cuh, instantiated in instantiations/.
+#pragma once
+#include "flash/params.h"
+
+namespace selfattn::cuda::sm80 {
+
+template <ElementType kElement, int kDimQk, int kDimV>
+struct BackwardLauncher {
+  static cudaError_t launch(const BackwardParams& params, cudaStream_t stream);
+};
+
+}  // namespace selfattn::cuda::sm80

@@ -1,0 +1,16 @@
+// What the backward kernels are told.
+#pragma once
+#include "flash/tile/tile_order.cuh"
+
+namespace selfattn::cuda::sm80 {
+
+struct BackwardKernelParams {
+  BackwardParams call;
+  TileSchedule of_queries, of_keys;  // of the kernel for dQ, by query heads; of that for dK and dV, by key heads
+  // (batch, num_heads, stat_pitch) the statistics of the rows (row_stats.cuh), in the workspace; rows past the end up
+  // to the pitch, a multiple of kStatRows, have some as well.
+  float *lse_log2, *delta;
+  int stat_pitch;
+};
+
+}  // namespace selfattn::cuda::sm80
