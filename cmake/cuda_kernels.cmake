@@ -14,9 +14,9 @@ endfunction()
 file(GLOB_RECURSE sm90_sources CONFIGURE_DEPENDS csrc/cuda/flash/sm90/*.cu)
 add_cuda_kernels(selfattn_flash_sm90 ARCHITECTURES 90a SOURCES ${sm90_sources})
 
-# Every card from 8.0 on but Hopper, and as PTX those that come later.
+# Every card from 8.0 on but Hopper.
 file(GLOB_RECURSE sm80_sources CONFIGURE_DEPENDS csrc/cuda/flash/sm80/*.cu)
-add_cuda_kernels(selfattn_flash_sm80 ARCHITECTURES 80-real 80-virtual 100-real 120-real SOURCES ${sm80_sources})
+add_cuda_kernels(selfattn_flash_sm80 ARCHITECTURES ${SELFATTN_SM80_ARCHITECTURES} SOURCES ${sm80_sources})
 
 # The tables of segments are made for flash kernels alone, of which there are none below 8.0.
 set(flash_architectures ${SELFATTN_CUDA_ARCHITECTURES})
