@@ -12,6 +12,7 @@
 #include "attention/mask.h"
 #include "attention/select_backend.h"
 #include "backend/kernel_inputs.h"
+#include "common/device.h"
 
 namespace selfattn {
 namespace {
@@ -35,8 +36,14 @@ at::Tensor aligned_bias(const AttentionProblem& problem, const at::Tensor& allow
       .expand_symint({problem.batch(), problem.query_heads(), problem.query_length(), keys});
 }
 
+/// Whether PyTorch's memory-efficient kernel takes a CUDA tensor's dtype and head dimensions. Its bfloat16 needs
+/// compute capability 8.0.
 bool suits_efficient_attention(const AttentionProblem& problem) {
-  return problem.query.scalar_type() != at::kDouble && problem.head_dim() % 8 == 0 && problem.value_head_dim() % 8 == 0;
+  constexpr int kAmpere = 80;
+  const auto dtype = problem.query.scalar_type();
+  if (dtype == at::kDouble) return false;
+  if (dtype == at::kBFloat16 && compute_capability(problem.query.device()).value_or(kAmpere) < kAmpere) return false;
+  return problem.head_dim() % 8 == 0 && problem.value_head_dim() % 8 == 0;
 }
 
 /// Whether a CUDA kernel can be launched: heads and batch are the second and third dimension of the grid, in the

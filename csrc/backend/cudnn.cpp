@@ -7,6 +7,7 @@
 #include "attention/select_backend.h"
 #include "backend/kernel_inputs.h"
 #include "common/device.h"
+#include "common/kernel_limits.h"
 
 namespace selfattn {
 namespace {
@@ -29,7 +30,9 @@ Reason has_cudnn(const AttentionProblem& problem) {
   if (!capability) {
     return c10::str("this build of selfattn has no CUDA part, or there is no device ", problem.query.device());
   }
-  if (*capability < kAmpere) return c10::str("it needs compute capability 8.0 or newer; got ", *capability / 10.0);
+  if (*capability < kAmpere) {
+    return c10::str("it needs compute capability 8.0 or newer; got ", capability_to_string(*capability));
+  }
   return std::nullopt;
 }
 

@@ -14,8 +14,9 @@ constexpr int64_t kMaxHeadDimCpu = 512;
 // What the kernels of a CUDA tensor's device take; null elsewhere, and where there are none.
 const KernelLimits* cuda_limits(const AttentionProblem& problem) {
   if (!problem.query.is_cuda()) return nullptr;
-  const auto capability = compute_capability(problem.query.device());
-  return capability ? flash_kernel_limits(*capability) : nullptr;
+  const c10::Device device = problem.query.device();
+  const auto capability = compute_capability(device);
+  return capability ? find_flash_support(device.index(), *capability).limits : nullptr;
 }
 
 Reason has_kernel(const AttentionProblem& problem) {
@@ -29,12 +30,16 @@ Reason has_kernel(const AttentionProblem& problem) {
   return c10::str("this build of selfattn has no kernels for ", query.device());
 }
 
-Reason supported_capability(const AttentionProblem& problem) {
-  if (!problem.query.is_cuda() || cuda_limits(problem)) return std::nullopt;
-  const auto capability = compute_capability(problem.query.device());
-  if (capability) return c10::str("it needs compute capability 9.0 (Hopper); got ", *capability / 10.0);
+Reason supported_device(const AttentionProblem& problem) {
+  if (!problem.query.is_cuda()) return std::nullopt;
+  forced_flash_family();                         // an error where the environment names none
   if (has_kernel(problem)) return std::nullopt;  // a build without CUDA, of which that is said
-  return c10::str("it needs compute capability 9.0 (Hopper); there is no device ", problem.query.device());
+  const c10::Device device = problem.query.device();
+  const auto capability = compute_capability(device);
+  if (!capability) return c10::str("it needs compute capability 8.0 or newer; there is no device ", device);
+  FlashSupport support = find_flash_support(device.index(), *capability);
+  if (support.limits) return std::nullopt;
+  return std::move(support.reason);
 }
 
 Reason supported_dtype(const AttentionProblem& problem) {
@@ -87,8 +92,8 @@ Reason rows_fit_metadata(const AttentionProblem& problem) {
 }
 
 constexpr Constraint kConstraints[] = {
-    has_kernel,           supported_capability, supported_dtype,   supported_head_dim, scaled_products_on_cuda,
-    no_positions_on_cuda, rows_fit_kernels,     rows_fit_metadata, no_empty_tensor,    no_differentiation_transform,
+    has_kernel,           supported_device, supported_dtype,   supported_head_dim, scaled_products_on_cuda,
+    no_positions_on_cuda, rows_fit_kernels, rows_fit_metadata, no_empty_tensor,    no_differentiation_transform,
     no_forward_mode_ad};
 
 }  // namespace

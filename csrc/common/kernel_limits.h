@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 // No torch header here: the CUDA kernels' side includes it, too.
 
@@ -14,7 +15,20 @@ struct KernelLimits {
   int64_t max_packed_length;  ///< of a row with segment ids
 };
 
-/// Those of a compute capability (10 * major + minor); null where this build has no flash kernels for it.
-const KernelLimits* flash_kernel_limits(int capability);
+/// The limits of a CUDA device's flash kernels, or the reason why it has none.
+struct FlashSupport {
+  const KernelLimits* limits = nullptr;
+  std::string reason;  ///< where limits is null
+};
+
+/// Of a device and its compute capability (10 * major + minor).
+FlashSupport find_flash_support(int device, int capability);
+
+/// "8.6" for 86.
+std::string capability_to_string(int capability);
+
+/// The family of kernels that the environment variable SELFATTN_FLASH_FAMILY forces ("sm80" or "sm90"), for tests and
+/// comparisons; empty where it is not set. Read once a process. ValueError for another value, at every call.
+const std::string& forced_flash_family();
 
 }  // namespace selfattn

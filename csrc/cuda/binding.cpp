@@ -2,6 +2,7 @@
 
 #include <ATen/cuda/CUDAContext.h>
 #include <ATen/cuda/EmptyTensor.h>
+#include <c10/cuda/CUDAFunctions.h>
 
 #include <algorithm>
 #include <cmath>
@@ -9,7 +10,7 @@
 namespace selfattn::cuda {
 namespace {
 
-constexpr int64_t kChunkElements = 8;  // 16 bytes, the unit of TMA
+constexpr int64_t kChunkElements = 8;  // 16 bytes, the unit of TMA and of cp.async
 constexpr uintptr_t kChunkBytes = 16;
 
 bool has_kernel_layout(const at::Tensor& tensor) {
@@ -28,7 +29,7 @@ int window_side(int64_t size) {
 
 const FlashKernels& flash_kernels() {
   const cudaDeviceProp* device = at::cuda::getCurrentDeviceProperties();
-  const FlashKernels* kernels = select_kernels(10 * device->major + device->minor);
+  const FlashKernels* kernels = select_kernels(c10::cuda::current_device(), 10 * device->major + device->minor);
   TORCH_INTERNAL_ASSERT(kernels, "selfattn: no flash kernels for this device");
   return *kernels;
 }

@@ -18,7 +18,7 @@ at::Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype, at::Device device)
 /// Likewise, of a tensor's shape, dtype and device.
 at::Tensor empty_like_contiguous(const at::Tensor& tensor);
 
-/// The tensor (B, S, N, D) itself where TMA can read it: a contiguous last dimension, every other stride
+/// The tensor (B, S, N, D) itself where every family can read it: a contiguous last dimension, every other stride
 /// positive and in steps of 16 bytes; a contiguous copy otherwise (expanded gradients, odd views).
 at::Tensor with_kernel_layout(const at::Tensor& tensor);
 

@@ -10,7 +10,9 @@ namespace selfattn::cuda {
 // are for the preparation of the segments (segments/tables.h).
 struct FlashKernels {
   const char* name;
+  int min_capability, max_capability;  // of the devices that it serves, 10 * major + minor
   KernelLimits limits;
+  bool (*is_built_for)(int device);  // whether this build holds the family's kernels for a device
 
   TileSizes (*forward_tiles)(const AttentionShape& shape);
   // out and lse from q, k, v.
@@ -26,13 +28,15 @@ struct FlashKernels {
   cudaError_t (*launch_backward)(const BackwardParams& params, cudaStream_t stream);
 };
 
+constexpr int kNewest = 1 << 30;  // max_capability where there is no limit
+
 // Every card since Ampere: mma.sync and cp.async.
 const FlashKernels& sm80_kernels();
 // Hopper: TMA and wgmma.
 const FlashKernels& sm90_kernels();
 
 // The family that serves a device of this compute capability (10 * major + minor); null where none does. The
-// environment variable SELFATTN_FLASH_FAMILY (sm80, sm90) forces one.
-const FlashKernels* select_kernels(int capability);
+// environment variable SELFATTN_FLASH_FAMILY (sm80, sm90) forces one. The processes' devices may differ.
+const FlashKernels* select_kernels(int device, int capability);
 
 }  // namespace selfattn::cuda

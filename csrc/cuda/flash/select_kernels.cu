@@ -1,40 +1,63 @@
-#include <cstdlib>
-#include <stdexcept>
 #include <string>
 
 #include "kernels.h"
+#include "segments/tables.h"
 
 namespace selfattn {
 namespace cuda {
 namespace {
 
-// What SELFATTN_FLASH_FAMILY asks for, for tests and comparisons; read once.
-const std::string& forced_family() {
-  static const std::string family = [] {
-    const char* value = std::getenv("SELFATTN_FLASH_FAMILY");
-    const std::string name = value ? value : "";
-    if (!name.empty() && name != "sm80" && name != "sm90") {
-      throw std::invalid_argument("selfattn: SELFATTN_FLASH_FAMILY must be sm80 or sm90; got " + name);
+// The family that a device is served by is the first that can.
+const FlashKernels* const* families() {
+  static const FlashKernels* const all[] = {&sm90_kernels(), &sm80_kernels(), nullptr};
+  return all;
+}
+
+bool suits(const FlashKernels& family, int capability) {
+  return family.min_capability <= capability && capability <= family.max_capability;
+}
+
+std::string needed_capability(const FlashKernels& family) {
+  const std::string least = capability_to_string(family.min_capability);
+  return family.max_capability == family.min_capability ? least : least + " or newer";
+}
+
+std::string reason_against_all(int capability) {
+  const std::string& forced = forced_flash_family();
+  const std::string got = capability_to_string(capability);
+  const FlashKernels* last = nullptr;  // the one that asks for least
+  for (const FlashKernels* const* family = families(); *family; family++) {
+    if (!forced.empty() && forced != (*family)->name) continue;
+    if (suits(**family, capability)) {
+      return "this build of selfattn holds no flash kernels for compute capability " + got +
+             " (SELFATTN_SM80_ARCHITECTURES, SELFATTN_CUDA_ARCHITECTURES)";
     }
-    return name;
-  }();
-  return family;
+    last = *family;
+  }
+  const std::string needed = "compute capability " + needed_capability(*last) + "; got " + got;
+  if (forced.empty()) return "it needs " + needed;
+  return "SELFATTN_FLASH_FAMILY=" + forced + " forces kernels that need " + needed;
 }
 
 }  // namespace
 
-const FlashKernels* select_kernels(int capability) {
-  constexpr int kAmpere = 80, kHopper = 90;
-  const std::string& forced = forced_family();
-  if (capability == kHopper && forced != "sm80") return &sm90_kernels();
-  return capability >= kAmpere && forced != "sm90" ? &sm80_kernels() : nullptr;
+const FlashKernels* select_kernels(int device, int capability) {
+  const std::string& forced = forced_flash_family();
+  for (const FlashKernels* const* family = families(); *family; family++) {
+    if (!forced.empty() && forced != (*family)->name) continue;
+    if (suits(**family, capability) && (*family)->is_built_for(device) && segments_are_built_for(device)) {
+      return *family;
+    }
+  }
+  return nullptr;
 }
 
 }  // namespace cuda
 
-const KernelLimits* flash_kernel_limits(int capability) {
-  const cuda::FlashKernels* kernels = cuda::select_kernels(capability);
-  return kernels ? &kernels->limits : nullptr;
+FlashSupport find_flash_support(int device, int capability) {
+  const cuda::FlashKernels* kernels = cuda::select_kernels(device, capability);
+  if (kernels) return {&kernels->limits, {}};
+  return {nullptr, cuda::reason_against_all(capability)};
 }
 
 }  // namespace selfattn

@@ -22,14 +22,50 @@ inline cudaError_t find_device(int& device, int& sms) {
   return status;
 }
 
-// Whether a kernel may start before the one ahead of it has ended (ptx/launch.cuh): from Hopper on.
-inline bool has_dependent_launch(int device) {
-  static std::atomic<int> majors[kMaxDevices];
-  int major = majors[device].load(std::memory_order_relaxed);
-  if (!major && cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess)
-    majors[device].store(major, std::memory_order_relaxed);
-  constexpr int kHopper = 9;
-  return major >= kHopper;
+// The dynamic and static shared memory that a thread block may have, in bytes; less than on Hopper on most cards.
+inline cudaError_t find_shared_memory(int device, int& bytes) {
+  static std::atomic<int> limits[kMaxDevices];
+  if (device >= kMaxDevices) return cudaErrorInvalidDevice;
+  bytes = limits[device].load(std::memory_order_relaxed);
+  if (bytes) return cudaSuccess;
+  const cudaError_t status = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (status == cudaSuccess) limits[device].store(bytes, std::memory_order_relaxed);
+  return status;
+}
+
+// The version (10 * major + minor) of the PTX from which this build's code of kKernel for a device was made, -1 where
+// there is none. The device need not be the current one.
+template <auto kKernel>
+int find_ptx_version(int device) {
+  constexpr int kUnknown = 0, kNone = -1;
+  static std::atomic<int> versions[kMaxDevices];
+  if (device >= kMaxDevices) return kNone;
+  int version = versions[device].load(std::memory_order_relaxed);
+  if (version == kUnknown) {
+    int current = device;
+    cudaGetDevice(&current);
+    cudaSetDevice(device);
+    cudaFuncAttributes attributes;
+    version = cudaFuncGetAttributes(&attributes, kKernel) == cudaSuccess ? attributes.ptxVersion : kNone;
+    cudaSetDevice(current);
+    if (version == kNone) cudaGetLastError();  // an answer, not an error that a later check should find
+    versions[device].store(version, std::memory_order_relaxed);
+  }
+  return version;
+}
+
+// Whether this build holds kKernel for the device.
+template <auto kKernel>
+bool is_built_for(int device) {
+  return find_ptx_version<kKernel>(device) >= 0;
+}
+
+// Whether kKernel may start before the kernel ahead of it has ended (ptx/launch.cuh): from Hopper on, unless it was
+// made from older PTX, in which it does not wait.
+template <auto kKernel>
+bool has_dependent_launch(int device) {
+  constexpr int kHopper = 90;
+  return find_ptx_version<kKernel>(device) >= kHopper;
 }
 
 // The attribute of a launch that asks for it.
@@ -40,30 +76,11 @@ inline cudaLaunchAttribute dependent_launch() {
   return attribute;
 }
 
-// Whether this build holds `kernel` for the device, which need not be the current one.
-template <class Kernel>
-bool is_built_for(Kernel kernel, int device) {
-  enum Answer : int { kUnknown, kYes, kNo };
-  static std::atomic<int> answers[kMaxDevices];
-  if (device >= kMaxDevices) return false;
-  int answer = answers[device].load(std::memory_order_relaxed);
-  if (answer == kUnknown) {
-    int current = device;
-    cudaGetDevice(&current);
-    cudaSetDevice(device);
-    cudaFuncAttributes attributes;
-    answer = cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess ? kYes : kNo;
-    cudaSetDevice(current);
-    if (answer == kNo) cudaGetLastError();  // an answer, not an error that a later check should find
-    answers[device].store(answer, std::memory_order_relaxed);
-  }
-  return answer == kYes;
-}
-
 // Lets `kernel`, the only one of Config that asks for so much, take `bytes` of dynamic shared memory.
 template <class Config, class Kernel>
 cudaError_t allow_shared_memory(Kernel kernel, int bytes, int device) {
   static std::atomic<bool> is_allowed[kMaxDevices];
+  if (device >= kMaxDevices) return cudaErrorInvalidDevice;
   if (is_allowed[device].load(std::memory_order_relaxed)) return cudaSuccess;
   const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (status == cudaSuccess) is_allowed[device].store(true, std::memory_order_relaxed);

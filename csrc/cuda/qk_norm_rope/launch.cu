@@ -74,7 +74,7 @@ cudaError_t launch_sum_weight_gradients(const NormRopeParams& params, cudaStream
   config.blockDim = dim3(kSumColumns, kSumSlices);
   config.stream = stream;
   config.attrs = &early_start;
-  config.numAttrs = has_dependent_launch(device) ? 1 : 0;
+  config.numAttrs = has_dependent_launch<sum_weight_gradients_kernel>(device) ? 1 : 0;
   return cudaLaunchKernelEx(&config, sum_weight_gradients_kernel, sums);
 }
 
@@ -101,7 +101,7 @@ cudaError_t schedule_qk_norm_rope(NormRopeParams& params, bool is_backward) {
   return cudaSuccess;
 }
 
-bool qk_norm_rope_runs_on(int device) { return is_built_for(sum_weight_gradients_kernel, device); }
+bool qk_norm_rope_runs_on(int device) { return is_built_for<sum_weight_gradients_kernel>(device); }
 
 cudaError_t launch_qk_norm_rope(const NormRopeParams& params, bool is_backward, cudaStream_t stream) {
   const auto launch = params.element == FloatType::kBFloat16 ? launch_kernels<__nv_bfloat16>

@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "flash/params.h"
+#include "host/device.h"
 #include "ptx/launch.cuh"
 #include "runs.cuh"
 
@@ -199,6 +200,27 @@ SegmentProblem without_repeated_ids(SegmentProblem p) {
   return p;
 }
 
+// Of a problem whose runs are not looked for: its keys have the query ids as ids of their own.
+SegmentProblem with_own_key_ids(SegmentProblem p) {
+  p.key_ids = p.query_ids, p.key_stride_batch = p.query_stride_batch, p.key_stride_token = p.query_stride_token;
+  return p;
+}
+
+constexpr int kDefaultSharedMemory = 48 * 1024, kOwnSharedMemory = 2 * 1024;  // of which so much is the kernel's own
+
+// Dynamic shared memory. `tiles`: of the longer order.
+int shared_memory(const SegmentProblem& p, int tiles) {
+  const int run_words = p.key_ids ? 0 : SegmentRuns::storage_words(p.query_length);
+  const int slots = p.key_ids ? 0 : SegmentRuns::id_slots(p.query_length);  // where the sorting keys follow
+  return 4 * (run_words + std::max(round_up(tiles, kKeysPerLane), slots));
+}
+
+// The most that any row takes.
+constexpr int kMaxSharedMemory =
+    4 * (SegmentRuns::storage_words(kMaxSegmentLength) + std::max(kMaxTiles, SegmentRuns::id_slots(kMaxSegmentLength)));
+static_assert(kMaxSharedMemory + kOwnSharedMemory <= 227 * 1024, "what Hopper has");
+static_assert(4 * kMaxTiles + kOwnSharedMemory <= 99 * 1024, "what every card has, without runs");
+
 // Hands out 256-byte-aligned arrays one after the other.
 struct Carver {
   char* base;
@@ -247,26 +269,28 @@ SegmentTables make_segment_tables(const SegmentProblem& problem, void* storage) 
   return carve_tables(problem, carver);
 }
 
+bool segments_are_built_for(int device) { return is_built_for<prepare_segments_kernel<int>>(device); }
+
 cudaError_t launch_prepare_segments(const SegmentProblem& asked, const SegmentTables& tables, cudaStream_t stream) {
-  const SegmentProblem problem = without_repeated_ids(asked);
+  SegmentProblem problem = without_repeated_ids(asked);
   const int ordered = problem.order_of == SegmentSide::kQueries ? tables.query_tiles : tables.key_tiles;
   const int ordered_queries = problem.ordered_queries ? count_tiles(problem.query_length, problem.ordered_queries) : 0;
   const int tiles = std::max(ordered, ordered_queries);
   if (problem.query_length > kMaxSegmentLength || problem.key_length > kMaxSegmentLength || tiles > kMaxTiles) {
     return cudaErrorInvalidValue;
   }
-  const int run_words = problem.key_ids ? 0 : SegmentRuns::storage_words(problem.query_length);
-  const int slots = problem.key_ids ? 0 : SegmentRuns::id_slots(problem.query_length);  // where the keys follow
-  const int bytes = 4 * (run_words + std::max(round_up(tiles, kKeysPerLane), slots));
+  int device = 0, available = 0;
+  if (const cudaError_t status = cudaGetDevice(&device)) return status;
+  if (const cudaError_t status = find_shared_memory(device, available)) return status;
+  available -= kOwnSharedMemory;
+  if (shared_memory(problem, tiles) > available) problem = with_own_key_ids(problem);
+  const int bytes = shared_memory(problem, tiles);
   const auto kernel = problem.ids_are_int64 ? prepare_segments_kernel<int64_t> : prepare_segments_kernel<int>;
-  constexpr int kDefaultSharedMemory = 46 * 1024;  // of 48 KB; the rest is the kernel's own
-  // The most that any row takes: what another thread sets at the same time must not be less than this call needs.
-  constexpr int kMaxSharedMemory = 4 * (SegmentRuns::storage_words(kMaxSegmentLength) +
-                                        std::max(kMaxTiles, SegmentRuns::id_slots(kMaxSegmentLength)));
-  static_assert(kMaxSharedMemory <= 226 * 1024);
-  if (bytes > kDefaultSharedMemory) {
-    const cudaError_t status =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxSharedMemory);
+  if (bytes > kDefaultSharedMemory - kOwnSharedMemory) {
+    // As much as any row takes on this card: what another thread sets at the same time must not be less than this call
+    // needs.
+    const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                    std::min(kMaxSharedMemory, available));
     if (status != cudaSuccess) return status;
   }
   const int pitch = std::max(tables.pitch_query, tables.pitch_key);

@@ -92,6 +92,11 @@ struct SegmentProblem {
 int64_t segment_tables_bytes(const SegmentProblem& problem);
 SegmentTables make_segment_tables(const SegmentProblem& problem, void* storage);
 
+// Whether this build holds the kernel for a device.
+bool segments_are_built_for(int device);
+
+// On every device that flash kernels serve. Rows that are too long for the shared memory of a thread block there are
+// kGeneral whatever their ids are.
 cudaError_t launch_prepare_segments(const SegmentProblem& problem, const SegmentTables& tables, cudaStream_t stream);
 
 }  // namespace selfattn::cuda

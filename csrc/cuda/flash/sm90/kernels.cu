@@ -4,16 +4,26 @@
 #include "backward/dispatch.h"
 #include "flash/segments/tables.h"
 #include "forward/dispatch.h"
+#include "host/device.h"
 
 namespace selfattn::cuda {
+namespace {
+
+// Compiled for the architectures of the family: where it can run, the others can.
+__global__ void flash_family_probe_kernel() {}
+
+}  // namespace
 
 const FlashKernels& sm90_kernels() {
   static constexpr FlashKernels kKernels = {
       .name = "sm90",
+      .min_capability = 90,
+      .max_capability = 90,
       .limits = {.max_head_dim = 256,
                  .head_dim_multiple = 8,  // of 2 bytes: TMA wants strides in steps of 16
                  .max_length = 1 << 29,   // positions and windows are counted in 32 bits
                  .max_packed_length = kMaxSegmentLength},
+      .is_built_for = is_built_for<flash_family_probe_kernel>,
       .forward_tiles = sm90::forward_tiles,
       .launch_forward = sm90::launch_forward,
       .backward_tiles = sm90::backward_tiles,
