@@ -36,7 +36,7 @@ const FlashKernels& sm80_kernels();
 const FlashKernels& sm90_kernels();
 
 // The family that serves a device of this compute capability (10 * major + minor); null where none does. The
-// environment variable SELFATTN_FLASH_FAMILY (sm80, sm90) forces one. The processes' devices may differ.
+// environment variable SELFATTN_FLASH_FAMILY (sm80, sm90) forces one. The devices of a process may differ.
 const FlashKernels* select_kernels(int device, int capability);
 
 }  // namespace selfattn::cuda

@@ -89,7 +89,6 @@ class Limits:
 
     dtypes: tuple[torch.dtype, ...] = DTYPES
     min_capability: tuple[int, int] | None = None
-    max_capability: tuple[int, int] | None = None
     dim_multiple: int = 1
     max_dim: int | None = None
     refuses: tuple[str, ...] = ()  # keys of FEATURES
@@ -98,8 +97,6 @@ class Limits:
         if call.dtype not in self.dtypes:
             return False
         if self.min_capability is not None and call.capability < self.min_capability:
-            return False
-        if self.max_capability is not None and call.capability > self.max_capability:
             return False
         for dim in (call.dim, call.value_dim):
             if dim % self.dim_multiple != 0 or (self.max_dim is not None and dim > self.max_dim):
@@ -134,8 +131,7 @@ TABLE: dict[tuple[str, str], Limits] = {
     ("flash", "cpu"): Limits(dtypes=(torch.float32, *HALF), max_dim=512, refuses=OUR_KERNELS_LEAVE),
     ("flash", "cuda"): Limits(
         dtypes=HALF,
-        min_capability=(9, 0),
-        max_capability=(9, 0),
+        min_capability=(8, 0),
         dim_multiple=8,
         max_dim=256,
         refuses=(
@@ -266,8 +262,7 @@ def render() -> str:
 def _render_row(backend: str, device: str, limits: Limits) -> str:
     place = {"cpu": "CPU", "cuda": "CUDA", "every": "every"}[device]
     if limits.min_capability is not None:
-        place += f", compute capability {'.'.join(map(str, limits.min_capability))}"
-        place += "" if limits.max_capability == limits.min_capability else " or newer"
+        place += f", compute capability {'.'.join(map(str, limits.min_capability))} or newer"
     dtypes = "every" if limits.dtypes == DTYPES else ", ".join(str(dtype)[len("torch.") :] for dtype in limits.dtypes)
     dims = "any" if limits.max_dim is None else f"up to {limits.max_dim}"
     if limits.dim_multiple > 1:
