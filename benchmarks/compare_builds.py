@@ -4,7 +4,8 @@
 
 A process can hold one build, so each has a process of its own, and they take turns on the card: one measures while the
 other waits. Writes one JSON line a case and pass: the medians of both, and the median of the ratios after / before
-(above 1: slower than before). --small adds calls of a few microseconds; --case and --pass choose.
+(above 1: slower than before). --small adds calls of a few microseconds; --case and --pass choose. Two families of one
+build are compared by --before-family and --after-family.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cases import CASES, Case
-from measure import add_record_options, describe_run, sm_clock
+from measure import FAMILIES, FAMILY_VARIABLE, add_record_options, describe_run, sm_clock
 
 SMALL = [Case("causal", 128, 128, 1), Case("docs", 128, 256, 1, 64), Case("causal", 64, 512, 1)]
 """Calls whose time is mostly that of launching them."""
@@ -40,7 +41,7 @@ def work(milliseconds: int) -> None:
             problem = module.Problem(layers[name], "cuda")
             return module.make_call(module.ours(problem), problem, which)
         case = kernels[name]
-        return prepare(OURS, case, (*case.tensors(), case.tensors()[0]), which)
+        return prepare(OURS, case, (*case.tensors(), case.tensors()[2]), which)
 
     prepared_for, call = None, None
     for line in sys.stdin:
@@ -55,8 +56,10 @@ def work(milliseconds: int) -> None:
         print(f"ms {host_time(call) / 1e3 if is_host else median_time(call, milliseconds)}", flush=True)
 
 
-def start_worker(library: Path, milliseconds: int) -> subprocess.Popen:
+def start_worker(library: Path, family: str | None, milliseconds: int) -> subprocess.Popen:
     environment = {**os.environ, "SELFATTN_LIBRARY": str(library.resolve())}
+    if family:
+        environment[FAMILY_VARIABLE] = family
     command = [sys.executable, __file__, "--worker", "--ms", str(milliseconds)]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
 
@@ -74,6 +77,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--before", type=Path)
     parser.add_argument("--after", type=Path)
+    parser.add_argument("--before-family", choices=FAMILIES, help="of CUDA kernels, in the build before")
+    parser.add_argument("--after-family", choices=FAMILIES)
     parser.add_argument("--case", action="append", default=[], help="part of a case's name; may be repeated")
     parser.add_argument(
         "--pass", dest="passes", action="append", help="forward, backward (of a layer forward+backward)"
@@ -93,7 +98,8 @@ def main() -> None:
     os.environ.setdefault("SELFATTN_LIBRARY", str(arguments.after.resolve()))  # the package is imported below
     import module
 
-    workers = {name: start_worker(getattr(arguments, name), arguments.ms) for name in ("before", "after")}
+    families = {"before": arguments.before_family, "after": arguments.after_family}
+    workers = {build: start_worker(getattr(arguments, build), families[build], arguments.ms) for build in families}
     passes, layer_passes = ("forward", "backward"), module.PASSES
     calls = [(case.name, which) for case in [*CASES, *(SMALL if arguments.small else [])] for which in passes]
     host_layer = f"layer {module.HOST_CASE.name}"
@@ -109,6 +115,8 @@ def main() -> None:
         and (not arguments.passes or which in arguments.passes)
     ]
     record = describe_run(arguments.commit)
+    own = record.pop("family")
+    record |= {f"family_{build}": family or own for build, family in families.items()}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     with arguments.out.open("a") as out:
         for name, which in calls:

@@ -2,7 +2,8 @@
 
     SELFATTN_LIBRARY=build/libselfattn.so python benchmarks/gpu_tests.py --workers 8
 
-A record: counts, names of what failed, device, driver software, commit, date.
+A record: counts, names of what failed, device, family of CUDA kernels, driver software, commit, date. --family forces a
+family, so that both can be tested on one card.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import tempfile
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
-from measure import add_record_options, describe_run
+from measure import add_family_option, add_record_options, describe_run
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -40,6 +41,7 @@ def summarise(report: Path) -> dict[str, object]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workers", type=int, default=1, help="processes, with pytest-xdist")
+    add_family_option(parser)
     add_record_options(parser, "gpu_tests.jsonl")
     arguments, extra = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -2,6 +2,7 @@
 
 import argparse
 import datetime
+import os
 import statistics
 import subprocess
 import sys
@@ -14,6 +15,8 @@ import torch
 ROOT = Path(__file__).resolve().parent
 sys.path.append(str(ROOT.parent / "tests" / "python"))  # support: problems that the tests share
 Call = Callable[[], object]
+FAMILIES = ("sm80", "sm90")
+FAMILY_VARIABLE = "SELFATTN_FLASH_FAMILY"
 
 
 def median_times(calls: dict[str, Call], rounds: int, pause: float, milliseconds: int) -> dict[str, float]:
@@ -78,11 +81,20 @@ def synchronise() -> None:
         torch.cuda.synchronize()
 
 
+def flash_family() -> str | None:
+    """The family of CUDA kernels that the backend ``flash`` takes here; None without a GPU."""
+    if not torch.cuda.is_available():
+        return None
+    own = "sm90" if torch.cuda.get_device_capability() == (9, 0) else "sm80"
+    return os.environ.get(FAMILY_VARIABLE) or own
+
+
 def describe_run(commit: str | None) -> dict[str, str | int | None]:
     """Device, software, commit and date, as every record has them."""
     has_gpu = torch.cuda.is_available()
     return {
         "device": torch.cuda.get_device_name() if has_gpu else torch.backends.cpu.get_cpu_capability(),
+        "family": flash_family(),
         "torch": torch.__version__,
         "cudnn": torch.backends.cudnn.version(),
         "commit": commit or head_commit(),
@@ -122,6 +134,21 @@ def add_record_options(parser: argparse.ArgumentParser, out: str) -> None:
     """Where a record goes, and what it says was built."""
     parser.add_argument("--commit", help="the commit that was built, where this folder is no git checkout")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / out)
+
+
+class ForceFamily(argparse.Action):
+    """Puts the family into the environment, which the library reads at its first call, and processes that are started
+    from here inherit."""
+
+    def __call__(self, parser: object, namespace: argparse.Namespace, value: str, option: str | None = None) -> None:
+        os.environ[FAMILY_VARIABLE] = value
+        setattr(namespace, self.dest, value)
+
+
+def add_family_option(parser: argparse.ArgumentParser) -> None:
+    """Which CUDA kernels are measured."""
+    says = f"the family of CUDA kernels; sets {FAMILY_VARIABLE}"
+    parser.add_argument("--family", choices=FAMILIES, action=ForceFamily, help=says)
 
 
 def parse_with_tiny(parser: argparse.ArgumentParser) -> argparse.Namespace:

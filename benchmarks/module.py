@@ -22,6 +22,7 @@ import torch
 from cases import Case
 from measure import (
     Call,
+    add_family_option,
     add_options,
     describe_run,
     host_time,
@@ -141,6 +142,7 @@ def run_host_times(write: Callable[[dict], None]) -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_family_option(parser)
     add_options(parser, list(IMPLEMENTATIONS), "module.jsonl")
     return parse_with_tiny(parser)
 

@@ -4,7 +4,8 @@
 
 Forms: each tile of head dimensions; no ids, documents, ids in any order; finite values, NaN in a row of every tensor
 and logits so large that their rows are repaired; deterministic mode; a negative scale; and, in memcheck alone for its
-length, rows of 1,700 tokens. The tools run at the same time. Only kernels of this library are looked at.
+length, rows of 1,700 tokens. The tools run at the same time. Only kernels of this library are looked at. --family
+forces a family of kernels.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import time
 from pathlib import Path
 
 import torch
-from measure import add_record_options, describe_run
+from measure import add_family_option, add_record_options, describe_run
 from support.problems import make_ids
 
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
@@ -25,14 +26,22 @@ OURS = ["--kernel-name", "kernel_substring=selfattn"]
 LENGTH = 200
 
 
-def call(dim: int, length: int = LENGTH, ids: str | None = None, values: str = "finite", **options: object) -> None:
+def call(
+    dim: int,
+    length: int = LENGTH,
+    ids: str | None = None,
+    values: str = "finite",
+    value_dim: int | None = None,
+    **options: object,
+) -> None:
     """One forward and one backward pass over bf16 rows of two query heads and one key head."""
 
-    def normal(heads: int) -> torch.Tensor:
+    def normal(heads: int, dim: int) -> torch.Tensor:
         return torch.randn(1, length, heads, dim, device="cuda").bfloat16()
 
     factor = 60 if values == "large" else 1  # logits of several thousand: their rows go through the repair
-    q, k, v, grad = factor * normal(2), factor * normal(1), normal(1), normal(2)
+    value_dim = value_dim or dim
+    q, k, v, grad = factor * normal(2, dim), factor * normal(1, dim), normal(1, value_dim), normal(2, value_dim)
     segment_ids = None if ids is None else make_ids(ids, 1, length).cuda()
     if values == "nan":
         for tensor in (q, k, v, grad):
@@ -55,6 +64,11 @@ def run_forms(tool: str) -> int:
         for values in ("finite", "nan")
     ]
     problems += [dict(dim=dim, length=130, values="large", causal=True) for dim in (64, 128, 256)]
+    problems += [
+        dict(dim=dim, value_dim=value_dim, ids=ids, values=values, causal=True)
+        for dim, value_dim in ((96, 96), (192, 128), (192, 192))
+        for ids, values in ((None, "nan"), ("padding_after", "finite"), ("shuffled_padding", "large"))
+    ]
     problems += [dict(dim=128, length=90, causal=True, qk_scale=-0.3), dict(dim=72, ids="padding_after", causal=False)]
     if tool == "memcheck":
         problems += [dict(dim=dim, length=1700, values="nan", causal=False) for dim in (64, 128, 256)]
@@ -103,6 +117,7 @@ def main() -> int:
     parser.add_argument("--worker", choices=TOOLS, help="run the problems; for the tools")
     parser.add_argument("--seconds", type=float, default=500, help="for all tools together")
     parser.add_argument("--logs", type=Path, help="a folder for what the tools print")
+    add_family_option(parser)
     add_record_options(parser, "sanitizers.jsonl")
     arguments = parser.parse_args()
     if arguments.worker:

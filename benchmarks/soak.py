@@ -7,7 +7,7 @@ Each process draws its problems from its own seed (shapes, head dimensions, ids 
 sinks, scales of every sign, dtypes, deterministic mode), fills free memory with NaN, runs forward and
 backward twice, and compares with the formula in float64: no error may exceed twice that of the formula in the same
 precision, and the forward pass must give the same bits again. Appends one record with what was run and what failed.
-``--worker SEED --problems N`` repeats one process.
+``--worker SEED --problems N`` repeats one process. --family forces a family of kernels.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 import torch
-from measure import add_record_options, describe_run
+from measure import add_family_option, add_record_options, describe_run
 from support.memory import poison_free_memory
 from support.problems import dense_attention, lay_out, make_ids
 from torch import Tensor
@@ -154,6 +154,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=1e9, help="starts no process later than this")
     parser.add_argument("--worker", type=int, help="work as the process of this seed")
+    add_family_option(parser)
     add_record_options(parser, "soak.jsonl")
     arguments = parser.parse_args()
     if arguments.worker is not None:

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 
 import torch
 from cases import Case
-from measure import Call, add_record_options, describe_run, host_time, times_of_rounds
+from measure import Call, add_family_option, add_record_options, describe_run, host_time, times_of_rounds
 from support.problems import names
 from torch import Tensor
 
@@ -142,6 +142,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--ms", type=int, default=60, help="time spent on one call in one round")
+    add_family_option(parser)
     add_record_options(parser, "attention_spot_checks_h100.jsonl")
     arguments = parser.parse_args()
     record = describe_run(arguments.commit)
