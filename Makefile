@@ -12,6 +12,10 @@ CONFIGURE = $(BIN)/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
   -DPython3_EXECUTABLE=$(abspath $(BIN)/python) -DCMAKE_INSTALL_LIBDIR=lib -S .
 export SELFATTN_LIBRARY := $(abspath build/libselfattn.so)
 export PYTHONPATH := $(CURDIR)
+# Bytes of registers that functions may spill, whose names have these parts (cmake/check_ptxas.py). A part may be an
+# architecture: sm80+forward_kernel+sm_120=280.
+SPILLS = sm90+backward=496 sm90+backward_dkdv=832 sm90+forward=192 \
+  sm80+forward_kernel=384 sm80+backward_dq_kernel=96 sm80+backward_dkdv_kernel=192 sm80+repair=384
 SOURCES = $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
 .PHONY: all build install demo test test-cpp test-python test-integrations coverage sanitize lint format bench-cpu clean
@@ -46,8 +50,9 @@ build/build.ninja: CMakeLists.txt $(VENV)/.packages
 build: build/build.ninja
 	$(BIN)/cmake --build build -j $(JOBS) 2>&1 | tee build/build.log | \
 	  { grep -v -E '^ptxas info|bytes stack frame|^ *Function properties' || true; }
-	@! grep -q 'Building CUDA object.*instantiations' build/build.log || \
-	  $(BIN)/python cmake/check_ptxas.py build/build.log --allow backward=496 --allow backward_dkdv=832 --allow forward=192
+	@! grep -q 'Building CUDA object.*instantiations' build/build.log || { \
+	  build/tests/cpp/cuda/selfattn_shared_memory > build/shared_memory.txt && \
+	  $(BIN)/python cmake/check_ptxas.py build/build.log --shared-memory build/shared_memory.txt $(SPILLS:%=--allow %); }
 
 install: build
 	$(BIN)/cmake --install build --prefix build/install > /dev/null
