@@ -11,7 +11,7 @@ from torch import Tensor
 from selfattn.packing_report.notes import describe_ids, notes_of
 from selfattn.packing_report.pairs import NO_ID, PositionRules
 from selfattn.packing_report.report import Packing, PackingReport, Spread, make_report
-from selfattn.packing_report.visited import Tiling
+from selfattn.packing_report.visited import KERNELS, Tiling
 
 __all__ = ["PackingReport", "Spread", "packing_report"]
 
@@ -35,9 +35,9 @@ def packing_report(
     they take for ``head_dim``; in contiguous rows (no id has two runs) the interval from the first
     query's document to the last one's, in others the blocks whose ranges and signatures of ids meet
     (selfattn/packing_report/visited.py names the sources). Three things are not counted: the block that a thread block
-    of the causal CUDA kernel loads before the ids are known, where its tile would not have visited it (one a thread
-    block at most); the tiles that are computed a second time for NaN or infinity; the rows of a block that the CPU
-    kernel leaves out, 64 x 64 blocks being counted whole.
+    of the causal kernel of "sm90" loads before the ids are known, where its tile would not have visited it (one a
+    thread block at most); the tiles that are computed a second time for NaN or infinity; the rows of a block that the
+    CPU kernel leaves out, and that the warps of "sm80" do, blocks being counted whole.
 
     The values are read on the host, which waits for the device. Ids that look like something else (positions, tokens,
     a mask, lengths) are reported all the same, with a note that says what was noticed.
@@ -49,7 +49,8 @@ def packing_report(
         kv_segment_ids: (B, Skv), as ``multihead_attention``.
         window_left: as ``multihead_attention``.
         window_right: as ``multihead_attention``.
-        kernels: "cuda" (compute capability 9.0) or "cpu": whose tiles and rule the visited blocks follow.
+        kernels: "sm90" (compute capability 9.0; "cuda" means it, too), "sm80" (every other one since 8.0) or "cpu":
+            whose tiles and rule the visited blocks follow.
         head_dim: DQK, which decides on the tiles and counts in FLOPs.
         v_head_dim: DV; None is ``head_dim``.
         num_heads: NH, for the FLOPs and, on the CPU, the tiles.
@@ -73,8 +74,9 @@ def packing_report(
     for name, window in (("window_left", window_left), ("window_right", window_right)):
         if window < -1:
             raise ValueError(f"selfattn: {name} must be -1 (unbounded) or at least 0; got {window}")
-    if kernels not in ("cuda", "cpu"):
-        raise ValueError(f'selfattn: kernels must be "cuda" or "cpu"; got {kernels!r}')
+    if kernels not in KERNELS:
+        names = ", ".join(f'"{name}"' for name in KERNELS)
+        raise ValueError(f"selfattn: kernels must be one of {names}; got {kernels!r}")
     v_head_dim = head_dim if v_head_dim is None else v_head_dim
     num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
     sizes = {"head_dim": head_dim, "v_head_dim": v_head_dim, "num_heads": num_heads, "num_kv_heads": num_kv_heads}

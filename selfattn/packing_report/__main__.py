@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from selfattn.packing_report import packing_report
+from selfattn.packing_report.visited import KERNELS
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -22,7 +23,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--causal", action=argparse.BooleanOptionalAction, default=True, help="(default: --causal)")
     parser.add_argument("--window-left", type=int, default=-1, metavar="N", help="-1: unbounded (default)")
     parser.add_argument("--window-right", type=int, default=-1, metavar="N", help="-1: unbounded (default)")
-    parser.add_argument("--kernels", choices=("cuda", "cpu"), default="cuda", help="whose blocks (default: cuda)")
+    parser.add_argument(
+        "--kernels", choices=KERNELS, default="cuda", help="whose blocks (default: cuda, which is sm90)"
+    )
     parser.add_argument("--head-dim", type=int, default=128, metavar="D", help="(default: %(default)s)")
     parser.add_argument("--v-head-dim", type=int, metavar="D", help="(default: that of --head-dim)")
     parser.add_argument("--num-heads", type=int, default=1, metavar="N", help="for the FLOPs (default: %(default)s)")

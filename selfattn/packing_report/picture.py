@@ -12,6 +12,7 @@ from selfattn.packing_report.pairs import Runs, count_allowed_keys, find_runs
 if TYPE_CHECKING:
     from selfattn.packing_report.report import PackingReport
 
+_KERNELS = {"sm90": "CUDA", "sm80": "CUDA sm80", "cpu": "CPU"}
 # Dark enough on paper, apart in grey and to the colour-blind.
 NOT_VISITED = (1.0, 1.0, 1.0)
 VISITED = (0.98, 0.82, 0.55)
@@ -110,7 +111,7 @@ def make_figure(report: "PackingReport", row: int = 0) -> tuple[Any, Any]:
         tuple(Patch(color=colour) for colour in DOCUMENTS),
         Patch(color=PADDING),
     ]
-    labels = ["allowed pairs", f"visited blocks ({size}, {p.tiling.kernels.upper()} kernels)", "not visited",
+    labels = ["allowed pairs", f"visited blocks ({size}, {_KERNELS[p.tiling.kernels]} kernels)", "not visited",
               "documents, in turn dark and light", "padding"]  # fmt: skip
     figure.legend(patches, labels, loc="outside lower center", ncols=3, fontsize=8, frameon=False,
                   handler_map={tuple: HandlerTuple(ndivide=None, pad=0)})  # fmt: skip

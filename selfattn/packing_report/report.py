@@ -13,7 +13,7 @@ from selfattn.packing_report.visited import Tiling, VisitedBlocks, find_visited
 _TOKENS = 1 << 20  # rows of a tile and tokens that are looked at together
 _BAR = 30  # characters
 _PREFIXES = ("", "k", "M", "G", "T", "P", "E")
-_KERNEL_NAMES = {"cuda": "CUDA", "cpu": "CPU"}
+_KERNEL_NAMES = {"sm90": "CUDA (sm90)", "sm80": "CUDA (sm80)", "cpu": "CPU"}
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,14 @@
 """Which key blocks the kernels of the backend `flash` visit for each query tile: their own rules, computed again here.
 
-The CUDA rule is that of the forward kernel's producer warp (``describe_tile`` and ``load_tiles`` of
-csrc/cuda/flash/sm90/forward/producer.cuh, ``test_by_ids`` of csrc/cuda/flash/tile/key_blocks.cuh) over the tables of
-csrc/cuda/flash/segments/. A tile reaches from the first key that its first query may see by position to the last key
-that its last query may see. In a contiguous row (no key ids of its own, no id has two runs, padding anywhere; where the
-ids do not increase along the row, no more runs than ``have_distinct_ids`` of csrc/cuda/flash/segments/runs.cuh takes)
-this is cut to the run of the first query and that of the last. In any other row each block in reach is tested instead:
-the ranges of ids and the 64-bit signatures of tile and block must meet. A tile that meets nothing visits one block all
-the same.
+The rules of CUDA's two families are for "sm90" that of the forward kernel's producer warp (``describe_tile`` and
+``load_tiles`` of csrc/cuda/flash/sm90/forward/producer.cuh), and for "sm80" that of a thread block (``describe_tile``
+and ``attend`` of csrc/cuda/flash/sm80/forward/kernel.cuh). Both walk as csrc/cuda/flash/tile/key_blocks.cuh has it,
+over the tables of csrc/cuda/flash/segments/. A tile reaches from the first key that its first query may see by
+position to the last key that its last query may see. In a contiguous row (no key ids of its own, no id has two runs,
+padding anywhere; where the ids do not increase along the row, no more runs than ``have_distinct_ids`` of
+csrc/cuda/flash/segments/runs.cuh takes) this is cut to the run of the first query and that of the last. In any other
+row each block in reach is tested instead: the ranges of ids and the 64-bit signatures of tile and block must meet. A
+tile that meets nothing visits one block all the same in "sm90", none in "sm80".
 
 The CPU rule is that of csrc/cpu/pair_table.cpp (``make_pair_table``, ``may_meet``): the keys of each query are an
 interval, by position and, where no id has two runs of keys, by the query's run; a tile reaches from the least to the
@@ -23,16 +24,27 @@ from torch import Tensor
 
 from selfattn.packing_report.pairs import NO_ID, PositionRules, Runs, find_runs
 
-# (largest DQK, largest DV) -> rows of a query tile, keys of a block: ForwardTiles of
-# csrc/cuda/flash/sm90/forward/config.h, in the order of dispatch.cu.
+# family -> (largest DQK, largest DV) -> rows of a query tile, keys of a block: ForwardTiles of
+# csrc/cuda/flash/<family>/forward/config.h, in the order of dispatch.cu.
 CUDA_TILES = {
-    (64, 64): (192, 128),
-    (96, 96): (128, 128),
-    (128, 128): (128, 128),
-    (192, 128): (128, 128),
-    (192, 192): (128, 112),
-    (256, 256): (128, 80),
+    "sm90": {
+        (64, 64): (192, 128),
+        (96, 96): (128, 128),
+        (128, 128): (128, 128),
+        (192, 128): (128, 128),
+        (192, 192): (128, 112),
+        (256, 256): (128, 80),
+    },
+    "sm80": {
+        (64, 64): (128, 32),
+        (96, 96): (128, 32),
+        (128, 128): (128, 32),
+        (192, 128): (128, 32),
+        (192, 192): (64, 32),
+        (256, 256): (64, 32),
+    },
 }
+KERNELS = {"cuda": "sm90", "sm90": "sm90", "sm80": "sm80", "cpu": "cpu"}  # by the names that may be asked for
 CPU_TILE = (64, 64)  # kTileRows and kPanel of csrc/cpu/pair_table.h
 
 _MATRIX_ELEMENTS = 1 << 24  # at a time
@@ -44,16 +56,17 @@ _EVERY_BIT = -1
 class Tiling:
     """How the kernels cut the score square of a row."""
 
-    kernels: str  # "cuda" or "cpu"
+    kernels: str  # "sm90", "sm80" or "cpu"
     query_tile: int  # rows: queries, times `group`
     key_block: int
     group: int  # query heads that are rows of one tile; 1 on CUDA
 
     @classmethod
     def of(cls, kernels: str, head_dim: int, v_head_dim: int, group: int) -> "Tiling":
+        kernels = KERNELS[kernels]
         if kernels == "cpu":
             return cls(kernels, *CPU_TILE, group)
-        for (most_qk, most_v), tiles in CUDA_TILES.items():
+        for (most_qk, most_v), tiles in CUDA_TILES[kernels].items():
             if head_dim <= most_qk and v_head_dim <= most_v:
                 return cls(kernels, *tiles, 1)
         raise ValueError(
@@ -146,13 +159,15 @@ def _visited_on_cuda(
         begin = torch.where(compares[:, None], begin, begin.maximum(runs.begin[:, first]))
         end = torch.where(compares[:, None], end, end.minimum(runs.end[:, last]))
     blocks = tiling.key_blocks(key_length)
+    at_least_one = tiling.kernels == "sm90"
+    is_empty = begin >= end
     begin = begin // tiling.key_block
-    end = (-(-end // tiling.key_block)).maximum(begin + 1)
+    end = torch.where(is_empty, begin, -(-end // tiling.key_block)).maximum(begin + at_least_one)
     tile_ids, block_ids = (
         _ranges_with_signatures(ids, size)
         for ids, size in ((query_ids, tiling.query_tile), (key_ids, tiling.key_block))
     )
-    return VisitedBlocks(begin, end, blocks, compares, compares, tile_ids, block_ids, at_least_one=True)
+    return VisitedBlocks(begin, end, blocks, compares, compares, tile_ids, block_ids, at_least_one)
 
 
 def _id_slots(length: int) -> int:

@@ -113,8 +113,10 @@ def test_documents_and_padding_are_those_of_each_row(case: tuple) -> None:
     assert (report.lengths is None) == (not lengths)
 
 
-def visited_on_cuda(ids: list[int], keys: list[int], is_own: bool, rules: dict, sizes: tuple[int, int]) -> Tensor:
-    """The producer warp of the forward kernel, tile by tile, as slowly as it reads."""
+def visited_on_cuda(
+    ids: list[int], keys: list[int], is_own: bool, rules: dict, sizes: tuple[int, int], family: str
+) -> Tensor:
+    """What walks over the key blocks in the forward kernel, tile by tile, as slowly as it reads."""
     tile_size, block_size = sizes
     offset, far = len(keys) - len(ids), 2**40
     left = far if rules["window_left"] < 0 else rules["window_left"]
@@ -148,6 +150,8 @@ def visited_on_cuda(ids: list[int], keys: list[int], is_own: bool, rules: dict, 
         begin, end = max(first + offset - left, 0), min(last + offset + right + 1, len(keys))
         if is_contiguous:
             begin, end = max(begin, run_of(first)[0]), min(end, run_of(last)[1])
+        if begin >= end and family == "sm80":
+            continue
         first_block = min(max(begin, 0) // block_size, blocks - 1)
         end_block = max(-(-end // block_size), first_block + 1)
         if is_contiguous:
@@ -157,20 +161,24 @@ def visited_on_cuda(ids: list[int], keys: list[int], is_own: bool, rules: dict, 
         for block in range(first_block, end_block):
             key_least, key_most, key_bits = summary(keys[block * block_size : (block + 1) * block_size])
             visited[tile, block] = key_least <= most and least <= key_most and bool(bits & key_bits)
-        if not visited[tile].any():
+        if not visited[tile].any() and family == "sm90":
             visited[tile, end_block - 1] = True
     return visited
 
 
-@given(cases(), st.sampled_from([(64, 64), (80, 80), (128, 128), (192, 128), (192, 192), (256, 256), (72, 200)]))
-def test_visited_blocks_are_those_of_the_cuda_producer(case: tuple, dims: tuple[int, int]) -> None:
+DIMS = [(64, 64), (80, 80), (128, 128), (192, 128), (192, 192), (256, 256), (72, 200)]
+
+
+@pytest.mark.parametrize("family", CUDA_TILES)
+@given(cases(), st.sampled_from(DIMS))
+def test_visited_blocks_are_those_of_the_cuda_kernel(family: str, case: tuple, dims: tuple[int, int]) -> None:
     ids, keys, rules = case
-    sizes = next(sizes for most, sizes in CUDA_TILES.items() if dims[0] <= most[0] and dims[1] <= most[1])
-    report = selfattn.packing_report(ids, kv_segment_ids=keys, head_dim=dims[0], v_head_dim=dims[1], **rules)
+    sizes = next(sizes for most, sizes in CUDA_TILES[family].items() if dims[0] <= most[0] and dims[1] <= most[1])
+    options = dict(kernels=family, head_dim=dims[0], v_head_dim=dims[1], **rules)
+    report = selfattn.packing_report(ids, kv_segment_ids=keys, **options)
     key_rows = (ids if keys is None else keys).tolist()
-    expected = torch.stack(
-        [visited_on_cuda(q, k, keys is not None, rules, sizes) for q, k in zip(ids.tolist(), key_rows, strict=True)]
-    )
+    rows = zip(ids.tolist(), key_rows, strict=True)
+    expected = torch.stack([visited_on_cuda(q, k, keys is not None, rules, sizes, family) for q, k in rows])
     assert report.visited_blocks == int(expected.sum()) and report.blocks == expected.numel()
     for row in range(len(ids)):
         assert torch.equal(report.packing.visited(slice(row, row + 1)).matrix(0), expected[row])
@@ -190,7 +198,7 @@ def test_a_tile_of_one_id_and_padding_looks_like_two_ids(id: int, neighbour: int
     report = selfattn.packing_report(ids, kv_segment_ids=keys, causal=False)
     assert report.packing.visited(slice(0, 1)).matrix(0).tolist() == [[True, True], [False, True]]
     rules = {"causal": False, "window_left": -1, "window_right": -1}
-    expected = visited_on_cuda(ids[0].tolist(), keys[0].tolist(), True, rules, (128, 128))
+    expected = visited_on_cuda(ids[0].tolist(), keys[0].tolist(), True, rules, (128, 128), "sm90")
     assert torch.equal(report.packing.visited(slice(0, 1)).matrix(0), expected)
 
 
@@ -240,7 +248,13 @@ def test_visited_blocks_are_those_of_the_cpu_kernels_pair_table(
         assert torch.equal(report.packing.visited(slice(row, row + 1)).matrix(0), expected[row])
 
 
-@given(cases(), st.sampled_from(["cuda", "cpu"]))
+def test_cuda_means_the_kernels_of_hopper() -> None:
+    ids = packed(100, 200, padding=30)
+    assert selfattn.packing_report(ids, kernels="cuda") == selfattn.packing_report(ids, kernels="sm90")
+    assert selfattn.packing_report(ids, kernels="sm80").blocks != selfattn.packing_report(ids, kernels="sm90").blocks
+
+
+@given(cases(), st.sampled_from(["sm90", "sm80", "cpu"]))
 def test_every_allowed_pair_lies_in_a_visited_block(case: tuple, kernels: str) -> None:
     ids, keys, rules = case
     report = selfattn.packing_report(ids, kv_segment_ids=keys, kernels=kernels, **rules)
@@ -251,20 +265,32 @@ def test_every_allowed_pair_lies_in_a_visited_block(case: tuple, kernels: str) -
         assert bool(report.packing.visited(slice(row, row + 1)).matrix(0)[tile][:, block][mask].all())
 
 
-def test_tiles_are_those_in_the_sources() -> None:
-    config = (CSRC / "cuda/flash/sm90/forward/config.h").read_text()
-    dispatch = (CSRC / "cuda/flash/sm90/forward/dispatch.cu").read_text()
+def query_rows(family: str, body: str) -> int | None:
+    """Rows of a query tile by the body of a ForwardTiles; None where it has the base's."""
+    if family == "sm90":
+        rows = re.search(r"kWarpgroups = (\d+)", body)
+        return 64 * int(rows[1]) if rows else None
+    warps, rows = (re.search(rf"{name} = (\d+)", body) for name in ("kWarps", "kWarpRows"))
+    return int(warps[1]) * int(rows[1]) if warps and rows else None
+
+
+@pytest.mark.parametrize("family", CUDA_TILES)
+def test_tiles_are_those_in_the_sources(family: str) -> None:
+    config = (CSRC / f"cuda/flash/{family}/forward/config.h").read_text()
+    dispatch = (CSRC / f"cuda/flash/{family}/forward/dispatch.cu").read_text()
     of_sources = {}
     for qk, v, base_qk, base_v, body in re.findall(
         r"struct ForwardTiles<(\d+), (\d+)>(?: : ForwardTiles<(\d+), (\d+)>)? \{(.*?)\};", config, re.DOTALL
     ):
         base = of_sources.get((int(base_qk or 0), int(base_v or 0)), (0, 0))
-        rows = re.search(r"kWarpgroups = (\d+)", body)
         keys = re.search(r"kTileKey = (\d+)", body)
-        of_sources[int(qk), int(v)] = 64 * int(rows[1]) if rows else base[0], int(keys[1]) if keys else base[1]
-    assert of_sources == CUDA_TILES
+        of_sources[int(qk), int(v)] = query_rows(family, body) or base[0], int(keys[1]) if keys else base[1]
+    assert of_sources == CUDA_TILES[family]
     order = [(int(qk), int(v)) for qk, v in re.findall(r"kernel_for<(\d+), (\d+)>\(\)", dispatch)]
-    assert order == list(CUDA_TILES)
+    assert order == list(CUDA_TILES[family])
+
+
+def test_tiles_of_the_cpu_are_those_in_the_source() -> None:
     table = (CSRC / "cpu/pair_table.h").read_text()
     constants = dict(re.findall(r"constexpr int64_t (\w+) = (\d+);", table))
     assert (int(constants["kTileRows"]), int(constants["kPanel"])) == CPU_TILE
@@ -398,7 +424,7 @@ def test_table_holds_the_numbers() -> None:
     for part in [
         "Packed batch of 1 row of 256 tokens, causal, window_left 9",
         "padding  128 of 256 tokens (50.0%)",
-        "Visited: 2 of 4 blocks of 128 queries x 128 keys, by the forward kernels for CUDA.",
+        "Visited: 2 of 4 blocks of 128 queries x 128 keys, by the forward kernels for CUDA (sm90).",
         "8 query heads of dimension 128",
         "They take 1 of 1 row as intervals",
     ]:
@@ -500,7 +526,7 @@ def test_picture_shows_pairs_and_blocks(query: int, key: int, colour: tuple, tmp
     assert colour_at(tmp_path / "picture.png", report, query, key) == pytest.approx(colour, abs=1 / 255)
 
 
-@pytest.mark.parametrize(("kernels", "heads"), [("cuda", 1), ("cpu", 3)])
+@pytest.mark.parametrize(("kernels", "heads"), [("cuda", 1), ("sm80", 1), ("cpu", 3)])
 @pytest.mark.parametrize("length", [200, 1900])
 def test_picture_has_the_share_of_the_pairs_and_the_blocks_of_each_cell(kernels: str, heads: int, length: int) -> None:
     ids = torch.repeat_interleave(torch.randint(-1, 9, (length,)), torch.randint(1, 200, (length,)))[None, :length]
