@@ -1,0 +1,78 @@
+"""docs/semantics.md says who serves on CUDA what the kernels of ``flash`` do not: the serving table agrees, and so does
+the memory that a call takes."""
+
+import re
+
+import pytest
+import torch
+from support import ROOT
+from support.serving_table import MOST_TOKENS_WITH_IDS, Call, chosen, describe, serving
+
+import selfattn
+
+IDS = {"has_ids": True}
+LONG = MOST_TOKENS_WITH_IDS + 1
+ROWS: dict[str, list[dict]] = {
+    "float32, float64": [IDS | {"dtype": dtype} for dtype in (torch.float32, torch.float64)],
+    "a head dimension that is no multiple of 8, or above 256": [
+        IDS | {"dim": dim, "value_dim": value_dim} for dim, value_dim in ((100, 100), (16, 12), (264, 264))
+    ],
+    "compute capability below 8.0": [IDS | {"capability": (7, 5)}],
+    "rows of more than 524,288 tokens with segment ids": [IDS | {"num_queries": LONG, "num_keys": LONG}],
+    "positions, with causality or a window": [{"has_positions": True}],
+    "any of these with sinks or lse": [
+        call | option
+        for call in (IDS | {"dtype": torch.float32}, IDS | {"dim": 100}, {"has_positions": True})
+        for option in ({"has_sinks": True}, {"wants_lse": True})
+    ],
+    "softcap": [{"softcap": 30.0}, IDS | {"softcap": 30.0}],
+    "`torch.func` transforms but vmap, forward mode": [{"transform": "grad"}, {"has_tangent": True}],
+}
+"""By the first cell of a row of the document, calls that it is about."""
+BY_KERNELS = [
+    IDS,
+    IDS | {"num_queries": 5, "num_keys": 9},
+    IDS | {"has_sinks": True, "wants_lse": True, "window_left": 3},
+    {"num_queries": 5, "num_keys": 9, "window_right": 2, "causal": False},
+    {"qk_scale": -0.3, "has_positions": True, "causal": False},
+    IDS | {"capability": (8, 6), "transform": "vmap"},
+]
+
+
+def rows_of_document() -> dict[str, str]:
+    """First cell -> the backend in the second, where that names one."""
+    text = (ROOT / "docs" / "semantics.md").read_text()
+    table = text.partition("### What takes a dense mask on CUDA")[2].partition("## Errors")[0]
+    return dict(re.findall(r"^\| (.+?) \| `(\w+)` \|", table, re.MULTILINE))
+
+
+def test_document_and_serving_table_name_the_same_backend() -> None:
+    rows = rows_of_document()
+    assert rows.keys() == ROWS.keys()
+    for name, calls in ROWS.items():
+        for changes in calls:
+            call = Call(device="cuda").with_(**changes)
+            assert "flash" not in serving(call) and chosen(call) == rows[name], (name, call)
+
+
+def test_everything_else_is_served_by_the_kernels() -> None:
+    for changes in BY_KERNELS:
+        assert chosen(Call(device="cuda").with_(**changes)) == "flash", changes
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("has_own_key_ids", [False, True])
+@pytest.mark.parametrize("options", [{}, {"window_left": 100}, {"causal": False}])
+def test_calls_with_ids_take_no_mask_where_the_kernels_serve(options: dict, has_own_key_ids: bool) -> None:
+    length = 4096
+    q = torch.randn(1, length, 1, 64, device="cuda", dtype=torch.bfloat16)
+    ids = torch.randint(0, 9, (1, length), device="cuda", dtype=torch.int32)
+    ids = {"segment_ids": ids} | ({"kv_segment_ids": ids.clone()} if has_own_key_ids else {})
+    if chosen(describe(q, q, q, **ids, **options)) != "flash":
+        pytest.skip("by the serving table flash does not serve this device")
+    selfattn.multihead_attention(q, q, q, **ids, **options)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    selfattn.multihead_attention(q, q, q, **ids, **options)
+    assert torch.cuda.max_memory_allocated() - before < length * length / 8  # a mask has a byte a pair
