@@ -421,6 +421,12 @@ int main() {
     std::printf("skipped: needs a CUDA GPU, and there is none\n");
     return 77;
   }
+  cudaDeviceProp device;
+  cuda_check(cudaGetDeviceProperties(&device, 0));
+  if (device.major != 9 || device.minor != 0) {
+    std::printf("skipped: needs compute capability 9.0, and the GPU has %d.%d\n", device.major, device.minor);
+    return 77;
+  }
   std::srand(static_cast<unsigned>(std::rand() ^ clock()));
   test_products<__nv_bfloat16>();
   test_products<__half>();
