@@ -23,23 +23,46 @@ struct OperandTile {
     return chunk / 8 * kPanelBytes + row * kPanelRowBytes + (chunk % 8 ^ row % 8) * kChunkBytes;
   }
 
-  // Rows first_row .. of a head, g_head being its first; zeros past `rows` and in columns past `dim`. All kThreads
-  // threads take part, each with one chunk of every kRowStep-th row; nobody waits.
+  // Where a thread's copies come from, and go to: its chunk of a head's rows, g_head being the first, columns past
+  // `dim` of which are zeros.
   template <int kThreads>
-  static __device__ __forceinline__ void load(uint32_t s_tile, const uint16_t* g_head, int64_t stride_token,
-                                              int first_row, int rows, int dim) {
-    constexpr int kLanesOfRow = kChunks <= 8 ? 8 : kChunks <= 16 ? 16 : 32, kRowStep = kThreads / kLanesOfRow;
-    static_assert(kRows % kRowStep == 0);
-    const int chunk = threadIdx.x % kLanesOfRow, row = threadIdx.x / kLanesOfRow;
-    if (chunk >= kChunks) return;
-    const bool is_column = chunk * kChunkElements < dim;
-    const uint16_t* g_chunk = g_head + (first_row + row) * stride_token + (is_column ? chunk * kChunkElements : 0);
-#pragma unroll
-    for (int i = 0; i < kRows / kRowStep; i++) {
-      const bool is_there = is_column && first_row + row + i * kRowStep < rows;
-      ptx::copy_async(s_tile + place(row + i * kRowStep, chunk), is_there ? g_chunk : g_head, is_there);
-      g_chunk += kRowStep * stride_token;
+  struct Source {
+    static constexpr int kLanesOfRow = kChunks <= 8 ? 8 : kChunks <= 16 ? 16 : 32, kRowStep = kThreads / kLanesOfRow;
+    static_assert(kRows % kRowStep == 0 && (kRowStep % 8 == 0 || kRowStep == 4));
+    const uint16_t* g_chunk;  // of the thread's first row
+    int64_t step;             // elements from one of its rows to the next
+    int64_t stride_token;
+    int first_place;
+    int first_row;  // past all rows where the thread's columns are past dim
+
+    __device__ __forceinline__ Source(const uint16_t* g_head, int64_t stride_token, int dim)
+        : step(kRowStep * stride_token), stride_token(stride_token) {
+      const int chunk = threadIdx.x % kLanesOfRow, row = threadIdx.x / kLanesOfRow;
+      const bool is_column = chunk * kChunkElements < dim;
+      g_chunk = g_head + row * stride_token + (is_column ? chunk * kChunkElements : 0);
+      first_place = place(row, chunk);
+      first_row = is_column ? row : kPastAllRows;
     }
+    // Of the thread's i-th row.
+    __device__ __forceinline__ int place_of(int i) const {
+      constexpr int kFlip = 4 * kChunkBytes;  // of the swizzle, where rows are 4 apart
+      return (kRowStep % 8 == 0 || i % 2 == 0 ? first_place : first_place ^ kFlip) + i * kRowStep * kPanelRowBytes;
+    }
+    static constexpr int kPastAllRows = 1 << 30;
+  };
+
+  // Starts the copies of rows first_row .. of a head that has `rows`; zeros past them. All kThreads threads take part,
+  // each with one chunk of every kRowStep-th row; nobody waits.
+  template <int kThreads>
+  static __device__ __forceinline__ void load(uint32_t s_tile, const Source<kThreads>& source, int first_row,
+                                              int rows) {
+    using From = Source<kThreads>;
+    if (kChunks < From::kLanesOfRow && threadIdx.x % From::kLanesOfRow >= kChunks) return;
+    const uint16_t* g_chunk = source.g_chunk + first_row * source.stride_token;
+    const int rows_left = rows - first_row - source.first_row;
+#pragma unroll
+    for (int i = 0; i < kRows / From::kRowStep; i++, g_chunk += source.step)
+      ptx::copy_async(s_tile + source.place_of(i), g_chunk, i * From::kRowStep < rows_left);
   }
 
   // Operands of 16 columns, step after step: of a place in step 0 (below) that in another.

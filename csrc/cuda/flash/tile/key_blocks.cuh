@@ -3,6 +3,7 @@
 #include <cuda_runtime.h>
 
 #include "flash/segments/tables.h"
+#include "window.h"
 
 namespace selfattn::cuda {
 
@@ -37,6 +38,7 @@ class KeyBlockWalk {
  public:
   // `always`, at least `first`, is visited whatever the test says (-1: no such block).
   __device__ KeyBlockWalk(int first, int end, int always) : first_(first), group_end_(end), always_(always) {}
+  __device__ explicit KeyBlockWalk(const Interval& blocks) : KeyBlockWalk(blocks.begin, blocks.end, -1) {}
 
   // test(index, meets, is_uniform) judges one candidate.
   template <class Test>

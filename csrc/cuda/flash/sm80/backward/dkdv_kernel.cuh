@@ -52,14 +52,14 @@ struct QueryBlock {
 class QueryBlockWalk {
  public:
   __device__ __forceinline__ QueryBlockWalk(const Interval& blocks, int heads)
-      : blocks_(blocks), heads_(heads), of_head_(blocks.begin, blocks.end, -1) {}
+      : blocks_(blocks), heads_(heads), of_head_(blocks) {}
 
   template <class Test>
   __device__ __forceinline__ bool find_next(QueryBlock& block, const Test& test) {
     KeyBlock found;
     while (!of_head_.find_next(found, test)) {
       if (++head_ >= heads_) return false;
-      of_head_ = KeyBlockWalk(blocks_.begin, blocks_.end, -1);
+      of_head_ = KeyBlockWalk(blocks_);
     }
     block = {found.index, head_, found.by_ids};
     return true;
@@ -96,8 +96,8 @@ __device__ __forceinline__ bool sum_key_gradients(const BackwardKernelParams& p,
   // Q comes with the statistics of its rows.
   const auto load_query = [&](const QueryBlock& block) {
     const int head = first_head + block.head;
-    Query::template load<Config::kThreads>(s_q, head_of(call.q, tile.batch, head), call.q.stride_token,
-                                           block.index * kTileQuery, shape.query_length, shape.dim_qk);
+    Query::template load<Config::kThreads>(s_q, {head_of(call.q, tile.batch, head), call.q.stride_token, shape.dim_qk},
+                                           block.index * kTileQuery, shape.query_length);
     constexpr int kFloatsOfChunk = kChunkBytes / 4, kStatChunks = kTileQuery / kFloatsOfChunk;
     static_assert(2 * kStatChunks <= Config::kThreads);
     if (threadIdx.x < 2 * kStatChunks) {
@@ -109,9 +109,10 @@ __device__ __forceinline__ bool sum_key_gradients(const BackwardKernelParams& p,
     }
   };
   const auto load_grad_out = [&](const QueryBlock& block) {
-    GradOut::template load<Config::kThreads>(s_grad_out, head_of(call.grad_out, tile.batch, first_head + block.head),
-                                             call.grad_out.stride_token, block.index * kTileQuery, shape.query_length,
-                                             shape.dim_v);
+    GradOut::template load<Config::kThreads>(
+        s_grad_out,
+        {head_of(call.grad_out, tile.batch, first_head + block.head), call.grad_out.stride_token, shape.dim_v},
+        block.index * kTileQuery, shape.query_length);
   };
   const auto queries_of = [&](int row_in_tile) {
     return visible_queries(call, tile.batch, tile.segments.has_runs,
@@ -303,17 +304,17 @@ __device__ __forceinline__ bool sum_key_gradients(const BackwardKernelParams& p,
   return false;
 }
 
-// Apart from the first pass, whose registers it must not take.
+// Apart from the first pass, whose registers it must not take; so it finds out for itself what the tile is.
 template <class Config, KeySums kSums>
-__device__ __noinline__ void repair_key_gradients(const BackwardKernelParams& p, const KeyTile& tile,
-                                                  typename Config::SharedStorage& s) {
+__device__ __noinline__ void repair_key_gradients(const BackwardKernelParams& p, typename Config::SharedStorage& s) {
+  const KeyTile tile = describe_key_tile<Config>(p);
   sum_key_gradients<Config, kSums, true>(p, tile, s);
 }
 
 template <class Config, KeySums kSums>
 __device__ __forceinline__ void make_key_gradients(const BackwardKernelParams& p, const KeyTile& tile,
                                                    typename Config::SharedStorage& s) {
-  if (sum_key_gradients<Config, kSums, false>(p, tile, s)) repair_key_gradients<Config, kSums>(p, tile, s);
+  if (sum_key_gradients<Config, kSums, false>(p, tile, s)) repair_key_gradients<Config, kSums>(p, s);
 }
 
 template <class Config>
@@ -323,12 +324,13 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksAtOnce)
   auto& s = *reinterpret_cast<typename Config::SharedStorage*>(s_memory);
   const KeyTile tile = describe_key_tile<Config>(p);
   const AttentionShape& shape = p.call.shape;
-  Config::Key::template load<Config::kThreads>(ptx::shared_address(s.k), head_of(p.call.k, tile.batch, tile.kv_head),
-                                               p.call.k.stride_token, tile.index * Config::kTileKey, shape.key_length,
-                                               shape.dim_qk);
-  Config::Value::template load<Config::kThreads>(ptx::shared_address(s.v), head_of(p.call.v, tile.batch, tile.kv_head),
-                                                 p.call.v.stride_token, tile.index * Config::kTileKey, shape.key_length,
-                                                 shape.dim_v);
+  const int first_row = tile.index * Config::kTileKey;
+  Config::Key::template load<Config::kThreads>(
+      ptx::shared_address(s.k), {head_of(p.call.k, tile.batch, tile.kv_head), p.call.k.stride_token, shape.dim_qk},
+      first_row, shape.key_length);
+  Config::Value::template load<Config::kThreads>(
+      ptx::shared_address(s.v), {head_of(p.call.v, tile.batch, tile.kv_head), p.call.v.stride_token, shape.dim_v},
+      first_row, shape.key_length);
   if constexpr (Config::kSumsTogether) {
     make_key_gradients<Config, KeySums::kBoth>(p, tile, s);
   } else {

@@ -58,14 +58,12 @@ __device__ __forceinline__ bool sum_query_gradients(const BackwardKernelParams& 
                  s_k = ptx::shared_address(s.k), s_v = ptx::shared_address(s.v);
   const float scale_log2 = call.scale * kLog2E;
 
-  const auto load_key = [&](int block) {
-    Key::template load<Config::kThreads>(s_k, head_of(call.k, tile.batch, kv_head), call.k.stride_token,
-                                         block * kTileKey, shape.key_length, shape.dim_qk);
-  };
-  const auto load_value = [&](int block) {
-    Value::template load<Config::kThreads>(s_v, head_of(call.v, tile.batch, kv_head), call.v.stride_token,
-                                           block * kTileKey, shape.key_length, shape.dim_v);
-  };
+  const typename Key::template Source<Config::kThreads> keys(head_of(call.k, tile.batch, kv_head), call.k.stride_token,
+                                                             shape.dim_qk);
+  const typename Value::template Source<Config::kThreads> values(head_of(call.v, tile.batch, kv_head),
+                                                                 call.v.stride_token, shape.dim_v);
+  const auto load_key = [&](int block) { Key::load(s_k, keys, block * kTileKey, shape.key_length); };
+  const auto load_value = [&](int block) { Value::load(s_v, values, block * kTileKey, shape.key_length); };
   const auto keys_of = [&](int row_in_tile) {
     return visible_keys(call, tile.batch, tile.segments.has_runs, min(first_row + row_in_tile, shape.query_length - 1));
   };
@@ -80,14 +78,15 @@ __device__ __forceinline__ bool sum_query_gradients(const BackwardKernelParams& 
         segments.key_blocks[int64_t(tile.batch) * segments.key_tiles + index * kTileKey / Config::kKeyBlock];
     meets = may_share_segment(queries, keys), is_uniform = is_one_segment(queries, keys);
   };
-  KeyBlockWalk walk(tile.blocks.begin, tile.blocks.end, -1);
+  KeyBlockWalk walk(tile.blocks);
   KeyBlock block{0, false, false}, next{0, false, false};
   bool has_block = walk.find_next(block, test);
 
-  Query::template load<Config::kThreads>(s_q, head_of(call.q, tile.batch, tile.head), call.q.stride_token, first_row,
-                                         shape.query_length, shape.dim_qk);
-  GradOut::template load<Config::kThreads>(s_grad_out, head_of(call.grad_out, tile.batch, tile.head),
-                                           call.grad_out.stride_token, first_row, shape.query_length, shape.dim_v);
+  Query::template load<Config::kThreads>(
+      s_q, {head_of(call.q, tile.batch, tile.head), call.q.stride_token, shape.dim_qk}, first_row, shape.query_length);
+  GradOut::template load<Config::kThreads>(
+      s_grad_out, {head_of(call.grad_out, tile.batch, tile.head), call.grad_out.stride_token, shape.dim_v}, first_row,
+      shape.query_length);
   if (has_block) load_value(block.index);
   ptx::commit_copies();
 
@@ -186,10 +185,10 @@ __device__ __forceinline__ bool sum_query_gradients(const BackwardKernelParams& 
   return false;
 }
 
-// Apart from the first pass, whose registers it must not take.
+// Apart from the first pass, whose registers it must not take; so it finds out for itself what the tile is.
 template <class Config>
-__device__ __noinline__ void repair_query_gradients(const BackwardKernelParams& p, const DqTile& tile,
-                                                    typename Config::SharedStorage& s) {
+__device__ __noinline__ void repair_query_gradients(const BackwardKernelParams& p, typename Config::SharedStorage& s) {
+  const DqTile tile = describe_dq_tile<Config>(p);
   sum_query_gradients<Config, true>(p, tile, s);
 }
 
@@ -199,7 +198,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksAtOnce)
   extern __shared__ __align__(128) unsigned char s_memory[];
   auto& s = *reinterpret_cast<typename Config::SharedStorage*>(s_memory);
   const DqTile tile = describe_dq_tile<Config>(p);
-  if (sum_query_gradients<Config, false>(p, tile, s)) repair_query_gradients<Config>(p, tile, s);
+  if (sum_query_gradients<Config, false>(p, tile, s)) repair_query_gradients<Config>(p, s);
 }
 
 }  // namespace selfattn::cuda::sm80

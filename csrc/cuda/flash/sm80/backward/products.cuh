@@ -25,7 +25,6 @@ template <class Element, class Left, class Right, int kGroups, int kCount>
 __device__ __forceinline__ void multiply_rows(float (&products)[kGroups][kCount], uint32_t left_place,
                                               uint32_t right_place) {
   static_assert(Left::kDim == Right::kDim);
-  clear(products);
 #pragma unroll
   for (int step = 0; step < Left::kDim / kProductStep; step++) {
     uint32_t a[kGroups][4];
@@ -37,8 +36,13 @@ __device__ __forceinline__ void multiply_rows(float (&products)[kGroups][kCount]
       Right::load_right(right_place, pair, step, b);
 #pragma unroll
       for (int g = 0; g < kGroups; g++) {
-        ptx::multiply<Element>(products[g] + 8 * pair, a[g], b[0], b[1]);
-        ptx::multiply<Element>(products[g] + 8 * pair + 4, a[g], b[2], b[3]);
+        if (step == 0) {
+          ptx::multiply_overwrite<Element>(products[g] + 8 * pair, a[g], b[0], b[1]);
+          ptx::multiply_overwrite<Element>(products[g] + 8 * pair + 4, a[g], b[2], b[3]);
+        } else {
+          ptx::multiply<Element>(products[g] + 8 * pair, a[g], b[0], b[1]);
+          ptx::multiply<Element>(products[g] + 8 * pair + 4, a[g], b[2], b[3]);
+        }
       }
     }
   }

@@ -1,6 +1,7 @@
 // Everything static about the forward kernel: tiles, warps, shared memory.
 #pragma once
 #include "flash/sm80/operand.cuh"
+#include "flash/tile/window.h"
 
 namespace selfattn::cuda::sm80 {
 
@@ -15,21 +16,34 @@ enum class MaskKind {
 template <int kDimQk, int kDimV>
 struct ForwardTiles;
 
+#ifndef VW
+#define VW 4
+#define VR 32
+#define VK 128
+#define VB 2
+#define VH 0
+#endif
 template <>
 struct ForwardTiles<64, 64> {
-  static constexpr int kWarps = 4, kWarpRows = 32, kTileKey = 32, kBlocksAtOnce = 2;
+  static constexpr int kWarps = VW, kWarpRows = VR, kTileKey = VK, kBlocksAtOnce = VB;
+  static constexpr int kHeldSteps = VH;
 };
 template <>
-struct ForwardTiles<96, 96> : ForwardTiles<64, 64> {};
+struct ForwardTiles<128, 128> {
+  static constexpr int kWarps = 4, kWarpRows = 32, kTileKey = 64, kBlocksAtOnce = 2;
+  static constexpr int kHeldSteps = 0;
+};
 template <>
-struct ForwardTiles<128, 128> : ForwardTiles<64, 64> {};
+struct ForwardTiles<96, 96> : ForwardTiles<128, 128> {};
 template <>
 struct ForwardTiles<192, 128> {
   static constexpr int kWarps = 8, kWarpRows = 16, kTileKey = 32, kBlocksAtOnce = 1;
+  static constexpr int kHeldSteps = 0;
 };
 template <>
 struct ForwardTiles<192, 192> {
   static constexpr int kWarps = 4, kWarpRows = 16, kTileKey = 32, kBlocksAtOnce = 2;
+  static constexpr int kHeldSteps = 0;
 };
 template <>
 struct ForwardTiles<256, 256> : ForwardTiles<192, 192> {};
@@ -52,8 +66,9 @@ struct ForwardConfig : ForwardTiles<kDimQk_, kDimV_> {
     alignas(128) unsigned char q[Query::kBytes];
     alignas(128) unsigned char k[2][Key::kBytes];
     alignas(128) unsigned char v[2][Value::kBytes];
+    Interval rows[kTileQuery];  // the keys of each row (MaskKind::kMasked)
   };
-  static_assert(sizeof(SharedStorage) <= 99 * 1024);
+  static_assert(sizeof(SharedStorage) <= 227 * 1024);
   static_assert(Out::kBytes <= Query::kBytes && kDimQk % 16 == 0 && kDimV % 16 == 0);
 };
 

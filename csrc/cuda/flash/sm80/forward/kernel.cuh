@@ -1,8 +1,9 @@
 // The forward kernel: a thread block a query tile; each warp has 16 or 32 rows of it to itself, and all share the key
 // blocks that they load. Keys and values have two buffers each. A step has one barrier:
 //
-//   wait for K of the next block and V of this one | start K of the block after, and V of the next
-//   S of the next block = Q K^T, between which the softmax of this one runs | O += P V
+//   S = Q K^T | start K and V of the next block | softmax | O += P V | wait for the next block
+//
+// While a warp is at its softmax the tensor cores work for the others of the SM, most of all for its other thread block.
 //
 // What comes out not finite, and rows whose logits are too large for the fast softmax, are computed once more by the
 // same warps with more care (repair.cuh of the other family says why).
@@ -29,7 +30,6 @@ constexpr int kNoSegments = -1;  // beside the values of SegmentMode
 struct QueryTile {
   int index, batch, head, head_of_all;
   int mode;
-  Interval blocks;  // of keys, in reach of its rows
 };
 
 template <class Config>
@@ -38,30 +38,60 @@ __device__ __forceinline__ QueryTile describe_tile(const ForwardKernelParams& p)
   const SegmentTables& segments = p.call.segments;
   const TilePlace place = find_tile(p.schedule, blockIdx.x);
   const int tiles = p.schedule.tiles_per_head;
-  QueryTile tile{place.rank, place.head / shape.num_heads, place.head % shape.num_heads, place.head, kNoSegments, {}};
+  QueryTile tile{place.rank, place.head / shape.num_heads, place.head % shape.num_heads, place.head, kNoSegments};
   if (Config::kMask == MaskKind::kMasked && segments.mode) {
     tile.mode = segments.mode[tile.batch];
     tile.index = segments.order[tile.batch * tiles + place.rank];
   } else if (Config::kMask != MaskKind::kFull && p.call.window.right < AttentionWindow::kUnbounded) {
     tile.index = tiles - 1 - place.rank;
   }
+  return tile;
+}
+
+// The blocks of keys in reach of the tile's rows.
+template <class Config>
+__device__ __forceinline__ Interval blocks_of_tile(const ForwardParams& call, const QueryTile& tile) {
+  const AttentionShape& shape = call.shape;
+  const SegmentTables& segments = call.segments;
   const int first_row = tile.index * Config::kTileQuery, offset = shape.key_length - shape.query_length;
   const int last_row = min(first_row + Config::kTileQuery, shape.query_length) - 1;
   Interval keys{0, shape.key_length};
-  if (Config::kMask != MaskKind::kFull) keys.end = keys_of_query(p.call.window, last_row, offset, shape.key_length).end;
+  if (Config::kMask != MaskKind::kFull) keys.end = keys_of_query(call.window, last_row, offset, shape.key_length).end;
   if (Config::kMask == MaskKind::kMasked) {
-    keys.begin = keys_of_query(p.call.window, first_row, offset, shape.key_length).begin;
+    keys.begin = keys_of_query(call.window, first_row, offset, shape.key_length).begin;
     if (tile.mode == kContiguous) {
       const int64_t row = int64_t(tile.batch) * segments.pitch_query;
       keys = keys & Interval{segments.run_begin[row + first_row], segments.run_end[row + last_row]};
     }
   }
-  tile.blocks = {keys.begin / Config::kTileKey, keys.end > keys.begin ? (keys.end - 1) / Config::kTileKey + 1 : 0};
-  return tile;
+  return {keys.begin / Config::kTileKey, keys.end > keys.begin ? (keys.end - 1) / Config::kTileKey + 1 : 0};
 }
 
+// The ways through a tile.
+enum class Pass {
+  kByIntervals,  // of keys alone
+  kByIds,        // pairs are compared by id, too
+  kRepair,       // with more care than speed, by whatever the tile wants
+};
+
+// The blocks of an interval, from right to left.
+class IntervalWalk {
+ public:
+  __device__ __forceinline__ explicit IntervalWalk(const Interval& blocks) : blocks_(blocks) {}
+
+  template <class Test>
+  __device__ __forceinline__ bool find_next(KeyBlock& block, const Test&) {
+    if (blocks_.end <= blocks_.begin) return false;
+    block.index = --blocks_.end;
+    return true;
+  }
+
+ private:
+  Interval blocks_;
+};
+
 // A warp's part of a tile.
-template <class Config, bool kIsRepair>
+template <class Config, Pass kPass>
 class WarpRows {
  public:
   using Element = typename Config::Element;
@@ -69,22 +99,23 @@ class WarpRows {
   using Key = typename Config::Key;
   using Value = typename Config::Value;
   using Out = typename Config::Out;
-  static constexpr bool kMasked = Config::kMask == MaskKind::kMasked, kLimited = Config::kMask != MaskKind::kFull;
-  static constexpr int kTileKey = Config::kTileKey, kGroups = Config::kRowGroups;
+  static constexpr bool kIsRepair = kPass == Pass::kRepair;
+  static constexpr bool kMasked = Config::kMask == MaskKind::kMasked, kByIds = kMasked && kPass != Pass::kByIntervals;
+  static constexpr bool kLimited = Config::kMask != MaskKind::kFull;
+  static constexpr int kTileKey = Config::kTileKey, kGroups = Config::kRowGroups, kHeldSteps = Config::kHeldSteps;
   using Scores = float[kGroups][kTileKey / 2];
 
   __device__ __forceinline__ WarpRows(const ForwardKernelParams& p, const QueryTile& tile,
                                       typename Config::SharedStorage& s)
-      : call_(p.call), tile_(tile), s_(s), first_row_(tile.index * Config::kTileQuery) {
+      : call_(p.call),
+        tile_(tile),
+        s_(s),
+        first_row_(tile.index * Config::kTileQuery),
+        key_source_(head_of(p.call.k, kv_head()), p.call.k.stride_token, p.call.shape.dim_qk),
+        value_source_(head_of(p.call.v, kv_head()), p.call.v.stride_token, p.call.shape.dim_v) {
     query_place_ = Query::left_place(ptx::shared_address(s.q), warp_row());
     key_place_ = Key::right_place(ptx::shared_address(s.k[0]));
     value_place_ = Value::left_place(ptx::shared_address(s.v[0]), 0);
-    reach_ = shared_ = {0, call_.shape.key_length};
-    if (kLimited) {
-      const Interval first = keys_of(warp_row()), last = keys_of(warp_row() + Config::kWarpRows - 1);
-      reach_.end = last.end, shared_.end = first.end;
-      if (kMasked) reach_.begin = first.begin, shared_.begin = last.begin;
-    }
 #pragma unroll
     for (int g = 0; g < kGroups; g++) {
       softmax_[g].c = call_.scale * kLog2E;
@@ -95,19 +126,15 @@ class WarpRows {
   }
 
   __device__ __forceinline__ void load_query() const {
-    Query::template load<Config::kThreads>(ptx::shared_address(s_.q), head_of(call_.q, tile_.head),
-                                           call_.q.stride_token, first_row_, call_.shape.query_length,
-                                           call_.shape.dim_qk);
+    const typename Query::template Source<Config::kThreads> source(head_of(call_.q, tile_.head), call_.q.stride_token,
+                                                          call_.shape.dim_qk);
+    Query::load(ptx::shared_address(s_.q), source, first_row_, call_.shape.query_length);
   }
   __device__ __forceinline__ void load_key(int block, int buffer) const {
-    Key::template load<Config::kThreads>(ptx::shared_address(s_.k[buffer]), head_of(call_.k, kv_head()),
-                                         call_.k.stride_token, block * kTileKey, call_.shape.key_length,
-                                         call_.shape.dim_qk);
+    Key::load(ptx::shared_address(s_.k[buffer]), key_source_, block * kTileKey, call_.shape.key_length);
   }
   __device__ __forceinline__ void load_value(int block, int buffer) const {
-    Value::template load<Config::kThreads>(ptx::shared_address(s_.v[buffer]), head_of(call_.v, kv_head()),
-                                           call_.v.stride_token, block * kTileKey, call_.shape.key_length,
-                                           call_.shape.dim_v);
+    Value::load(ptx::shared_address(s_.v[buffer]), value_source_, block * kTileKey, call_.shape.key_length);
   }
 
   // Whether some row of the warp may see a key of the block, by intervals.
@@ -119,23 +146,54 @@ class WarpRows {
   __device__ __forceinline__ void multiply_scores(int buffer, Scores& scores) const {
     const uint32_t key_place = key_place_ + buffer * Key::kBytes;
 #pragma unroll
-    for (int g = 0; g < kGroups; g++)
-#pragma unroll
-      for (int i = 0; i < kTileKey / 2; i++) scores[g][i] = 0.f;
-#pragma unroll
     for (int step = 0; step < Config::kDimQk / 16; step++) {
       uint32_t a[kGroups][4];
-#pragma unroll
-      for (int g = 0; g < kGroups; g++) Query::load_left(query_place_ + g * 16 * kPanelRowBytes, step, a[g]);
+      load_query_step(step, a);
 #pragma unroll
       for (int pair = 0; pair < kTileKey / 16; pair++) {
         uint32_t b[4];
         Key::load_right(key_place, pair, step, b);
 #pragma unroll
         for (int g = 0; g < kGroups; g++) {
-          ptx::multiply<Element>(scores[g] + 8 * pair, a[g], b[0], b[1]);
-          ptx::multiply<Element>(scores[g] + 8 * pair + 4, a[g], b[2], b[3]);
+          if (step == 0) {
+            ptx::multiply_overwrite<Element>(scores[g] + 8 * pair, a[g], b[0], b[1]);
+            ptx::multiply_overwrite<Element>(scores[g] + 8 * pair + 4, a[g], b[2], b[3]);
+          } else {
+            ptx::multiply<Element>(scores[g] + 8 * pair, a[g], b[0], b[1]);
+            ptx::multiply<Element>(scores[g] + 8 * pair + 4, a[g], b[2], b[3]);
+          }
         }
+      }
+    }
+  }
+
+  // Leaves the keys of the tile's rows in shared memory.
+  __device__ __forceinline__ void find_keys_of_rows() const {
+    if constexpr (kMasked)
+      for (int row = threadIdx.x; row < Config::kTileQuery; row += Config::kThreads) s_.rows[row] = find_keys(row);
+  }
+
+  // Once Q and the keys of the rows are there. Q goes into registers where they have room for it.
+  __device__ __forceinline__ void begin() {
+    reach_ = shared_ = {0, call_.shape.key_length};
+    if (kLimited) {
+      const Interval first = keys_of(warp_row()), last = keys_of(warp_row() + Config::kWarpRows - 1);
+      reach_.end = last.end, shared_.end = first.end;
+      if (kMasked) reach_.begin = first.begin, shared_.begin = last.begin;
+    }
+#pragma unroll
+    for (int step = 0; step < kHeldSteps; step++)
+#pragma unroll
+      for (int g = 0; g < kGroups; g++) Query::load_left(query_place_ + g * 16 * kPanelRowBytes, step, held_[step][g]);
+  }
+  __device__ __forceinline__ void load_query_step(int step, uint32_t (&a)[kGroups][4]) const {
+#pragma unroll
+    for (int g = 0; g < kGroups; g++) {
+      if (step < kHeldSteps) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) a[g][i] = held_[step][g][i];
+      } else {
+        Query::load_left(query_place_ + g * 16 * kPanelRowBytes, step, a[g]);
       }
     }
   }
@@ -143,7 +201,7 @@ class WarpRows {
   __device__ __forceinline__ void mask_scores(const KeyBlock& block, Scores& scores) const {
     const int first_key = block.index * kTileKey, first_column = first_key + 2 * (lane() % 4);
     const bool is_cut = first_key + kTileKey > shared_.end || (kMasked && first_key < shared_.begin);
-    if (!is_cut && !block.by_ids) return;
+    if (!is_cut && !(kByIds && block.by_ids)) return;
 #pragma unroll
     for (int g = 0; g < kGroups; g++) {
       const int row = warp_row() + 16 * g + lane() / 4;
@@ -151,7 +209,7 @@ class WarpRows {
         const Interval keys[2] = {keys_of(row), keys_of(row + 8)};
         mask_by_intervals<kMasked>(scores[g], keys, first_column);
       }
-      if (kMasked && block.by_ids) {
+      if (kByIds && block.by_ids) {
         const SegmentTables& segments = call_.segments;
         const int* g_ids = segments.query_ids + int64_t(tile_.batch) * segments.pitch_query + first_row_ + row;
         const int ids[2] = {g_ids[0], g_ids[8]};
@@ -292,6 +350,12 @@ class WarpRows {
     return static_cast<uint16_t*>(view.data) + tile_.batch * view.stride_batch + head * view.stride_head;
   }
   __device__ __forceinline__ Interval keys_of(int row_in_tile) const {
+    if constexpr (kMasked)
+      return s_.rows[row_in_tile];
+    else
+      return find_keys(row_in_tile);
+  }
+  __device__ __forceinline__ Interval find_keys(int row_in_tile) const {
     const AttentionShape& shape = call_.shape;
     const int row = min(first_row_ + row_in_tile, shape.query_length - 1);
     const Interval window = keys_of_query(call_.window, row, shape.key_length - shape.query_length, shape.key_length);
@@ -304,85 +368,66 @@ class WarpRows {
   const QueryTile& tile_;
   typename Config::SharedStorage& s_;
   int first_row_;
+  typename Key::template Source<Config::kThreads> key_source_;
+  typename Value::template Source<Config::kThreads> value_source_;
   uint32_t query_place_, key_place_, value_place_;
   Interval reach_, shared_;  // keys that some row may see, and that all may see, by intervals
+  uint32_t held_[kHeldSteps ? kHeldSteps : 1][kGroups][4];  // Q's first columns
   float out_[kGroups][Config::kDimV / 2];
   OnlineSoftmax<kTileKey> softmax_[kGroups];
   bool is_good_enough_ = true;
 };
 
 // One pass over a tile. Returns whether a row of this warp must be computed with more care.
-template <class Config, bool kIsRepair>
+template <class Config, Pass kPass>
 __device__ __forceinline__ bool attend(const ForwardKernelParams& p, const QueryTile& tile,
                                        typename Config::SharedStorage& s) {
-  using Rows = WarpRows<Config, kIsRepair>;
+  using Rows = WarpRows<Config, kPass>;
   const SegmentTables& segments = p.call.segments;
-  const bool by_ids = Rows::kMasked && tile.mode == kGeneral;
+  const bool by_ids = Rows::kByIds && tile.mode == kGeneral;
   const auto test = [&](int index, bool& meets, bool& is_uniform) {
     if (!by_ids) return;
     const SegmentBlock queries = segments.query_blocks[int64_t(tile.batch) * segments.query_tiles + tile.index],
                        keys = segments.key_blocks[int64_t(tile.batch) * segments.key_tiles + index];
     meets = may_share_segment(queries, keys), is_uniform = is_one_segment(queries, keys);
   };
-  KeyBlockWalk walk(tile.blocks.begin, tile.blocks.end, -1);
-  KeyBlock block{0, false, false}, next{0, false, false}, after{0, false, false};
-  bool has_block = walk.find_next(block, test), has_next = has_block && walk.find_next(next, test);
-
   Rows rows(p, tile, s);
   rows.load_query();
-  if (has_block) rows.load_key(block.index, 0);
+  const Interval blocks = blocks_of_tile<Config>(p.call, tile);
+  std::conditional_t<Rows::kByIds, KeyBlockWalk, IntervalWalk> walk(blocks);
+  KeyBlock block{0, false, false}, next{0, false, false};
+  bool has_block = walk.find_next(block, test);
+  if (has_block) rows.load_key(block.index, 0), rows.load_value(block.index, 0);
   ptx::commit_copies();
-  if (has_block) rows.load_value(block.index, 0);
-  if (has_next) rows.load_key(next.index, 1);
-  ptx::commit_copies();
-
-  typename Rows::Scores scores[2];
-  ptx::wait_for_copies<1>();
+  rows.find_keys_of_rows();
+  ptx::wait_for_copies<0>();
   __syncthreads();
-  bool is_needed = has_block && rows.needs(block);
-  if (is_needed) rows.multiply_scores(0, scores[0]), rows.mask_scores(block, scores[0]);
-
-  // With the block in work in buffer kBuffer: its V, its scores; K of the next block is in the other.
-  const auto step = [&](auto buffer) {
-    constexpr int kBuffer = decltype(buffer)::value, kOther = 1 - kBuffer;
-    const bool has_after = has_next && walk.find_next(after, test);
-    ptx::wait_for_copies<0>();
-    __syncthreads();  // V of the block and K of the next are there; V of the last and K of the block have been read
-    if (has_next) rows.load_value(next.index, kOther);
-    if (has_after) rows.load_key(after.index, kBuffer);
-    ptx::commit_copies();
-    const bool is_next_needed = has_next && rows.needs(next);
-    if constexpr (kIsRepair) {
-      if (is_needed) rows.take_scores(scores[kBuffer]);
-      rows.take_out_non_finite_values(kBuffer, is_needed, scores[kBuffer]);
-      if (is_needed) rows.multiply_out(kBuffer, scores[kBuffer]);
-      if (is_next_needed) rows.multiply_scores(kOther, scores[kOther]);
-    } else if (is_needed && is_next_needed) {  // in one basic block, so that products and softmax mix
-      rows.multiply_scores(kOther, scores[kOther]);
-      rows.take_scores(scores[kBuffer]);
-      rows.multiply_out(kBuffer, scores[kBuffer]);
-    } else if (is_needed) {
-      rows.take_scores(scores[kBuffer]);
-      rows.multiply_out(kBuffer, scores[kBuffer]);
-    } else if (is_next_needed) {
-      rows.multiply_scores(kOther, scores[kOther]);
-    }
-    if (is_next_needed) rows.mask_scores(next, scores[kOther]);
-    block = next, next = after, has_block = has_next, has_next = has_after, is_needed = is_next_needed;
-  };
+  rows.begin();
+  typename Rows::Scores scores;
 #pragma unroll 1
-  while (has_block) {
-    step(std::integral_constant<int, 0>{});
-    if (has_block) step(std::integral_constant<int, 1>{});
+  for (int buffer = 0; has_block; buffer ^= 1) {
+    const bool is_needed = rows.needs(block), has_next = walk.find_next(next, test);
+    if (is_needed) rows.multiply_scores(buffer, scores);
+    if (has_next) rows.load_key(next.index, buffer ^ 1), rows.load_value(next.index, buffer ^ 1);
+    ptx::commit_copies();
+    if (is_needed) {
+      rows.mask_scores(block, scores);
+      rows.take_scores(scores);
+    }
+    if (Rows::kIsRepair) rows.take_out_non_finite_values(buffer, is_needed, scores);
+    if (is_needed) rows.multiply_out(buffer, scores);
+    ptx::wait_for_copies<0>();
+    __syncthreads();  // the next block is there, and this one has been read
+    block = next, has_block = has_next;
   }
   return rows.finish();
 }
 
-// Apart from the first pass, whose registers it must not take.
+// Apart from the first pass, whose registers it must not take; so it finds out for itself what the tile is.
 template <class Config>
-__device__ __noinline__ void repair(const ForwardKernelParams& p, const QueryTile& tile,
-                                    typename Config::SharedStorage& s) {
-  attend<Config, true>(p, tile, s);
+__device__ __noinline__ void repair(const ForwardKernelParams& p, typename Config::SharedStorage& s) {
+  const QueryTile tile = describe_tile<Config>(p);
+  attend<Config, Pass::kRepair>(p, tile, s);
 }
 
 template <class Config>
@@ -391,7 +436,12 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksAtOnce)
   extern __shared__ __align__(128) unsigned char s_memory[];
   auto& s = *reinterpret_cast<typename Config::SharedStorage*>(s_memory);
   const QueryTile tile = describe_tile<Config>(p);
-  if (__syncthreads_or(attend<Config, false>(p, tile, s))) repair<Config>(p, tile, s);
+  bool is_spoilt;
+  if (Config::kMask == MaskKind::kMasked && tile.mode == kGeneral)
+    is_spoilt = attend<Config, Pass::kByIds>(p, tile, s);
+  else
+    is_spoilt = attend<Config, Pass::kByIntervals>(p, tile, s);
+  if (__syncthreads_or(is_spoilt)) repair<Config>(p, s);
 }
 
 }  // namespace selfattn::cuda::sm80

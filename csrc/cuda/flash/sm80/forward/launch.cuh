@@ -10,8 +10,9 @@ namespace selfattn::cuda::sm80 {
 
 template <class Config>
 cudaError_t launch_forward_kernel(const ForwardParams& params, cudaStream_t stream) {
-  const ForwardKernelParams p{params,
-                              make_schedule(params.shape, Config::kTileQuery, Config::kMask != MaskKind::kFull)};
+  constexpr int64_t kLastSectionBytes = 64 << 20;
+  const ForwardKernelParams p{
+      params, make_schedule(params.shape, Config::kTileQuery, Config::kMask != MaskKind::kFull, kLastSectionBytes)};
   const auto kernel = flash_attention_forward_kernel<Config>;
   int device = 0;
   if (const cudaError_t status = cudaGetDevice(&device)) return status;

@@ -28,7 +28,8 @@ cudaError_t launch_forward_kernel(const ForwardParams& params, cudaStream_t stre
   p.lse = params.lse;
   p.sinks = params.sinks;
   p.segments = params.segments;
-  p.schedule = make_schedule(shape, Config::kTileQuery, Config::kMask != MaskKind::kFull);
+  constexpr int64_t kLastSectionBytes = 32 << 20;
+  p.schedule = make_schedule(shape, Config::kTileQuery, Config::kMask != MaskKind::kFull, kLastSectionBytes);
 
   const auto kernel = flash_attention_forward_kernel<Config>;
   int device = 0, sms = 0;
