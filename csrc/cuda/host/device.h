@@ -5,6 +5,8 @@
 #include <cuda_runtime_api.h>
 
 #include <atomic>
+#include <climits>
+#include <cstdlib>
 
 namespace selfattn::cuda {
 
@@ -22,6 +24,16 @@ inline cudaError_t find_device(int& device, int& sms) {
   return status;
 }
 
+// KiB, for tests: the kernels then do with so much as on another card. Read once.
+inline int shared_memory_limit() {
+  static const int bytes = [] {
+    const char* value = std::getenv("SELFATTN_SHARED_MEMORY");
+    const int kib = value ? std::atoi(value) : 0;
+    return kib > 0 ? kib * 1024 : INT_MAX;
+  }();
+  return bytes;
+}
+
 // The dynamic and static shared memory that a thread block may have, in bytes; less than on Hopper on most cards.
 inline cudaError_t find_shared_memory(int device, int& bytes) {
   static std::atomic<int> limits[kMaxDevices];
@@ -29,6 +41,7 @@ inline cudaError_t find_shared_memory(int device, int& bytes) {
   bytes = limits[device].load(std::memory_order_relaxed);
   if (bytes) return cudaSuccess;
   const cudaError_t status = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  bytes = bytes < shared_memory_limit() ? bytes : shared_memory_limit();
   if (status == cudaSuccess) limits[device].store(bytes, std::memory_order_relaxed);
   return status;
 }

@@ -72,6 +72,26 @@ struct DkdvTiles<256, 256> {
   static constexpr bool kSumsTogether = false;
 };
 
+// Of the single pass: a thread block has kTileKey keys and walks over blocks of 64 queries, of which Q and dO have
+// kBuffers. Of S and dP a warp has 32 queries and its share of the keys, of dK and dV 32 keys and its share of the
+// columns, of dQ 64 / kDqRowWarps queries and its share of the columns.
+template <int kDimQk, int kDimV>
+struct SinglePassTiles {
+  static constexpr int kWarps = 8, kTileKey = 128, kBuffers = 2, kDqRowWarps = 2, kBlocksAtOnce = 1;
+};
+template <>
+struct SinglePassTiles<96, 96> : SinglePassTiles<128, 128> {
+  static constexpr int kDqRowWarps = 4;
+};
+template <>
+struct SinglePassTiles<192, 128> : SinglePassTiles<128, 128> {
+  static constexpr int kTileKey = 64;
+};
+template <>
+struct SinglePassTiles<192, 192> : SinglePassTiles<192, 128> {};
+template <>
+struct SinglePassTiles<256, 256> : SinglePassTiles<192, 128> {};
+
 // Rows of the tiles of either kernel, for what is prepared ahead of them.
 template <int kDimQk, int kDimV>
 struct BackwardTileRows {
@@ -81,6 +101,7 @@ struct BackwardTileRows {
   static_assert(kOfDq % kQueryBlock == 0 && kStatRows % kOfDq == 0 && kStatRows % kQueryBlock == 0);
   static_assert(kOfDkdv % Queries::kTileKey == 0, "a block of keys lies in one block of the tables");
   static_assert(kQueryBlock % Keys::kTileQuery == 0, "a block of queries, too");
+  static_assert(kOfDkdv == SinglePassTiles<kDimQk, kDimV>::kTileKey, "either form may take a call");
 };
 
 template <class Element_, int kDimQk_, int kDimV_>
@@ -133,6 +154,38 @@ struct DkdvConfig : DkdvTiles<kDimQk_, kDimV_> {
   static_assert(kDimQk % 16 == 0 && kDimV % 16 == 0 && Tiles::kQueriesAtOnce % 16 == 0 && Tiles::kWarpRows % 16 == 0);
   static_assert(Tiles::kSumsTogether || (kParts == 1 && kDimQk == kDimV),
                 "one sum at a time: of whole blocks, dK through the memory of V, as K is wanted for dV");
+};
+
+template <class Element_, int kDimQk_, int kDimV_>
+struct SinglePassConfig : SinglePassTiles<kDimQk_, kDimV_> {
+  using Tiles = SinglePassTiles<kDimQk_, kDimV_>;
+  using Element = Element_;
+  static constexpr int kDimQk = kDimQk_, kDimV = kDimV_;
+  static constexpr int kThreads = Tiles::kWarps * kWarpSize, kTileQuery = 64;
+  static constexpr int kScoreRowWarps = kTileQuery / 32, kScoreKeyWarps = Tiles::kWarps / kScoreRowWarps;
+  static constexpr int kScoreKeys = Tiles::kTileKey / kScoreKeyWarps;
+  static constexpr int kKeyRowWarps = Tiles::kTileKey / 32, kKeyColumnWarps = Tiles::kWarps / kKeyRowWarps;
+
+  using Key = OperandTile<Tiles::kTileKey, kDimQk>;  // dK leaves through its memory, dV through that of V
+  using Value = OperandTile<Tiles::kTileKey, kDimV>;
+  using Query = OperandTile<kTileQuery, kDimQk>;
+  using GradOut = OperandTile<kTileQuery, kDimV>;
+  using Score = OperandTile<kTileQuery, Tiles::kTileKey>;
+
+  struct SharedStorage {
+    alignas(128) unsigned char k[Key::kBytes];
+    alignas(128) unsigned char v[Value::kBytes];
+    alignas(128) unsigned char q[Tiles::kBuffers][Query::kBytes];
+    alignas(128) unsigned char grad_out[Tiles::kBuffers][GradOut::kBytes];
+    alignas(128) unsigned char weights[Score::kBytes];  // P
+    alignas(128) unsigned char grad_scores[Score::kBytes];
+    // Of the queries in q: their statistics (row_stats.cuh), and the keys of their runs.
+    alignas(16) float lse_log2[Tiles::kBuffers][kTileQuery];
+    alignas(16) float delta[Tiles::kBuffers][kTileQuery];
+    alignas(16) int run_begin[Tiles::kBuffers][kTileQuery];
+    alignas(16) int run_end[Tiles::kBuffers][kTileQuery];
+  };
+  static_assert(kScoreKeys % 16 == 0 && kDimQk % (16 * kKeyColumnWarps) == 0 && kDimV % (16 * kKeyColumnWarps) == 0);
 };
 
 }  // namespace selfattn::cuda::sm80

@@ -4,7 +4,6 @@
 
 #include "config.h"
 #include "launcher.h"
-#include "workspace.h"
 
 namespace selfattn::cuda::sm80 {
 namespace {
@@ -15,6 +14,7 @@ struct BackwardKernels {
   int ordered_queries;
   cudaError_t (*launch_bf16)(const BackwardParams&, cudaStream_t);
   cudaError_t (*launch_fp16)(const BackwardParams&, cudaStream_t);
+  int64_t (*workspace_bytes)(const BackwardParams&);
 };
 
 template <int kDimQk, int kDimV>
@@ -25,7 +25,8 @@ constexpr BackwardKernels kernels_for() {
           {kQueryBlock, Rows::kOfDkdv},
           Rows::kOfDq,
           BackwardLauncher<ElementType::kBFloat16, kDimQk, kDimV>::launch,
-          BackwardLauncher<ElementType::kHalf, kDimQk, kDimV>::launch};
+          BackwardLauncher<ElementType::kHalf, kDimQk, kDimV>::launch,
+          BackwardLauncher<ElementType::kHalf, kDimQk, kDimV>::workspace_bytes};
 }
 
 // Each is instantiated in instantiations/.
@@ -54,7 +55,8 @@ int backward_ordered_queries(const AttentionShape& shape) {
 }
 
 int64_t backward_workspace_bytes(const BackwardParams& params) {
-  return 2 * int64_t(sizeof(float)) * stat_count(params.shape);
+  const BackwardKernels* kernels = find_kernels(params.shape);
+  return kernels ? kernels->workspace_bytes(params) : 0;
 }
 
 cudaError_t launch_backward(const BackwardParams& params, cudaStream_t stream) {

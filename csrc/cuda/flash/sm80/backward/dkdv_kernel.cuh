@@ -12,6 +12,7 @@
 #pragma once
 #include "config.h"
 #include "flash/tile/mask.cuh"
+#include "key_tile.cuh"
 #include "params.cuh"
 #include "products.cuh"
 #include "row_stats.cuh"
@@ -20,56 +21,6 @@
 namespace selfattn::cuda::sm80 {
 
 enum class KeySums { kBoth, kGradKey, kGradValue };
-
-struct KeyTile {
-  int index, batch, kv_head;
-  RowSegments segments;
-  Interval blocks;  // of queries, in reach of its keys
-};
-
-template <class Config>
-__device__ __forceinline__ KeyTile describe_key_tile(const BackwardKernelParams& p) {
-  const AttentionShape& shape = p.call.shape;
-  const TilePlace place = find_tile(p.of_keys, blockIdx.x);
-  const int tiles = p.of_keys.tiles_per_head, batch = place.head / shape.num_kv_heads;
-  // Under a causal limit the first keys are seen by the most queries.
-  KeyTile tile{place.rank, batch, place.head % shape.num_kv_heads, segments_of_row(p.call.segments, batch), {}};
-  if (p.call.segments.mode) tile.index = p.call.segments.order[batch * tiles + place.rank];
-  const int first = tile.index * Config::kTileKey, last = min(first + Config::kTileKey, shape.key_length) - 1;
-  const bool has_runs = tile.segments.has_runs;
-  tile.blocks = blocks_of(
-      {visible_queries(p.call, batch, has_runs, first).begin, visible_queries(p.call, batch, has_runs, last).end},
-      Config::kTileQuery);
-  return tile;
-}
-
-struct QueryBlock {
-  int index, head;  // head of the group
-  bool by_ids;      // its pairs must be compared by id
-};
-
-// The blocks of all heads of a group. By whole warps, as KeyBlockWalk.
-class QueryBlockWalk {
- public:
-  __device__ __forceinline__ QueryBlockWalk(const Interval& blocks, int heads)
-      : blocks_(blocks), heads_(heads), of_head_(blocks) {}
-
-  template <class Test>
-  __device__ __forceinline__ bool find_next(QueryBlock& block, const Test& test) {
-    KeyBlock found;
-    while (!of_head_.find_next(found, test)) {
-      if (++head_ >= heads_) return false;
-      of_head_ = KeyBlockWalk(blocks_);
-    }
-    block = {found.index, head_, found.by_ids};
-    return true;
-  }
-
- private:
-  Interval blocks_;
-  int heads_, head_ = 0;
-  KeyBlockWalk of_head_;
-};
 
 // Returns whether the tile must be computed with more care; then nothing is stored. K and V are in shared memory, or on
 // their way.
@@ -120,11 +71,7 @@ __device__ __forceinline__ bool sum_key_gradients(const BackwardKernelParams& p,
   };
 
   const auto test = [&](int index, bool& meets, bool& is_uniform) {
-    if (!tile.segments.has_ids) return;
-    const SegmentBlock
-        keys = segments.key_blocks[int64_t(tile.batch) * segments.key_tiles + tile.index],
-        queries = segments.query_blocks[int64_t(tile.batch) * segments.query_tiles + index * kTileQuery / kQueryBlock];
-    meets = may_share_segment(queries, keys), is_uniform = is_one_segment(queries, keys);
+    if (tile.segments.has_ids) compare_ids<Config>(segments, tile, index, meets, is_uniform);
   };
   QueryBlockWalk walk(tile.blocks, group_size);
   QueryBlock block{0, 0, false}, next{0, 0, false};

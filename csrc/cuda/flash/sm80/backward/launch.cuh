@@ -1,20 +1,26 @@
 // Gradients of exact attention for every card since Ampere: dQ, dK, dV of O = softmax(scale * Q K^T) V. Host side of
-// one pair of head dimensions and element type: params -> schedules -> launches.
+// one pair of head dimensions and element type: params -> schedules -> launches. Two forms, ahead of both of which
 //
-//   preprocess  the statistics of the rows of queries
+//   preprocess  takes the statistics of the rows of queries.
+//
+// The single pass multiplies S and dP once, five products, and adds dQ up in global memory:
+//   single pass  a thread block a key tile
+//   postprocess  rounds the sums of dQ
+// The two passes keep every sum in registers and add it up in one order, so their gradients are bitwise equal from call
+// to call. They multiply S and dP twice, seven products, and need less shared memory:
 //   dq          a thread block a query tile
 //   dkdv        a thread block a key tile
-//
-// Every sum stays in registers and is added up in one order, so the gradients are bitwise equal from call to call. S
-// and dP are multiplied by both kernels: seven products instead of five, but nothing is added up in memory.
 #pragma once
-#include <type_traits>
+#include <algorithm>
 
 #include "dkdv_kernel.cuh"
+#include "dq_accumulator.cuh"
 #include "dq_kernel.cuh"
+#include "flash/tile/element.h"
 #include "host/device.h"
 #include "launcher.h"
 #include "preprocess.cuh"
+#include "single_pass_kernel.cuh"
 #include "workspace.h"
 
 namespace selfattn::cuda::sm80 {
@@ -57,9 +63,62 @@ cudaError_t launch_tiles(Kernel kernel, const BackwardKernelParams& p, int tiles
   return cudaGetLastError();
 }
 
+// Of a call: whether the single pass takes it, and how many of its batches at a time. The memory for the sums of dQ is
+// kept small that way; each launch has enough tiles for all SMs.
+struct BackwardPlan {
+  bool is_single_pass;
+  int batches_at_once;
+};
+
+template <class Config>
+BackwardPlan plan_backward(const BackwardParams& params, int device) {
+  const AttentionShape& shape = params.shape;
+  int shared_memory = 0;
+  if (params.is_deterministic || find_shared_memory(device, shared_memory) != cudaSuccess ||
+      shared_memory < int(sizeof(typename Config::SharedStorage)))
+    return {false, shape.batch};
+  constexpr int64_t kTilesOfLaunch = 1024;
+  const int64_t tiles =
+      int64_t((shape.key_length + Config::kTileKey - 1) / Config::kTileKey) * shape.num_kv_heads;  // of a batch
+  return {true, int(std::min<int64_t>(shape.batch, (kTilesOfLaunch + tiles - 1) / tiles))};
+}
+
+template <class Config>
+int64_t dq_sum_count(const AttentionShape& shape, const BackwardPlan& plan) {
+  if (!plan.is_single_pass) return 0;
+  const int64_t blocks = (shape.query_length + Config::kTileQuery - 1) / Config::kTileQuery;
+  return plan.batches_at_once * shape.num_heads * blocks * DqAccumulator<Config>::kTileFloats;
+}
+
+template <class Config>
+cudaError_t launch_single_pass(BackwardKernelParams p, const BackwardPlan& plan, int64_t bytes_of_group, bool is_even,
+                               int device, cudaStream_t stream) {
+  const AttentionShape& shape = p.call.shape;
+  p.dq_sums = p.delta + stat_count(shape);
+  p.query_blocks = (shape.query_length + Config::kTileQuery - 1) / Config::kTileQuery;
+  for (p.first_batch = 0; p.first_batch < shape.batch; p.first_batch += plan.batches_at_once) {
+    const int batches = std::min(plan.batches_at_once, shape.batch - p.first_batch);
+    p.of_keys = make_schedule(batches * shape.num_kv_heads, 1, shape.key_length, Config::kTileKey, bytes_of_group,
+                              is_even);
+    const int query_tiles = batches * shape.num_heads * p.query_blocks;
+    if (const cudaError_t status =
+            cudaMemsetAsync(p.dq_sums, 0, sizeof(float) * query_tiles * DqAccumulator<Config>::kTileFloats, stream))
+      return status;
+    if (p.of_keys.tiles) {
+      if (const cudaError_t status =
+              launch_tiles<Config>(flash_attention_backward_kernel<Config>, p, p.of_keys.tiles, device, stream))
+        return status;
+    }
+    if (!query_tiles) continue;
+    flash_attention_backward_postprocess_kernel<Config><<<query_tiles, Config::kThreads, 0, stream>>>(p);
+    if (const cudaError_t status = cudaGetLastError()) return status;
+  }
+  return cudaSuccess;
+}
+
 template <ElementType kElement, int kDimQk, int kDimV>
 cudaError_t BackwardLauncher<kElement, kDimQk, kDimV>::launch(const BackwardParams& params, cudaStream_t stream) {
-  using Element = std::conditional_t<kElement == ElementType::kBFloat16, __nv_bfloat16, __half>;
+  using Element = typename ElementOf<kElement>::Type;
   using Queries = DqConfig<Element, kDimQk, kDimV>;
   using Keys = DkdvConfig<Element, kDimQk, kDimV>;
   int device = 0, sms = 0;
@@ -69,7 +128,7 @@ cudaError_t BackwardLauncher<kElement, kDimQk, kDimV>::launch(const BackwardPara
   const int64_t row_bytes = 2 * (shape.dim_qk + shape.dim_v);  // of K and V, and of Q and dO
   const bool is_even = !params.segments.mode && params.window.left == AttentionWindow::kUnbounded &&
                        params.window.right == AttentionWindow::kUnbounded;
-  BackwardKernelParams p;
+  BackwardKernelParams p = {};
   p.call = params;
   p.of_queries = make_schedule(shape.batch * shape.num_heads, group, shape.query_length, Queries::kTileQuery,
                                row_bytes * shape.key_length, is_even);
@@ -78,14 +137,29 @@ cudaError_t BackwardLauncher<kElement, kDimQk, kDimV>::launch(const BackwardPara
   p.lse_log2 = static_cast<float*>(params.workspace), p.delta = p.lse_log2 + stat_count(shape);
   p.stat_pitch = stat_pitch(shape);
 
-  if (p.of_queries.tiles) {
+  if (p.of_queries.tiles)
     if (const cudaError_t status = launch_preprocess<Element, kDimV>(p, stream)) return status;
+  using SinglePassOf = SinglePassConfig<Element, kDimQk, kDimV>;
+  const BackwardPlan plan = plan_backward<SinglePassOf>(params, device);
+  if (plan.is_single_pass)
+    return launch_single_pass<SinglePassOf>(p, plan, row_bytes * shape.query_length * group, is_even, device, stream);
+  if (p.of_queries.tiles) {
     if (const cudaError_t status =
             launch_tiles<Queries>(flash_attention_backward_dq_kernel<Queries>, p, p.of_queries.tiles, device, stream))
       return status;
   }
   if (!p.of_keys.tiles) return cudaSuccess;
   return launch_tiles<Keys>(flash_attention_backward_dkdv_kernel<Keys>, p, p.of_keys.tiles, device, stream);
+}
+
+template <ElementType kElement, int kDimQk, int kDimV>
+int64_t BackwardLauncher<kElement, kDimQk, kDimV>::workspace_bytes(const BackwardParams& params) {
+  using Config = SinglePassConfig<typename ElementOf<kElement>::Type, kDimQk, kDimV>;
+  int device = 0, sms = 0;
+  if (find_device(device, sms)) return 0;  // the launch will say it
+  const int64_t floats =
+      2 * stat_count(params.shape) + dq_sum_count<Config>(params.shape, plan_backward<Config>(params, device));
+  return int64_t(sizeof(float)) * floats;
 }
 
 }  // namespace selfattn::cuda::sm80

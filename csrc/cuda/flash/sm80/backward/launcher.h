@@ -7,6 +7,7 @@ namespace selfattn::cuda::sm80 {
 template <ElementType kElement, int kDimQk, int kDimV>
 struct BackwardLauncher {
   static cudaError_t launch(const BackwardParams& params, cudaStream_t stream);
+  static int64_t workspace_bytes(const BackwardParams& params);
 };
 
 }  // namespace selfattn::cuda::sm80

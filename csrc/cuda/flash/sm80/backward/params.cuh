@@ -11,6 +11,10 @@ struct BackwardKernelParams {
   // to the pitch, a multiple of kStatRows, have some as well.
   float *lse_log2, *delta;
   int stat_pitch;
+  // The single pass: batches first_batch .. of a launch, and the sums of their dQ (dq_accumulator.cuh), query_blocks
+  // tiles a head.
+  float* dq_sums;
+  int query_blocks, first_batch;
 };
 
 }  // namespace selfattn::cuda::sm80

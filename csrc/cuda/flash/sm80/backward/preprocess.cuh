@@ -20,6 +20,18 @@ __device__ __forceinline__ float dot(const uint4& a, const uint4& b) {
   return sum;
 }
 
+template <class Element>
+__device__ __noinline__ bool is_query_finite(const BackwardKernelParams& p, int batch, int head, int row) {
+  const uint16_t* g_row = head_of(p.call.q, batch, head) + row * p.call.q.stride_token;
+  ptx::FiniteTest<Element> finite;
+#pragma unroll 1
+  for (int column = 0; column < p.call.shape.dim_qk; column += kChunkElements) {
+    const uint4 chunk = *reinterpret_cast<const uint4*>(g_row + column);
+    finite.add(chunk.x), finite.add(chunk.y), finite.add(chunk.z), finite.add(chunk.w);
+  }
+  return finite.all_finite();
+}
+
 // A thread block has kStatRows rows of a head; kLanes lanes share a row, 8 columns each.
 template <class Element, int kLanes>
 __global__ void __launch_bounds__(kPreprocessThreads)
@@ -53,9 +65,13 @@ __global__ void __launch_bounds__(kPreprocessThreads)
       if (column != 0) continue;
       const int row = first_row + (base + i) * kRowsAtOnce;
       const int64_t place = int64_t(head_of_all) * shape.query_length + row;
-      const bool is_there = row < shape.query_length;
+      const bool is_there = row < shape.query_length, may_see_nothing = delta == 0.f;
       if (is_there && p.call.grad_lse) delta -= p.call.grad_lse[place];
-      const RowStats stats = make_row_stats(is_there ? p.call.lse[place] : -infinity(), delta);
+      const float lse = is_there ? p.call.lse[place] : -infinity();
+      RowStats stats = make_row_stats(lse, delta);
+      // Where a sink hides that a row sees no key its output is 0, and nothing has told of its query yet.
+      if (is_there && may_see_nothing && is_finite(lse) && !is_query_finite<Element>(p, batch, head, row))
+        stats = {NAN, 0.f};
       const int64_t stat = int64_t(head_of_all) * p.stat_pitch + row;
       p.lse_log2[stat] = stats.lse_log2, p.delta[stat] = stats.delta;
     }

@@ -93,6 +93,19 @@ __device__ __forceinline__ uint16_t* head_of(const View& view, int batch, int he
   return static_cast<uint16_t*>(view.data) + batch * view.stride_batch + head * view.stride_head;
 }
 
+// Copies the rows first_row .. of a tile in shared memory to a head that has `rows` of them. By kThreads threads.
+template <class Tile, int kThreads>
+__device__ __forceinline__ void store_tile(const unsigned char* s_tile, uint16_t* g_head, int64_t stride_token,
+                                           int first_row, int rows, int dim) {
+#pragma unroll 4
+  for (int number = threadIdx.x; number < Tile::kRows * Tile::kChunks; number += kThreads) {
+    const int row_in_tile = number / Tile::kChunks, chunk = number % Tile::kChunks, row = first_row + row_in_tile;
+    if (row < rows && chunk * kChunkElements < dim)
+      *reinterpret_cast<uint4*>(g_head + row * stride_token + chunk * kChunkElements) =
+          *reinterpret_cast<const uint4*>(s_tile + Tile::place(row_in_tile, chunk));
+  }
+}
+
 // Rounds the warp's rows of a sum times `factor` into its own rows of s_tile, and copies those before `rows` to a head
 // whose first row is g_head. first_row: number of the tile's first row; warp_row: of the warp's first row in the tile.
 template <class Element, class Tile, int kGroups, int kCount>

@@ -46,7 +46,16 @@ struct ForwardTiles<192, 192> {
   static constexpr int kHeldSteps = 0;
 };
 template <>
-struct ForwardTiles<256, 256> : ForwardTiles<192, 192> {};
+#ifndef XH
+#define XH 8
+#define XK 32
+#define XB 2
+#define XW 4
+#endif
+struct ForwardTiles<256, 256> {
+  static constexpr int kWarps = XW, kWarpRows = 16, kTileKey = XK, kBlocksAtOnce = XB;
+  static constexpr int kHeldSteps = XH;
+};
 
 template <class Element_, int kDimQk_, int kDimV_, MaskKind kMask_>
 struct ForwardConfig : ForwardTiles<kDimQk_, kDimV_> {
