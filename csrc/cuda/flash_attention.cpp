@@ -26,11 +26,12 @@ AttentionResults attend(const AttentionProblem& problem) {
   params.window = window_of(problem.is_causal, problem.window_left, problem.window_right);
   params.element = element_of(q);
   params.scale = scaled.scale;
+  params.softcap = static_cast<float>(problem.softcap);
   params.q = view_of(query), params.k = view_of(key), params.v = view_of(value), params.out = view_of(out);
   params.lse = lse.mutable_data_ptr<float>();
   params.sinks = problem.sinks ? sink_logits.const_data_ptr<float>() : nullptr;
 
-  const TileSizes tiles = kernels.forward_tiles(params.shape);
+  const TileSizes tiles = kernels.forward_tiles(params);
   const int64_t query_tiles = (q.size(1) + tiles.query - 1) / tiles.query;
   const int64_t repair_bytes = q.size(0) * q.size(2) * query_tiles * static_cast<int64_t>(sizeof(int));
   const auto scratch = [&](int64_t bytes) {

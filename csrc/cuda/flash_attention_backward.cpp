@@ -17,8 +17,8 @@ using at::Tensor;
 Tensor prepare_segments(const FlashKernels& kernels, const AttentionProblem& problem, BackwardParams& params,
                         cudaStream_t stream) {
   SegmentProblem segments = segment_problem(*problem.query_segment_ids, *problem.key_segment_ids, params.shape,
-                                            params.window, kernels.backward_tiles(params.shape), SegmentSide::kKeys);
-  segments.ordered_queries = kernels.backward_ordered_queries(params.shape);
+                                            params.window, kernels.backward_tiles(params), SegmentSide::kKeys);
+  segments.ordered_queries = kernels.backward_ordered_queries(params);
   const Tensor storage = empty({segment_tables_bytes(segments)}, at::kByte, problem.query.device());
   params.segments = make_segment_tables(segments, storage.mutable_data_ptr());
   C10_CUDA_CHECK(launch_prepare_segments(segments, params.segments, stream));
@@ -45,6 +45,7 @@ void attend_backward_into(const AttentionProblem& problem, const AttentionGradie
   params.window = window_of(problem.is_causal, problem.window_left, problem.window_right);
   params.element = element_of(q);
   params.scale = scaled.scale;
+  params.softcap = static_cast<float>(problem.softcap);
   params.is_deterministic = at::globalContext().deterministicAlgorithms();
   params.q = view_of(query), params.k = view_of(key), params.v = view_of(value);
   params.out = view_of(out_rows), params.grad_out = view_of(grad_out_rows);

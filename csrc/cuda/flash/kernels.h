@@ -7,21 +7,22 @@
 namespace selfattn::cuda {
 
 // Launches throw std::runtime_error if a tensor map cannot be made; otherwise they return the launch status. Tile sizes
-// are for the preparation of the segments (segments/tables.h).
+// are for the preparation of the segments (segments/tables.h); of the params that they are asked with, shape and
+// softcap are set.
 struct FlashKernels {
   const char* name;
   int min_capability, max_capability;  // of the devices that it serves, 10 * major + minor
   KernelLimits limits;
   bool (*is_built_for)(int device);  // whether this build holds the family's kernels for a device
 
-  TileSizes (*forward_tiles)(const AttentionShape& shape);
+  TileSizes (*forward_tiles)(const ForwardParams& params);
   // out and lse from q, k, v.
   cudaError_t (*launch_forward)(const ForwardParams& params, cudaStream_t stream);
 
   // The backward pass wants the tables with the order of key tiles, and of query tiles of ordered_queries rows (0:
   // not).
-  TileSizes (*backward_tiles)(const AttentionShape& shape);
-  int (*backward_ordered_queries)(const AttentionShape& shape);
+  TileSizes (*backward_tiles)(const BackwardParams& params);
+  int (*backward_ordered_queries)(const BackwardParams& params);
   // Scratch memory. Its contents before the call do not matter.
   int64_t (*backward_workspace_bytes)(const BackwardParams& params);
   // grad_q, grad_k, grad_v.

@@ -42,6 +42,7 @@ struct ForwardParams {
   SegmentTables segments;  // filled by launch_prepare_segments in the same stream, or all null
   int* counters;           // kTileCounters ints of scratch; segments.counters where there are segments
   int* repair_list;        // scratch, an int for each query tile of each head
+  float softcap;           // logits are softcap * tanh(scale * score / softcap); 0: scale * score
 };
 
 constexpr int kTileCounters = 4;
@@ -58,6 +59,7 @@ struct BackwardParams {
   const float* grad_lse;              // the same shape, or null
   SegmentTables segments;             // filled by launch_prepare_segments in the same stream, or all null
   void* workspace;                    // FlashKernels::backward_workspace_bytes of them, 256-byte aligned
+  float softcap;                      // logits are softcap * tanh(scale * score / softcap); 0: scale * score
 };
 
 // Rows of a query tile and of a key tile.

@@ -15,6 +15,13 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return y;
 }
 
+// 1 / x; of infinity 0.
+__device__ __forceinline__ float reciprocal_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // Two floats rounded to Element and packed, `low` in the lower half.
 template <class Element>
 __device__ __forceinline__ uint32_t pack(float low, float high);

@@ -3,6 +3,7 @@
 #include "dispatch.h"
 
 #include "config.h"
+#include "flash/find_kernel.h"
 #include "launcher.h"
 
 namespace selfattn::cuda::sm80 {
@@ -35,22 +36,17 @@ constexpr BackwardKernels kKernels[] = {
     kernels_for<192, 128>(), kernels_for<192, 192>(), kernels_for<256, 256>(),
 };
 
-const BackwardKernels* find_kernels(const AttentionShape& shape) {
-  for (const BackwardKernels& kernels : kKernels) {
-    if (shape.dim_qk <= kernels.dim_qk && shape.dim_v <= kernels.dim_v) return &kernels;
-  }
-  return nullptr;
-}
+const BackwardKernels* find_kernel(const BackwardParams& params) { return find_kernel(kKernels, params.shape); }
 
 }  // namespace
 
-TileSizes backward_tiles(const AttentionShape& shape) {
-  const BackwardKernels* kernels = find_kernels(shape);
+TileSizes backward_tiles(const BackwardParams& params) {
+  const BackwardKernels* kernels = find_kernel(params);
   return kernels ? kernels->tiles : TileSizes{};
 }
 
-int backward_ordered_queries(const AttentionShape& shape) {
-  const BackwardKernels* kernels = find_kernels(shape);
+int backward_ordered_queries(const BackwardParams& params) {
+  const BackwardKernels* kernels = find_kernel(params);
   return kernels ? kernels->ordered_queries : 0;
 }
 
@@ -60,7 +56,7 @@ int64_t backward_workspace_bytes(const BackwardParams& params) {
 }
 
 cudaError_t launch_backward(const BackwardParams& params, cudaStream_t stream) {
-  const BackwardKernels* kernels = find_kernels(params.shape);
+  const BackwardKernels* kernels = find_kernel(params);
   if (!kernels) return cudaErrorInvalidValue;
   return (params.element == ElementType::kBFloat16 ? kernels->launch_bf16 : kernels->launch_fp16)(params, stream);
 }

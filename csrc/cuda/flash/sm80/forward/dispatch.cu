@@ -3,6 +3,7 @@
 #include "dispatch.h"
 
 #include "config.h"
+#include "flash/find_kernel.h"
 #include "launcher.h"
 
 namespace selfattn::cuda::sm80 {
@@ -32,22 +33,17 @@ constexpr ForwardKernel kKernels[] = {
     kernel_for<192, 128>(), kernel_for<192, 192>(), kernel_for<256, 256>(),
 };
 
-const ForwardKernel* find_kernel(const AttentionShape& shape) {
-  for (const ForwardKernel& kernel : kKernels) {
-    if (shape.dim_qk <= kernel.dim_qk && shape.dim_v <= kernel.dim_v) return &kernel;
-  }
-  return nullptr;
-}
+const ForwardKernel* find_kernel(const ForwardParams& params) { return find_kernel(kKernels, params.shape); }
 
 }  // namespace
 
-TileSizes forward_tiles(const AttentionShape& shape) {
-  const ForwardKernel* kernel = find_kernel(shape);
+TileSizes forward_tiles(const ForwardParams& params) {
+  const ForwardKernel* kernel = find_kernel(params);
   return kernel ? kernel->tiles : TileSizes{};
 }
 
 cudaError_t launch_forward(const ForwardParams& params, cudaStream_t stream) {
-  const ForwardKernel* kernel = find_kernel(params.shape);
+  const ForwardKernel* kernel = find_kernel(params);
   if (!kernel) return cudaErrorInvalidValue;
   return (params.element == ElementType::kBFloat16 ? kernel->launch_bf16 : kernel->launch_fp16)(params, stream);
 }

@@ -33,16 +33,16 @@ auto visit_launcher(const BackwardParams& params, Visitor&& visitor) {
 
 }  // namespace
 
-TileSizes backward_tiles(const AttentionShape& shape) {
-  return visit_head_dim(shape, [](auto dim) {
+TileSizes backward_tiles(const BackwardParams& params) {
+  return visit_head_dim(params.shape, [](auto dim) {
     using Config = BackwardConfig<void, decltype(dim)::kHeadDim>;
     return TileSizes{kQueryBlock, Config::kTileKv};
   });
 }
 
-int backward_ordered_queries(const AttentionShape& shape) {
+int backward_ordered_queries(const BackwardParams& params) {
   return visit_head_dim(
-      shape, [](auto dim) { return BackwardConfig<void, decltype(dim)::kHeadDim>::kIsD256 ? 0 : kStatTile; });
+      params.shape, [](auto dim) { return BackwardConfig<void, decltype(dim)::kHeadDim>::kIsD256 ? 0 : kStatTile; });
 }
 
 int64_t backward_workspace_bytes(const BackwardParams& params) {

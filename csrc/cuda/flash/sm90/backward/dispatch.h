@@ -4,8 +4,8 @@
 
 namespace selfattn::cuda::sm90 {
 
-TileSizes backward_tiles(const AttentionShape& shape);
-int backward_ordered_queries(const AttentionShape& shape);
+TileSizes backward_tiles(const BackwardParams& params);
+int backward_ordered_queries(const BackwardParams& params);
 int64_t backward_workspace_bytes(const BackwardParams& params);
 cudaError_t launch_backward(const BackwardParams& params, cudaStream_t stream);
 

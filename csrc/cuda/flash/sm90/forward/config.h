@@ -77,11 +77,12 @@ struct QueryTile {
   int mode;  // SegmentMode or kNoSegments
 };
 
-template <class Element_, int kDimQk_, int kDimV_, MaskKind kMask_>
+template <class Element_, int kDimQk_, int kDimV_, MaskKind kMask_, bool kHasSoftcap_ = false>
 struct ForwardConfig : ForwardTiles<kDimQk_, kDimV_> {
   using Tiles = ForwardTiles<kDimQk_, kDimV_>;
   using Element = Element_;
   static constexpr MaskKind kMask = kMask_;
+  static constexpr bool kHasSoftcap = kHasSoftcap_;
   static constexpr int kDimQk = kDimQk_, kDimV = kDimV_;
   static constexpr bool kPingPong = kMask == MaskKind::kMasked ? Tiles::kPingPongMasked : Tiles::kPingPongDense;
   static constexpr int kTileQuery = Tiles::kWarpgroups * kWarpgroupRows;

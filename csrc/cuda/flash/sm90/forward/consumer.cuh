@@ -13,6 +13,7 @@
 #include "flash/tile/key_blocks.cuh"
 #include "flash/tile/mask.cuh"
 #include "flash/tile/online_softmax.cuh"
+#include "flash/tile/softcap.cuh"
 #include "params.cuh"
 #include "ptx/barrier.cuh"
 #include "ptx/fence.cuh"
@@ -43,7 +44,8 @@ __device__ __forceinline__ void multiply_tiles(const ForwardKernelParams& p, typ
   uint32_t weights[kTileKey / 4];                              // P, packed as the left operand of P V
   uint32_t query[Config::kQueryInRegisters ? kDimQk / 4 : 1];  // Q, as the left operand of Q K^T
   OnlineSoftmax<kTileKey> softmax;
-  softmax.c = p.scale * kLog2E;
+  const float logit_scale = p.logit_scale<Config>();
+  softmax.c = logit_scale * kLog2E;
 
   const int row_in_tile =
       w * kWarpgroupRows + warp * 16 + lane / 4;  // the lane's rows: this one and the eighth after it
@@ -125,6 +127,9 @@ __device__ __forceinline__ void multiply_tiles(const ForwardKernelParams& p, typ
     if (lane == 0) ptx::mbarrier_arrive(s.v_empty[v.stage]);
     v.advance();
   };
+  const auto cap_scores = [&] {
+    if constexpr (Config::kHasSoftcap) Softcap(p.scale, p.softcap).apply(scores);
+  };
   const auto mask_scores = [&] {
     const int first_key = block.index * kTileKey, first_column = first_key + 2 * (lane % 4);
     if (first_key + kTileKey > shared_keys.end || (kMasked && first_key < shared_keys.begin)) {
@@ -179,8 +184,8 @@ __device__ __forceinline__ void multiply_tiles(const ForwardKernelParams& p, typ
       sum += __shfl_xor_sync(~0u, sum, 1);
       sum += __shfl_xor_sync(~0u, sum, 2);
       const float max = softmax.state.max[r];
-      const RowEnd end = p.sinks ? finish_row_with_sink(max, sum, p.scale, p.sinks[head % p.shape.num_heads])
-                                 : finish_row(max, sum, p.scale);
+      const RowEnd end = p.sinks ? finish_row_with_sink(max, sum, logit_scale, p.sinks[head % p.shape.num_heads])
+                                 : finish_row(max, sum, logit_scale);
       factors.of_row[r] = end.factor;
       const int row = first_row + 8 * r;
       if (lane % 4 == 0 && row < p.shape.query_length) p.lse[size_t(head) * p.shape.query_length + row] = end.lse;
@@ -225,6 +230,7 @@ __device__ __forceinline__ void multiply_tiles(const ForwardKernelParams& p, typ
     ptx::wgmma_wait<1>();  // S is done, P V still runs
     ptx::pin(scores);
     release_key();  // the producer may load over K
+    cap_scores();
     mask_scores();
     softmax.template take_max<kIsFirst, kIsRepair>(scores);
     softmax.template exponentiate<0, kEarly>(scores);
@@ -247,6 +253,7 @@ __device__ __forceinline__ void multiply_tiles(const ForwardKernelParams& p, typ
     ptx::wgmma_wait<0>();
     ptx::pin(scores);
     release_key();
+    cap_scores();
     mask_scores();
     softmax.template take_max<true, kIsRepair>(scores);
     softmax.template exponentiate<0, kGroups>(scores);

@@ -3,6 +3,7 @@
 #include "dispatch.h"
 
 #include "config.h"
+#include "flash/find_kernel.h"
 #include "launcher.h"
 
 namespace selfattn::cuda::sm90 {
@@ -16,14 +17,14 @@ struct ForwardKernel {
   cudaError_t (*launch_fp16)(const ForwardParams&, cudaStream_t);
 };
 
-template <int kDimQk, int kDimV>
+template <int kDimQk, int kDimV, bool kHasSoftcap = false>
 constexpr ForwardKernel kernel_for() {
   using Tiles = ForwardTiles<kDimQk, kDimV>;
   return {kDimQk,
           kDimV,
           {Tiles::kWarpgroups * kWarpgroupRows, Tiles::kTileKey},
-          ForwardLauncher<ElementType::kBFloat16, kDimQk, kDimV>::launch,
-          ForwardLauncher<ElementType::kHalf, kDimQk, kDimV>::launch};
+          ForwardLauncher<ElementType::kBFloat16, kDimQk, kDimV, kHasSoftcap>::launch,
+          ForwardLauncher<ElementType::kHalf, kDimQk, kDimV, kHasSoftcap>::launch};
 }
 
 // Each is instantiated in instantiations/.
@@ -31,23 +32,25 @@ constexpr ForwardKernel kKernels[] = {
     kernel_for<64, 64>(),   kernel_for<96, 96>(),   kernel_for<128, 128>(),
     kernel_for<192, 128>(), kernel_for<192, 192>(), kernel_for<256, 256>(),
 };
+constexpr ForwardKernel kSoftcapKernels[] = {
+    kernel_for<64, 64, true>(),
+    kernel_for<128, 128, true>(),
+    kernel_for<256, 256, true>(),
+};
 
-const ForwardKernel* find_kernel(const AttentionShape& shape) {
-  for (const ForwardKernel& kernel : kKernels) {
-    if (shape.dim_qk <= kernel.dim_qk && shape.dim_v <= kernel.dim_v) return &kernel;
-  }
-  return nullptr;
+const ForwardKernel* find_kernel(const ForwardParams& params) {
+  return params.softcap > 0.f ? find_kernel(kSoftcapKernels, params.shape) : find_kernel(kKernels, params.shape);
 }
 
 }  // namespace
 
-TileSizes forward_tiles(const AttentionShape& shape) {
-  const ForwardKernel* kernel = find_kernel(shape);
+TileSizes forward_tiles(const ForwardParams& params) {
+  const ForwardKernel* kernel = find_kernel(params);
   return kernel ? kernel->tiles : TileSizes{};
 }
 
 cudaError_t launch_forward(const ForwardParams& params, cudaStream_t stream) {
-  const ForwardKernel* kernel = find_kernel(params.shape);
+  const ForwardKernel* kernel = find_kernel(params);
   if (!kernel) return cudaErrorInvalidValue;
   return (params.element == ElementType::kBFloat16 ? kernel->launch_bf16 : kernel->launch_fp16)(params, stream);
 }

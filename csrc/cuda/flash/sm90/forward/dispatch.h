@@ -4,7 +4,7 @@
 
 namespace selfattn::cuda::sm90 {
 
-TileSizes forward_tiles(const AttentionShape& shape);
+TileSizes forward_tiles(const ForwardParams& params);
 cudaError_t launch_forward(const ForwardParams& params, cudaStream_t stream);
 
 }  // namespace selfattn::cuda::sm90

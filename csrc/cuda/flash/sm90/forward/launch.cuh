@@ -25,6 +25,7 @@ cudaError_t launch_forward_kernel(const ForwardParams& params, cudaStream_t stre
   p.shape = shape;
   p.window = params.window;
   p.scale = params.scale;
+  p.softcap = params.softcap;
   p.lse = params.lse;
   p.sinks = params.sinks;
   p.segments = params.segments;
@@ -54,16 +55,19 @@ cudaError_t launch_forward_kernel(const ForwardParams& params, cudaStream_t stre
   return cudaLaunchKernelEx(&config, kernel, p);
 }
 
-template <ElementType kElement, int kDimQk, int kDimV>
-cudaError_t ForwardLauncher<kElement, kDimQk, kDimV>::launch(const ForwardParams& params, cudaStream_t stream) {
+// With softcap, one kernel serves full and causal masks.
+template <ElementType kElement, int kDimQk, int kDimV, bool kHasSoftcap>
+cudaError_t ForwardLauncher<kElement, kDimQk, kDimV, kHasSoftcap>::launch(const ForwardParams& params,
+                                                                          cudaStream_t stream) {
   using Element = typename ElementOf<kElement>::Type;
   if (params.segments.mode || params.window.left < AttentionWindow::kUnbounded) {
-    return launch_forward_kernel<ForwardConfig<Element, kDimQk, kDimV, MaskKind::kMasked>>(params, stream);
+    return launch_forward_kernel<ForwardConfig<Element, kDimQk, kDimV, MaskKind::kMasked, kHasSoftcap>>(params, stream);
   }
-  if (params.window.right < AttentionWindow::kUnbounded) {
-    return launch_forward_kernel<ForwardConfig<Element, kDimQk, kDimV, MaskKind::kCausal>>(params, stream);
+  if (kHasSoftcap || params.window.right < AttentionWindow::kUnbounded) {
+    return launch_forward_kernel<ForwardConfig<Element, kDimQk, kDimV, MaskKind::kCausal, kHasSoftcap>>(params, stream);
   }
-  return launch_forward_kernel<ForwardConfig<Element, kDimQk, kDimV, MaskKind::kFull>>(params, stream);
+  if constexpr (!kHasSoftcap)
+    return launch_forward_kernel<ForwardConfig<Element, kDimQk, kDimV, MaskKind::kFull>>(params, stream);
 }
 
 }  // namespace selfattn::cuda::sm90

@@ -1,0 +1,80 @@
+// Softcap: a scaled score x becomes the logit cap * tanh(x / cap).
+//
+// Scores are replaced by tanh(scale * score / cap) as soon as they are there, ahead of every mask. From then on a
+// kernel with softcap goes on as one without: its "scores" are between -1 and 1, and its "scale" is the cap.
+//
+// The tanh is right to 8e-7 of itself, for all scores, NaN and infinity too: where a cap is so large that it hardly
+// caps, the logits must keep the digits that they have without it. What was weighed, for a logit of the kernels'
+// innermost loop, which has about 20 instructions' worth of time and whose exp2 already takes half of what the special
+// function unit can do beside the tensor cores:
+//   - tanh.approx.f32, one special function: its error of 2^-11 is 0.015 in a logit of 30, three to ten times the error
+//     of P's rounding to bfloat16 in the output, and 0.01 in lse. Too much.
+//   - 1 - 2 / (exp2(2 x log2(e)) + 1), two special functions: right far from 0, but near 0 its absolute error of 2e-7
+//     is multiplied by the cap; and three special functions a logit take longer than its products.
+//   - A rational function on the whole line: one special function, and 12 to 14 instructions.
+//   - A polynomial, where |x / cap| < 3/4: 7.5 instructions and no special function. This is what nearly all scores
+//     of a trained model want. A warp that meets a larger one takes the exponential for it, and its time.
+#pragma once
+#include "constants.h"
+#include "ptx/arithmetic.cuh"
+
+namespace selfattn::cuda {
+
+// y stands for x / cap = kUnit * y, so that whether |x / cap| is below 3/4 shows in one bit of y.
+class Softcap {
+ public:
+  __device__ __forceinline__ Softcap(float scale, float cap) {
+    constexpr float kLargest = 3.4028234e38f;  // 0 times it is 0
+    factor_ = fminf(scale / kUnit / cap, kLargest);
+  }
+
+  // By a whole warp.
+  template <int kCount>
+  __device__ __forceinline__ void apply(float (&scores)[kCount]) const {
+    uint32_t bits = 0;
+#pragma unroll
+    for (int i = 0; i < kCount; i++) {
+      scores[i] *= factor_;
+      bits |= __float_as_uint(scores[i]);
+    }
+    if (__any_sync(~0u, bits & kBitOfLarge)) [[unlikely]] {
+      // Scores go round in a loop: unrolled this is more code than all the rest of a step, for the step to jump over.
+      constexpr int kGroup = kCount % 16 == 0 ? 16 : 8;
+      static_assert(kCount % kGroup == 0);
+#pragma unroll 1
+      for (int first = 0; first < kCount; first += kGroup) {
+        float group[kGroup];
+#pragma unroll
+        for (int i = 0; i < kGroup; i++)
+          group[i] = fabsf(scores[i]) < kFirstLarge ? tanh_of_small(scores[i]) : tanh_of_large(scores[i]);
+#pragma unroll
+        for (int i = 0; i < kCount; i++) scores[i] = i < kCount - kGroup ? scores[i + kGroup] : group[i % kGroup];
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kCount; i++) scores[i] = tanh_of_small(scores[i]);
+    }
+  }
+
+ private:
+  static constexpr float kUnit = 0.375f, kFirstLarge = 2.f;
+  static constexpr uint32_t kBitOfLarge = 0x40000000u;  // set from 2 on, in infinity and in NaN
+
+  // y * (kUnit + y^2 (..)): the minimax polynomial of the relative error, with the slope at 0 exact.
+  static __device__ __forceinline__ float tanh_of_small(float y) {
+    const float square = y * y;
+    float p = fmaf(square, 1.9219674e-6f, -5.2432002e-5f);
+    p = fmaf(p, square, 9.8394218e-4f);
+    p = fmaf(p, square, -1.7576192e-2f);
+    p = fmaf(p, square, kUnit);
+    return y * p;
+  }
+  // +-1 where exp2 is infinity or 0.
+  static __device__ __forceinline__ float tanh_of_large(float y) {
+    return fmaf(-2.f, ptx::reciprocal_approx(1.f + ptx::exp2_approx(y * (2.f * kUnit * kLog2E))), 1.f);
+  }
+
+  float factor_;
+};
+
+}  // namespace selfattn::cuda
