@@ -3,8 +3,12 @@
 // Scores are replaced by tanh(scale * score / cap) as soon as they are there, ahead of every mask. From then on a
 // kernel with softcap goes on as one without: its "scores" are between -1 and 1, and its "scale" is the cap.
 //
-// The tanh is right to 8e-7 of itself, for all scores, NaN and infinity too: where a cap is so large that it hardly
-// caps, the logits must keep the digits that they have without it. What was weighed, for a logit of the kernels'
+// A score that is not finite gives NaN, as it does to the row of a kernel without softcap. Of an infinite one the
+// formula would make +-cap, and nothing in out and lse would tell any more that there is a NaN or an infinity in q or
+// k, which is what the backward pass keeps documents apart by (exceptional.cuh).
+//
+// The tanh is right to 8e-7 of itself, near 0 and far from it: where a cap is so large that it hardly caps, the logits
+// must keep the digits that they have without it. What was weighed, for a logit of the kernels'
 // innermost loop, which has about 20 instructions' worth of time and whose exp2 already takes half of what the special
 // function unit can do beside the tensor cores:
 //   - tanh.approx.f32, one special function: its error of 2^-11 is 0.015 in a logit of 30, three to ten times the error
@@ -15,38 +19,48 @@
 //   - A polynomial, where |x / cap| < 3/4: 7.5 instructions and no special function. This is what nearly all scores
 //     of a trained model want. A warp that meets a larger one takes the exponential for it, and its time.
 #pragma once
+#include <algorithm>
+#include <limits>
+
 #include "constants.h"
 #include "ptx/arithmetic.cuh"
 
 namespace selfattn::cuda {
 
-// y stands for x / cap = kUnit * y, so that whether |x / cap| is below 3/4 shows in one bit of y.
-class Softcap {
- public:
-  __device__ __forceinline__ Softcap(float scale, float cap) {
-    constexpr float kLargest = 3.4028234e38f;  // 0 times it is 0
-    factor_ = fminf(scale / kUnit / cap, kLargest);
+// Made on the host. y stands for x / cap = kUnit * y, so that whether |x / cap| is below 3/4 shows in one bit of y.
+struct Softcap {
+  float cap;
+  float cap_log2;  // cap * log2(e)
+  float factor;    // of a score, for its y
+
+  // Of kernels without softcap (cap 0) nothing is read.
+  static Softcap of(float scale, float cap) {
+    constexpr float kLargest = 3.4028234e38f;  // a score of 0 times this is 0
+    return {cap, cap * kLog2E, cap > 0.f ? std::min(scale / kUnit / cap, kLargest) : 0.f};
   }
 
-  // By a whole warp.
+  // By a whole warp. Returns whether all scores of this lane are finite.
   template <int kCount>
-  __device__ __forceinline__ void apply(float (&scores)[kCount]) const {
+  __device__ __forceinline__ bool apply(float (&scores)[kCount]) const {
     uint32_t bits = 0;
+    bool all_finite = true;
 #pragma unroll
     for (int i = 0; i < kCount; i++) {
-      scores[i] *= factor_;
+      scores[i] *= factor;
       bits |= __float_as_uint(scores[i]);
     }
     if (__any_sync(~0u, bits & kBitOfLarge)) [[unlikely]] {
       // Scores go round in a loop: unrolled this is more code than all the rest of a step, for the step to jump over.
-      constexpr int kGroup = kCount % 16 == 0 ? 16 : 8;
+      constexpr int kGroup = 8;
       static_assert(kCount % kGroup == 0);
 #pragma unroll 1
       for (int first = 0; first < kCount; first += kGroup) {
         float group[kGroup];
 #pragma unroll
-        for (int i = 0; i < kGroup; i++)
+        for (int i = 0; i < kGroup; i++) {
+          all_finite &= fabsf(scores[i]) < kInfinity;
           group[i] = fabsf(scores[i]) < kFirstLarge ? tanh_of_small(scores[i]) : tanh_of_large(scores[i]);
+        }
 #pragma unroll
         for (int i = 0; i < kCount; i++) scores[i] = i < kCount - kGroup ? scores[i + kGroup] : group[i % kGroup];
       }
@@ -54,10 +68,11 @@ class Softcap {
 #pragma unroll
       for (int i = 0; i < kCount; i++) scores[i] = tanh_of_small(scores[i]);
     }
+    return all_finite;
   }
 
  private:
-  static constexpr float kUnit = 0.375f, kFirstLarge = 2.f;
+  static constexpr float kUnit = 0.375f, kFirstLarge = 2.f, kInfinity = std::numeric_limits<float>::infinity();
   static constexpr uint32_t kBitOfLarge = 0x40000000u;  // set from 2 on, in infinity and in NaN
 
   // y * (kUnit + y^2 (..)): the minimax polynomial of the relative error, with the slope at 0 exact.
@@ -67,14 +82,13 @@ class Softcap {
     p = fmaf(p, square, 9.8394218e-4f);
     p = fmaf(p, square, -1.7576192e-2f);
     p = fmaf(p, square, kUnit);
-    return y * p;
+    return __fmul_rn(y, p);  // never fused with what follows: the same bits in every kernel
   }
   // +-1 where exp2 is infinity or 0.
   static __device__ __forceinline__ float tanh_of_large(float y) {
-    return fmaf(-2.f, ptx::reciprocal_approx(1.f + ptx::exp2_approx(y * (2.f * kUnit * kLog2E))), 1.f);
+    const float power = ptx::exp2_approx(y * (2.f * kUnit * kLog2E));
+    return fmaf(-2.f, ptx::reciprocal_approx(1.f + fmaf(y, 0.f, power)), 1.f);  // infinity times 0 is NaN
   }
-
-  float factor_;
 };
 
 }  // namespace selfattn::cuda

@@ -64,9 +64,10 @@ enum NamedBarrier : int {
 
 // kHeadDim 64, 128: P and dS reach dV and dK from registers, a warpgroup owns 64 of 128 keys.
 // kHeadDim 256: P and dS go through shared memory, a warpgroup owns 128 of 256 columns of dK, dV and dQ.
-template <class Element_, int kHeadDim_>
+template <class Element_, int kHeadDim_, bool kHasSoftcap_ = false>
 struct BackwardConfig {
   using Element = Element_;
+  static constexpr bool kHasSoftcap = kHasSoftcap_;
   static constexpr int kHeadDim = kHeadDim_;
   static_assert(kHeadDim == 64 || kHeadDim == 128 || kHeadDim == 256, "other dimensions run in the next larger one");
   static constexpr bool kIsD256 = kHeadDim > 128;
@@ -84,8 +85,8 @@ struct BackwardConfig {
   // is memory for it, and after the next S has been issued. The kernel for D 256 adds from registers, behind S.
   static constexpr bool kAddsByTma = kHeadDim == 128, kScoresBeforeAdding = kHeadDim == 64;
   // Steps of dP = V dO^T that take V from registers, which spares the memory that all products read through. All
-  // operands of products have 212 of the 240 registers: more steps do not fit.
-  static constexpr int kHeldSteps = kHeadDim == 128 ? 4 : 0;
+  // operands of products have 212 of the 240 registers: more steps do not fit, and with softcap not even so many.
+  static constexpr int kHeldSteps = kHeadDim == 128 ? (kHasSoftcap ? 3 : 4) : 0;
   static constexpr int kStoreRows =
       kIsD256 ? 64 : 16;  // box of the stores of dK and dV: a warpgroup's or a warp's rows
   // Who frees K and V: every warp when it has read them, or (D 256) the thread that stores dK and dV from their memory.
@@ -128,15 +129,16 @@ struct BackwardConfig {
 // Seven products instead of five, but nothing is added up in global memory.
 
 // dK and dV: as the kernel up to D 128, without dS in shared memory; the warpgroups do not wait for each other.
-template <class Element_, int kHeadDim_>
+template <class Element_, int kHeadDim_, bool kHasSoftcap_ = false>
 struct DkdvConfig {
   using Element = Element_;
+  static constexpr bool kHasSoftcap = kHasSoftcap_;
   static constexpr int kHeadDim = kHeadDim_;
   static_assert(kHeadDim == 64 || kHeadDim == 128, "of two or one panels; wider heads take the single-pass form");
   static constexpr bool kIsD256 = false, kSumsQueries = false, kHasBackgroundWarps = false;
   static constexpr int kTileQ = 64, kTileKv = kNarrowKeyBlock;
   static constexpr int kStages = 3, kKeyBuffers = 2;
-  static constexpr int kHeldSteps = 4;  // as above
+  static constexpr int kHeldSteps = kHasSoftcap ? 0 : 4;  // as above
   static constexpr int kPanels = kHeadDim / kPanelColumns;
   static constexpr int kDqTileRowsPerTile = kTileQ / kDqTileRows;
   static constexpr int kConsumers = 256, kThreads = 128 + kConsumers, kConsumerWarps = kConsumers / 32;
@@ -162,9 +164,10 @@ struct DkdvConfig {
 
 // dQ: a tile of queries meets the key tiles that it sees. Q is held in registers, so that its memory is free at once;
 // dO has two buffers, and dQ leaves through the one in use.
-template <class Element_, int kHeadDim_>
+template <class Element_, int kHeadDim_, bool kHasSoftcap_ = false>
 struct DqConfig {
   using Element = Element_;
+  static constexpr bool kHasSoftcap = kHasSoftcap_;
   static constexpr int kHeadDim = kHeadDim_;
   static_assert(kHeadDim == 64 || kHeadDim == 128, "of two or one panels; wider heads take the single-pass form");
   static constexpr int kTileQ = kStatTile, kTileKv = 64;

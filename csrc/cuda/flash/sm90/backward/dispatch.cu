@@ -26,7 +26,12 @@ template <class Visitor>
 auto visit_launcher(const BackwardParams& params, Visitor&& visitor) {
   return visit_head_dim(params.shape, [&](auto dim) {
     constexpr int kHeadDim = decltype(dim)::kHeadDim;
-    if (params.element == ElementType::kBFloat16) return visitor(BackwardLauncher<ElementType::kBFloat16, kHeadDim>{});
+    const bool is_bf16 = params.element == ElementType::kBFloat16;
+    if (params.softcap > 0.f) {
+      if (is_bf16) return visitor(BackwardLauncher<ElementType::kBFloat16, kHeadDim, true>{});
+      return visitor(BackwardLauncher<ElementType::kHalf, kHeadDim, true>{});
+    }
+    if (is_bf16) return visitor(BackwardLauncher<ElementType::kBFloat16, kHeadDim>{});
     return visitor(BackwardLauncher<ElementType::kHalf, kHeadDim>{});
   });
 }

@@ -20,8 +20,8 @@
 
 namespace selfattn::cuda::sm90 {
 
-template <ElementType kElement, int kHeadDim>
-int64_t BackwardLauncher<kElement, kHeadDim>::workspace_bytes(const BackwardParams& p) {
+template <ElementType kElement, int kHeadDim, bool kHasSoftcap>
+int64_t BackwardLauncher<kElement, kHeadDim, kHasSoftcap>::workspace_bytes(const BackwardParams& p) {
   char* end;
   make_backward_schedule<BackwardConfig<typename ElementOf<kElement>::Type, kHeadDim>>(p, &end);
   return end - static_cast<char*>(p.workspace);
@@ -31,8 +31,8 @@ int64_t BackwardLauncher<kElement, kHeadDim>::workspace_bytes(const BackwardPara
 template <class Config>
 cudaError_t launch_two_pass(const BackwardParams& p, BackwardSchedule schedule, const BackwardMaps& maps,
                             cudaLaunchConfig_t config, int device, int sms) {
-  using Queries = DqConfig<typename Config::Element, Config::kHeadDim>;
-  using Keys = DkdvConfig<typename Config::Element, Config::kHeadDim>;
+  using Queries = DqConfig<typename Config::Element, Config::kHeadDim, Config::kHasSoftcap>;
+  using Keys = DkdvConfig<typename Config::Element, Config::kHeadDim, Config::kHasSoftcap>;
   constexpr int kWarpgroupRows = 64;
   const auto queries_kernel = flash_attention_backward_dq_kernel<Queries>;
   const auto keys_kernel = flash_attention_backward_dkdv_kernel<Keys>;
@@ -146,9 +146,9 @@ cudaError_t launch_single_pass(const BackwardParams& p, const BackwardSchedule& 
   return cudaLaunchKernelEx(&config, flash_attention_backward_postprocess_kernel<Config>, p, schedule);
 }
 
-template <ElementType kElement, int kHeadDim>
-cudaError_t BackwardLauncher<kElement, kHeadDim>::launch(const BackwardParams& p, cudaStream_t stream) {
-  using Config = BackwardConfig<typename ElementOf<kElement>::Type, kHeadDim>;
+template <ElementType kElement, int kHeadDim, bool kHasSoftcap>
+cudaError_t BackwardLauncher<kElement, kHeadDim, kHasSoftcap>::launch(const BackwardParams& p, cudaStream_t stream) {
+  using Config = BackwardConfig<typename ElementOf<kElement>::Type, kHeadDim, kHasSoftcap>;
   int device = 0, sms = 0;
   if (const cudaError_t status = find_device(device, sms)) return status;
   char* end;

@@ -4,7 +4,7 @@
 
 namespace selfattn::cuda::sm90 {
 
-template <ElementType kElement, int kHeadDim>
+template <ElementType kElement, int kHeadDim, bool kHasSoftcap = false>
 struct BackwardLauncher {
   static int64_t workspace_bytes(const BackwardParams& params);
   static cudaError_t launch(const BackwardParams& params, cudaStream_t stream);

@@ -27,10 +27,14 @@ constexpr int keys_of_two_pass() {
 }
 constexpr float kBlocksOverKeys = 1.25f;  // as seen by the segments kernel, which counts whole blocks
 
+// Up to here the kernel up to D 128 may have logits with softcap: where lse is as large as an exact statistic
+// (exceptional.cuh), for a sink's sake, there every P is 0. It has no registers for the care that others would want.
+constexpr float kCapOfSinglePass = 512.f;
+
 template <class Config>
 BackwardForm choose_form(const BackwardParams& p) {
   if (Config::kIsD256) return BackwardForm::kSinglePass;
-  if (p.is_deterministic) return BackwardForm::kTwoPass;
+  if (p.is_deterministic || p.softcap > kCapOfSinglePass) return BackwardForm::kTwoPass;
   if (keys_seen(p) < keys_of_two_pass<Config>()) return BackwardForm::kTwoPass;  // segments only take keys away
   return p.segments.mode ? BackwardForm::kEither : BackwardForm::kSinglePass;
 }
@@ -76,6 +80,7 @@ BackwardSchedule make_backward_schedule(const BackwardParams& p, char** end) {
   schedule.max_blocks_of_two_pass = int64_t(kBlocksOverKeys * pairs_of_two_pass) / (kQueryBlock * Config::kTileKv);
   schedule.batches_counted = shape.batch;
   schedule.logit_of_exponent = double(p.scale) / double(p.scale * kLog2E);
+  schedule.softcap = Softcap::of(p.scale, p.softcap);
   schedule.query_blocks = (shape.query_length + kQueryBlock - 1) / kQueryBlock;
   schedule.stat_groups = (shape.query_length + kStatTile - 1) / kStatTile * (kStatTile / kStatRows);
 

@@ -2,6 +2,8 @@
 #pragma once
 #include <cstdint>
 
+#include "flash/tile/softcap.cuh"
+
 namespace selfattn::cuda::sm90 {
 
 enum class BackwardForm {
@@ -37,8 +39,9 @@ struct BackwardSchedule {
   float* dq_accumulator;     // (batch, num_heads, dq_tile_rows, kPanels, kDqTileFloats)
   int* dq_semaphores;        // (batch, num_heads, query_tiles): key tiles added to dQ so far; deterministic mode only
   int* repair_list;          // (the more of query and key tiles, batch, heads) for RepairList; two-pass form
-  int* counters;  // next tile, next background job, next query tile and whether there are exact statistics (two-pass
-                  // form), and for every section: query rows preprocessed, key tiles done
+  int* counters;    // next tile, next background job, next query tile and whether there are exact statistics (two-pass
+                    // form), and for every section: query rows preprocessed, key tiles done
+  Softcap softcap;  // read by kernels with kHasSoftcap
 
   __host__ __device__ int work_tiles() const { return kv_groups * key_tiles; }
   __host__ __device__ int count_of_counters() const { return 4 + 2 * sections; }

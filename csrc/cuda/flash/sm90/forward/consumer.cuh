@@ -13,7 +13,6 @@
 #include "flash/tile/key_blocks.cuh"
 #include "flash/tile/mask.cuh"
 #include "flash/tile/online_softmax.cuh"
-#include "flash/tile/softcap.cuh"
 #include "params.cuh"
 #include "ptx/barrier.cuh"
 #include "ptx/fence.cuh"
@@ -128,7 +127,7 @@ __device__ __forceinline__ void multiply_tiles(const ForwardKernelParams& p, typ
     v.advance();
   };
   const auto cap_scores = [&] {
-    if constexpr (Config::kHasSoftcap) Softcap(p.scale, p.softcap).apply(scores);
+    if constexpr (Config::kHasSoftcap) p.softcap.apply(scores);
   };
   const auto mask_scores = [&] {
     const int first_key = block.index * kTileKey, first_column = first_key + 2 * (lane % 4);

@@ -1,6 +1,7 @@
 // The parameters of the forward kernel.
 #pragma once
 #include "config.h"
+#include "flash/tile/softcap.cuh"
 #include "flash/tile/tile_order.cuh"
 
 namespace selfattn::cuda::sm90 {
@@ -16,12 +17,12 @@ struct ForwardKernelParams {
   int* repair_list;  // (tiles) for RepairList
   int* counters;     // [0]: tiles taken after each thread block's first; null where there are no others
   TileSchedule schedule;
-  float softcap;  // read by kernels with kHasSoftcap
+  Softcap softcap;  // read by kernels with kHasSoftcap
 
   // What a score is multiplied by for its logit: scores of kernels with softcap are a tanh (softcap.cuh).
   template <class Config>
   __device__ __forceinline__ float logit_scale() const {
-    return Config::kHasSoftcap ? softcap : scale;
+    return Config::kHasSoftcap ? softcap.cap : scale;
   }
 };
 

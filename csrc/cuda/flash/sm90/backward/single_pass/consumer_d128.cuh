@@ -7,6 +7,7 @@
 // is at its exponentials.
 #pragma once
 #include "dq_accumulator.cuh"
+#include "flash/sm90/backward/capped_weights.cuh"
 #include "flash/sm90/backward/config.cuh"
 #include "flash/sm90/backward/exceptional.cuh"
 #include "flash/sm90/backward/mask.cuh"
@@ -114,6 +115,21 @@ __device__ __forceinline__ void multiply_d128(const BackwardMaps& maps, const Ba
     clear_queries<kTileQ, Config::kPanels, kQPanel>(s.q[ring.stage], s.grad_out[ring.stage], s.row_stats[ring.stage]);
     if (has_bad_keys) clear_keys<Element, 16, Config::kPanels, kKvPanel>(s.k[0], warpgroup * 64 + warp * 16);
   };
+  // S to P, packed, and to the slope weights (capped_weights.cuh). No logit is huge here (kCapOfSinglePass).
+  const auto weigh_capped_block = [&](const BlockInfo& block, const float* stats, bool is_masked) {
+    const bool has_bad_keys = __any_sync(~0u, !schedule.softcap.apply(scores));
+    weigh_capped<Element, kTileQ>(scores, p_packed, schedule.softcap, stats);
+    if (is_masked) {
+      mask_block(block);
+      clear_masked(scores, p_packed);
+      if (has_bad_keys || block.flags & kExceptionalRows) [[unlikely]] {
+        wgmma_wait<0>();  // V's registers are free for what follows
+        pin(dp);
+        clear_rows(has_bad_keys);
+        hold_values();
+      }
+    }
+  };
   // Writes this warp's 16 keys of dK or dV to its slice of shared memory and on to global memory.
   const auto store = [&](const CUtensorMap* map, float (&d)[kD / 2], float factor, unsigned char* slices,
                          const TileInfo& tile) {
@@ -160,24 +176,28 @@ __device__ __forceinline__ void multiply_d128(const BackwardMaps& maps, const Ba
       const bool is_masked = flags & (kMaskWarpgroup0 << warpgroup);
       wgmma_wait<1>();
       pin(scores);
-      take_exponents<kTileQ>(scores, stats, scale_log2);
-      if (flags & (kMaskWarpgroup0 << warpgroup | kExceptionalRows)) {
-        const bool has_bad_keys = __any_sync(~0u, is_masked && is_any_non_finite(scores[0], scores[2]));
-        if (is_masked) mask_block(block);
-        if (has_bad_keys || flags & kExceptionalRows) [[unlikely]] {
-          wgmma_wait<0>();  // V's registers are free for what follows
-          pin(dp);
-          if (flags & kExceptionalRows)
-            refine_exponents<kTileQ>(scores, p, schedule, stats, block.head,
-                                     block.query_tile * kTileQ + 2 * (lane % 4));
-          if (is_masked) clear_rows(has_bad_keys);
-          hold_values();
+      if constexpr (Config::kHasSoftcap) {
+        weigh_capped_block(block, stats, is_masked);
+      } else {
+        take_exponents<kTileQ>(scores, stats, scale_log2);
+        if (flags & (kMaskWarpgroup0 << warpgroup | kExceptionalRows)) {
+          const bool has_bad_keys = __any_sync(~0u, is_masked && is_any_non_finite(scores[0], scores[2]));
+          if (is_masked) mask_block(block);
+          if (has_bad_keys || flags & kExceptionalRows) [[unlikely]] {
+            wgmma_wait<0>();  // V's registers are free for what follows
+            pin(dp);
+            if (flags & kExceptionalRows)
+              refine_exponents<kTileQ>(scores, p, schedule, stats, block.head,
+                                       block.query_tile * kTileQ + 2 * (lane % 4));
+            if (is_masked) clear_rows(has_bad_keys);
+            hold_values();
+          }
         }
-      }
 #pragma unroll
-      for (int i = 0; i < kTileQ / 2; i += 2) {
-        scores[i] = exp2_approx(scores[i]), scores[i + 1] = exp2_approx(scores[i + 1]);
-        p_packed[i / 2] = pack<Element>(scores[i], scores[i + 1]);
+        for (int i = 0; i < kTileQ / 2; i += 2) {
+          scores[i] = exp2_approx(scores[i]), scores[i + 1] = exp2_approx(scores[i + 1]);
+          p_packed[i / 2] = pack<Element>(scores[i], scores[i + 1]);
+        }
       }
       issue_dv(ring.stage);
       wgmma_wait<1>();

@@ -7,6 +7,7 @@
 #pragma once
 #include <type_traits>
 #include "dq_accumulator.cuh"
+#include "flash/sm90/backward/capped_weights.cuh"
 #include "flash/sm90/backward/config.cuh"
 #include "flash/sm90/backward/exceptional.cuh"
 #include "flash/sm90/backward/mask.cuh"
@@ -123,6 +124,27 @@ __device__ __forceinline__ void multiply_d256(const BackwardMaps& maps, const Ba
                                                         s.row_stats[ring.stage]);
     if (has_bad_keys) clear_keys<Element, 16, Config::kPanels, kPanelBytes>(s.k[0], warp * 16);
   };
+  // S to P, in shared memory, and to the slope weights (capped_weights.cuh).
+  const auto weigh_capped_block = [&](const BlockInfo& block, const float* stats, uint32_t out, auto is_ordinary) {
+    uint32_t packed[kOwnQueries / 4];
+    const bool has_bad_keys = __any_sync(~0u, !schedule.softcap.apply(scores));
+    constexpr bool kIsOrdinary = decltype(is_ordinary)::value;
+    if (!kIsOrdinary && block.flags & kExceptionalRows) [[unlikely]]
+      weigh_capped_exactly<Element, kOwnQueries>(scores, packed, p, schedule.softcap, stats, block.head,
+                                                 block.query_tile * kTileQ + warpgroup * kOwnQueries + 2 * (lane % 4));
+    else
+      weigh_capped<Element, kOwnQueries>(scores, packed, schedule.softcap, stats);
+    if (!kIsOrdinary && block.flags & (kMaskWarpgroup0 << warpgroup)) {
+      mask_block(block);
+      clear_masked(scores, packed);
+      if (has_bad_keys || block.flags & kExceptionalRows) [[unlikely]]
+        clear_rows(has_bad_keys);
+    }
+#pragma unroll
+    for (int i = 0; i < kOwnQueries / 16; i++)
+      store_matrix_x4(s_p + out + score_chunk(i), packed[4 * i], packed[4 * i + 1], packed[4 * i + 2],
+                      packed[4 * i + 3]);
+  };
   // This warpgroup's columns of dK or dV: into panels of shared memory, on to global memory, memory freed.
   const auto store = [&](const CUtensorMap* map, float (&d)[kOwnColumns / 2], float factor, uint32_t s_panels,
                          const TileInfo& tile, uint64_t& freed) {
@@ -171,8 +193,11 @@ __device__ __forceinline__ void multiply_d256(const BackwardMaps& maps, const Ba
       // P and dS. Blocks that are neither masked nor out of the ordinary have a path of their own, without a branch.
       const auto weigh = [&](auto is_ordinary) {
         constexpr bool kIsOrdinary = decltype(is_ordinary)::value;
-        take_exponents<kOwnQueries>(scores, stats, scale_log2);
-        if constexpr (!kIsOrdinary) {
+        if constexpr (Config::kHasSoftcap)
+          weigh_capped_block(block, stats, out, is_ordinary);
+        else
+          take_exponents<kOwnQueries>(scores, stats, scale_log2);
+        if constexpr (!kIsOrdinary && !Config::kHasSoftcap) {
           const bool has_bad_keys = __any_sync(~0u, is_masked && is_any_non_finite(scores[0], scores[2]));
           if (is_masked) mask_block(block);
           if (has_bad_keys || flags & kExceptionalRows) [[unlikely]] {
@@ -183,7 +208,7 @@ __device__ __forceinline__ void multiply_d256(const BackwardMaps& maps, const Ba
           }
         }
 #pragma unroll
-        for (int i = 0; i < kOwnQueries / 16; i++) {
+        for (int i = 0; i < kOwnQueries / 16 && !Config::kHasSoftcap; i++) {
           float* r = &scores[8 * i];
 #pragma unroll
           for (int j = 0; j < 8; j++) r[j] = exp2_approx(r[j]);

@@ -6,6 +6,7 @@
 // What is out of the ordinary is left to a second pass over the tiles in question (exceptional.cuh). dK and dV may be
 // written over K and V, so a warpgroup stores a tile once: what it leaves to the second pass it does not store before.
 #pragma once
+#include "flash/sm90/backward/capped_weights.cuh"
 #include "flash/sm90/backward/config.cuh"
 #include "flash/sm90/backward/exceptional.cuh"
 #include "flash/sm90/backward/mask.cuh"
@@ -122,20 +123,37 @@ __device__ __forceinline__ void multiply_dkdv(const BackwardMaps& maps, const Ba
 
         wgmma_wait<1>();  // S is done
         pin(scores);
-        take_exponents<kTileQ>(scores, stats, scale_log2);
-        if constexpr (kIsRepair) {
-          refine_exponents<kTileQ>(scores, p, schedule, stats, block.head, first_query);
+        if constexpr (Config::kHasSoftcap) {
+          schedule.softcap.apply(scores);
+          if constexpr (kIsRepair)
+            weigh_capped_exactly<Element, kTileQ>(scores, p_packed, p, schedule.softcap, stats, block.head,
+                                                  first_query);
+          else
+            weigh_capped<Element, kTileQ>(scores, p_packed, schedule.softcap, stats);
+          if (is_masked) {
+            if constexpr (kIsRepair)
+              clear_queries<kTileQ, Config::kPanels, kQPanel>(s.q[ring.stage], s.grad_out[ring.stage],
+                                                              s.row_stats[ring.stage]);
+            mask_scores<kTileQ>(scores, p, rows, block.flags, tile.batch, first_key, first_query,
+                                &s.query_ids[ring.stage][column]);
+            clear_masked(scores, p_packed);
+          }
+        } else {
+          take_exponents<kTileQ>(scores, stats, scale_log2);
+          if constexpr (kIsRepair) {
+            refine_exponents<kTileQ>(scores, p, schedule, stats, block.head, first_query);
+            if (is_masked)
+              clear_queries<kTileQ, Config::kPanels, kQPanel>(s.q[ring.stage], s.grad_out[ring.stage],
+                                                              s.row_stats[ring.stage]);
+          }
           if (is_masked)
-            clear_queries<kTileQ, Config::kPanels, kQPanel>(s.q[ring.stage], s.grad_out[ring.stage],
-                                                            s.row_stats[ring.stage]);
-        }
-        if (is_masked)
-          mask_scores<kTileQ>(scores, p, rows, block.flags, tile.batch, first_key, first_query,
-                              &s.query_ids[ring.stage][column]);
+            mask_scores<kTileQ>(scores, p, rows, block.flags, tile.batch, first_key, first_query,
+                                &s.query_ids[ring.stage][column]);
 #pragma unroll
-        for (int i = 0; i < kTileQ / 2; i += 2) {
-          scores[i] = exp2_approx(scores[i]), scores[i + 1] = exp2_approx(scores[i + 1]);
-          p_packed[i / 2] = pack<Element>(scores[i], scores[i + 1]);
+          for (int i = 0; i < kTileQ / 2; i += 2) {
+            scores[i] = exp2_approx(scores[i]), scores[i + 1] = exp2_approx(scores[i + 1]);
+            p_packed[i / 2] = pack<Element>(scores[i], scores[i + 1]);
+          }
         }
         accumulate<Element, kTileQ>(dv, p_packed, do_summed + ring.stage * operand_step(Config::kQueryBytes));
 

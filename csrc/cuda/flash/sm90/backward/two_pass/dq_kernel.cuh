@@ -9,6 +9,7 @@
 // over O, so the second pass takes the statistics of the rows from the first.
 #pragma once
 #include "dq_producer.cuh"
+#include "flash/sm90/backward/capped_weights.cuh"
 #include "flash/sm90/backward/config.cuh"
 #include "flash/sm90/backward/exceptional.cuh"
 #include "flash/sm90/backward/intervals.cuh"
@@ -101,6 +102,22 @@ __device__ __forceinline__ void multiply_dq(const DqMaps& maps, const BackwardPa
     }
     if (is_exact_stat(lse[0]) || is_exact_stat(lse[1])) *schedule.has_exact_stats() = 1;
   };
+  // tanh to slope weights (capped_weights.cuh).
+  const auto weigh_capped_rows = [&](const typename Config::Tile& tile, int head, const float (&lse)[2]) {
+    const Softcap& softcap = schedule.softcap;
+    const float* g_lse = p.lse + int64_t(head) * p.shape.query_length + tile.query_tile * kTileQ + row_in_tile;
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      const bool is_exact = kIsRepair && is_exact_stat(lse[r]);
+      const float natural_lse = is_exact ? g_lse[8 * r] : 0.f;
+#pragma unroll
+      for (int i = 0; i < kTileKv / 4; i++) {
+        float& t = scores[i / 2 * 4 + 2 * r + i % 2];
+        take_weight(
+            t, is_exact ? exact_exponent_of_capped(t, softcap.cap, natural_lse) : fmaf(t, softcap.cap_log2, -lse[r]));
+      }
+    }
+  };
   const int skip_flag = kSkipWarpgroup0 << warpgroup, mask_flag = kMaskWarpgroup0 << warpgroup;
 
   for (bool is_first = true;; is_first = false, tile_parity ^= 1, grad_out_buffer ^= 1) {
@@ -191,8 +208,12 @@ __device__ __forceinline__ void multiply_dq(const DqMaps& maps, const BackwardPa
         wgmma_wait<2>();  // S is done
         pin(scores);
 #pragma unroll
-        for (int i = 0; i < kTileKv / 2; i++) scores[i] = fmaf(scores[i], scale_log2, -lse[i / 2 % 2]);
-        if constexpr (kIsRepair) {
+        for (int i = 0; i < kTileKv / 2 && !Config::kHasSoftcap; i++)
+          scores[i] = fmaf(scores[i], scale_log2, -lse[i / 2 % 2]);
+        if constexpr (Config::kHasSoftcap) {
+          schedule.softcap.apply(scores);
+          weigh_capped_rows(tile, head, lse);
+        } else if constexpr (kIsRepair) {
           const float* g_lse = p.lse + int64_t(head) * p.shape.query_length + tile.query_tile * kTileQ + row_in_tile;
 #pragma unroll
           for (int r = 0; r < 2; r++) {
@@ -211,9 +232,10 @@ __device__ __forceinline__ void multiply_dq(const DqMaps& maps, const BackwardPa
           mask_by_intervals<kTileKv>(scores, rows, first_key);
           if (block.flags & kMaskedByIds)
             mask_by_ids(scores, row_id, p.segments.key_ids + int64_t(tile.batch) * p.segments.pitch_key + first_key);
+          if constexpr (Config::kHasSoftcap) clear_masked(scores);
         }
 #pragma unroll
-        for (int i = 0; i < kTileKv / 2; i++) scores[i] = exp2_approx(scores[i]);
+        for (int i = 0; i < kTileKv / 2 && !Config::kHasSoftcap; i++) scores[i] = exp2_approx(scores[i]);
 
         wgmma_wait<1>();  // dP is done
         pin(dp);

@@ -1,0 +1,7 @@
+#include "flash/sm90/backward/launch.cuh"
+
+namespace selfattn::cuda::sm90 {
+
+template struct BackwardLauncher<ElementType::kHalf, 64, true>;
+
+}  // namespace selfattn::cuda::sm90
