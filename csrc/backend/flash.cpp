@@ -66,10 +66,6 @@ Reason supported_head_dim(const AttentionProblem& problem) {
                   "; got ", dim, " and ", value_dim);
 }
 
-Reason scaled_products_on_cuda(const AttentionProblem& problem) {
-  return problem.query.is_cuda() ? scaled_products(problem) : std::nullopt;
-}
-
 Reason no_positions_on_cuda(const AttentionProblem& problem) {
   return problem.query.is_cuda() ? no_positions(problem) : std::nullopt;
 }
@@ -92,9 +88,8 @@ Reason rows_fit_metadata(const AttentionProblem& problem) {
 }
 
 constexpr Constraint kConstraints[] = {
-    has_kernel,           supported_device, supported_dtype,   supported_head_dim, scaled_products_on_cuda,
-    no_positions_on_cuda, rows_fit_kernels, rows_fit_metadata, no_empty_tensor,    no_differentiation_transform,
-    no_forward_mode_ad};
+    has_kernel,       supported_device,  supported_dtype, supported_head_dim,           no_positions_on_cuda,
+    rows_fit_kernels, rows_fit_metadata, no_empty_tensor, no_differentiation_transform, no_forward_mode_ad};
 
 }  // namespace
 
