@@ -23,6 +23,7 @@
 #include <limits>
 
 #include "constants.h"
+#include "online_softmax.cuh"
 #include "ptx/arithmetic.cuh"
 
 namespace selfattn::cuda {
@@ -90,5 +91,35 @@ struct Softcap {
     return fmaf(-2.f, ptx::reciprocal_approx(1.f + fmaf(y, 0.f, power)), 1.f);  // infinity times 0 is NaN
   }
 };
+
+// Backward. Both P = exp2(t * cap * log2(e) - lse * log2(e)) and dS = P (1 - t^2) (dP - delta) want t, and no registers
+// are left to keep it. So P is taken, and packed for dV at once, and over t comes the slope weight P (1 - t^2). Masks
+// come behind: P is 0 of a pair that is not allowed and of many others, which leaves nothing to tell their t from.
+// Before it is masked, the weight of a pair may be anything.
+
+// P of a pair; its slope weight over its t.
+__device__ __forceinline__ float take_weight(float& t, float exponent) {
+  const float weight = ptx::exp2_approx(exponent), square = t * t;
+  t = fmaf(-square, weight, weight);
+  return weight;
+}
+
+// What a mask has set to -inf becomes 0, in P too.
+template <int kCount>
+__device__ __forceinline__ void clear_masked(float (&slope_weights)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; i++)
+    if (slope_weights[i] == -infinity()) slope_weights[i] = 0.f;
+}
+
+template <int kCount>
+__device__ __forceinline__ void clear_masked(float (&slope_weights)[kCount], uint32_t (&packed)[kCount / 2]) {
+#pragma unroll
+  for (int i = 0; i < kCount / 2; i++) {
+    if (slope_weights[2 * i] == -infinity()) packed[i] &= 0xffff0000u;
+    if (slope_weights[2 * i + 1] == -infinity()) packed[i] &= 0x0000ffffu;
+  }
+  clear_masked(slope_weights);
+}
 
 }  // namespace selfattn::cuda

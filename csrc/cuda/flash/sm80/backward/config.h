@@ -104,10 +104,11 @@ struct BackwardTileRows {
   static_assert(kOfDkdv == SinglePassTiles<kDimQk, kDimV>::kTileKey, "either form may take a call");
 };
 
-template <class Element_, int kDimQk_, int kDimV_>
+template <class Element_, int kDimQk_, int kDimV_, bool kHasSoftcap_ = false>
 struct DqConfig : DqTiles<kDimQk_, kDimV_> {
   using Tiles = DqTiles<kDimQk_, kDimV_>;
   using Element = Element_;
+  static constexpr bool kHasSoftcap = kHasSoftcap_;
   static constexpr int kDimQk = kDimQk_, kDimV = kDimV_;
   static constexpr int kThreads = Tiles::kWarps * kWarpSize, kTileQuery = Tiles::kWarps * Tiles::kWarpRows;
   static constexpr int kRowGroups = Tiles::kWarpRows / 16;                      // of 16 rows, in a warp
@@ -128,10 +129,11 @@ struct DqConfig : DqTiles<kDimQk_, kDimV_> {
   static_assert(kDimQk % 16 == 0 && kDimV % 16 == 0 && Tiles::kTileKey % 16 == 0 && Tiles::kWarpRows % 16 == 0);
 };
 
-template <class Element_, int kDimQk_, int kDimV_>
+template <class Element_, int kDimQk_, int kDimV_, bool kHasSoftcap_ = false>
 struct DkdvConfig : DkdvTiles<kDimQk_, kDimV_> {
   using Tiles = DkdvTiles<kDimQk_, kDimV_>;
   using Element = Element_;
+  static constexpr bool kHasSoftcap = kHasSoftcap_;
   static constexpr int kDimQk = kDimQk_, kDimV = kDimV_;
   static constexpr int kThreads = Tiles::kWarps * kWarpSize, kTileKey = Tiles::kWarps * Tiles::kWarpRows;
   static constexpr int kRowGroups = Tiles::kWarpRows / 16;
@@ -156,10 +158,11 @@ struct DkdvConfig : DkdvTiles<kDimQk_, kDimV_> {
                 "one sum at a time: of whole blocks, dK through the memory of V, as K is wanted for dV");
 };
 
-template <class Element_, int kDimQk_, int kDimV_>
+template <class Element_, int kDimQk_, int kDimV_, bool kHasSoftcap_ = false>
 struct SinglePassConfig : SinglePassTiles<kDimQk_, kDimV_> {
   using Tiles = SinglePassTiles<kDimQk_, kDimV_>;
   using Element = Element_;
+  static constexpr bool kHasSoftcap = kHasSoftcap_;
   static constexpr int kDimQk = kDimQk_, kDimV = kDimV_;
   static constexpr int kThreads = Tiles::kWarps * kWarpSize, kTileQuery = 64;
   static constexpr int kScoreRowWarps = kTileQuery / 32, kScoreKeyWarps = Tiles::kWarps / kScoreRowWarps;

@@ -18,16 +18,16 @@ struct BackwardKernels {
   int64_t (*workspace_bytes)(const BackwardParams&);
 };
 
-template <int kDimQk, int kDimV>
+template <int kDimQk, int kDimV, bool kHasSoftcap = false>
 constexpr BackwardKernels kernels_for() {
   using Rows = BackwardTileRows<kDimQk, kDimV>;
   return {kDimQk,
           kDimV,
           {kQueryBlock, Rows::kOfDkdv},
           Rows::kOfDq,
-          BackwardLauncher<ElementType::kBFloat16, kDimQk, kDimV>::launch,
-          BackwardLauncher<ElementType::kHalf, kDimQk, kDimV>::launch,
-          BackwardLauncher<ElementType::kHalf, kDimQk, kDimV>::workspace_bytes};
+          BackwardLauncher<ElementType::kBFloat16, kDimQk, kDimV, kHasSoftcap>::launch,
+          BackwardLauncher<ElementType::kHalf, kDimQk, kDimV, kHasSoftcap>::launch,
+          BackwardLauncher<ElementType::kHalf, kDimQk, kDimV, kHasSoftcap>::workspace_bytes};
 }
 
 // Each is instantiated in instantiations/.
@@ -35,8 +35,15 @@ constexpr BackwardKernels kKernels[] = {
     kernels_for<64, 64>(),   kernels_for<96, 96>(),   kernels_for<128, 128>(),
     kernels_for<192, 128>(), kernels_for<192, 192>(), kernels_for<256, 256>(),
 };
+constexpr BackwardKernels kSoftcapKernels[] = {
+    kernels_for<64, 64, true>(),
+    kernels_for<128, 128, true>(),
+    kernels_for<256, 256, true>(),
+};
 
-const BackwardKernels* find_kernel(const BackwardParams& params) { return find_kernel(kKernels, params.shape); }
+const BackwardKernels* find_kernel(const BackwardParams& params) {
+  return params.softcap > 0.f ? find_kernel(kSoftcapKernels, params.shape) : find_kernel(kKernels, params.shape);
+}
 
 }  // namespace
 
@@ -51,7 +58,7 @@ int backward_ordered_queries(const BackwardParams& params) {
 }
 
 int64_t backward_workspace_bytes(const BackwardParams& params) {
-  const BackwardKernels* kernels = find_kernels(params.shape);
+  const BackwardKernels* kernels = find_kernel(params);
   return kernels ? kernels->workspace_bytes(params) : 0;
 }
 

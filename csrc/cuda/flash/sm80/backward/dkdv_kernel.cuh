@@ -42,7 +42,7 @@ __device__ __forceinline__ bool sum_key_gradients(const BackwardKernelParams& p,
   const int group_size = shape.num_heads / shape.num_kv_heads, first_head = tile.kv_head * group_size;
   const uint32_t s_q = ptx::shared_address(s.q), s_grad_out = ptx::shared_address(s.grad_out),
                  s_k = ptx::shared_address(s.k), s_v = ptx::shared_address(s.v);
-  const float scale_log2 = call.scale * kLog2E;
+  const float logit_scale = p.logit_scale<Config>(), scale_log2 = logit_scale * kLog2E;
 
   // Q comes with the statistics of its rows.
   const auto load_query = [&](const QueryBlock& block) {
@@ -106,7 +106,10 @@ __device__ __forceinline__ bool sum_key_gradients(const BackwardKernelParams& p,
       const int first_query = block.index * kTileQuery + part * kColumns, part_bytes = part * kColumns * kPanelRowBytes;
       const bool is_needed = has_keys && reach.meets(first_query, kColumns),
                  is_cut = !reach.covers(first_query, kColumns);
+      // With softcap `weights` are the slope weights where dK is wanted, and P is packed as soon as it is there.
+      constexpr bool kPacksEarly = Config::kHasSoftcap && kSums == KeySums::kBoth;
       float weights[kGroups][kColumns / 2], dp[kGroups][kColumns / 2];
+      uint32_t packed_weights[kGroups][kColumns / 4];
       const float *s_lse_log2 = s.lse_log2 + part * kColumns + 2 * (lane % 4),
                   *s_delta = s.delta + part * kColumns + 2 * (lane % 4);
 
@@ -123,8 +126,13 @@ __device__ __forceinline__ bool sum_key_gradients(const BackwardKernelParams& p,
         }
         multiply_rows<Element, Key, Query>(weights, Key::left_place(s_k, warp_row),
                                            Query::right_place(s_q) + part_bytes);
+        if constexpr (Config::kHasSoftcap) {
+#pragma unroll
+          for (int g = 0; g < kGroups; g++) p.softcap.apply(weights[g]);
+        }
 #pragma unroll
         for (int i = 0; i < kColumns / 8; i++) {
+          float capped[kGroups][2][2];  // P: rows, columns
           const float2 lse_log2 = *reinterpret_cast<const float2*>(s_lse_log2 + 8 * i);
 #pragma unroll
           for (int j = 0; j < 2; j++) {
@@ -139,8 +147,22 @@ __device__ __forceinline__ bool sum_key_gradients(const BackwardKernelParams& p,
 #pragma unroll
               for (int r = 0; r < 2; r++) {
                 float& x = weights[g][4 * i + 2 * r + j];
-                x = is_exact ? exact_exponent(x, call.scale, lse) : exponent(x, scale_log2, row_lse_log2);
+                const float exp =
+                    is_exact ? exact_exponent(x, logit_scale, lse) : exponent(x, scale_log2, row_lse_log2);
+                if constexpr (Config::kHasSoftcap) {
+                  capped[g][r][j] = take_weight(x, exp);
+                  if (!kHasGradKey) x = capped[g][r][j];
+                } else {
+                  x = exp;
+                }
               }
+          }
+          if constexpr (kPacksEarly) {
+#pragma unroll
+            for (int g = 0; g < kGroups; g++)
+#pragma unroll
+              for (int r = 0; r < 2; r++)
+                packed_weights[g][2 * i + r] = ptx::pack<Element>(capped[g][r][0], capped[g][r][1]);
           }
         }
         // Behind the statistics, which may be NaN: P of a masked pair is 0 all the same.
@@ -159,12 +181,17 @@ __device__ __forceinline__ bool sum_key_gradients(const BackwardKernelParams& p,
               mask_by_ids(weights[g], ids,
                           segments.query_ids + int64_t(tile.batch) * segments.pitch_query + first_column);
             }
+            if constexpr (kPacksEarly)
+              clear_masked(weights[g], packed_weights[g]);
+            else if constexpr (Config::kHasSoftcap)
+              clear_masked(weights[g]);
           }
         }
 #pragma unroll
         for (int g = 0; g < kGroups; g++)
 #pragma unroll
-          for (int i = 0; i < kColumns / 2; i++) weights[g][i] = ptx::exp2_approx(weights[g][i]);
+          for (int i = 0; i < kColumns / 2 && !Config::kHasSoftcap; i++)
+            weights[g][i] = ptx::exp2_approx(weights[g][i]);
       };
 
       if constexpr (kSums == KeySums::kGradKey) {
@@ -188,9 +215,9 @@ __device__ __forceinline__ bool sum_key_gradients(const BackwardKernelParams& p,
         }
       }
 
-      uint32_t packed_weights[kGroups][kColumns / 4], score_gradients[kGroups][kColumns / 4];
+      uint32_t score_gradients[kGroups][kColumns / 4];
       if (is_needed) {
-        if constexpr (kHasGradValue) pack_left<Element>(weights, packed_weights);
+        if constexpr (kHasGradValue && !kPacksEarly) pack_left<Element>(weights, packed_weights);
         if constexpr (kHasGradKey) {
 #pragma unroll
           for (int i = 0; i < kColumns / 8; i++) {

@@ -35,7 +35,8 @@ struct DqAccumulator {
   static __device__ __forceinline__ void add(float* g_tile, const float (&dq)[kGroups][kSteps * 8]) {
 #pragma unroll
     for (int i = 0; i < kLaneFloats / ptx::kReduceWidth; i++)
-      ptx::reduce_add(g_tile + place(i), &dq[i * ptx::kReduceWidth / (kSteps * 8)][i * ptx::kReduceWidth % (kSteps * 8)]);
+      ptx::reduce_add(g_tile + place(i),
+                      &dq[i * ptx::kReduceWidth / (kSteps * 8)][i * ptx::kReduceWidth % (kSteps * 8)]);
   }
 };
 
@@ -65,12 +66,11 @@ __global__ void __launch_bounds__(Config::kThreads)
     for (int r = 0; r < 2; r++)
 #pragma unroll
       for (int group = 0; group < 2 * Dq::kSteps; group++)
-        *reinterpret_cast<uint32_t*>(s_tile +
-                                     Query::place(Dq::warp_row() + 16 * g + 8 * r + lane / 4,
-                                                  Dq::column_warp() * 2 * Dq::kSteps + group) +
-                                     4 * (lane % 4)) =
-            ptx::pack<typename Config::Element>(dq[g][4 * group + 2 * r] * p.call.scale,
-                                                dq[g][4 * group + 2 * r + 1] * p.call.scale);
+        *reinterpret_cast<uint32_t*>(
+            s_tile +
+            Query::place(Dq::warp_row() + 16 * g + 8 * r + lane / 4, Dq::column_warp() * 2 * Dq::kSteps + group) +
+            4 * (lane % 4)) = ptx::pack<typename Config::Element>(dq[g][4 * group + 2 * r] * p.call.scale,
+                                                                  dq[g][4 * group + 2 * r + 1] * p.call.scale);
   __syncthreads();
   store_tile<Query, Config::kThreads>(s_tile, head_of(p.call.grad_q, batch, head), p.call.grad_q.stride_token,
                                       block * Config::kTileQuery, shape.query_length, shape.dim_qk);

@@ -56,7 +56,7 @@ __device__ __forceinline__ bool sum_query_gradients(const BackwardKernelParams& 
   const int kv_head = tile.head / (shape.num_heads / shape.num_kv_heads);
   const uint32_t s_q = ptx::shared_address(s.q), s_grad_out = ptx::shared_address(s.grad_out),
                  s_k = ptx::shared_address(s.k), s_v = ptx::shared_address(s.v);
-  const float scale_log2 = call.scale * kLog2E;
+  const float logit_scale = p.logit_scale<Config>(), scale_log2 = logit_scale * kLog2E;
 
   const typename Key::template Source<Config::kThreads> keys(head_of(call.k, tile.batch, kv_head), call.k.stride_token,
                                                              shape.dim_qk);
@@ -125,6 +125,10 @@ __device__ __forceinline__ bool sum_query_gradients(const BackwardKernelParams& 
     uint32_t score_gradients[kGroups][kTileKey / 4];
     if (is_needed) {
       multiply_rows<Element, Query, Key>(scores, Query::left_place(s_q, warp_row), Key::right_place(s_k));
+      if constexpr (Config::kHasSoftcap) {
+#pragma unroll
+        for (int g = 0; g < kGroups; g++) p.softcap.apply(scores[g]);
+      }
 #pragma unroll
       for (int g = 0; g < kGroups; g++)
 #pragma unroll
@@ -137,7 +141,11 @@ __device__ __forceinline__ bool sum_query_gradients(const BackwardKernelParams& 
 #pragma unroll
           for (int i = 0; i < kTileKey / 4; i++) {
             float& x = scores[g][i / 2 * 4 + 2 * r + i % 2];
-            x = is_exact ? exact_exponent(x, call.scale, lse) : exponent(x, scale_log2, lse_log2[g][r]);
+            const float exp = is_exact ? exact_exponent(x, logit_scale, lse) : exponent(x, scale_log2, lse_log2[g][r]);
+            if constexpr (Config::kHasSoftcap)
+              take_weight(x, exp);
+            else
+              x = exp;
           }
         }
       // Behind the statistics, which may be NaN: P of a masked pair is 0 all the same.
@@ -155,13 +163,16 @@ __device__ __forceinline__ bool sum_query_gradients(const BackwardKernelParams& 
             const int ids[2] = {g_ids[0], g_ids[8]};
             mask_by_ids(scores[g], ids, segments.key_ids + int64_t(tile.batch) * segments.pitch_key + first_column);
           }
+          if constexpr (Config::kHasSoftcap) clear_masked(scores[g]);
         }
       }
 #pragma unroll
       for (int g = 0; g < kGroups; g++)
 #pragma unroll
-        for (int i = 0; i < kTileKey / 2; i++)
-          scores[g][i] = score_gradient<kIsRepair>(ptx::exp2_approx(scores[g][i]), dp[g][i], delta[g][i / 2 % 2]);
+        for (int i = 0; i < kTileKey / 2; i++) {
+          const float weight = Config::kHasSoftcap ? scores[g][i] : ptx::exp2_approx(scores[g][i]);
+          scores[g][i] = score_gradient<kIsRepair>(weight, dp[g][i], delta[g][i / 2 % 2]);
+        }
       pack_left<Element>(scores, score_gradients);
     }
     if constexpr (kIsRepair) {

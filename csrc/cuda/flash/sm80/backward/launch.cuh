@@ -98,8 +98,8 @@ cudaError_t launch_single_pass(BackwardKernelParams p, const BackwardPlan& plan,
   p.query_blocks = (shape.query_length + Config::kTileQuery - 1) / Config::kTileQuery;
   for (p.first_batch = 0; p.first_batch < shape.batch; p.first_batch += plan.batches_at_once) {
     const int batches = std::min(plan.batches_at_once, shape.batch - p.first_batch);
-    p.of_keys = make_schedule(batches * shape.num_kv_heads, 1, shape.key_length, Config::kTileKey, bytes_of_group,
-                              is_even);
+    p.of_keys =
+        make_schedule(batches * shape.num_kv_heads, 1, shape.key_length, Config::kTileKey, bytes_of_group, is_even);
     const int query_tiles = batches * shape.num_heads * p.query_blocks;
     if (const cudaError_t status =
             cudaMemsetAsync(p.dq_sums, 0, sizeof(float) * query_tiles * DqAccumulator<Config>::kTileFloats, stream))
@@ -116,11 +116,12 @@ cudaError_t launch_single_pass(BackwardKernelParams p, const BackwardPlan& plan,
   return cudaSuccess;
 }
 
-template <ElementType kElement, int kDimQk, int kDimV>
-cudaError_t BackwardLauncher<kElement, kDimQk, kDimV>::launch(const BackwardParams& params, cudaStream_t stream) {
+template <ElementType kElement, int kDimQk, int kDimV, bool kHasSoftcap>
+cudaError_t BackwardLauncher<kElement, kDimQk, kDimV, kHasSoftcap>::launch(const BackwardParams& params,
+                                                                           cudaStream_t stream) {
   using Element = typename ElementOf<kElement>::Type;
-  using Queries = DqConfig<Element, kDimQk, kDimV>;
-  using Keys = DkdvConfig<Element, kDimQk, kDimV>;
+  using Queries = DqConfig<Element, kDimQk, kDimV, kHasSoftcap>;
+  using Keys = DkdvConfig<Element, kDimQk, kDimV, kHasSoftcap>;
   int device = 0, sms = 0;
   if (const cudaError_t status = find_device(device, sms)) return status;
   const AttentionShape& shape = params.shape;
@@ -136,10 +137,11 @@ cudaError_t BackwardLauncher<kElement, kDimQk, kDimV>::launch(const BackwardPara
                             row_bytes * shape.query_length * group, is_even);
   p.lse_log2 = static_cast<float*>(params.workspace), p.delta = p.lse_log2 + stat_count(shape);
   p.stat_pitch = stat_pitch(shape);
+  p.softcap = Softcap::of(params.scale, params.softcap);
 
   if (p.of_queries.tiles)
     if (const cudaError_t status = launch_preprocess<Element, kDimV>(p, stream)) return status;
-  using SinglePassOf = SinglePassConfig<Element, kDimQk, kDimV>;
+  using SinglePassOf = SinglePassConfig<Element, kDimQk, kDimV, kHasSoftcap>;
   const BackwardPlan plan = plan_backward<SinglePassOf>(params, device);
   if (plan.is_single_pass)
     return launch_single_pass<SinglePassOf>(p, plan, row_bytes * shape.query_length * group, is_even, device, stream);
@@ -152,9 +154,9 @@ cudaError_t BackwardLauncher<kElement, kDimQk, kDimV>::launch(const BackwardPara
   return launch_tiles<Keys>(flash_attention_backward_dkdv_kernel<Keys>, p, p.of_keys.tiles, device, stream);
 }
 
-template <ElementType kElement, int kDimQk, int kDimV>
-int64_t BackwardLauncher<kElement, kDimQk, kDimV>::workspace_bytes(const BackwardParams& params) {
-  using Config = SinglePassConfig<typename ElementOf<kElement>::Type, kDimQk, kDimV>;
+template <ElementType kElement, int kDimQk, int kDimV, bool kHasSoftcap>
+int64_t BackwardLauncher<kElement, kDimQk, kDimV, kHasSoftcap>::workspace_bytes(const BackwardParams& params) {
+  using Config = SinglePassConfig<typename ElementOf<kElement>::Type, kDimQk, kDimV, kHasSoftcap>;
   int device = 0, sms = 0;
   if (find_device(device, sms)) return 0;  // the launch will say it
   const int64_t floats =

@@ -4,7 +4,7 @@
 
 namespace selfattn::cuda::sm80 {
 
-template <ElementType kElement, int kDimQk, int kDimV>
+template <ElementType kElement, int kDimQk, int kDimV, bool kHasSoftcap = false>
 struct BackwardLauncher {
   static cudaError_t launch(const BackwardParams& params, cudaStream_t stream);
   static int64_t workspace_bytes(const BackwardParams& params);

@@ -1,5 +1,6 @@
 // What the backward kernels are told.
 #pragma once
+#include "flash/tile/softcap.cuh"
 #include "flash/tile/tile_order.cuh"
 
 namespace selfattn::cuda::sm80 {
@@ -15,6 +16,13 @@ struct BackwardKernelParams {
   // tiles a head.
   float* dq_sums;
   int query_blocks, first_batch;
+  Softcap softcap;  // read by kernels with kHasSoftcap
+
+  // What a score is multiplied by for its logit: scores of kernels with softcap are a tanh (softcap.cuh).
+  template <class Config>
+  __device__ __forceinline__ float logit_scale() const {
+    return Config::kHasSoftcap ? softcap.cap : call.scale;
+  }
 };
 
 }  // namespace selfattn::cuda::sm80

@@ -84,10 +84,9 @@ struct SinglePass {
     Query::template load<kThreads>(ptx::shared_address(s.q[buffer]),
                                    {head_of(call.q, tile.batch, head), call.q.stride_token, shape.dim_qk}, first,
                                    shape.query_length);
-    GradOut::template load<kThreads>(ptx::shared_address(s.grad_out[buffer]),
-                                     {head_of(call.grad_out, tile.batch, head), call.grad_out.stride_token,
-                                      shape.dim_v},
-                                     first, shape.query_length);
+    GradOut::template load<kThreads>(
+        ptx::shared_address(s.grad_out[buffer]),
+        {head_of(call.grad_out, tile.batch, head), call.grad_out.stride_token, shape.dim_v}, first, shape.query_length);
     constexpr int kWords = kChunkBytes / 4, kChunks = kTileQuery / kWords;
     static_assert(4 * kChunks <= kThreads);
     const int array = threadIdx.x / kChunks, column = threadIdx.x % kChunks * kWords;
@@ -106,8 +105,8 @@ struct SinglePass {
   __device__ __forceinline__ Interval keys_of(int first_query, int row, int buffer) const {
     const AttentionShape& shape = call.shape;
     const int in_length = min(row, shape.query_length - 1 - first_query);
-    const Interval keys = keys_of_query(call.window, first_query + in_length, shape.key_length - shape.query_length,
-                                        shape.key_length);
+    const Interval keys =
+        keys_of_query(call.window, first_query + in_length, shape.key_length - shape.query_length, shape.key_length);
     return tile.segments.has_runs ? keys & Interval{s.run_begin[buffer][in_length], s.run_end[buffer][in_length]}
                                   : keys;
   }
@@ -164,6 +163,53 @@ struct SinglePass {
         }
     }
     // Behind the statistics, which may be NaN: P of a masked pair is 0 all the same.
+    mask(scores, block, buffer, is_cut);
+#pragma unroll
+    for (int g = 0; g < kScoreGroups; g++)
+#pragma unroll
+      for (int i = 0; i < kScoreKeys / 2; i++) scores[g][i] = ptx::exp2_approx(scores[g][i]);
+  }
+
+  // The same with softcap: scores become slope weights, and P is packed (softcap.cuh).
+  __device__ __forceinline__ void take_capped_weights(Scores& scores, uint32_t (&packed)[kScoreGroups][kScoreKeys / 4],
+                                                      const QueryBlock& block, int buffer, bool is_cut,
+                                                      bool is_exceptional) const {
+    const Softcap& softcap = p.softcap;
+#pragma unroll
+    for (int g = 0; g < kScoreGroups; g++) {
+      softcap.apply(scores[g]);
+#pragma unroll
+      for (int r = 0; r < 2; r++) {
+        const int row = score_row + 16 * g + 8 * r + lane / 4;
+        const float lse_log2 = s.lse_log2[buffer][row];
+        const bool is_exact = is_exceptional && is_large(lse_log2);
+        const float lse =
+            is_exact
+                ? call.lse[(int64_t(tile.batch) * call.shape.num_heads + query_head(block)) * call.shape.query_length +
+                           block.index * kTileQuery + row]
+                : 0.f;
+        const auto take = [&](float& t) {
+          return take_weight(t,
+                             is_exact ? exact_exponent(t, softcap.cap, lse) : exponent(t, softcap.cap_log2, lse_log2));
+        };
+#pragma unroll
+        for (int group = 0; group < kScoreKeys / 8; group++) {
+          float* pair = scores[g] + 4 * group + 2 * r;
+          const float first = take(pair[0]);
+          packed[g][2 * group + r] = ptx::pack<Element>(first, take(pair[1]));
+        }
+      }
+    }
+    mask(scores, block, buffer, is_cut);
+    if (is_cut || block.by_ids) {
+#pragma unroll
+      for (int g = 0; g < kScoreGroups; g++) clear_masked(scores[g], packed[g]);
+    }
+  }
+
+  // Scores of masked pairs become -inf.
+  __device__ __forceinline__ void mask(Scores& scores, const QueryBlock& block, int buffer, bool is_cut) const {
+    const int first_query = block.index * kTileQuery;
     if (is_cut || block.by_ids) {
       const int column = score_key + 2 * (lane % 4);
 #pragma unroll
@@ -182,10 +228,6 @@ struct SinglePass {
         }
       }
     }
-#pragma unroll
-    for (int g = 0; g < kScoreGroups; g++)
-#pragma unroll
-      for (int i = 0; i < kScoreKeys / 2; i++) scores[g][i] = ptx::exp2_approx(scores[g][i]);
   }
 
   // P becomes dS. kIsCareful: 0 where P is, whatever dP is.
@@ -215,6 +257,17 @@ struct SinglePass {
           *reinterpret_cast<uint32_t*>(
               s_scores + Score::place(score_row + 16 * g + 8 * r + lane / 4, score_key / 8 + group) + 4 * (lane % 4)) =
               ptx::pack<Element>(values[g][4 * group + 2 * r], values[g][4 * group + 2 * r + 1]);
+  }
+
+  __device__ __forceinline__ void store_scores(unsigned char* s_scores,
+                                               const uint32_t (&packed)[kScoreGroups][kScoreKeys / 4]) const {
+#pragma unroll
+    for (int g = 0; g < kScoreGroups; g++)
+#pragma unroll
+      for (int i = 0; i < kScoreKeys / 4; i++)
+        *reinterpret_cast<uint32_t*>(s_scores +
+                                     Score::place(score_row + 16 * g + 8 * (i % 2) + lane / 4, score_key / 8 + i / 2) +
+                                     4 * (lane % 4)) = packed[g][i];
   }
 
   // sum += scores^T right: the warp's keys, and kSteps * 16 columns of `right`.
@@ -350,8 +403,14 @@ struct SinglePass {
       Scores weights, dp;
       if (is_needed) {
         multiply<Query, Key>(weights, s.q[buffer], s.k);
-        take_weights(weights, block, buffer, is_cut, is_exceptional);
-        store_scores(s.weights, weights);
+        if constexpr (Config::kHasSoftcap) {
+          uint32_t packed[kScoreGroups][kScoreKeys / 4];
+          take_capped_weights(weights, packed, block, buffer, is_cut, is_exceptional);
+          store_scores(s.weights, packed);
+        } else {
+          take_weights(weights, block, buffer, is_cut, is_exceptional);
+          store_scores(s.weights, weights);
+        }
         multiply<GradOut, Value>(dp, s.grad_out[buffer], s.v);
         if (is_cut || block.by_ids || is_exceptional || has_bad_values)
           take_score_gradients<true>(weights, dp, buffer);

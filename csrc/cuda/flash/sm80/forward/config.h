@@ -57,11 +57,12 @@ struct ForwardTiles<256, 256> {
   static constexpr int kHeldSteps = XH;
 };
 
-template <class Element_, int kDimQk_, int kDimV_, MaskKind kMask_>
+template <class Element_, int kDimQk_, int kDimV_, MaskKind kMask_, bool kHasSoftcap_ = false>
 struct ForwardConfig : ForwardTiles<kDimQk_, kDimV_> {
   using Tiles = ForwardTiles<kDimQk_, kDimV_>;
   using Element = Element_;
   static constexpr MaskKind kMask = kMask_;
+  static constexpr bool kHasSoftcap = kHasSoftcap_;
   static constexpr int kDimQk = kDimQk_, kDimV = kDimV_;
   static constexpr int kThreads = Tiles::kWarps * kWarpSize, kTileQuery = Tiles::kWarps * Tiles::kWarpRows;
   static constexpr int kRowGroups = Tiles::kWarpRows / 16;  // of 16 rows, in a warp

@@ -17,14 +17,14 @@ struct ForwardKernel {
   cudaError_t (*launch_fp16)(const ForwardParams&, cudaStream_t);
 };
 
-template <int kDimQk, int kDimV>
+template <int kDimQk, int kDimV, bool kHasSoftcap = false>
 constexpr ForwardKernel kernel_for() {
   using Tiles = ForwardTiles<kDimQk, kDimV>;
   return {kDimQk,
           kDimV,
           {Tiles::kWarps * Tiles::kWarpRows, Tiles::kTileKey},
-          ForwardLauncher<ElementType::kBFloat16, kDimQk, kDimV>::launch,
-          ForwardLauncher<ElementType::kHalf, kDimQk, kDimV>::launch};
+          ForwardLauncher<ElementType::kBFloat16, kDimQk, kDimV, kHasSoftcap>::launch,
+          ForwardLauncher<ElementType::kHalf, kDimQk, kDimV, kHasSoftcap>::launch};
 }
 
 // Each is instantiated in instantiations/.
@@ -32,8 +32,15 @@ constexpr ForwardKernel kKernels[] = {
     kernel_for<64, 64>(),   kernel_for<96, 96>(),   kernel_for<128, 128>(),
     kernel_for<192, 128>(), kernel_for<192, 192>(), kernel_for<256, 256>(),
 };
+constexpr ForwardKernel kSoftcapKernels[] = {
+    kernel_for<64, 64, true>(),
+    kernel_for<128, 128, true>(),
+    kernel_for<256, 256, true>(),
+};
 
-const ForwardKernel* find_kernel(const ForwardParams& params) { return find_kernel(kKernels, params.shape); }
+const ForwardKernel* find_kernel(const ForwardParams& params) {
+  return params.softcap > 0.f ? find_kernel(kSoftcapKernels, params.shape) : find_kernel(kKernels, params.shape);
+}
 
 }  // namespace
 

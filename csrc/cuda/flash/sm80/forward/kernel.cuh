@@ -3,7 +3,8 @@
 //
 //   S = Q K^T | start K and V of the next block | softmax | O += P V | wait for the next block
 //
-// While a warp is at its softmax the tensor cores work for the others of the SM, most of all for its other thread block.
+// While a warp is at its softmax the tensor cores work for the others of the SM, most of all for its other thread
+// block.
 //
 // What comes out not finite, and rows whose logits are too large for the fast softmax, are computed once more by the
 // same warps with more care (repair.cuh of the other family says why).
@@ -14,6 +15,7 @@
 #include "flash/tile/key_blocks.cuh"
 #include "flash/tile/mask.cuh"
 #include "flash/tile/online_softmax.cuh"
+#include "flash/tile/softcap.cuh"
 #include "flash/tile/tile_order.cuh"
 #include "ptx/arithmetic.cuh"
 #include "ptx/mma.cuh"
@@ -23,6 +25,7 @@ namespace selfattn::cuda::sm80 {
 struct ForwardKernelParams {
   ForwardParams call;
   TileSchedule schedule;
+  Softcap softcap;  // read by kernels with kHasSoftcap
 };
 
 constexpr int kNoSegments = -1;  // beside the values of SegmentMode
@@ -108,6 +111,7 @@ class WarpRows {
   __device__ __forceinline__ WarpRows(const ForwardKernelParams& p, const QueryTile& tile,
                                       typename Config::SharedStorage& s)
       : call_(p.call),
+        softcap_(p.softcap),
         tile_(tile),
         s_(s),
         first_row_(tile.index * Config::kTileQuery),
@@ -118,7 +122,7 @@ class WarpRows {
     value_place_ = Value::left_place(ptx::shared_address(s.v[0]), 0);
 #pragma unroll
     for (int g = 0; g < kGroups; g++) {
-      softmax_[g].c = call_.scale * kLog2E;
+      softmax_[g].c = logit_scale() * kLog2E;
       softmax_[g].state = {{-infinity(), -infinity()}, {0.f, 0.f}};
 #pragma unroll
       for (int i = 0; i < Config::kDimV / 2; i++) out_[g][i] = 0.f;
@@ -127,7 +131,7 @@ class WarpRows {
 
   __device__ __forceinline__ void load_query() const {
     const typename Query::template Source<Config::kThreads> source(head_of(call_.q, tile_.head), call_.q.stride_token,
-                                                          call_.shape.dim_qk);
+                                                                   call_.shape.dim_qk);
     Query::load(ptx::shared_address(s_.q), source, first_row_, call_.shape.query_length);
   }
   __device__ __forceinline__ void load_key(int block, int buffer) const {
@@ -198,7 +202,12 @@ class WarpRows {
     }
   }
 
+  // Scores become what the softmax takes: capped and masked.
   __device__ __forceinline__ void mask_scores(const KeyBlock& block, Scores& scores) const {
+    if constexpr (Config::kHasSoftcap) {
+#pragma unroll
+      for (int g = 0; g < kGroups; g++) softcap_.apply(scores[g]);
+    }
     const int first_key = block.index * kTileKey, first_column = first_key + 2 * (lane() % 4);
     const bool is_cut = first_key + kTileKey > shared_.end || (kMasked && first_key < shared_.begin);
     if (!is_cut && !(kByIds && block.by_ids)) return;
@@ -311,8 +320,8 @@ class WarpRows {
         sum += __shfl_xor_sync(~0u, sum, 1);
         sum += __shfl_xor_sync(~0u, sum, 2);
         const float max = softmax_[g].state.max[r];
-        const RowEnd end = call_.sinks ? finish_row_with_sink(max, sum, call_.scale, call_.sinks[tile_.head])
-                                       : finish_row(max, sum, call_.scale);
+        const RowEnd end = call_.sinks ? finish_row_with_sink(max, sum, logit_scale(), call_.sinks[tile_.head])
+                                       : finish_row(max, sum, logit_scale());
         const int row_in_tile = warp_row() + 16 * g + 8 * r + lane() / 4, row = first_row_ + row_in_tile;
         if (lane() % 4 == 0 && row < call_.shape.query_length)
           call_.lse[int64_t(tile_.head_of_all) * call_.shape.query_length + row] = end.lse;
@@ -341,6 +350,8 @@ class WarpRows {
   }
 
  private:
+  // What a score is multiplied by for its logit: scores of kernels with softcap are a tanh (softcap.cuh).
+  __device__ __forceinline__ float logit_scale() const { return Config::kHasSoftcap ? softcap_.cap : call_.scale; }
   static __device__ __forceinline__ int lane() { return threadIdx.x % kWarpSize; }
   static __device__ __forceinline__ int warp_row() { return threadIdx.x / kWarpSize * Config::kWarpRows; }
   __device__ __forceinline__ int kv_head() const {
@@ -365,6 +376,7 @@ class WarpRows {
   }
 
   const ForwardParams& call_;
+  const Softcap& softcap_;
   const QueryTile& tile_;
   typename Config::SharedStorage& s_;
   int first_row_;

@@ -12,7 +12,8 @@ template <class Config>
 cudaError_t launch_forward_kernel(const ForwardParams& params, cudaStream_t stream) {
   constexpr int64_t kLastSectionBytes = 64 << 20;
   const ForwardKernelParams p{
-      params, make_schedule(params.shape, Config::kTileQuery, Config::kMask != MaskKind::kFull, kLastSectionBytes)};
+      params, make_schedule(params.shape, Config::kTileQuery, Config::kMask != MaskKind::kFull, kLastSectionBytes),
+      Softcap::of(params.scale, params.softcap)};
   const auto kernel = flash_attention_forward_kernel<Config>;
   int device = 0;
   if (const cudaError_t status = cudaGetDevice(&device)) return status;
@@ -22,16 +23,19 @@ cudaError_t launch_forward_kernel(const ForwardParams& params, cudaStream_t stre
   return cudaGetLastError();
 }
 
-template <ElementType kElement, int kDimQk, int kDimV>
-cudaError_t ForwardLauncher<kElement, kDimQk, kDimV>::launch(const ForwardParams& params, cudaStream_t stream) {
+// With softcap, one kernel serves every mask.
+template <ElementType kElement, int kDimQk, int kDimV, bool kHasSoftcap>
+cudaError_t ForwardLauncher<kElement, kDimQk, kDimV, kHasSoftcap>::launch(const ForwardParams& params,
+                                                                          cudaStream_t stream) {
   using Element = typename ElementOf<kElement>::Type;
-  if (params.segments.mode || params.window.left < AttentionWindow::kUnbounded) {
-    return launch_forward_kernel<ForwardConfig<Element, kDimQk, kDimV, MaskKind::kMasked>>(params, stream);
+  if (kHasSoftcap || params.segments.mode || params.window.left < AttentionWindow::kUnbounded) {
+    return launch_forward_kernel<ForwardConfig<Element, kDimQk, kDimV, MaskKind::kMasked, kHasSoftcap>>(params, stream);
   }
-  if (params.window.right < AttentionWindow::kUnbounded) {
-    return launch_forward_kernel<ForwardConfig<Element, kDimQk, kDimV, MaskKind::kCausal>>(params, stream);
+  if constexpr (!kHasSoftcap) {
+    if (params.window.right < AttentionWindow::kUnbounded)
+      return launch_forward_kernel<ForwardConfig<Element, kDimQk, kDimV, MaskKind::kCausal>>(params, stream);
+    return launch_forward_kernel<ForwardConfig<Element, kDimQk, kDimV, MaskKind::kFull>>(params, stream);
   }
-  return launch_forward_kernel<ForwardConfig<Element, kDimQk, kDimV, MaskKind::kFull>>(params, stream);
 }
 
 }  // namespace selfattn::cuda::sm80

@@ -4,7 +4,7 @@
 
 namespace selfattn::cuda::sm80 {
 
-template <ElementType kElement, int kDimQk, int kDimV>
+template <ElementType kElement, int kDimQk, int kDimV, bool kHasSoftcap = false>
 struct ForwardLauncher {
   static cudaError_t launch(const ForwardParams& params, cudaStream_t stream);
 };

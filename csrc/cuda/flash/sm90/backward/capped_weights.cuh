@@ -1,22 +1,11 @@
-// The weights of a block with softcap (flash/tile/softcap.cuh). Both P = exp2(t * cap * log2(e) - lse * log2(e)) and
-// dS = P (1 - t^2) (dP - delta) want t, and no registers are left to keep it. So P is rounded and packed for dV at
-// once, and over t comes the slope weight P (1 - t^2).
-//
-// Masks come behind: an exponent of -inf would leave nothing to tell a t of 1 from. Before it is masked, the weight of
-// a pair that is not allowed may be anything.
+// The weights of a block with softcap, P and P (1 - t^2) (flash/tile/softcap.cuh), for the kernels whose P goes into
+// dV.
 #pragma once
 #include "exceptional.cuh"
 #include "flash/tile/softcap.cuh"
 #include "ptx/arithmetic.cuh"
 
 namespace selfattn::cuda::sm90 {
-
-// P of a pair; its slope weight over its t.
-__device__ __forceinline__ float take_weight(float& t, float exponent) {
-  const float weight = ptx::exp2_approx(exponent), square = t * t;
-  t = fmaf(-square, weight, weight);
-  return weight;
-}
 
 // As exact_exponent, out of t: its logit is rounded as the forward pass rounded it.
 __device__ __forceinline__ float exact_exponent_of_capped(float t, float cap, float lse) {
@@ -71,24 +60,6 @@ __device__ __forceinline__ void weigh_capped_exactly(float (&scores)[kColumns / 
     for (int i = 0; i < kColumns / 4; i++)
       packed[i] = i < kColumns / 4 - kPairs ? packed[i + kPairs] : pairs[i % kPairs];
   }
-}
-
-// What a mask has set to -inf becomes 0, in P too.
-template <int kCount>
-__device__ __forceinline__ void clear_masked(float (&slope_weights)[kCount]) {
-#pragma unroll
-  for (int i = 0; i < kCount; i++)
-    if (slope_weights[i] == -infinity()) slope_weights[i] = 0.f;
-}
-
-template <int kCount>
-__device__ __forceinline__ void clear_masked(float (&slope_weights)[kCount], uint32_t (&packed)[kCount / 2]) {
-#pragma unroll
-  for (int i = 0; i < kCount / 2; i++) {
-    if (slope_weights[2 * i] == -infinity()) packed[i] &= 0xffff0000u;
-    if (slope_weights[2 * i + 1] == -infinity()) packed[i] &= 0x0000ffffu;
-  }
-  clear_masked(slope_weights);
 }
 
 }  // namespace selfattn::cuda::sm90

@@ -1,0 +1,7 @@
+#include "flash/sm80/backward/launch.cuh"
+
+namespace selfattn::cuda::sm80 {
+
+template struct BackwardLauncher<ElementType::kHalf, 256, 256, true>;
+
+}  // namespace selfattn::cuda::sm80

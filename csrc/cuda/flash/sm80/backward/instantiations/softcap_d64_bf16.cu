@@ -1,0 +1,7 @@
+#include "flash/sm80/backward/launch.cuh"
+
+namespace selfattn::cuda::sm80 {
+
+template struct BackwardLauncher<ElementType::kBFloat16, 64, 64, true>;
+
+}  // namespace selfattn::cuda::sm80
