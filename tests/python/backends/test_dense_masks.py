@@ -20,12 +20,11 @@ ROWS: dict[str, list[dict]] = {
     "compute capability below 8.0": [IDS | {"capability": (7, 5)}],
     "rows of more than 524,288 tokens with segment ids": [IDS | {"num_queries": LONG, "num_keys": LONG}],
     "positions, with causality or a window": [{"has_positions": True}],
-    "any of these with sinks or lse": [
+    "any of these with sinks, softcap or lse": [
         call | option
         for call in (IDS | {"dtype": torch.float32}, IDS | {"dim": 100}, {"has_positions": True})
-        for option in ({"has_sinks": True}, {"wants_lse": True})
+        for option in ({"has_sinks": True}, {"softcap": 30.0}, {"wants_lse": True})
     ],
-    "softcap": [{"softcap": 30.0}, IDS | {"softcap": 30.0}],
     "`torch.func` transforms but vmap, forward mode": [{"transform": "grad"}, {"has_tangent": True}],
 }
 """By the first cell of a row of the document, calls that it is about."""
@@ -33,6 +32,7 @@ BY_KERNELS = [
     IDS,
     IDS | {"num_queries": 5, "num_keys": 9},
     IDS | {"has_sinks": True, "wants_lse": True, "window_left": 3},
+    IDS | {"softcap": 30.0, "has_sinks": True, "wants_lse": True},
     {"num_queries": 5, "num_keys": 9, "window_right": 2, "causal": False},
     {"qk_scale": -0.3, "has_positions": True, "causal": False},
     IDS | {"capability": (8, 6), "transform": "vmap"},
@@ -62,7 +62,7 @@ def test_everything_else_is_served_by_the_kernels() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("has_own_key_ids", [False, True])
-@pytest.mark.parametrize("options", [{}, {"window_left": 100}, {"causal": False}])
+@pytest.mark.parametrize("options", [{}, {"window_left": 100}, {"causal": False}, {"softcap": 30.0}])
 def test_calls_with_ids_take_no_mask_where_the_kernels_serve(options: dict, has_own_key_ids: bool) -> None:
     length = 4096
     q = torch.randn(1, length, 1, 64, device="cuda", dtype=torch.bfloat16)

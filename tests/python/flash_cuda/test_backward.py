@@ -61,6 +61,8 @@ KINDS = (
     "blocks",
 )
 
+CAPS = (0.5, 4.0, 30.0, 1e6)
+
 # Of queries that see few keys; ``long`` ones see many.
 HAND_MADE = [
     CudaCase(num_kv_heads=4),
@@ -102,6 +104,24 @@ HAND_MADE = [
     *(CudaCase(layout=layout, dim=dim) for layout in ("bnsd", "padded") for dim in (64, 128, 256)),
     *(CudaCase(qk_scale=scale) for scale in (0.01, 1.0)),
     *(
+        CudaCase(softcap=cap, dim=dim, causal=causal, dtype=dtype)
+        for cap in CAPS
+        for dim in (64, 128, 256)
+        for causal in (True, False)
+        for dtype in (torch.bfloat16, torch.float16)
+    ),
+    *(
+        CudaCase(softcap=cap, dim=dim, ids=kind, has_grad_lse=True)
+        for cap in CAPS
+        for dim in (64, 128, 256)
+        for kind in ("documents", "shuffled_padding")
+    ),
+    *(
+        CudaCase(softcap=4.0, qk_scale=-0.2, dim=dim, value_dim=40, num_heads=8, num_kv_heads=2, num_keys=500)
+        for dim in (64, 96, 128, 192)
+    ),
+    *(CudaCase(softcap=4.0, dim=dim, causal=False, window_left=100, window_right=70) for dim in (64, 128, 256)),
+    *(
         CudaCase(batch=48, num_queries=640, num_heads=8, num_kv_heads=4, dim=dim, ids=ids)
         for dim in (64, 128, 256)
         for ids in (None, "documents", "shuffled_padding")
@@ -142,6 +162,14 @@ LONG = [
     *(long(layout=layout, dtype=torch.float16) for layout in ("bnsd", "padded")),
     *(long(dim=dim) for dim in (40, 72, 96)),
     *(
+        long(softcap=cap, dim=dim, ids=ids, causal=causal)
+        for cap in CAPS
+        for dim in (64, 128)
+        for ids in (None, "long_documents", "shuffled_padding")
+        for causal in (True, False)
+    ),
+    *(long(softcap=30.0, dim=dim, num_heads=8, num_kv_heads=2, has_grad_lse=True) for dim in (64, 128, 256)),
+    *(
         long(1500, batch=6, num_heads=heads, num_kv_heads=4, dim=dim, causal=False, ids=ids)
         for heads in (4, 8)
         for dim in (64, 128)
@@ -175,6 +203,7 @@ def random_problem(seed: int) -> CudaCase:
         causal=r.random() < 0.6,
         window_left=r.choice((-1, -1, r.randint(0, 300))),
         window_right=r.choice((-1, -1, r.randint(0, 300))),
+        softcap=r.choice((0.0, 0.0, *CAPS)),
         has_grad_lse=r.random() < 0.3,
         layout=r.choice(("bsnd", "bnsd", "padded")),
     )
@@ -197,6 +226,11 @@ DETERMINISTIC = [
     for ids in (None, "documents", "padding_around", "blocks")
 ] + [
     CudaCase(num_queries=900, num_keys=1500, window_left=300),
+    *(
+        CudaCase(num_queries=1500, dim=dim, ids=ids, num_heads=8, softcap=4.0)
+        for dim in (64, 128, 256)
+        for ids in (None, "padding_around", "blocks")
+    ),
     CudaCase(num_queries=1500, num_keys=900, causal=False),
     CudaCase(num_queries=700, num_keys=900, ids="shuffled_padding", has_kv_ids=True),
     *(
@@ -262,8 +296,6 @@ def test_backward_takes_expanded_gradients() -> None:
 
 def test_backward_names_what_it_cannot_do() -> None:
     inputs = Inputs(CudaCase(num_queries=64))
-    with pytest.raises(NotImplementedError, match="softcap"):
-        inputs.run(softcap=2.0)
     with pytest.raises(ValueError, match="grad_out"):
         inputs.run(grad_out=inputs.call["grad_out"][:, 1:])
     with pytest.raises(NotImplementedError, match="multiples of 8"):

@@ -22,6 +22,8 @@ ROUNDING_OF_ONE = {torch.bfloat16: 2e-4, torch.float16: 2e-5}
 """Where the formula is exact, as in rows of one key: a result that falls to the other side of a tie, out of a few."""
 LSE_ERROR = 1e-3
 DTYPES = [torch.bfloat16, torch.float16]
+CAPS = [0.5, 4.0, 30.0, 1e6]
+"""Logits here are up to 9: most of them are beyond the first, some beyond 3/4 of the second, none of the others."""
 
 
 def check_error(out: Tensor, expected: Tensor, call: dict[str, Any]) -> None:
@@ -44,11 +46,13 @@ def check(
     ids: Tensor | None = None,
     kv_ids: Tensor | None = None,
     sinks: Tensor | None = None,
+    softcap: float = 0.0,
     **mask,
 ) -> None:
     """One call against the oracle: out, lse, rows without a key, nothing unwritten."""
     poison(q, v)
-    call = {"q": q, "k": k, "v": v, "segment_ids": ids, "kv_segment_ids": kv_ids, "sinks": sinks, **mask}
+    call = {"q": q, "k": k, "v": v, "segment_ids": ids, "kv_segment_ids": kv_ids, "sinks": sinks, "softcap": softcap}
+    call |= mask
     out, lse = torch.ops.selfattn.flash_attention(**call)
     expected, expected_lse = dense_attention(**call).values()
     check_error(out, expected, call)
@@ -220,7 +224,7 @@ def test_random_calls() -> None:
             "window_left": pick([-1, -1, 0, 30, 200]),
             "window_right": pick([-1, -1, 0, 50]),
         }
-        check(q, k, v, ids, kv_ids, sinks, **mask)
+        check(q, k, v, ids, kv_ids, sinks, pick([0.0, 0.0, *CAPS]), **mask)
 
 
 @pytest.mark.parametrize("kind", [None, "packed", "shuffled"])
@@ -284,7 +288,23 @@ def test_no_synchronisation(id_type: torch.dtype) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_softcap_is_refused() -> None:
-    q, k, v = random_qkv(torch.bfloat16, (64, 64), 64, 64)
-    with pytest.raises(NotImplementedError, match="softcap"):
-        torch.ops.selfattn.flash_attention(q, k, v, softcap=1.0)
+@pytest.mark.parametrize("softcap", CAPS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dims", HEAD_DIMS)
+def test_softcap(dims: tuple[int, int], dtype: torch.dtype, softcap: float) -> None:
+    for length, causal in itertools.product(LENGTHS, (True, False)):
+        check(*random_qkv(dtype, dims, length, length), causal=causal, softcap=softcap)
+
+
+@pytest.mark.parametrize("softcap", CAPS)
+@pytest.mark.parametrize("kind", ID_KINDS)
+def test_softcap_with_ids_windows_and_sinks(kind: str, softcap: float) -> None:
+    for dims, (heads, kv_heads) in itertools.product([(64, 64), (128, 128), (256, 256)], [(2, 2), (4, 1)]):
+        q, k, v = random_qkv(torch.bfloat16, dims, 300, 300, heads=heads, kv_heads=kv_heads)
+        ids, sinks = make_ids(kind, 2, 300).cuda(), torch.randn(heads, device="cuda")
+        check(q, k, v, ids, softcap=softcap)
+        check(q, k, v, ids, sinks=sinks, causal=False, softcap=softcap)
+        check(q, k, v, ids, causal=False, window_left=40, window_right=9, softcap=softcap)
+        q, k, v = random_qkv(torch.bfloat16, dims, 200, 333, heads=heads, kv_heads=kv_heads)
+        ids, kv_ids = make_ids(kind, 2, 200).cuda(), make_ids(kind, 2, 333).cuda()
+        check(q, k, v, ids, kv_ids, sinks, softcap=softcap)

@@ -36,6 +36,18 @@ PROBLEMS = {
         for ids in (None, "long_documents", "shuffled_padding", "documents")
         for dim in (64, 128, 256)
     },
+    **{
+        f"softcap_short_{ids}_d{dim}": CudaCase(ids=ids, dim=dim, softcap=2.0)
+        for ids in (None, "padding_around", "shuffled_padding")
+        for dim in (64, 128, 256)
+    },
+    **{
+        f"softcap_{cap:g}_long_{ids}_d{dim}": long(2689, ids=ids, dim=dim, softcap=cap)
+        for cap in (2.0, 1e4)  # the second takes the split backward of its own
+        for ids in (None, "long_documents", "shuffled_padding")
+        for dim in (64, 128, 256)
+    },
+    "softcap_sinks": CudaCase(ids="padding_around", softcap=2.0, has_sinks=True),
     "long_full": long(2600, ids="long_documents", causal=False),
     "long_padded_bnsd": long(2600, ids="padding_around", layout="bnsd"),
     **{f"either_{ids}": long(1500, batch=4, ids=ids, causal=False) for ids in ("documents", "mostly_long_documents")},

@@ -135,7 +135,6 @@ TABLE: dict[tuple[str, str], Limits] = {
         dim_multiple=8,
         max_dim=256,
         refuses=(
-            "softcap",
             "positions",
             "rows of more than 524,288 tokens with segment ids",
             "rows of more than 2^29 tokens",

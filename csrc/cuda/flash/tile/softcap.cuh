@@ -36,7 +36,7 @@ struct Softcap {
 
   // Of kernels without softcap (cap 0) nothing is read.
   static Softcap of(float scale, float cap) {
-    constexpr float kLargest = 3.4028234e38f;  // a score of 0 times this is 0
+    constexpr float kLargest = 0x1p64f;  // with no score that counts small or infinite
     return {cap, cap * kLog2E, cap > 0.f ? std::min(scale / kUnit / cap, kLargest) : 0.f};
   }
 
