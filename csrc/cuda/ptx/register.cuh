@@ -27,4 +27,8 @@ __device__ __forceinline__ T* forget(T* pointer) {
   return pointer;
 }
 
+// Keeps a value in its register: it cannot be made anew where it is used, which ptxas else does with what it finds
+// cheap. By whole warps.
+__device__ __forceinline__ void keep(uint32_t& value) { value = __shfl_sync(~0u, value, threadIdx.x % 32); }
+
 }  // namespace selfattn::ptx

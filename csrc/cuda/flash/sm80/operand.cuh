@@ -36,12 +36,19 @@ struct OperandTile {
     int first_row;  // past all rows where the thread's columns are past dim
 
     __device__ __forceinline__ Source(const uint16_t* g_head, int64_t stride_token, int dim)
+        : Source(stride_token, dim) {
+      g_chunk = g_head + offset(stride_token, dim);
+    }
+    // Without the head, to which `offset` leads.
+    __device__ __forceinline__ Source(int64_t stride_token, int dim)
         : step(kRowStep * stride_token), stride_token(stride_token) {
       const int chunk = threadIdx.x % kLanesOfRow, row = threadIdx.x / kLanesOfRow;
-      const bool is_column = chunk * kChunkElements < dim;
-      g_chunk = g_head + row * stride_token + (is_column ? chunk * kChunkElements : 0);
       first_place = place(row, chunk);
-      first_row = is_column ? row : kPastAllRows;
+      first_row = chunk * kChunkElements < dim ? row : kPastAllRows;
+    }
+    static __device__ __forceinline__ int64_t offset(int64_t stride_token, int dim) {
+      const int column = threadIdx.x % kLanesOfRow * kChunkElements, row = threadIdx.x / kLanesOfRow;
+      return row * stride_token + (column < dim ? column : 0);
     }
     // Of the thread's i-th row.
     __device__ __forceinline__ int place_of(int i) const {

@@ -72,12 +72,16 @@ struct DkdvTiles<256, 256> {
   static constexpr bool kSumsTogether = false;
 };
 
-// Of the single pass: a thread block has kTileKey keys and walks over blocks of 64 queries, of which Q and dO have
-// kBuffers. Of S and dP a warp has 32 queries and its share of the keys, of dK and dV 32 keys and its share of the
-// columns, of dQ 64 / kDqRowWarps queries and its share of the columns.
+// Of the single pass: a thread block has kTileKey keys and walks over blocks of 64 queries. Of S and dP a warp has 32
+// queries and its share of the keys, of dK and dV 32 keys and its share of the columns, of dQ 64 / kDqRowWarps queries
+// and its share of the columns.
 template <int kDimQk, int kDimV>
 struct SinglePassTiles {
-  static constexpr int kWarps = 8, kTileKey = 128, kBuffers = 2, kDqRowWarps = 2, kBlocksAtOnce = 1;
+  static constexpr int kWarps = 8, kTileKey = 128, kDqRowWarps = 2, kBlocksAtOnce = 1;
+};
+template <>
+struct SinglePassTiles<64, 64> {
+  static constexpr int kWarps = 4, kTileKey = 64, kDqRowWarps = 2, kBlocksAtOnce = 2;
 };
 template <>
 struct SinglePassTiles<96, 96> : SinglePassTiles<128, 128> {
@@ -101,7 +105,7 @@ struct BackwardTileRows {
   static_assert(kOfDq % kQueryBlock == 0 && kStatRows % kOfDq == 0 && kStatRows % kQueryBlock == 0);
   static_assert(kOfDkdv % Queries::kTileKey == 0, "a block of keys lies in one block of the tables");
   static_assert(kQueryBlock % Keys::kTileQuery == 0, "a block of queries, too");
-  static_assert(kOfDkdv == SinglePassTiles<kDimQk, kDimV>::kTileKey, "either form may take a call");
+  static_assert(kOfDkdv % SinglePassTiles<kDimQk, kDimV>::kTileKey == 0, "either form may take a call");
 };
 
 template <class Element_, int kDimQk_, int kDimV_, bool kHasSoftcap_ = false>
@@ -136,6 +140,7 @@ struct DkdvConfig : DkdvTiles<kDimQk_, kDimV_> {
   static constexpr bool kHasSoftcap = kHasSoftcap_;
   static constexpr int kDimQk = kDimQk_, kDimV = kDimV_;
   static constexpr int kThreads = Tiles::kWarps * kWarpSize, kTileKey = Tiles::kWarps * Tiles::kWarpRows;
+  static constexpr int kKeyBlock = kTileKey;  // in the tables of segments
   static constexpr int kRowGroups = Tiles::kWarpRows / 16;
   static constexpr int kParts = Tiles::kTileQuery / Tiles::kQueriesAtOnce;
 
@@ -165,6 +170,7 @@ struct SinglePassConfig : SinglePassTiles<kDimQk_, kDimV_> {
   static constexpr bool kHasSoftcap = kHasSoftcap_;
   static constexpr int kDimQk = kDimQk_, kDimV = kDimV_;
   static constexpr int kThreads = Tiles::kWarps * kWarpSize, kTileQuery = 64;
+  static constexpr int kKeyBlock = BackwardTileRows<kDimQk_, kDimV_>::kOfDkdv;  // in the tables of segments
   static constexpr int kScoreRowWarps = kTileQuery / 32, kScoreKeyWarps = Tiles::kWarps / kScoreRowWarps;
   static constexpr int kScoreKeys = Tiles::kTileKey / kScoreKeyWarps;
   static constexpr int kKeyRowWarps = Tiles::kTileKey / 32, kKeyColumnWarps = Tiles::kWarps / kKeyRowWarps;
@@ -178,15 +184,15 @@ struct SinglePassConfig : SinglePassTiles<kDimQk_, kDimV_> {
   struct SharedStorage {
     alignas(128) unsigned char k[Key::kBytes];
     alignas(128) unsigned char v[Value::kBytes];
-    alignas(128) unsigned char q[Tiles::kBuffers][Query::kBytes];
-    alignas(128) unsigned char grad_out[Tiles::kBuffers][GradOut::kBytes];
+    alignas(128) unsigned char q[2][Query::kBytes];
+    alignas(128) unsigned char grad_out[2][GradOut::kBytes];
     alignas(128) unsigned char weights[Score::kBytes];  // P
     alignas(128) unsigned char grad_scores[Score::kBytes];
     // Of the queries in q: their statistics (row_stats.cuh), and the keys of their runs.
-    alignas(16) float lse_log2[Tiles::kBuffers][kTileQuery];
-    alignas(16) float delta[Tiles::kBuffers][kTileQuery];
-    alignas(16) int run_begin[Tiles::kBuffers][kTileQuery];
-    alignas(16) int run_end[Tiles::kBuffers][kTileQuery];
+    alignas(16) float lse_log2[2][kTileQuery];
+    alignas(16) float delta[2][kTileQuery];
+    alignas(16) int run_begin[2][kTileQuery];
+    alignas(16) int run_end[2][kTileQuery];
   };
   static_assert(kScoreKeys % 16 == 0 && kDimQk % (16 * kKeyColumnWarps) == 0 && kDimV % (16 * kKeyColumnWarps) == 0);
 };

@@ -71,9 +71,9 @@ __device__ __forceinline__ bool sum_key_gradients(const BackwardKernelParams& p,
   };
 
   const auto test = [&](int index, bool& meets, bool& is_uniform) {
-    if (tile.segments.has_ids) compare_ids<Config>(segments, tile, index, meets, is_uniform);
+    compare_ids<Config>(segments, tile, index, meets, is_uniform);
   };
-  QueryBlockWalk walk(tile.blocks, group_size);
+  QueryBlockWalk walk(tile.blocks, group_size, tile.segments.has_ids);
   QueryBlock block{0, 0, false}, next{0, 0, false};
   bool has_block = walk.find_next(block, test);
   if (has_block) {

@@ -98,8 +98,9 @@ cudaError_t launch_single_pass(BackwardKernelParams p, const BackwardPlan& plan,
   p.query_blocks = (shape.query_length + Config::kTileQuery - 1) / Config::kTileQuery;
   for (p.first_batch = 0; p.first_batch < shape.batch; p.first_batch += plan.batches_at_once) {
     const int batches = std::min(plan.batches_at_once, shape.batch - p.first_batch);
-    p.of_keys =
-        make_schedule(batches * shape.num_kv_heads, 1, shape.key_length, Config::kTileKey, bytes_of_group, is_even);
+    const int key_blocks = (shape.key_length + Config::kKeyBlock - 1) / Config::kKeyBlock;
+    p.of_keys = make_schedule(batches * shape.num_kv_heads, 1, key_blocks * Config::kKeyBlock, Config::kTileKey,
+                              bytes_of_group, is_even);
     const int query_tiles = batches * shape.num_heads * p.query_blocks;
     if (const cudaError_t status =
             cudaMemsetAsync(p.dq_sums, 0, sizeof(float) * query_tiles * DqAccumulator<Config>::kTileFloats, stream))
@@ -131,6 +132,7 @@ cudaError_t BackwardLauncher<kElement, kDimQk, kDimV, kHasSoftcap>::launch(const
                        params.window.right == AttentionWindow::kUnbounded;
   BackwardKernelParams p = {};
   p.call = params;
+  p.group_size = group;
   p.of_queries = make_schedule(shape.batch * shape.num_heads, group, shape.query_length, Queries::kTileQuery,
                                row_bytes * shape.key_length, is_even);
   p.of_keys = make_schedule(shape.batch * shape.num_kv_heads, 1, shape.key_length, Keys::kTileKey,

@@ -16,6 +16,7 @@ struct BackwardKernelParams {
   // tiles a head.
   float* dq_sums;
   int query_blocks, first_batch;
+  int group_size;   // query heads of a key head
   Softcap softcap;  // read by kernels with kHasSoftcap
 
   // What a score is multiplied by for its logit: scores of kernels with softcap are a tanh (softcap.cuh).

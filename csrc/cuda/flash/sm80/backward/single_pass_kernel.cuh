@@ -18,21 +18,26 @@
 #include "key_tile.cuh"
 #include "params.cuh"
 #include "products.cuh"
+#include "ptx/register.cuh"
 #include "row_stats.cuh"
 
 namespace selfattn::cuda::sm80 {
 
-// The steps first .. first + kSteps - 1 of 16 columns that a warp has of an operand: `place` is that of step 0.
+// The steps first .. first + kSteps - 1 of 16 columns that a warp has of an operand: bytes from the start of the tile,
+// `place` being that of step 0.
 template <class Tile, int kSteps>
 struct ColumnSteps {
   static constexpr bool kIsPowerOfTwo = (kSteps & (kSteps - 1)) == 0;
   uint32_t place;
   int first;
 
-  __device__ __forceinline__ ColumnSteps(uint32_t s_place, int first_step)
-      : place(kIsPowerOfTwo ? Tile::at_step(s_place, first_step) : s_place), first(first_step) {}
-  __device__ __forceinline__ uint32_t at(int step) const {
-    return kIsPowerOfTwo ? Tile::at_step(place, step) : Tile::at_step(place, first + step);
+  __device__ __forceinline__ ColumnSteps(uint32_t step_0, int first_step)
+      : place(kIsPowerOfTwo ? Tile::at_step(step_0, first_step) : step_0), first(first_step) {
+    ptx::keep(place);
+  }
+  __device__ __forceinline__ uint32_t at(const unsigned char* s_tile, int step) const {
+    return ptx::shared_address(s_tile) +
+           (kIsPowerOfTwo ? Tile::at_step(place, step) : Tile::at_step(place, first + step));
   }
 };
 
@@ -53,6 +58,8 @@ struct SinglePass {
                        kGradValueSteps = Config::kDimV / Config::kKeyColumnWarps / 16;
   using Scores = float[kScoreGroups][kScoreKeys / 2];
 
+  using Dq = DqAccumulator<Config>;
+
   const BackwardKernelParams& p;
   const BackwardParams& call;
   const KeyTile& tile;
@@ -62,9 +69,24 @@ struct SinglePass {
       score_key = warp % Config::kScoreKeyWarps * kScoreKeys;
   int key_row = warp / Config::kKeyColumnWarps * (16 * kKeyGroups), key_column_warp = warp % Config::kKeyColumnWarps;
 
+  // Where this lane reads and writes the operands of its warp, from the starts of their tiles. Kept in registers: made
+  // anew for each product they would cost as much as its products.
+  uint32_t score_left = Query::left_place(0, score_row), score_right = Key::right_place(0) + score_key * kPanelRowBytes,
+           score_store = Score::place(score_row + lane / 4, score_key / 8) + 4 * (lane % 4),
+           grad_query_left = Score::left_place(0, Dq::warp_row());
+  ColumnSteps<Score, kKeyGroups> key_steps{Score::right_place(0), key_row / 16};
+  ColumnSteps<Query, kGradKeySteps> grad_key_steps{Query::left_place(0, 0), key_column_warp * kGradKeySteps};
+  ColumnSteps<GradOut, kGradValueSteps> grad_value_steps{GradOut::left_place(0, 0), key_column_warp * kGradValueSteps};
+  ColumnSteps<Key, Dq::kSteps> grad_query_steps{Key::left_place(0, 0), Dq::column_warp() * Dq::kSteps};
+
+  __device__ __forceinline__ SinglePass(const BackwardKernelParams& params, const KeyTile& key_tile, Storage& storage)
+      : p(params), call(params.call), tile(key_tile), s(storage) {
+    ptx::keep(score_left), ptx::keep(score_right), ptx::keep(score_store), ptx::keep(grad_query_left);
+  }
+
   __device__ __forceinline__ int first_key() const { return tile.index * Config::kTileKey; }
   __device__ __forceinline__ int query_head(const QueryBlock& block) const {
-    return tile.kv_head * (call.shape.num_heads / call.shape.num_kv_heads) + block.head;
+    return tile.kv_head * p.group_size + block.head;
   }
 
   __device__ __forceinline__ void load_keys() const {
@@ -77,24 +99,40 @@ struct SinglePass {
                                    {head_of(call.v, tile.batch, tile.kv_head), call.v.stride_token, call.shape.dim_v},
                                    first_key(), call.shape.key_length);
   }
+  // Of the head whose queries are loaded.
+  using QuerySource = typename Query::template Source<kThreads>;
+  using GradOutSource = typename GradOut::template Source<kThreads>;
+  struct HeadSources {
+    int head;
+    const uint16_t *g_q, *g_grad_out;  // this thread's chunks of the first row
+  };
+  __device__ __forceinline__ HeadSources sources_of(const QueryBlock& block) const {
+    const int head = query_head(block);
+    return {
+        block.head, head_of(call.q, tile.batch, head) + QuerySource::offset(call.q.stride_token, call.shape.dim_qk),
+        head_of(call.grad_out, tile.batch, head) + GradOutSource::offset(call.grad_out.stride_token, call.shape.dim_v)};
+  }
+
   // Q and dO with the statistics of their rows and, where there are runs, these.
-  __device__ __forceinline__ void load_queries(const QueryBlock& block, int buffer) const {
+  __device__ __forceinline__ void load_queries(HeadSources& sources, const QueryBlock& block, int buffer) const {
     const AttentionShape& shape = call.shape;
-    const int head = query_head(block), first = block.index * kTileQuery;
-    Query::template load<kThreads>(ptx::shared_address(s.q[buffer]),
-                                   {head_of(call.q, tile.batch, head), call.q.stride_token, shape.dim_qk}, first,
-                                   shape.query_length);
-    GradOut::template load<kThreads>(
-        ptx::shared_address(s.grad_out[buffer]),
-        {head_of(call.grad_out, tile.batch, head), call.grad_out.stride_token, shape.dim_v}, first, shape.query_length);
+    const int first = block.index * kTileQuery;
+    if (block.head != sources.head) sources = sources_of(block);
+    QuerySource q(call.q.stride_token, shape.dim_qk);
+    GradOutSource grad_out(call.grad_out.stride_token, shape.dim_v);
+    q.g_chunk = sources.g_q, grad_out.g_chunk = sources.g_grad_out;
+    Query::load(ptx::shared_address(s.q[buffer]), q, first, shape.query_length);
+    GradOut::load(ptx::shared_address(s.grad_out[buffer]), grad_out, first, shape.query_length);
     constexpr int kWords = kChunkBytes / 4, kChunks = kTileQuery / kWords;
     static_assert(4 * kChunks <= kThreads);
+    if (threadIdx.x >= 4 * kChunks) return;
     const int array = threadIdx.x / kChunks, column = threadIdx.x % kChunks * kWords;
     if (array < 2) {
       const float* g_stats = (array ? p.delta : p.lse_log2) +
-                             (int64_t(tile.batch) * shape.num_heads + head) * p.stat_pitch + first + column;
+                             (int64_t(tile.batch) * shape.num_heads + query_head(block)) * p.stat_pitch + first +
+                             column;
       ptx::copy_async(ptx::shared_address((array ? s.delta : s.lse_log2)[buffer] + column), g_stats, true);
-    } else if (array < 4 && tile.segments.has_runs) {
+    } else if (tile.segments.has_runs) {
       const int* g_runs = (array == 2 ? call.segments.run_begin : call.segments.run_end) +
                           int64_t(tile.batch) * call.segments.pitch_query + first + column;
       ptx::copy_async(ptx::shared_address((array == 2 ? s.run_begin : s.run_end)[buffer] + column), g_runs, true);
@@ -118,62 +156,96 @@ struct SinglePass {
     return __any_sync(~0u, !(fabsf(stats.x) < kExactFrom) || !(fabsf(stats.y) < kExactFrom));
   }
 
+  // What a warp's rectangle of S in a block wants.
+  struct Rectangle {
+    bool is_needed, is_plain;  // no pair is masked, and no row out of the ordinary
+    bool is_cut, is_exceptional;
+  };
+  __device__ __forceinline__ Rectangle look_at(const QueryBlock& block, const WarpReach& reach, int buffer,
+                                               bool has_bad_values) const {
+    constexpr int kRows = 16 * kScoreGroups;
+    const int first_query = block.index * kTileQuery + score_row;
+    Rectangle rectangle;
+    rectangle.is_needed = reach.meets(first_query, kRows);
+    rectangle.is_cut = !reach.covers(first_query, kRows);
+    rectangle.is_exceptional = has_exceptional_rows(buffer);
+    rectangle.is_plain =
+        rectangle.is_needed && !rectangle.is_cut && !block.by_ids && !rectangle.is_exceptional && !has_bad_values;
+    return rectangle;
+  }
+
   // left right^T of the warp's rows of `left` and its keys.
   template <class Left, class Right>
   __device__ __forceinline__ void multiply(Scores& products, const unsigned char* s_left,
                                            const unsigned char* s_right) const {
-    multiply_rows<Element, Left, Right>(products, Left::left_place(ptx::shared_address(s_left), score_row),
-                                        Right::right_place(ptx::shared_address(s_right)) + score_key * kPanelRowBytes);
+    multiply_rows<Element, Left, Right>(products, ptx::shared_address(s_left) + score_left,
+                                        ptx::shared_address(s_right) + score_right);
   }
 
-  // Scores become P. Where the warp's rectangle has no allowed pair nothing need be multiplied.
-  __device__ __forceinline__ void take_weights(Scores& scores, const QueryBlock& block, int buffer, bool is_cut,
-                                               bool is_exceptional) const {
+  __device__ __forceinline__ float lse_of(const QueryBlock& block, int row) const {
+    const int64_t head = int64_t(tile.batch) * call.shape.num_heads + query_head(block);
+    return call.lse[head * call.shape.query_length + block.index * kTileQuery + row];
+  }
+
+  // Scores become exponents of P.
+  __device__ __forceinline__ void take_exponents(Scores& scores, int buffer) const {
     const float scale_log2 = call.scale * kLog2E;
-    const int first_query = block.index * kTileQuery;
-    if (is_exceptional) {
-#pragma unroll
-      for (int g = 0; g < kScoreGroups; g++)
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-          const int row = score_row + 16 * g + 8 * r + lane / 4;
-          const float lse_log2 = s.lse_log2[buffer][row];
-          const bool is_exact = is_large(lse_log2);
-          const float lse = is_exact ? call.lse[(int64_t(tile.batch) * call.shape.num_heads + query_head(block)) *
-                                                    call.shape.query_length +
-                                                first_query + row]
-                                     : 0.f;
-#pragma unroll
-          for (int i = 0; i < kScoreKeys / 4; i++) {
-            float& x = scores[g][i / 2 * 4 + 2 * r + i % 2];
-            x = is_exact ? exact_exponent(x, call.scale, lse) : exponent(x, scale_log2, lse_log2);
-          }
-        }
-    } else {
-#pragma unroll
-      for (int g = 0; g < kScoreGroups; g++)
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-          const float lse_log2 = s.lse_log2[buffer][score_row + 16 * g + 8 * r + lane / 4];
-#pragma unroll
-          for (int i = 0; i < kScoreKeys / 4; i++) {
-            float& x = scores[g][i / 2 * 4 + 2 * r + i % 2];
-            x = exponent(x, scale_log2, lse_log2);
-          }
-        }
-    }
-    // Behind the statistics, which may be NaN: P of a masked pair is 0 all the same.
-    mask(scores, block, buffer, is_cut);
 #pragma unroll
     for (int g = 0; g < kScoreGroups; g++)
 #pragma unroll
-      for (int i = 0; i < kScoreKeys / 2; i++) scores[g][i] = ptx::exp2_approx(scores[g][i]);
+      for (int r = 0; r < 2; r++) {
+        const float lse_log2 = s.lse_log2[buffer][score_row + 16 * g + 8 * r + lane / 4];
+#pragma unroll
+        for (int i = 0; i < kScoreKeys / 4; i++) {
+          float& x = scores[g][i / 2 * 4 + 2 * r + i % 2];
+          x = exponent(x, scale_log2, lse_log2);
+        }
+      }
   }
 
-  // The same with softcap: scores become slope weights, and P is packed (softcap.cuh).
-  __device__ __forceinline__ void take_capped_weights(Scores& scores, uint32_t (&packed)[kScoreGroups][kScoreKeys / 4],
-                                                      const QueryBlock& block, int buffer, bool is_cut,
-                                                      bool is_exceptional) const {
+  // The same where some rows have large logits.
+  __device__ __forceinline__ void take_careful_exponents(Scores& scores, const QueryBlock& block, int buffer) const {
+    const float scale_log2 = call.scale * kLog2E;
+#pragma unroll
+    for (int g = 0; g < kScoreGroups; g++)
+#pragma unroll
+      for (int r = 0; r < 2; r++) {
+        const int row = score_row + 16 * g + 8 * r + lane / 4;
+        const float lse_log2 = s.lse_log2[buffer][row];
+        const bool is_exact = is_large(lse_log2);
+        const float lse = is_exact ? lse_of(block, row) : 0.f;
+#pragma unroll
+        for (int i = 0; i < kScoreKeys / 4; i++) {
+          float& x = scores[g][i / 2 * 4 + 2 * r + i % 2];
+          x = is_exact ? exact_exponent(x, call.scale, lse) : exponent(x, scale_log2, lse_log2);
+        }
+      }
+  }
+
+  // P of a masked pair becomes 0: behind the statistics, which may be NaN.
+  __device__ __forceinline__ void mask_exponents(Scores& scores, const QueryBlock& block, int buffer,
+                                                 bool is_cut) const {
+    const int first_query = block.index * kTileQuery, column = score_key + 2 * (lane % 4);
+#pragma unroll
+    for (int g = 0; g < kScoreGroups; g++) {
+      const int row = score_row + 16 * g + lane / 4;
+      if (is_cut) {
+        const Interval keys[2] = {keys_of(first_query, row, buffer), keys_of(first_query, row + 8, buffer)};
+        mask_by_intervals<true>(scores[g], keys, first_key() + column);
+      }
+      if (block.by_ids) {
+        const SegmentTables& segments = call.segments;
+        const int* g_ids = segments.query_ids + int64_t(tile.batch) * segments.pitch_query + first_query + row;
+        const int ids[2] = {g_ids[0], g_ids[8]};
+        mask_by_ids(scores[g], ids, segments.key_ids + int64_t(tile.batch) * segments.pitch_key + first_key() + column);
+      }
+    }
+  }
+
+  // With softcap: scores become slope weights, and P is packed (softcap.cuh).
+  using PackedScores = uint32_t[kScoreGroups][kScoreKeys / 4];
+  __device__ __forceinline__ void take_capped_weights(Scores& scores, PackedScores& packed, const QueryBlock& block,
+                                                      int buffer, const Rectangle& rectangle) const {
     const Softcap& softcap = p.softcap;
 #pragma unroll
     for (int g = 0; g < kScoreGroups; g++) {
@@ -182,12 +254,8 @@ struct SinglePass {
       for (int r = 0; r < 2; r++) {
         const int row = score_row + 16 * g + 8 * r + lane / 4;
         const float lse_log2 = s.lse_log2[buffer][row];
-        const bool is_exact = is_exceptional && is_large(lse_log2);
-        const float lse =
-            is_exact
-                ? call.lse[(int64_t(tile.batch) * call.shape.num_heads + query_head(block)) * call.shape.query_length +
-                           block.index * kTileQuery + row]
-                : 0.f;
+        const bool is_exact = rectangle.is_exceptional && is_large(lse_log2);
+        const float lse = is_exact ? lse_of(block, row) : 0.f;
         const auto take = [&](float& t) {
           return take_weight(t,
                              is_exact ? exact_exponent(t, softcap.cap, lse) : exponent(t, softcap.cap_log2, lse_log2));
@@ -200,34 +268,17 @@ struct SinglePass {
         }
       }
     }
-    mask(scores, block, buffer, is_cut);
-    if (is_cut || block.by_ids) {
+    if (!rectangle.is_cut && !block.by_ids) return;
+    mask_exponents(scores, block, buffer, rectangle.is_cut);
 #pragma unroll
-      for (int g = 0; g < kScoreGroups; g++) clear_masked(scores[g], packed[g]);
-    }
+    for (int g = 0; g < kScoreGroups; g++) clear_masked(scores[g], packed[g]);
   }
 
-  // Scores of masked pairs become -inf.
-  __device__ __forceinline__ void mask(Scores& scores, const QueryBlock& block, int buffer, bool is_cut) const {
-    const int first_query = block.index * kTileQuery;
-    if (is_cut || block.by_ids) {
-      const int column = score_key + 2 * (lane % 4);
+  static __device__ __forceinline__ void exponentiate(Scores& exponents) {
 #pragma unroll
-      for (int g = 0; g < kScoreGroups; g++) {
-        const int row = score_row + 16 * g + lane / 4;
-        if (is_cut) {
-          const Interval keys[2] = {keys_of(first_query, row, buffer), keys_of(first_query, row + 8, buffer)};
-          mask_by_intervals<true>(scores[g], keys, first_key() + column);
-        }
-        if (block.by_ids) {
-          const SegmentTables& segments = call.segments;
-          const int* g_ids = segments.query_ids + int64_t(tile.batch) * segments.pitch_query + first_query + row;
-          const int ids[2] = {g_ids[0], g_ids[8]};
-          mask_by_ids(scores[g], ids,
-                      segments.key_ids + int64_t(tile.batch) * segments.pitch_key + first_key() + column);
-        }
-      }
-    }
+    for (int g = 0; g < kScoreGroups; g++)
+#pragma unroll
+      for (int i = 0; i < kScoreKeys / 2; i++) exponents[g][i] = ptx::exp2_approx(exponents[g][i]);
   }
 
   // P becomes dS. kIsCareful: 0 where P is, whatever dP is.
@@ -254,38 +305,35 @@ struct SinglePass {
       for (int r = 0; r < 2; r++)
 #pragma unroll
         for (int group = 0; group < kScoreKeys / 8; group++)
-          *reinterpret_cast<uint32_t*>(
-              s_scores + Score::place(score_row + 16 * g + 8 * r + lane / 4, score_key / 8 + group) + 4 * (lane % 4)) =
+          *reinterpret_cast<uint32_t*>(s_scores + (score_store ^ group * kChunkBytes) +
+                                       (16 * g + 8 * r) * kPanelRowBytes) =
               ptx::pack<Element>(values[g][4 * group + 2 * r], values[g][4 * group + 2 * r + 1]);
   }
 
-  __device__ __forceinline__ void store_scores(unsigned char* s_scores,
-                                               const uint32_t (&packed)[kScoreGroups][kScoreKeys / 4]) const {
+  __device__ __forceinline__ void store_scores(unsigned char* s_scores, const PackedScores& packed) const {
 #pragma unroll
     for (int g = 0; g < kScoreGroups; g++)
 #pragma unroll
       for (int i = 0; i < kScoreKeys / 4; i++)
-        *reinterpret_cast<uint32_t*>(s_scores +
-                                     Score::place(score_row + 16 * g + 8 * (i % 2) + lane / 4, score_key / 8 + i / 2) +
-                                     4 * (lane % 4)) = packed[g][i];
+        *reinterpret_cast<uint32_t*>(s_scores + (score_store ^ i / 2 * kChunkBytes) +
+                                     (16 * g + 8 * (i % 2)) * kPanelRowBytes) = packed[g][i];
   }
 
-  // sum += scores^T right: the warp's keys, and kSteps * 16 columns of `right`.
+  // sum += scores^T right: the warp's keys, and its columns of `right`.
   template <class Right, int kSteps>
   __device__ __forceinline__ void accumulate_keys(float (&sum)[kKeyGroups][kSteps * 8], const unsigned char* s_scores,
-                                                  const unsigned char* s_right) const {
-    const ColumnSteps<Score, kKeyGroups> keys(Score::right_place(ptx::shared_address(s_scores)), key_row / 16);
-    const ColumnSteps<Right, kSteps> columns(Right::left_place(ptx::shared_address(s_right), 0),
-                                             key_column_warp * kSteps);
+                                                  const unsigned char* s_right,
+                                                  const ColumnSteps<Right, kSteps>& columns) const {
 #pragma unroll
     for (int step = 0; step < kTileQuery / 16; step++) {
       uint32_t a[kKeyGroups][4];
 #pragma unroll
-      for (int g = 0; g < kKeyGroups; g++) ptx::load_matrix_x4_transposed(keys.at(g) + step * kStepBytes, a[g]);
+      for (int g = 0; g < kKeyGroups; g++)
+        ptx::load_matrix_x4_transposed(key_steps.at(s_scores, g) + step * kStepBytes, a[g]);
 #pragma unroll
       for (int pair = 0; pair < kSteps; pair++) {
         uint32_t b[4];
-        ptx::load_matrix_x4_transposed(columns.at(pair) + step * kStepBytes, b);
+        ptx::load_matrix_x4_transposed(columns.at(s_right, pair) + step * kStepBytes, b);
 #pragma unroll
         for (int g = 0; g < kKeyGroups; g++) {
           ptx::multiply<Element>(sum[g] + 8 * pair, a[g], b[0], b[1]);
@@ -297,11 +345,8 @@ struct SinglePass {
 
   // dQ of a block, to its accumulator.
   __device__ __forceinline__ void add_query_gradients(const QueryBlock& block) const {
-    using Dq = DqAccumulator<Config>;
     float dq[Dq::kGroups][Dq::kSteps * 8];
-    const uint32_t rows = Score::left_place(ptx::shared_address(s.grad_scores), Dq::warp_row());
-    const ColumnSteps<Key, Dq::kSteps> columns(Key::left_place(ptx::shared_address(s.k), 0),
-                                               Dq::column_warp() * Dq::kSteps);
+    const uint32_t rows = ptx::shared_address(s.grad_scores) + grad_query_left;
 #pragma unroll
     for (int step = 0; step < Config::kTileKey / 16; step++) {
       uint32_t a[Dq::kGroups][4];
@@ -310,7 +355,7 @@ struct SinglePass {
 #pragma unroll
       for (int pair = 0; pair < Dq::kSteps; pair++) {
         uint32_t b[4];
-        ptx::load_matrix_x4_transposed(columns.at(pair) + step * kStepBytes, b);
+        ptx::load_matrix_x4_transposed(grad_query_steps.at(s.k, pair) + step * kStepBytes, b);
 #pragma unroll
         for (int g = 0; g < Dq::kGroups; g++) {
           if (step == 0) {
@@ -372,14 +417,15 @@ struct SinglePass {
 
   __device__ __forceinline__ void run() const {
     const AttentionShape& shape = call.shape;
-    QueryBlockWalk walk(tile.blocks, shape.num_heads / shape.num_kv_heads, true);
+    QueryBlockWalk walk(tile.blocks, p.group_size, tile.segments.has_ids, true);
     const auto test = [&](int index, bool& meets, bool& is_uniform) {
-      if (tile.segments.has_ids) compare_ids<Config>(call.segments, tile, index, meets, is_uniform);
+      compare_ids<Config>(call.segments, tile, index, meets, is_uniform);
     };
     QueryBlock block{0, 0, false}, next{0, 0, false};
     bool has_block = walk.find_next(block, test);
+    HeadSources sources = sources_of(block);
     load_keys(), load_values();
-    if (has_block) load_queries(block, 0);
+    if (has_block) load_queries(sources, block, 0);
     ptx::commit_copies();
     float grad_k[kKeyGroups][kGradKeySteps * 8], grad_v[kKeyGroups][kGradValueSteps * 8];
     clear(grad_k), clear(grad_v);
@@ -387,53 +433,65 @@ struct SinglePass {
     __syncthreads();
     const bool has_bad_keys = __syncthreads_or(has_non_finite_rows<Key>(s.k)),
                has_bad_values = __syncthreads_or(has_non_finite_rows<Value>(s.v));
-
+    const auto queries_of = [&](int key) {
+      return visible_queries(call, tile.batch, tile.segments.has_runs, min(first_key() + key, shape.key_length - 1));
+    };
+    WarpReach reach(queries_of(score_key), queries_of(score_key + kScoreKeys - 1));
+    if (first_key() + score_key >= shape.key_length) reach.by_some = {0, 0};
+    Scores weights, dp;
 #pragma unroll 1
-    for (int buffer = 0; has_block; buffer = Config::kBuffers == 2 ? buffer ^ 1 : 0) {
+    for (int buffer = 0; has_block; buffer ^= 1) {
+      const Rectangle rectangle = look_at(block, reach, buffer, has_bad_values);
+      if (rectangle.is_needed) multiply<Query, Key>(weights, s.q[buffer], s.k);
       const bool has_next = walk.find_next(next, test);
-      if (Config::kBuffers == 2 && has_next) load_queries(next, buffer ^ 1);
+      if (has_next) load_queries(sources, next, buffer ^ 1);
       ptx::commit_copies();
-      const int first_query = block.index * kTileQuery, key = first_key() + score_key;
-      const Interval first_row = keys_of(first_query, score_row, buffer),
-                     last_row = keys_of(first_query, score_row + 16 * kScoreGroups - 1, buffer);
-      const bool is_needed = first_query + score_row < shape.query_length && key < last_row.end &&
-                             key + kScoreKeys > first_row.begin,
-                 is_cut = key < last_row.begin || key + kScoreKeys > first_row.end;
-      const bool is_exceptional = has_exceptional_rows(buffer);
-      Scores weights, dp;
-      if (is_needed) {
-        multiply<Query, Key>(weights, s.q[buffer], s.k);
-        if constexpr (Config::kHasSoftcap) {
-          uint32_t packed[kScoreGroups][kScoreKeys / 4];
-          take_capped_weights(weights, packed, block, buffer, is_cut, is_exceptional);
-          store_scores(s.weights, packed);
+      if constexpr (Config::kHasSoftcap) {
+        PackedScores packed = {};
+        if (rectangle.is_needed) {
+          take_capped_weights(weights, packed, block, buffer, rectangle);
+          multiply<GradOut, Value>(dp, s.grad_out[buffer], s.v);
+          if (rectangle.is_plain)
+            take_score_gradients<false>(weights, dp, buffer);
+          else
+            take_score_gradients<true>(weights, dp, buffer);
         } else {
-          take_weights(weights, block, buffer, is_cut, is_exceptional);
-          store_scores(s.weights, weights);
+          clear(weights);
         }
+        store_scores(s.weights, packed);
+      } else if (rectangle.is_plain) {  // without a branch, so that exponentials and products mix
+        take_exponents(weights, buffer);
+        exponentiate(weights);
         multiply<GradOut, Value>(dp, s.grad_out[buffer], s.v);
-        if (is_cut || block.by_ids || is_exceptional || has_bad_values)
-          take_score_gradients<true>(weights, dp, buffer);
+        store_scores(s.weights, weights);
+        take_score_gradients<false>(weights, dp, buffer);
+      } else if (rectangle.is_needed) {
+        if (rectangle.is_exceptional)
+          take_careful_exponents(weights, block, buffer);
         else
-          take_score_gradients<false>(weights, dp, buffer);
+          take_exponents(weights, buffer);
+        mask_exponents(weights, block, buffer, rectangle.is_cut);
+        exponentiate(weights);
+        multiply<GradOut, Value>(dp, s.grad_out[buffer], s.v);
+        store_scores(s.weights, weights);
+        take_score_gradients<true>(weights, dp, buffer);
       } else {
         clear(weights);
         store_scores(s.weights, weights);
       }
       store_scores(s.grad_scores, weights);
       __syncthreads();  // P and dS are there, and S and dP have been multiplied
-      if (is_exceptional || has_bad_keys) [[unlikely]] {
-        if (is_exceptional) clear_exceptional_queries(s, buffer);
+      if (rectangle.is_exceptional || has_bad_keys) [[unlikely]] {
+        if (rectangle.is_exceptional) clear_exceptional_queries(s, buffer);
         if (has_bad_keys) clear_non_finite_rows<Element, Key, Config::kWarps>(s.k, 0, Config::kTileKey);
         __syncthreads();
       }
       add_query_gradients(block);
-      accumulate_keys<GradOut, kGradValueSteps>(grad_v, s.weights, s.grad_out[buffer]);
-      accumulate_keys<Query, kGradKeySteps>(grad_k, s.grad_scores, s.q[buffer]);
-      if (Config::kBuffers == 1 || has_bad_keys) {
-        __syncthreads();  // this block has been read
-        if (Config::kBuffers == 1 && has_next) load_queries(next, 0);
-        if (has_bad_keys) load_keys();
+      accumulate_keys(grad_v, s.weights, s.grad_out[buffer], grad_value_steps);
+      accumulate_keys(grad_k, s.grad_scores, s.q[buffer], grad_key_steps);
+      if (has_bad_keys) [[unlikely]] {
+        __syncthreads();  // K has been read
+        load_keys();
         ptx::commit_copies();
       }
       ptx::wait_for_copies<0>();
@@ -457,7 +515,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksAtOnce)
   extern __shared__ __align__(128) unsigned char s_memory[];
   auto& s = *reinterpret_cast<typename Config::SharedStorage*>(s_memory);
   const KeyTile tile = describe_key_tile<Config>(p);
-  SinglePass<Config>{p, p.call, tile, s}.run();
+  SinglePass<Config>(p, tile, s).run();
 }
 
 }  // namespace selfattn::cuda::sm80

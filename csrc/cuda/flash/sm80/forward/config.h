@@ -16,17 +16,10 @@ enum class MaskKind {
 template <int kDimQk, int kDimV>
 struct ForwardTiles;
 
-#ifndef VW
-#define VW 4
-#define VR 32
-#define VK 128
-#define VB 2
-#define VH 0
-#endif
 template <>
 struct ForwardTiles<64, 64> {
-  static constexpr int kWarps = VW, kWarpRows = VR, kTileKey = VK, kBlocksAtOnce = VB;
-  static constexpr int kHeldSteps = VH;
+  static constexpr int kWarps = 4, kWarpRows = 32, kTileKey = 128, kBlocksAtOnce = 2;
+  static constexpr int kHeldSteps = 0;  // of 16 columns of Q, in registers
 };
 template <>
 struct ForwardTiles<128, 128> {
@@ -46,15 +39,9 @@ struct ForwardTiles<192, 192> {
   static constexpr int kHeldSteps = 0;
 };
 template <>
-#ifndef XH
-#define XH 8
-#define XK 32
-#define XB 2
-#define XW 4
-#endif
 struct ForwardTiles<256, 256> {
-  static constexpr int kWarps = XW, kWarpRows = 16, kTileKey = XK, kBlocksAtOnce = XB;
-  static constexpr int kHeldSteps = XH;
+  static constexpr int kWarps = 4, kWarpRows = 16, kTileKey = 32, kBlocksAtOnce = 2;
+  static constexpr int kHeldSteps = 4;
 };
 
 template <class Element_, int kDimQk_, int kDimV_, MaskKind kMask_, bool kHasSoftcap_ = false>
@@ -78,7 +65,7 @@ struct ForwardConfig : ForwardTiles<kDimQk_, kDimV_> {
     alignas(128) unsigned char v[2][Value::kBytes];
     Interval rows[kTileQuery];  // the keys of each row (MaskKind::kMasked)
   };
-  static_assert(sizeof(SharedStorage) <= 227 * 1024);
+  static_assert(sizeof(SharedStorage) <= 99 * 1024);
   static_assert(Out::kBytes <= Query::kBytes && kDimQk % 16 == 0 && kDimV % 16 == 0);
 };
 
