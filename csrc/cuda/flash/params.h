@@ -8,10 +8,10 @@
 
 namespace selfattn::cuda {
 
-enum class ElementType { kBFloat16, kHalf };
+enum class ElementType { kBFloat16, kHalf, kFloat };
 
-// A (batch, tokens, heads, dim) tensor of 16-bit elements: any strides (in elements, multiples of 8), dim contiguous,
-// data 16-byte aligned. The stride of a dimension of size 1 is never used.
+// A (batch, tokens, heads, dim) tensor: any strides (in elements, multiples of 16 bytes), dim contiguous, data 16-byte
+// aligned. The stride of a dimension of size 1 is never used.
 struct TensorView {
   void* data;
   int64_t stride_batch, stride_token, stride_head;
@@ -20,7 +20,7 @@ struct TensorView {
 struct AttentionShape {
   int batch, query_length, key_length;
   int num_heads, num_kv_heads;  // query head h reads kv head h / (num_heads / num_kv_heads)
-  int dim_qk, dim_v;            // multiples of 8
+  int dim_qk, dim_v;            // multiples of 16 bytes
 };
 
 // Query i stands at key position i' = i + key_length - query_length and may see the keys i' - left .. i' + right.
@@ -34,7 +34,9 @@ struct ForwardParams {
   AttentionShape shape;
   AttentionWindow window;
   ElementType element;
+  bool allows_tf32;        // kFloat: products of operands rounded to tf32, instead of float32's precision
   float scale;             // of the logits
+  float softcap;           // logits become softcap * tanh(logits / softcap); 0: they do not
   TensorView q, k, v;      // (batch, query_length | key_length, num_heads | num_kv_heads, dim_qk | dim_v)
   TensorView out;          // (batch, query_length, num_heads, dim_v)
   float* lse;              // (batch, num_heads, query_length), natural logarithm
@@ -51,7 +53,9 @@ struct BackwardParams {
   AttentionShape shape;
   AttentionWindow window;
   ElementType element;
+  bool allows_tf32;                   // kFloat: products of operands rounded to tf32
   float scale;                        // of the logits
+  float softcap;                      // logits become softcap * tanh(logits / softcap); 0: they do not
   bool is_deterministic;              // gradients bitwise equal from call to call
   TensorView q, k, v, out, grad_out;  // out, grad_out: (batch, query_length, num_heads, dim_v)
   TensorView grad_q, grad_k, grad_v;  // as q, k, v

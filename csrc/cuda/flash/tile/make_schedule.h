@@ -2,6 +2,7 @@
 #pragma once
 #include <algorithm>
 
+#include "flash/params.h"
 #include "flash/tile/tile_order.cuh"
 
 namespace selfattn::cuda {
@@ -12,10 +13,9 @@ namespace selfattn::cuda {
 constexpr int64_t kSectionBytes = 8 << 20;
 
 inline TileSchedule make_schedule(const AttentionShape& shape, int tile_query, bool is_masked,
-                                  int64_t last_section_bytes) {
-  constexpr int kElementBytes = 2;
+                                  int64_t last_section_bytes, int element_bytes = 2) {
   const int group = shape.num_heads / shape.num_kv_heads;
-  const int64_t bytes_per_group = int64_t(shape.key_length) * (shape.dim_qk + shape.dim_v) * kElementBytes;
+  const int64_t bytes_per_group = int64_t(shape.key_length) * (shape.dim_qk + shape.dim_v) * element_bytes;
   TileSchedule schedule;
   schedule.heads = shape.batch * shape.num_heads;
   schedule.tiles_per_head = (shape.query_length + tile_query - 1) / tile_query;
