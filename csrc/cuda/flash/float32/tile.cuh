@@ -13,6 +13,7 @@ namespace selfattn::cuda::float32 {
 
 constexpr int kPanelColumns = 32, kPanelRowBytes = 128, kChunkElements = 4, kChunkBytes = 16;
 constexpr int kProductRows = 16, kProductStep = 8;  // of an instruction: rows of the left operand, summed elements
+constexpr int kMaxSharedBytes = 99 * 1024;  // that a thread block may have on every card from 8.0 on
 
 __device__ __forceinline__ float* head_of(const TensorView& view, int batch, int head) {
   return static_cast<float*>(view.data) + batch * view.stride_batch + head * view.stride_head;

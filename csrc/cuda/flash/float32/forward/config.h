@@ -4,8 +4,6 @@
 
 namespace selfattn::cuda::float32 {
 
-constexpr int kMaxSharedBytes = 99 * 1024;  // that a thread block may have on every card from 8.0 on
-
 // Of one head dimension: rows of a query tile and of a key tile, the same for every precision; rows of a warp; whether
 // it keeps its rows of Q in registers. Reading shared memory is what bounds kTf32.
 template <int kDim, Precision kPrecision>

@@ -1,0 +1,83 @@
+// Gradients of exact attention in float32: dQ, dK, dV of O = softmax(scale * Q K^T) V. Host side of one head dimension
+// and precision: params -> schedules -> launches.
+//
+//   preprocess  the statistics of the rows of queries
+//   dq          a thread block a query tile
+//   dkdv        a thread block a key tile
+//
+// Every sum stays in registers and is added up in one order, so the gradients are bitwise equal from call to call.
+#pragma once
+#include "dkdv_kernel.cuh"
+#include "dq_kernel.cuh"
+#include "host/device.h"
+#include "launcher.h"
+#include "preprocess.cuh"
+#include "workspace.h"
+
+namespace selfattn::cuda::float32 {
+
+// Tiles of heads that are worked on together: so many that what all of them read stays in L2, and, where the tiles
+// differ in length, more of them at the end.
+constexpr int64_t kSectionBytes = 4 << 20, kUnevenLastSectionBytes = 16 << 20;
+
+// bytes_of_group: what is read by all tiles of `group` heads.
+inline TileSchedule make_schedule(int heads, int group, int length, int tile_rows, int64_t bytes_of_group,
+                                  bool is_even) {
+  const auto heads_in = [&](int64_t bytes) {
+    const int64_t count = (bytes > bytes_of_group ? bytes / bytes_of_group : 1) * group;
+    return count < heads ? int(count) : heads;
+  };
+  TileSchedule schedule;
+  schedule.heads = heads;
+  schedule.tiles_per_head = (length + tile_rows - 1) / tile_rows;
+  schedule.tiles = heads * schedule.tiles_per_head;
+  schedule.section = heads_in(kSectionBytes);
+  const int wanted = is_even ? schedule.section : heads_in(kUnevenLastSectionBytes);
+  schedule.last_section = heads - (heads - wanted) / schedule.section * schedule.section;
+  return schedule;
+}
+
+template <class Config, class Kernel>
+cudaError_t launch_tiles(Kernel kernel, const BackwardKernelParams& p, int tiles, int device, cudaStream_t stream) {
+  constexpr int kSharedBytes = sizeof(typename Config::SharedStorage);
+  if (const cudaError_t status = allow_shared_memory<Config>(kernel, kSharedBytes, device)) return status;
+  kernel<<<tiles, Config::kThreads, kSharedBytes, stream>>>(p);
+  return cudaGetLastError();
+}
+
+template <int kDim, Precision kPrecision>
+cudaError_t BackwardLauncher<kDim, kPrecision>::launch(const BackwardParams& params, cudaStream_t stream) {
+  using Queries = DqConfig<kDim, kPrecision>;
+  using Keys = DkdvConfig<kDim, kPrecision, false>;
+  using CappedKeys = DkdvConfig<kDim, kPrecision, true>;
+  int device = 0;
+  if (const cudaError_t status = cudaGetDevice(&device)) return status;
+  const AttentionShape& shape = params.shape;
+  const int group = shape.num_heads / shape.num_kv_heads;
+  const int64_t row_bytes = int64_t(sizeof(float)) * (shape.dim_qk + shape.dim_v);  // of K and V, and of Q and dO
+  const bool is_even = !params.segments.mode && params.window.left == AttentionWindow::kUnbounded &&
+                       params.window.right == AttentionWindow::kUnbounded;
+  BackwardKernelParams p;
+  p.call = params;
+  p.of_queries = make_schedule(shape.batch * shape.num_heads, group, shape.query_length, Queries::kTileQuery,
+                               row_bytes * shape.key_length, is_even);
+  p.of_keys = make_schedule(shape.batch * shape.num_kv_heads, 1, shape.key_length, Keys::kTileKey,
+                            row_bytes * shape.query_length * group, is_even);
+  p.lse = static_cast<float*>(params.workspace), p.delta = p.lse + stat_count(shape);
+  p.stat_pitch = stat_pitch(shape);
+
+  if (p.of_queries.tiles) {
+    float32_attention_backward_preprocess_kernel<<<preprocess_blocks(p), kPreprocessThreads, 0, stream>>>(p);
+    if (const cudaError_t status = cudaGetLastError()) return status;
+    if (const cudaError_t status =
+            launch_tiles<Queries>(float32_attention_backward_dq_kernel<Queries>, p, p.of_queries.tiles, device, stream))
+      return status;
+  }
+  if (!p.of_keys.tiles) return cudaSuccess;
+  if (params.softcap > 0.f)
+    return launch_tiles<CappedKeys>(float32_attention_backward_dkdv_kernel<CappedKeys>, p, p.of_keys.tiles, device,
+                                    stream);
+  return launch_tiles<Keys>(float32_attention_backward_dkdv_kernel<Keys>, p, p.of_keys.tiles, device, stream);
+}
+
+}  // namespace selfattn::cuda::float32
