@@ -11,12 +11,14 @@ namespace {
 
 constexpr int64_t kMaxHeadDimCpu = 512;
 
+bool is_float32(const AttentionProblem& problem) { return problem.query.scalar_type() == at::kFloat; }
+
 // What the kernels of a CUDA tensor's device take; null elsewhere, and where there are none.
 const KernelLimits* cuda_limits(const AttentionProblem& problem) {
   if (!problem.query.is_cuda()) return nullptr;
   const c10::Device device = problem.query.device();
   const auto capability = compute_capability(device);
-  return capability ? find_flash_support(device.index(), *capability).limits : nullptr;
+  return capability ? find_flash_support(device.index(), *capability, is_float32(problem)).limits : nullptr;
 }
 
 Reason has_kernel(const AttentionProblem& problem) {
@@ -37,17 +39,15 @@ Reason supported_device(const AttentionProblem& problem) {
   const c10::Device device = problem.query.device();
   const auto capability = compute_capability(device);
   if (!capability) return c10::str("it needs compute capability 8.0 or newer; there is no device ", device);
-  FlashSupport support = find_flash_support(device.index(), *capability);
+  FlashSupport support = find_flash_support(device.index(), *capability, is_float32(problem));
   if (support.limits) return std::nullopt;
   return std::move(support.reason);
 }
 
 Reason supported_dtype(const AttentionProblem& problem) {
   const auto dtype = problem.query.scalar_type();
-  if (dtype == at::kBFloat16 || dtype == at::kHalf || (dtype == at::kFloat && !problem.query.is_cuda())) {
-    return std::nullopt;
-  }
-  return c10::str("q must be bfloat16 or float16", problem.query.is_cuda() ? "" : " or float32", "; got ", dtype);
+  if (dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kFloat) return std::nullopt;
+  return c10::str("q must be bfloat16 or float16 or float32; got ", dtype);
 }
 
 Reason supported_head_dim(const AttentionProblem& problem) {

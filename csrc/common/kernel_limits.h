@@ -21,8 +21,8 @@ struct FlashSupport {
   std::string reason;  ///< where limits is null
 };
 
-/// Of a device and its compute capability (10 * major + minor).
-FlashSupport find_flash_support(int device, int capability);
+/// Of a device and its compute capability (10 * major + minor), for float32 or for 16-bit elements.
+FlashSupport find_flash_support(int device, int capability, bool is_float32);
 
 /// "8.6" for 86.
 std::string capability_to_string(int capability);

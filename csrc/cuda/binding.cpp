@@ -1,5 +1,6 @@
 #include "binding.h"
 
+#include <ATen/Context.h>
 #include <ATen/cuda/CUDAContext.h>
 #include <ATen/cuda/EmptyTensor.h>
 #include <c10/cuda/CUDAFunctions.h>
@@ -10,13 +11,13 @@
 namespace selfattn::cuda {
 namespace {
 
-constexpr int64_t kChunkElements = 8;  // 16 bytes, the unit of TMA and of cp.async
-constexpr uintptr_t kChunkBytes = 16;
+constexpr int64_t kChunkBytes = 16;  // the unit of copies: of TMA, of cp.async
 
 bool has_kernel_layout(const at::Tensor& tensor) {
   if (tensor.stride(3) != 1 || reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % kChunkBytes != 0) return false;
+  const int64_t chunk = kChunkBytes / tensor.element_size();
   for (int64_t dim = 0; dim < 3; dim++) {
-    if (tensor.size(dim) > 1 && (tensor.stride(dim) <= 0 || tensor.stride(dim) % kChunkElements != 0)) return false;
+    if (tensor.size(dim) > 1 && (tensor.stride(dim) <= 0 || tensor.stride(dim) % chunk != 0)) return false;
   }
   return true;
 }
@@ -27,9 +28,10 @@ int window_side(int64_t size) {
 
 }  // namespace
 
-const FlashKernels& flash_kernels() {
+const FlashKernels& flash_kernels(ElementType element) {
   const cudaDeviceProp* device = at::cuda::getCurrentDeviceProperties();
-  const FlashKernels* kernels = select_kernels(c10::cuda::current_device(), 10 * device->major + device->minor);
+  const FlashKernels* kernels =
+      select_kernels(c10::cuda::current_device(), 10 * device->major + device->minor, element);
   TORCH_INTERNAL_ASSERT(kernels, "selfattn: no flash kernels for this device");
   return *kernels;
 }
@@ -61,7 +63,14 @@ AttentionShape shape_of(const at::Tensor& query, const at::Tensor& key, const at
 }
 
 ElementType element_of(const at::Tensor& tensor) {
+  if (tensor.scalar_type() == at::kFloat) return ElementType::kFloat;
   return tensor.scalar_type() == at::kBFloat16 ? ElementType::kBFloat16 : ElementType::kHalf;
+}
+
+bool allows_tf32() {
+  return !at::NoTF32Guard::should_disable_tf32() &&
+         at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) ==
+             at::Float32Precision::TF32;
 }
 
 ScaledQuery with_positive_scale(const at::Tensor& query, double scale) {

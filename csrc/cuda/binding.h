@@ -8,8 +8,8 @@
 
 namespace selfattn::cuda {
 
-/// The family of flash kernels of the current device, which the constraints of the backend have found.
-const FlashKernels& flash_kernels();
+/// The family of flash kernels of the current device for a type, which the constraints of the backend have found.
+const FlashKernels& flash_kernels(ElementType element);
 
 /// A contiguous tensor, not filled even in PyTorch's deterministic mode, which fills what at::empty makes: the kernels
 /// write every element.
@@ -27,6 +27,11 @@ TensorView view_of(const at::Tensor& tensor);
 AttentionShape shape_of(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value);
 
 ElementType element_of(const at::Tensor& tensor);
+
+/// Whether PyTorch's matrix products of float32 may round their operands to tf32 now
+/// (torch.backends.cuda.matmul.fp32_precision, torch.set_float32_matmul_precision): what holds for them holds for the
+/// kernels.
+bool allows_tf32();
 
 /// A query and a scale of the same products for the kernels, whose scale is positive: q' = sign * q, so that dq is
 /// sign * dq'. A scale that is 0, or rounds to 0 in float32, clears the query instead. Magnitudes past 1e37, where a

@@ -14,7 +14,7 @@ AttentionResults attend(const AttentionProblem& problem) {
   const at::Tensor &q = problem.query, &k = problem.key, &v = problem.value;
   const c10::cuda::CUDAGuard guard(q.device());
   const cudaStream_t stream = at::cuda::getCurrentCUDAStream();
-  const FlashKernels& kernels = flash_kernels();
+  const FlashKernels& kernels = flash_kernels(element_of(q));
   const ScaledQuery scaled = with_positive_scale(q, problem.scale);
   const at::Tensor query = with_kernel_layout(scaled.query), key = with_kernel_layout(k), value = with_kernel_layout(v);
   const at::Tensor sink_logits = problem.sinks ? problem.sinks->to(at::kFloat).contiguous() : at::Tensor();
@@ -25,6 +25,7 @@ AttentionResults attend(const AttentionProblem& problem) {
   const at::Tensor lse = empty({q.size(0), q.size(2), q.size(1)}, at::kFloat, q.device());
   params.window = window_of(problem.is_causal, problem.window_left, problem.window_right);
   params.element = element_of(q);
+  params.allows_tf32 = params.element == ElementType::kFloat && allows_tf32();
   params.scale = scaled.scale;
   params.softcap = static_cast<float>(problem.softcap);
   params.q = view_of(query), params.k = view_of(key), params.v = view_of(value), params.out = view_of(out);

@@ -34,7 +34,7 @@ void attend_backward_into(const AttentionProblem& problem, const AttentionGradie
   const auto& [grad_out, grad_lse, out, lse] = gradients;
   const c10::cuda::CUDAGuard guard(q.device());
   const cudaStream_t stream = at::cuda::getCurrentCUDAStream();
-  const FlashKernels& kernels = flash_kernels();
+  const FlashKernels& kernels = flash_kernels(element_of(q));
   const ScaledQuery scaled = with_positive_scale(q, problem.scale);
   const Tensor query = with_kernel_layout(scaled.query), key = with_kernel_layout(k), value = with_kernel_layout(v);
   const Tensor out_rows = with_kernel_layout(out), grad_out_rows = with_kernel_layout(grad_out);
@@ -44,6 +44,7 @@ void attend_backward_into(const AttentionProblem& problem, const AttentionGradie
   params.shape = shape_of(q, k, v);
   params.window = window_of(problem.is_causal, problem.window_left, problem.window_right);
   params.element = element_of(q);
+  params.allows_tf32 = params.element == ElementType::kFloat && allows_tf32();
   params.scale = scaled.scale;
   params.softcap = static_cast<float>(problem.softcap);
   params.is_deterministic = at::globalContext().deterministicAlgorithms();

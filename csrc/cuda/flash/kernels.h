@@ -7,11 +7,12 @@
 namespace selfattn::cuda {
 
 // Launches throw std::runtime_error if a tensor map cannot be made; otherwise they return the launch status. Tile sizes
-// are for the preparation of the segments (segments/tables.h); of the params that they are asked with, shape and
-// softcap are set.
+// are for the preparation of the segments (segments/tables.h); of the params that they are asked with, shape,
+// softcap and allows_tf32 are set.
 struct FlashKernels {
   const char* name;
   int min_capability, max_capability;  // of the devices that it serves, 10 * major + minor
+  bool is_of_float32;                  // and of nothing else; the others are of 16-bit elements
   KernelLimits limits;
   bool (*is_built_for)(int device);  // whether this build holds the family's kernels for a device
 
@@ -35,9 +36,12 @@ constexpr int kNewest = 1 << 30;  // max_capability where there is no limit
 const FlashKernels& sm80_kernels();
 // Hopper: TMA and wgmma.
 const FlashKernels& sm90_kernels();
+// float32, which has kernels of its own: every card since Ampere.
+const FlashKernels& float32_kernels();
 
-// The family that serves a device of this compute capability (10 * major + minor); null where none does. The
-// environment variable SELFATTN_FLASH_FAMILY (sm80, sm90) forces one. The devices of a process may differ.
-const FlashKernels* select_kernels(int device, int capability);
+// The family that serves elements of a type on a device of this compute capability (10 * major + minor); null where none
+// does. The environment variable SELFATTN_FLASH_FAMILY (sm80, sm90) forces one of those of 16-bit elements. The devices
+// of a process may differ.
+const FlashKernels* select_kernels(int device, int capability, ElementType element);
 
 }  // namespace selfattn::cuda

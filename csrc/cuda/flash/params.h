@@ -36,7 +36,6 @@ struct ForwardParams {
   ElementType element;
   bool allows_tf32;        // kFloat: products of operands rounded to tf32, instead of float32's precision
   float scale;             // of the logits
-  float softcap;           // logits become softcap * tanh(logits / softcap); 0: they do not
   TensorView q, k, v;      // (batch, query_length | key_length, num_heads | num_kv_heads, dim_qk | dim_v)
   TensorView out;          // (batch, query_length, num_heads, dim_v)
   float* lse;              // (batch, num_heads, query_length), natural logarithm
@@ -55,7 +54,6 @@ struct BackwardParams {
   ElementType element;
   bool allows_tf32;                   // kFloat: products of operands rounded to tf32
   float scale;                        // of the logits
-  float softcap;                      // logits become softcap * tanh(logits / softcap); 0: they do not
   bool is_deterministic;              // gradients bitwise equal from call to call
   TensorView q, k, v, out, grad_out;  // out, grad_out: (batch, query_length, num_heads, dim_v)
   TensorView grad_q, grad_k, grad_v;  // as q, k, v

@@ -19,6 +19,7 @@ const FlashKernels& sm80_kernels() {
       .name = "sm80",
       .min_capability = 80,
       .max_capability = kNewest,
+      .is_of_float32 = false,
       .limits = {.max_head_dim = 256,
                  .head_dim_multiple = 8,  // of 2 bytes: copies are of 16
                  .max_length = 1 << 29,   // positions and windows are counted in 32 bits

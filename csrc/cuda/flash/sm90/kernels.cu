@@ -19,6 +19,7 @@ const FlashKernels& sm90_kernels() {
       .name = "sm90",
       .min_capability = 90,
       .max_capability = 90,
+      .is_of_float32 = false,
       .limits = {.max_head_dim = 256,
                  .head_dim_multiple = 8,  // of 2 bytes: TMA wants strides in steps of 16
                  .max_length = 1 << 29,   // positions and windows are counted in 32 bits

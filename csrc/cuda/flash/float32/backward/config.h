@@ -46,16 +46,25 @@ struct DkdvTiles<256> {
   static constexpr bool kSumsTogether = false;
 };
 
-// Rows of blocks in the tables of segments, and of the tiles of either kernel. Blocks of keys are those of the kernel
-// for dK and dV.
+// Rows of the blocks in the tables of segments, of queries and of keys. A tile holds whole blocks, or a block whole
+// tiles, which have their turns one after the other.
+constexpr int kTableBlock = 64;
+
+template <int kTileRows_>
+struct TableBlocks {
+  static constexpr int kTileRows = kTileRows_;
+  static constexpr int kOrderedRows = kTileRows < kTableBlock ? kTableBlock : kTileRows;  // that have a turn together
+  static constexpr int kOfTile = kOrderedRows / kTableBlock, kTilesTogether = kOrderedRows / kTileRows;
+  static_assert(kOrderedRows % kTableBlock == 0 && kOrderedRows % kTileRows == 0 && kOfTile <= 2);
+  static_assert(kStatRows % kOrderedRows == 0);
+};
+
 template <int kDim>
 struct BackwardTiles {
-  static constexpr int kOfDq = DqTiles<kDim>::kTileQuery, kOfDkdv = DkdvTiles<kDim>::kTileKey;
-  static constexpr int kQueryBlock = kOfDq < 64 ? kOfDq : 64;
-  static_assert(kOfDq % kQueryBlock == 0 && kOfDq / kQueryBlock <= 2);
-  static_assert(kStatRows % kOfDq == 0 && kStatRows % kQueryBlock == 0);
-  static_assert(kOfDkdv % DqTiles<kDim>::kTileKey == 0, "a block of keys lies in one block of the tables");
-  static_assert(kQueryBlock % DkdvTiles<kDim>::kTileQuery == 0, "a block of queries, too");
+  using Queries = TableBlocks<DqTiles<kDim>::kTileQuery>;
+  using Keys = TableBlocks<DkdvTiles<kDim>::kTileKey>;
+  static_assert(Keys::kOfTile == 1, "the order of key tiles is one of blocks");
+  static_assert(kTableBlock % DqTiles<kDim>::kTileKey == 0 && kTableBlock % DkdvTiles<kDim>::kTileQuery == 0);
 };
 
 template <int kDim_, Precision kPrecision_>
@@ -67,8 +76,7 @@ struct DqConfig : DqTiles<kDim_> {
                        kThreads = kRowWarps * Tiles::kKeyParts * kWarpSize;
   static constexpr int kRowGroups = Tiles::kWarpRows / kProductRows;  // in a warp
   static constexpr int kColumns = Tiles::kTileKey / Tiles::kKeyParts;  // of a block of keys, for a warp
-  static constexpr int kQueryBlocks = BackwardTiles<kDim>::kOfDq / BackwardTiles<kDim>::kQueryBlock;  // of a tile
-  static constexpr int kKeyBlock = BackwardTiles<kDim>::kOfDkdv;  // in the tables of segments
+  using Table = typename BackwardTiles<kDim>::Queries;
 
   using Query = FloatTile<Tiles::kTileQuery, kDim>;  // and dO
   using Key = FloatTile<Tiles::kTileKey, kDim>;      // and V
@@ -92,7 +100,7 @@ struct DkdvConfig : DkdvTiles<kDim_> {
   static constexpr int kRowWarps = Tiles::kTileKey / Tiles::kWarpRows,
                        kThreads = kRowWarps * (Tiles::kSumsTogether ? 1 : 2) * kWarpSize;
   static constexpr int kRowGroups = Tiles::kWarpRows / kProductRows;
-  static constexpr int kQueryBlock = BackwardTiles<kDim>::kQueryBlock;
+  using Table = typename BackwardTiles<kDim>::Keys;
 
   using Key = FloatTile<Tiles::kTileKey, kDim>;      // and V
   using Query = FloatTile<Tiles::kTileQuery, kDim>;  // and dO

@@ -29,7 +29,8 @@ __device__ __forceinline__ KeyTile describe_key_tile(const BackwardKernelParams&
   const int tiles = p.of_keys.tiles_per_head, batch = place.head / shape.num_kv_heads;
   // Under a causal limit the first keys are seen by the most queries.
   KeyTile tile{place.rank, batch, place.head % shape.num_kv_heads, segments_of_row(p.call.segments, batch), {}};
-  if (p.call.segments.mode) tile.index = p.call.segments.order[batch * tiles + place.rank];
+  if (p.call.segments.mode)
+    tile.index = ordered_tile<typename Config::Table>(p.call.segments.order, batch, tiles, place.rank);
   const int first = tile.index * Config::kTileKey, last = min(first + Config::kTileKey, shape.key_length) - 1;
   const bool has_runs = tile.segments.has_runs;
   tile.blocks = blocks_of(
@@ -113,9 +114,9 @@ __device__ __forceinline__ bool sum_key_gradients(const BackwardKernelParams& p,
 
   const auto test = [&](int index, bool& meets, bool& is_uniform) {
     if (!tile.segments.has_ids) return;
-    const SegmentBlock keys = segments.key_blocks[int64_t(tile.batch) * segments.key_tiles + tile.index],
+    const SegmentBlock keys = segments.key_blocks[int64_t(tile.batch) * segments.key_tiles + first_row / kTableBlock],
                        queries = segments.query_blocks[int64_t(tile.batch) * segments.query_tiles +
-                                                       index * kTileQuery / Config::kQueryBlock];
+                                                       index * kTileQuery / kTableBlock];
     meets = may_share_segment(queries, keys), is_uniform = is_one_segment(queries, keys);
   };
   QueryBlockWalk walk(tile.blocks, group_size);
@@ -273,6 +274,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksAtOnce)
   auto& s = *reinterpret_cast<typename Config::SharedStorage*>(s_memory);
   const KeyTile tile = describe_key_tile<Config>(p);
   const AttentionShape& shape = p.call.shape;
+  if (tile.index * Config::kTileKey >= shape.key_length) return;
   using Key = typename Config::Key;
   Key::template load<Config::kThreads>(ptx::shared_address(s.k), head_of(p.call.k, tile.batch, tile.kv_head),
                                        p.call.k.stride_token, tile.index * Config::kTileKey, shape.key_length,

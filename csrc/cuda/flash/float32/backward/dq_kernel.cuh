@@ -25,7 +25,7 @@ __device__ __forceinline__ DqTile describe_dq_tile(const BackwardKernelParams& p
   const int tiles = p.of_queries.tiles_per_head, batch = place.head / shape.num_heads;
   DqTile tile{place.rank, batch, place.head % shape.num_heads, place.head, segments_of_row(p.call.segments, batch), {}};
   if (p.call.segments.mode)
-    tile.index = p.call.segments.query_order[batch * tiles + place.rank];
+    tile.index = ordered_tile<typename Config::Table>(p.call.segments.query_order, batch, tiles, place.rank);
   else if (p.call.window.right < AttentionWindow::kUnbounded)
     tile.index = tiles - 1 - place.rank;  // the last see the most keys
   const int first = tile.index * Config::kTileQuery, last = min(first + Config::kTileQuery, shape.query_length) - 1;
@@ -85,10 +85,10 @@ __device__ __forceinline__ bool sum_query_gradients(const BackwardKernelParams& 
   const auto test = [&](int index, bool& meets, bool& is_uniform) {
     if (!tile.segments.has_ids) return;
     const SegmentBlock queries =
-        tile_of_blocks<Config::kQueryBlocks>(segments.query_blocks + int64_t(tile.batch) * segments.query_tiles,
-                                             tile.index * Config::kQueryBlocks, segments.query_tiles);
+        tile_of_blocks<Config::Table::kOfTile>(segments.query_blocks + int64_t(tile.batch) * segments.query_tiles,
+                                               first_row / kTableBlock, segments.query_tiles);
     const SegmentBlock keys =
-        segments.key_blocks[int64_t(tile.batch) * segments.key_tiles + index * kTileKey / Config::kKeyBlock];
+        segments.key_blocks[int64_t(tile.batch) * segments.key_tiles + index * kTileKey / kTableBlock];
     meets = may_share_segment(queries, keys), is_uniform = is_one_segment(queries, keys);
   };
   KeyBlockWalk walk(tile.blocks.begin, tile.blocks.end, -1);
@@ -222,6 +222,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksAtOnce)
   extern __shared__ __align__(128) unsigned char s_memory[];
   auto& s = *reinterpret_cast<typename Config::SharedStorage*>(s_memory);
   const DqTile tile = describe_dq_tile<Config>(p);
+  if (tile.index * Config::kTileQuery >= p.call.shape.query_length) return;
   if (sum_query_gradients<Config, false>(p, tile, s)) repair_query_gradients<Config>(p, tile, s);
 }
 

@@ -18,20 +18,20 @@ namespace selfattn::cuda::float32 {
 
 // Tiles of heads that are worked on together: so many that what all of them read stays in L2, and, where the tiles
 // differ in length, more of them at the end.
-constexpr int64_t kSectionBytes = 4 << 20, kUnevenLastSectionBytes = 16 << 20;
+constexpr int64_t kTileSectionBytes = 4 << 20, kUnevenLastSectionBytes = 16 << 20;
 
 // bytes_of_group: what is read by all tiles of `group` heads.
-inline TileSchedule make_schedule(int heads, int group, int length, int tile_rows, int64_t bytes_of_group,
-                                  bool is_even) {
+template <class Table>
+TileSchedule make_tile_schedule(int heads, int group, int length, int64_t bytes_of_group, bool is_even) {
   const auto heads_in = [&](int64_t bytes) {
     const int64_t count = (bytes > bytes_of_group ? bytes / bytes_of_group : 1) * group;
     return count < heads ? int(count) : heads;
   };
   TileSchedule schedule;
   schedule.heads = heads;
-  schedule.tiles_per_head = (length + tile_rows - 1) / tile_rows;
+  schedule.tiles_per_head = (length + Table::kOrderedRows - 1) / Table::kOrderedRows * Table::kTilesTogether;
   schedule.tiles = heads * schedule.tiles_per_head;
-  schedule.section = heads_in(kSectionBytes);
+  schedule.section = heads_in(kTileSectionBytes);
   const int wanted = is_even ? schedule.section : heads_in(kUnevenLastSectionBytes);
   schedule.last_section = heads - (heads - wanted) / schedule.section * schedule.section;
   return schedule;
@@ -59,10 +59,10 @@ cudaError_t BackwardLauncher<kDim, kPrecision>::launch(const BackwardParams& par
                        params.window.right == AttentionWindow::kUnbounded;
   BackwardKernelParams p;
   p.call = params;
-  p.of_queries = make_schedule(shape.batch * shape.num_heads, group, shape.query_length, Queries::kTileQuery,
-                               row_bytes * shape.key_length, is_even);
-  p.of_keys = make_schedule(shape.batch * shape.num_kv_heads, 1, shape.key_length, Keys::kTileKey,
-                            row_bytes * shape.query_length * group, is_even);
+  p.of_queries = make_tile_schedule<Queries::Table>(shape.batch * shape.num_heads, group, shape.query_length,
+                                                    row_bytes * shape.key_length, is_even);
+  p.of_keys = make_tile_schedule<Keys::Table>(shape.batch * shape.num_kv_heads, 1, shape.key_length,
+                                              row_bytes * shape.query_length * group, is_even);
   p.lse = static_cast<float*>(params.workspace), p.delta = p.lse + stat_count(shape);
   p.stat_pitch = stat_pitch(shape);
 

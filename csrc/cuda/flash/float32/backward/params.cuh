@@ -17,4 +17,10 @@ struct BackwardKernelParams {
   int stat_pitch;
 };
 
+// The tile whose turn it is by an order of the tables; past the end of the row there may be none. tiles: of a head.
+template <class Table>
+__device__ __forceinline__ int ordered_tile(const int* order, int batch, int tiles, int rank) {
+  return order[(batch * tiles + rank) / Table::kTilesTogether] * Table::kTilesTogether + rank % Table::kTilesTogether;
+}
+
 }  // namespace selfattn::cuda::float32
