@@ -39,9 +39,9 @@ const FlashKernels& sm90_kernels();
 // float32, which has kernels of its own: every card since Ampere.
 const FlashKernels& float32_kernels();
 
-// The family that serves elements of a type on a device of this compute capability (10 * major + minor); null where none
-// does. The environment variable SELFATTN_FLASH_FAMILY (sm80, sm90) forces one of those of 16-bit elements. The devices
-// of a process may differ.
+// The family that serves elements of a type on a device of this compute capability (10 * major + minor); null where
+// none does. The environment variable SELFATTN_FLASH_FAMILY (sm80, sm90) forces one of those of 16-bit elements. The
+// devices of a process may differ.
 const FlashKernels* select_kernels(int device, int capability, ElementType element);
 
 }  // namespace selfattn::cuda

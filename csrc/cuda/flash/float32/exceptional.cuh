@@ -1,7 +1,7 @@
 // What the first pass of a kernel cannot multiply: elements that are not finite or too large to be split
 // (precision.cuh). They spoil their products, those with a weight of 0 as well: 0 times NaN is NaN. That shows in the
-// results, since nothing added to NaN or infinity makes it finite again. A tile whose results are not finite is computed
-// once more by the same warps, with these steps of ordinary arithmetic between. All else keeps its bits.
+// results, since nothing added to NaN or infinity makes it finite again. A tile whose results are not finite is
+// computed once more by the same warps, with these steps of ordinary arithmetic between. All else keeps its bits.
 #pragma once
 #include "flash/tile/online_softmax.cuh"
 #include "products.cuh"
@@ -31,9 +31,8 @@ __device__ __forceinline__ void correct_products(float (&products)[kGroups][kCou
 #pragma unroll
     for (int i = 0; i < kCount; i++)
       if (!(fabsf(products[g][i]) < infinity()))
-        products[g][i] =
-            dot<Left, Right>(s_left, left_row + kProductRows * g + 8 * (i / 2 % 2) + lane / 4, s_right,
-                             right_row + i / 4 * 8 + 2 * (lane % 4) + i % 2);
+        products[g][i] = dot<Left, Right>(s_left, left_row + kProductRows * g + 8 * (i / 2 % 2) + lane / 4, s_right,
+                                          right_row + i / 4 * 8 + 2 * (lane % 4) + i % 2);
 }
 
 // Adds the products of the exceptional elements of kColumns rows of `right`, from right_row on, to the sums of those

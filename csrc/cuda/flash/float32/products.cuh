@@ -65,7 +65,9 @@ __device__ __forceinline__ void multiply_rows(float (&products)[kGroups][kCount]
                                               uint32_t right_place) {
   static_assert(Left::kDim == Right::kDim);
   clear(products);
-#pragma unroll
+  // Unrolled, kIeee takes more registers than there are.
+  constexpr int kUnroll = kPrecision == Precision::kIeee ? 1 : Left::kDim / kPairColumns;
+#pragma unroll kUnroll
   for (int pair = 0; pair < Left::kDim / kPairColumns; pair++) {
     LeftRows<kPrecision, kGroups> left;
     left.template load<Left>(left_place, pair);
@@ -104,8 +106,7 @@ __device__ __forceinline__ void accumulate(float (&sum)[kGroups][kCount], const 
           b.set(i, j == 0 ? row.x : j == 1 ? row.y : j == 2 ? row.z : row.w);
         }
 #pragma unroll
-        for (int g = 0; g < kGroups; g++)
-          add_product<kPrecision, kSteps, false>(sum[g] + 16 * panel + 4 * j, a[g], b);
+        for (int g = 0; g < kGroups; g++) add_product<kPrecision, kSteps, false>(sum[g] + 16 * panel + 4 * j, a[g], b);
       }
     }
   }

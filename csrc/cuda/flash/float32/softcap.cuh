@@ -1,5 +1,5 @@
-// Softcap: logits become softcap * tanh(logits / softcap). Scores, which are logits without the scale, become that tanh,
-// and softcap is their scale from then on.
+// Softcap: logits become softcap * tanh(logits / softcap). Scores, which are logits without the scale, become that
+// tanh, and softcap is their scale from then on.
 #pragma once
 #include "products.cuh"
 

@@ -8,12 +8,13 @@
 #include "ptx/address.cuh"
 #include "ptx/async_copy.cuh"
 #include "ptx/matrix.cuh"
+#include "ptx/register.cuh"
 
 namespace selfattn::cuda::float32 {
 
 constexpr int kPanelColumns = 32, kPanelRowBytes = 128, kChunkElements = 4, kChunkBytes = 16;
 constexpr int kProductRows = 16, kProductStep = 8;  // of an instruction: rows of the left operand, summed elements
-constexpr int kMaxSharedBytes = 99 * 1024;  // that a thread block may have on every card from 8.0 on
+constexpr int kMaxSharedBytes = 99 * 1024;          // that a thread block may have on every card from 8.0 on
 
 __device__ __forceinline__ float* head_of(const TensorView& view, int batch, int head) {
   return static_cast<float*>(view.data) + batch * view.stride_batch + head * view.stride_head;
@@ -40,7 +41,8 @@ struct FloatTile {
   struct OfThread {
     static constexpr int kRowStep = kThreads / kChunks, kCopies = kRows / kRowStep;
     static_assert(kThreads % kChunks == 0 && kRows % kRowStep == 0);
-    int chunk = threadIdx.x % kChunks, row = threadIdx.x / kChunks;
+    const int thread = ptx::forget(static_cast<int>(threadIdx.x));  // or addresses stay in registers between the copies
+    const int chunk = thread % kChunks, row = thread / kChunks;
     __device__ __forceinline__ int place(int i) const { return FloatTile::place(row + i * kRowStep, chunk); }
   };
 
@@ -52,8 +54,7 @@ struct FloatTile {
     using Own = OfThread<kThreads>;
     const Own own;
     const bool is_column = own.chunk * kChunkElements < dim;
-    const float* g_chunk =
-        g_head + (first_row + own.row) * stride_token + (is_column ? own.chunk * kChunkElements : 0);
+    const float* g_chunk = g_head + (first_row + own.row) * stride_token + (is_column ? own.chunk * kChunkElements : 0);
 #pragma unroll
     for (int i = 0; i < Own::kCopies; i++) {
       const bool is_there = is_column && first_row + own.row + i * Own::kRowStep < rows;
@@ -94,8 +95,8 @@ struct FloatTile {
     return s_tile + place(lane % 8, lane / 8);
   }
   static __device__ __forceinline__ void load_right(uint32_t s_place, int group, int pair, uint32_t* b) {
-    ptx::load_matrix_x4(
-        (s_place ^ pair % 2 * (4 * kChunkBytes)) + pair / 2 * kPanelBytes + group * 8 * kPanelRowBytes, b);
+    ptx::load_matrix_x4((s_place ^ pair % 2 * (4 * kChunkBytes)) + pair / 2 * kPanelBytes + group * 8 * kPanelRowBytes,
+                        b);
   }
 
   // As right operand (P V): rows 8 * step + 2t and + 1 with t = lane % 4, of chunk lane / 4 of a panel. So the summed

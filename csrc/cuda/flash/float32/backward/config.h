@@ -74,7 +74,7 @@ struct DqConfig : DqTiles<kDim_> {
   static constexpr int kDim = kDim_;
   static constexpr int kRowWarps = Tiles::kTileQuery / Tiles::kWarpRows,
                        kThreads = kRowWarps * Tiles::kKeyParts * kWarpSize;
-  static constexpr int kRowGroups = Tiles::kWarpRows / kProductRows;  // in a warp
+  static constexpr int kRowGroups = Tiles::kWarpRows / kProductRows;   // in a warp
   static constexpr int kColumns = Tiles::kTileKey / Tiles::kKeyParts;  // of a block of keys, for a warp
   using Table = typename BackwardTiles<kDim>::Queries;
 

@@ -102,10 +102,9 @@ __device__ __forceinline__ bool sum_key_gradients(const BackwardKernelParams& p,
     }
   };
   const auto load_grad_out = [&](const QueryBlock& block) {
-    Query::template load<kThreads>(ptx::shared_address(s.grad_out),
-                                   head_of(call.grad_out, tile.batch, first_head + block.head),
-                                   call.grad_out.stride_token, block.index * kTileQuery, shape.query_length,
-                                   shape.dim_v);
+    Query::template load<kThreads>(
+        ptx::shared_address(s.grad_out), head_of(call.grad_out, tile.batch, first_head + block.head),
+        call.grad_out.stride_token, block.index * kTileQuery, shape.query_length, shape.dim_v);
   };
   const auto queries_of = [&](int row_in_tile) {
     return visible_queries(call, tile.batch, tile.segments.has_runs,
@@ -114,9 +113,9 @@ __device__ __forceinline__ bool sum_key_gradients(const BackwardKernelParams& p,
 
   const auto test = [&](int index, bool& meets, bool& is_uniform) {
     if (!tile.segments.has_ids) return;
-    const SegmentBlock keys = segments.key_blocks[int64_t(tile.batch) * segments.key_tiles + first_row / kTableBlock],
-                       queries = segments.query_blocks[int64_t(tile.batch) * segments.query_tiles +
-                                                       index * kTileQuery / kTableBlock];
+    const SegmentBlock
+        keys = segments.key_blocks[int64_t(tile.batch) * segments.key_tiles + first_row / kTableBlock],
+        queries = segments.query_blocks[int64_t(tile.batch) * segments.query_tiles + index * kTileQuery / kTableBlock];
     meets = may_share_segment(queries, keys), is_uniform = is_one_segment(queries, keys);
   };
   QueryBlockWalk walk(tile.blocks, group_size);

@@ -59,10 +59,10 @@ cudaError_t BackwardLauncher<kDim, kPrecision>::launch(const BackwardParams& par
                        params.window.right == AttentionWindow::kUnbounded;
   BackwardKernelParams p;
   p.call = params;
-  p.of_queries = make_tile_schedule<Queries::Table>(shape.batch * shape.num_heads, group, shape.query_length,
-                                                    row_bytes * shape.key_length, is_even);
-  p.of_keys = make_tile_schedule<Keys::Table>(shape.batch * shape.num_kv_heads, 1, shape.key_length,
-                                              row_bytes * shape.query_length * group, is_even);
+  p.of_queries = make_tile_schedule<typename Queries::Table>(shape.batch * shape.num_heads, group, shape.query_length,
+                                                             row_bytes * shape.key_length, is_even);
+  p.of_keys = make_tile_schedule<typename Keys::Table>(shape.batch * shape.num_kv_heads, 1, shape.key_length,
+                                                       row_bytes * shape.query_length * group, is_even);
   p.lse = static_cast<float*>(params.workspace), p.delta = p.lse + stat_count(shape);
   p.stat_pitch = stat_pitch(shape);
 

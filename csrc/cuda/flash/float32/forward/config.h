@@ -11,7 +11,7 @@ struct ForwardTiles;
 
 template <Precision kPrecision>
 struct ForwardTiles<64, kPrecision> {
-  static constexpr int kTileQuery = 128, kTileKey = 64, kWarpRows = 32, kBlocksAtOnce = 2;
+  static constexpr int kTileQuery = 128, kTileKey = 32, kWarpRows = 32, kBlocksAtOnce = 2;
   static constexpr bool kHoldsQuery = kPrecision == Precision::kTf32;
 };
 template <Precision kPrecision>

@@ -78,8 +78,8 @@ __device__ __forceinline__ bool attend(const ForwardKernelParams& p, const Query
                                  block * kTileKey, shape.key_length, shape.dim_qk);
   };
   const auto load_value = [&](int block) {
-    Value::template load<kThreads>(ptx::shared_address(s.v), head_of(call.v, tile.batch, kv_head),
-                                   call.v.stride_token, block * kTileKey, shape.key_length, shape.dim_v);
+    Value::template load<kThreads>(ptx::shared_address(s.v), head_of(call.v, tile.batch, kv_head), call.v.stride_token,
+                                   block * kTileKey, shape.key_length, shape.dim_v);
   };
   const auto keys_of = [&](int row_in_tile) {
     return keys_of_row(call, tile, min(first_row + row_in_tile, shape.query_length - 1));
@@ -95,8 +95,8 @@ __device__ __forceinline__ bool attend(const ForwardKernelParams& p, const Query
   bool has_block = walk.find_next(block, test);
 
   if constexpr (kIsRepair) __syncthreads();  // the first pass has read its last V
-  Query::template load<kThreads>(ptx::shared_address(s.q), head_of(call.q, tile.batch, tile.head),
-                                 call.q.stride_token, first_row, shape.query_length, shape.dim_qk);
+  Query::template load<kThreads>(ptx::shared_address(s.q), head_of(call.q, tile.batch, tile.head), call.q.stride_token,
+                                 first_row, shape.query_length, shape.dim_qk);
   if (has_block) load_key(block.index);
   ptx::commit_copies();
   ptx::wait_for_copies<0>();
