@@ -34,6 +34,8 @@ SM80_KERNEL = re.compile(
 
 MAX_REGISTERS = 255
 KIB = 1024
+# Kernels that are launched where a device has the shared memory for them; others take the call elsewhere.
+ASKS_THE_DEVICE = ("flash_attention_backward_kernel",)
 MOST_SHARED_MEMORY = {  # of a thread block, on the card with the least that runs the code
     "sm_75": 64 * KIB,
     "sm_80": 99 * KIB,  # 8.6 and 8.9; 8.0 and 8.7 have 163
@@ -128,6 +130,8 @@ def complaints(
                 found.append(f"nobody says how much dynamic shared memory there is in {function}")
                 continue
         most = MOST_SHARED_MEMORY.get(function.arch, 99 * KIB)
+        if match and match[1] in ASKS_THE_DEVICE:
+            most = max(MOST_SHARED_MEMORY.values())
         if function.static_bytes + dynamic_bytes > most:
             found.append(f"{function.static_bytes + dynamic_bytes} bytes of shared memory, of {most}, in {function}")
     every = set().union(*architectures.values())

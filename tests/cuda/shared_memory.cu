@@ -22,6 +22,8 @@ void print_kernels() {
   print("flash_attention_forward_kernel",
         std::max({forward_bytes<kDimQk, kDimV, MaskKind::kFull>(), forward_bytes<kDimQk, kDimV, MaskKind::kCausal>(),
                   forward_bytes<kDimQk, kDimV, MaskKind::kMasked>()}));
+  print("flash_attention_backward_kernel", sizeof(typename SinglePassConfig<void, kDimQk, kDimV>::SharedStorage));
+  print("flash_attention_backward_postprocess_kernel", 0);
   print("flash_attention_backward_dq_kernel", sizeof(typename DqConfig<void, kDimQk, kDimV>::SharedStorage));
   print("flash_attention_backward_dkdv_kernel", sizeof(typename DkdvConfig<void, kDimQk, kDimV>::SharedStorage));
 }

@@ -102,14 +102,19 @@ def shared_memory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_shared_memory_of_every_instantiation_fits_every_card(shared_memory: Path) -> None:
     sizes = check_ptxas.read_shared_memory(shared_memory.read_text())
-    kernels = {"forward": ["forward"], "backward": ["backward_dq", "backward_dkdv"]}
+    kernels = {
+        "forward": ["forward"],
+        "backward": ["backward", "backward_postprocess", "backward_dq", "backward_dkdv"],
+    }
     expected = set()
     for folder, names in kernels.items():
         for path in (SM80 / folder / "instantiations").glob("*.cu"):
             dim, value_dim = re.fullmatch(r"(?:softcap_)?d(\d+)(?:x(\d+))?_\w+", path.stem).groups()
             expected |= {(f"flash_attention_{name}_kernel", int(dim), int(value_dim or dim)) for name in names}
     assert set(sizes) == expected
-    assert all(size <= EVERY_CARD for size in sizes.values()), sizes
+    asking = {size for size in sizes.items() if size[0][0] in check_ptxas.ASKS_THE_DEVICE}
+    assert all(size <= EVERY_CARD for _, size in sizes.items() - asking), sizes
+    assert all(size <= max(check_ptxas.MOST_SHARED_MEMORY.values()) for _, size in asking), sizes
 
 
 @pytest.mark.slow
