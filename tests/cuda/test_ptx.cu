@@ -383,9 +383,11 @@ void test_dependent_launch() {
 }
 
 // ------------------------------------------------------------------------------------------------ arithmetic
-__global__ void arithmetic_kernel(const float* g_in, float* g_exp2, uint32_t* g_bf16, uint32_t* g_half, int count) {
+__global__ void arithmetic_kernel(const float* g_in, float* g_exp2, float* g_reciprocal, uint32_t* g_bf16,
+                                  uint32_t* g_half, int count) {
   for (int i = threadIdx.x; i < count; i += blockDim.x) {
     g_exp2[i] = ptx::exp2_approx(g_in[i]);
+    g_reciprocal[i] = ptx::reciprocal_approx(g_in[i]);
     g_bf16[i] = ptx::pack<__nv_bfloat16>(g_in[i], -g_in[i]);
     g_half[i] = ptx::pack<__half>(g_in[i], -g_in[i]);
   }
@@ -396,21 +398,22 @@ void test_arithmetic() {
   std::vector<float> in(kCount);
   for (auto& x : in) x = (std::rand() / float(RAND_MAX) - 0.8f) * 100.f;
   in[0] = -INFINITY;
-  Array<float> g_in(in), g_exp2(in);
+  Array<float> g_in(in), g_exp2(in), g_reciprocal(in);
   Array<uint32_t> g_bf16(std::vector<uint32_t>(kCount, 0)), g_half(std::vector<uint32_t>(kCount, 0));
-  arithmetic_kernel<<<1, 256>>>(g_in.device, g_exp2.device, g_bf16.device, g_half.device, kCount);
-  const auto exps = g_exp2.read();
+  arithmetic_kernel<<<1, 256>>>(g_in.device, g_exp2.device, g_reciprocal.device, g_bf16.device, g_half.device, kCount);
+  const auto exps = g_exp2.read(), reciprocals = g_reciprocal.read();
   const auto bf16 = g_bf16.read(), half = g_half.read();
-  long long wrong = exps[0] != 0.f;
+  long long wrong = exps[0] != 0.f || reciprocals[0] != 0.f;
   for (int i = 1; i < kCount; i++) {
     const double expected = std::exp2(double(in[i]));
     wrong += std::fabs(exps[i] - expected) > 1e-6 * expected;
+    wrong += in[i] != 0.f && std::fabs(double(reciprocals[i]) * in[i] - 1) > 5e-7;
     const __nv_bfloat16_raw b0 = __float2bfloat16(in[i]), b1 = __float2bfloat16(-in[i]);
     const __half_raw h0 = __float2half(in[i]), h1 = __float2half(-in[i]);
     wrong += bf16[i] != (uint32_t(b0.x) | uint32_t(b1.x) << 16);
     wrong += half[i] != (uint32_t(h0.x) | uint32_t(h1.x) << 16);
   }
-  report("exp2_approx, pack", wrong);
+  report("exp2_approx, reciprocal_approx, pack", wrong);
 }
 
 }  // namespace

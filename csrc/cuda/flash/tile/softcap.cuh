@@ -8,9 +8,9 @@
 // k, which is what the backward pass keeps documents apart by (exceptional.cuh).
 //
 // The tanh is right to 8e-7 of itself, near 0 and far from it: where a cap is so large that it hardly caps, the logits
-// must keep the digits that they have without it. What was weighed, for a logit of the kernels'
-// innermost loop, which has about 20 instructions' worth of time and whose exp2 already takes half of what the special
-// function unit can do beside the tensor cores:
+// must keep the digits that they have without it. A logit of the kernels' innermost loop has about 20 instructions'
+// worth of time, and its exp2 takes half of what the special function unit can do beside the tensor cores. What was
+// weighed:
 //   - tanh.approx.f32, one special function: its error of 2^-11 is 0.015 in a logit of 30, three to ten times the error
 //     of P's rounding to bfloat16 in the output, and 0.01 in lse. Too much.
 //   - 1 - 2 / (exp2(2 x log2(e)) + 1), two special functions: right far from 0, but near 0 its absolute error of 2e-7
