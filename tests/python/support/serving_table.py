@@ -89,7 +89,7 @@ class Limits:
 
     dtypes: tuple[torch.dtype, ...] = DTYPES
     min_capability: tuple[int, int] | None = None
-    dim_multiple: int = 1
+    dim_bytes: int = 1  # of which a head dimension, in bytes, must be a multiple
     max_dim: int | None = None
     refuses: tuple[str, ...] = ()  # keys of FEATURES
 
@@ -99,7 +99,7 @@ class Limits:
         if self.min_capability is not None and call.capability < self.min_capability:
             return False
         for dim in (call.dim, call.value_dim):
-            if dim % self.dim_multiple != 0 or (self.max_dim is not None and dim > self.max_dim):
+            if dim * call.dtype.itemsize % self.dim_bytes != 0 or (self.max_dim is not None and dim > self.max_dim):
                 return False
         return not any(FEATURES[name](call) for name in self.refuses)
 
@@ -111,7 +111,7 @@ OUR_KERNELS_LEAVE = ("empty tensors", "`torch.func` transforms but vmap", "forwa
 CUDNN = Limits(
     dtypes=HALF,
     min_capability=(8, 0),
-    dim_multiple=8,
+    dim_bytes=16,
     max_dim=128,
     refuses=(
         "segment ids",
@@ -130,9 +130,9 @@ ATEN = Limits(refuses=("softcap", "sinks", "lse", *KERNELS_LEAVE))
 TABLE: dict[tuple[str, str], Limits] = {
     ("flash", "cpu"): Limits(dtypes=(torch.float32, *HALF), max_dim=512, refuses=OUR_KERNELS_LEAVE),
     ("flash", "cuda"): Limits(
-        dtypes=HALF,
+        dtypes=(torch.float32, *HALF),
         min_capability=(8, 0),
-        dim_multiple=8,
+        dim_bytes=16,
         max_dim=256,
         refuses=(
             "positions",
@@ -264,8 +264,10 @@ def _render_row(backend: str, device: str, limits: Limits) -> str:
         place += f", compute capability {'.'.join(map(str, limits.min_capability))} or newer"
     dtypes = "every" if limits.dtypes == DTYPES else ", ".join(str(dtype)[len("torch.") :] for dtype in limits.dtypes)
     dims = "any" if limits.max_dim is None else f"up to {limits.max_dim}"
-    if limits.dim_multiple > 1:
-        dims = f"multiples of {limits.dim_multiple} {dims}"
+    if limits.dim_bytes > 1:
+        of_half = limits.dim_bytes // HALF[0].itemsize
+        of_float32 = f" (float32: {limits.dim_bytes // 4})" if torch.float32 in limits.dtypes else ""
+        dims = f"multiples of {of_half}{of_float32} {dims}"
     if backend == "cudnn":
         dims += " (256 on 9.0 with cuDNN 9.10 or newer)"
     return f"| `{backend}` | {place} | {dtypes} | {dims} | {', '.join(limits.refuses) or 'nothing'} |"

@@ -6,17 +6,20 @@
 namespace selfattn::cuda::float32 {
 
 struct LogitScale {
-  float of_scores;    // what the softmax multiplies scores by
-  float before_tanh;  // 0: no softcap
+  float of_scores;  // what the softmax multiplies scores by
+  bool has_softcap;
+  float before_tanh;
 };
 
 __device__ __forceinline__ LogitScale make_logit_scale(float scale, float softcap) {
-  return softcap > 0.f ? LogitScale{softcap, scale / softcap} : LogitScale{scale, 0.f};
+  constexpr float kLargest = 3.4028234e38f;  // a score of 0 times this is 0
+  if (!(softcap > 0.f)) return {scale, false, 0.f};
+  return {softcap, true, fminf(scale / softcap, kLargest)};
 }
 
 template <int kGroups, int kCount>
 __device__ __forceinline__ void cap_scores(float (&scores)[kGroups][kCount], const LogitScale& scale) {
-  if (scale.before_tanh == 0.f) return;
+  if (!scale.has_softcap) return;
 #pragma unroll
   for (int g = 0; g < kGroups; g++)
 #pragma unroll

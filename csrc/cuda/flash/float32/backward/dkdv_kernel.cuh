@@ -268,7 +268,7 @@ __device__ __noinline__ void repair_key_gradients(const BackwardKernelParams& p,
 
 template <class Config>
 __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksAtOnce)
-    float32_attention_backward_dkdv_kernel(const __grid_constant__ BackwardKernelParams p) {
+    flash_attention_backward_dkdv_kernel(const __grid_constant__ BackwardKernelParams p) {
   extern __shared__ __align__(128) unsigned char s_memory[];
   auto& s = *reinterpret_cast<typename Config::SharedStorage*>(s_memory);
   const KeyTile tile = describe_key_tile<Config>(p);

@@ -145,8 +145,7 @@ __device__ __forceinline__ bool sum_query_gradients(const BackwardKernelParams& 
           scores, Query::left_place(ptx::shared_address(s.q), warp_row),
           Key::right_place(ptx::shared_address(s.k)) + part * kColumns * kPanelRowBytes);
       if constexpr (kIsRepair) correct_products<Query, Key>(scores, s.q, warp_row, s.k, part * kColumns);
-      const bool has_softcap = scale.before_tanh != 0.f;
-      if (has_softcap) {
+      if (scale.has_softcap) {
         cap_scores(scores, scale);
 #pragma unroll
         for (int g = 0; g < kGroups; g++)  // dP - delta, times the slope of the softcap
@@ -181,7 +180,7 @@ __device__ __forceinline__ bool sum_query_gradients(const BackwardKernelParams& 
 #pragma unroll
         for (int i = 0; i < kColumns / 2; i++)
           scores[g][i] = score_gradient<kIsRepair>(ptx::exp2_approx(scores[g][i]), dp[g][i],
-                                                   has_softcap ? 0.f : delta[g][i / 2 % 2], 0.f);
+                                                   scale.has_softcap ? 0.f : delta[g][i / 2 % 2], 0.f);
     }
     if constexpr (kIsRepair) {
       if (is_needed) add_exceptional<Key>(grad_q, scores, s.k, part * kColumns);
@@ -218,7 +217,7 @@ __device__ __noinline__ void repair_query_gradients(const BackwardKernelParams& 
 
 template <class Config>
 __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksAtOnce)
-    float32_attention_backward_dq_kernel(const __grid_constant__ BackwardKernelParams p) {
+    flash_attention_backward_dq_kernel(const __grid_constant__ BackwardKernelParams p) {
   extern __shared__ __align__(128) unsigned char s_memory[];
   auto& s = *reinterpret_cast<typename Config::SharedStorage*>(s_memory);
   const DqTile tile = describe_dq_tile<Config>(p);

@@ -67,17 +67,17 @@ cudaError_t BackwardLauncher<kDim, kPrecision>::launch(const BackwardParams& par
   p.stat_pitch = stat_pitch(shape);
 
   if (p.of_queries.tiles) {
-    float32_attention_backward_preprocess_kernel<<<preprocess_blocks(p), kPreprocessThreads, 0, stream>>>(p);
+    flash_attention_backward_preprocess_kernel<<<preprocess_blocks(p), kPreprocessThreads, 0, stream>>>(p);
     if (const cudaError_t status = cudaGetLastError()) return status;
     if (const cudaError_t status =
-            launch_tiles<Queries>(float32_attention_backward_dq_kernel<Queries>, p, p.of_queries.tiles, device, stream))
+            launch_tiles<Queries>(flash_attention_backward_dq_kernel<Queries>, p, p.of_queries.tiles, device, stream))
       return status;
   }
   if (!p.of_keys.tiles) return cudaSuccess;
   if (params.softcap > 0.f)
-    return launch_tiles<CappedKeys>(float32_attention_backward_dkdv_kernel<CappedKeys>, p, p.of_keys.tiles, device,
+    return launch_tiles<CappedKeys>(flash_attention_backward_dkdv_kernel<CappedKeys>, p, p.of_keys.tiles, device,
                                     stream);
-  return launch_tiles<Keys>(float32_attention_backward_dkdv_kernel<Keys>, p, p.of_keys.tiles, device, stream);
+  return launch_tiles<Keys>(flash_attention_backward_dkdv_kernel<Keys>, p, p.of_keys.tiles, device, stream);
 }
 
 }  // namespace selfattn::cuda::float32

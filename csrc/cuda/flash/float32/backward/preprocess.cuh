@@ -15,7 +15,7 @@ inline int preprocess_blocks(const BackwardKernelParams& p) {
 
 // A thread block has kStatRows rows of a head; kLanesOfRow lanes share a row.
 inline __global__ void __launch_bounds__(kPreprocessThreads)
-    float32_attention_backward_preprocess_kernel(const __grid_constant__ BackwardKernelParams p) {
+    flash_attention_backward_preprocess_kernel(const __grid_constant__ BackwardKernelParams p) {
   const AttentionShape& shape = p.call.shape;
   const int blocks_of_head = p.stat_pitch / kStatRows;
   const int head_of_all = blockIdx.x / blocks_of_head, batch = head_of_all / shape.num_heads,

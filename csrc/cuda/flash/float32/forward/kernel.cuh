@@ -208,7 +208,7 @@ __device__ __noinline__ void repair(const ForwardKernelParams& p, const QueryTil
 
 template <class Config>
 __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksAtOnce)
-    float32_attention_forward_kernel(const __grid_constant__ ForwardKernelParams p) {
+    flash_attention_forward_kernel(const __grid_constant__ ForwardKernelParams p) {
   extern __shared__ __align__(128) unsigned char s_memory[];
   auto& s = *reinterpret_cast<typename Config::SharedStorage*>(s_memory);
   const QueryTile tile = describe_tile<Config>(p);

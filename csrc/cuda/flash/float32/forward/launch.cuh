@@ -14,8 +14,9 @@ cudaError_t ForwardLauncher<kDim, kPrecision>::launch(const ForwardParams& param
   using Config = ForwardConfig<kDim, kPrecision>;
   const bool is_masked = params.segments.mode || params.window.left < AttentionWindow::kUnbounded ||
                          params.window.right < AttentionWindow::kUnbounded;
-  const ForwardKernelParams p{params, make_schedule(params.shape, Config::kTileQuery, is_masked, kMaskedLastSectionBytes, sizeof(float))};
-  const auto kernel = float32_attention_forward_kernel<Config>;
+  const ForwardKernelParams p{
+      params, make_schedule(params.shape, Config::kTileQuery, is_masked, kMaskedLastSectionBytes, sizeof(float))};
+  const auto kernel = flash_attention_forward_kernel<Config>;
   int device = 0;
   if (const cudaError_t status = cudaGetDevice(&device)) return status;
   constexpr int kBytes = sizeof(typename Config::SharedStorage);
