@@ -16,6 +16,7 @@
 #include "ptx/launch.cuh"
 #include "ptx/matrix.cuh"
 #include "ptx/mbarrier.cuh"
+#include "ptx/mma_tf32.cuh"
 #include "ptx/reduce.cuh"
 #include "ptx/register.cuh"
 #include "ptx/tma.cuh"
@@ -201,6 +202,46 @@ void test_matrix(bool transposes) {
     wrong += stored[i] != (transposes ? in[matrix * 64 + column * 8 + row] : in[i]);
   }
   report(transposes ? "load_matrix_x4, store_matrix_x4_transposed" : "load_matrix_x4, store_matrix_x4", wrong);
+}
+
+// ------------------------------------------------------------------------------------------------ mma_tf32
+// d = a b and c += a b of a (16, 8) and b (8, 8) in rows.
+__global__ void tf32_kernel(const uint32_t* g_a, const uint32_t* g_b, float* g_c, float* g_d) {
+  const int g = threadIdx.x / 4, t = threadIdx.x % 4;
+  const uint32_t a[4] = {g_a[g * 8 + t], g_a[(g + 8) * 8 + t], g_a[g * 8 + t + 4], g_a[(g + 8) * 8 + t + 4]};
+  const uint32_t b[2] = {g_b[t * 8 + g], g_b[(t + 4) * 8 + g]};
+  const auto place = [&](int i) { return (g + i / 2 * 8) * 8 + 2 * t + i % 2; };
+  float c[4], d[4];
+  for (int i = 0; i < 4; i++) c[i] = g_c[place(i)];
+  ptx::multiply_tf32(c, a, b[0], b[1]);
+  ptx::begin_multiply_tf32(d, a, b[0], b[1]);
+  for (int i = 0; i < 4; i++) g_c[place(i)] = c[i], g_d[place(i)] = d[i];
+}
+
+void test_tf32() {
+  // Whole numbers, with noise in the bits that are not read.
+  const auto make = [](int count, std::vector<float>& numbers) {
+    std::vector<uint32_t> operand(count);
+    for (int i = 0; i < count; i++) {
+      numbers.push_back(float(std::rand() % 2001 - 1000));
+      operand[i] = reinterpret_cast<const uint32_t&>(numbers.back()) | (std::rand() & 0x1fff);
+    }
+    return operand;
+  };
+  std::vector<float> a, b, c(128);
+  for (auto& x : c) x = float(std::rand() % 1000);
+  Array<uint32_t> g_a(make(128, a)), g_b(make(64, b));
+  Array<float> g_c(c), g_d(c);
+  tf32_kernel<<<1, 32>>>(g_a.device, g_b.device, g_c.device, g_d.device);
+  const auto sum = g_c.read(), product = g_d.read();
+  long long wrong = 0;
+  for (int i = 0; i < 128; i++) {
+    float expected = 0.f;
+    for (int k = 0; k < 8; k++) expected += a[i / 8 * 8 + k] * b[k * 8 + i % 8];
+    wrong += product[i] != expected;
+    wrong += sum[i] != expected + c[i];
+  }
+  report("multiply_tf32, begin_multiply_tf32", wrong);
 }
 
 // ------------------------------------------------------------------------------------------------ copies
@@ -435,6 +476,7 @@ int main() {
   test_products<__half>();
   test_matrix(false);
   test_matrix(true);
+  test_tf32();
   test_tensor_copies();
   test_bulk_copies();
   test_named_barriers();

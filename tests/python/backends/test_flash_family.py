@@ -225,7 +225,8 @@ try:
         results = step("flash", q, k, v)
         torch.cuda.synchronize()
     names = {event.name for event in profiler.events()}
-    print({family for family in ("sm80", "sm90", "float32") if any(f"::{family}::flash_attention" in name for name in names)})
+    families = ("sm80", "sm90", "float32")
+    print({family for family in families if any(f"::{family}::flash_attention" in name for name in names)})
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         step("flash", q.float(), k.float(), v.float())
         torch.cuda.synchronize()

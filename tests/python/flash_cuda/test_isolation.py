@@ -10,7 +10,7 @@ import selfattn  # noqa: F401
 pytestmark = pytest.mark.gpu
 
 POISONED = ("q", "k", "v", "grad_out", "all")
-VALUES = {"nan": float("nan"), "inf": float("inf"), "minus_inf": -float("inf")}
+VALUES = {"nan": float("nan"), "inf": float("inf"), "minus_inf": -float("inf"), "huge": 3e38}
 
 # Of each form of the kernels: short rows take the split backward, long ones the fused one, D 256 always; the last two
 # leave the choice to the device.
@@ -23,6 +23,13 @@ PROBLEMS = {
     },
     **{f"dense_d{dim}": CudaCase(dim=dim) for dim in (40, 64, 96, 128, 192, 256)},
     "values_narrower": CudaCase(dim=192, value_dim=128, ids="padding_around"),
+    **{
+        f"float32_{ids}_d{dim}": CudaCase(ids=ids, dim=dim, dtype=torch.float32)
+        for ids in (None, "padding_around", "shuffled_padding")
+        for dim in (64, 128, 256)
+    },
+    "float32_softcap": CudaCase(ids="blocks", dtype=torch.float32, softcap=2.0),
+    "float32_long": long(2600, ids="long_documents", dim=64, dtype=torch.float32),
     "fp16": CudaCase(dtype=torch.float16, ids="padding_around"),
     "grad_lse": CudaCase(has_grad_lse=True, ids="padding_around"),
     "window": CudaCase(window_left=30, window_right=20, causal=False),
@@ -76,11 +83,26 @@ def run(problem: CudaCase, tensors: dict[str, Tensor], grads: dict[str, Tensor])
 
 
 @pytest.mark.parametrize("is_deterministic", [False, True], ids=["", "deterministic"])
-@pytest.mark.parametrize("value", VALUES)
+@pytest.mark.parametrize("value", ("nan", "inf", "minus_inf"))
 @pytest.mark.parametrize("poisoned", POISONED)
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_isolation_of_the_cuda_kernels(name: str, poisoned: str, value: str, is_deterministic: bool) -> None:
-    problem = PROBLEMS[name].with_(spread=1.0)
+    check_isolation(PROBLEMS[name].with_(spread=1.0), poisoned, value, is_deterministic)
+
+
+@pytest.mark.parametrize("value", VALUES)
+@pytest.mark.parametrize("poisoned", POISONED)
+@pytest.mark.parametrize("name", [name for name in PROBLEMS if name.startswith("float32")])
+def test_isolation_where_products_take_tf32(name: str, poisoned: str, value: str) -> None:
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        check_isolation(PROBLEMS[name].with_(spread=1.0), poisoned, value, True)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+def check_isolation(problem: CudaCase, poisoned: str, value: str, is_deterministic: bool) -> None:
     if is_deterministic and problem.num_queries < 1000 and problem.dim <= 128:
         problem = problem.with_(batch=1)
     tensors, grads = problem.tensors(device="cuda"), problem.grads(device="cuda")
