@@ -59,7 +59,8 @@ def size(tensor: Tensor) -> float:
 
 def check(problem: CudaCase, floor: float = 1.5e-7) -> None:
     """The error is at most twice that of the formula, whose products PyTorch multiplies in the same precision. `floor`:
-    of the results' size, where the formula is exact by chance, as in rows of one key."""
+    of the results' size, where the formula is exact by chance, as in rows of one key. Gradients come from lse in
+    float32, whose rounding is felt in the weights; the formula has these from its own sums."""
     call, results = run(problem)
     exact = dense_attention(**call)
     peers = dense_attention(**call, precision=torch.float32)
@@ -74,10 +75,12 @@ def check(problem: CudaCase, floor: float = 1.5e-7) -> None:
         floor += TF32_STEP
     if not finite.any():
         results.pop("lse")
+    of_lse = 2**-24 * exact["lse"][finite].abs().max().item() if finite.any() else 0.0
     for name, mine in results.items():
         counted = finite if name == "lse" else ...
         error, allowance = (size(x[counted].double() - exact[name][counted]) for x in (mine, peers[name]))
-        assert error <= 2 * allowance + floor * max(size(exact[name][counted]), 0.1), (
+        of_all = floor + (of_lse if name[0] == "d" else 0.0)
+        assert error <= 2 * allowance + of_all * max(size(exact[name][counted]), 0.1), (
             f"{name}: error {error:.2e}, the formula's {allowance:.2e}"
         )
 
