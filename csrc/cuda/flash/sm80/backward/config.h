@@ -88,8 +88,8 @@ struct SinglePassTiles<96, 96> : SinglePassTiles<128, 128> {
   static constexpr int kDqRowWarps = 4;
 };
 template <>
-struct SinglePassTiles<192, 128> : SinglePassTiles<128, 128> {
-  static constexpr int kTileKey = 64;
+struct SinglePassTiles<192, 128> {
+  static constexpr int kWarps = 8, kTileKey = 64, kDqRowWarps = 2, kBlocksAtOnce = 1;
 };
 template <>
 struct SinglePassTiles<192, 192> : SinglePassTiles<192, 128> {};
@@ -188,11 +188,9 @@ struct SinglePassConfig : SinglePassTiles<kDimQk_, kDimV_> {
     alignas(128) unsigned char grad_out[2][GradOut::kBytes];
     alignas(128) unsigned char weights[Score::kBytes];  // P
     alignas(128) unsigned char grad_scores[Score::kBytes];
-    // Of the queries in q: their statistics (row_stats.cuh), and the keys of their runs.
+    // The statistics of the queries in q (row_stats.cuh).
     alignas(16) float lse_log2[2][kTileQuery];
     alignas(16) float delta[2][kTileQuery];
-    alignas(16) int run_begin[2][kTileQuery];
-    alignas(16) int run_end[2][kTileQuery];
   };
   static_assert(kScoreKeys % 16 == 0 && kDimQk % (16 * kKeyColumnWarps) == 0 && kDimV % (16 * kKeyColumnWarps) == 0);
 };

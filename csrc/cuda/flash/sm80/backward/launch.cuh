@@ -27,7 +27,7 @@ namespace selfattn::cuda::sm80 {
 
 // Tiles of heads that are worked on together: so many that what all of them read stays in L2, and, where the tiles
 // differ in length, more of them at the end.
-constexpr int64_t kSectionBytes = 4 << 20, kUnevenLastSectionBytes = 16 << 20;
+constexpr int64_t kSectionBytes = 4 << 20, kUnevenLastSectionBytes = 32 << 20;
 
 // bytes_of_group: what is read by all tiles of `group` heads.
 inline TileSchedule make_schedule(int heads, int group, int length, int tile_rows, int64_t bytes_of_group,

@@ -113,7 +113,7 @@ struct SinglePass {
         head_of(call.grad_out, tile.batch, head) + GradOutSource::offset(call.grad_out.stride_token, call.shape.dim_v)};
   }
 
-  // Q and dO with the statistics of their rows and, where there are runs, these.
+  // Q and dO with the statistics of their rows.
   __device__ __forceinline__ void load_queries(HeadSources& sources, const QueryBlock& block, int buffer) const {
     const AttentionShape& shape = call.shape;
     const int first = block.index * kTileQuery;
@@ -124,29 +124,17 @@ struct SinglePass {
     Query::load(ptx::shared_address(s.q[buffer]), q, first, shape.query_length);
     GradOut::load(ptx::shared_address(s.grad_out[buffer]), grad_out, first, shape.query_length);
     constexpr int kWords = kChunkBytes / 4, kChunks = kTileQuery / kWords;
-    static_assert(4 * kChunks <= kThreads);
-    if (threadIdx.x >= 4 * kChunks) return;
-    const int array = threadIdx.x / kChunks, column = threadIdx.x % kChunks * kWords;
-    if (array < 2) {
-      const float* g_stats = (array ? p.delta : p.lse_log2) +
-                             (int64_t(tile.batch) * shape.num_heads + query_head(block)) * p.stat_pitch + first +
-                             column;
-      ptx::copy_async(ptx::shared_address((array ? s.delta : s.lse_log2)[buffer] + column), g_stats, true);
-    } else if (tile.segments.has_runs) {
-      const int* g_runs = (array == 2 ? call.segments.run_begin : call.segments.run_end) +
-                          int64_t(tile.batch) * call.segments.pitch_query + first + column;
-      ptx::copy_async(ptx::shared_address((array == 2 ? s.run_begin : s.run_end)[buffer] + column), g_runs, true);
-    }
+    if (threadIdx.x >= 2 * kChunks) return;
+    const bool is_delta = threadIdx.x >= kChunks;
+    const int column = threadIdx.x % kChunks * kWords;
+    const float* g_stats = (is_delta ? p.delta : p.lse_log2) +
+                           (int64_t(tile.batch) * shape.num_heads + query_head(block)) * p.stat_pitch + first + column;
+    ptx::copy_async(ptx::shared_address((is_delta ? s.delta : s.lse_log2)[buffer] + column), g_stats, true);
   }
 
   // The keys that the row of a block may see, ids aside.
-  __device__ __forceinline__ Interval keys_of(int first_query, int row, int buffer) const {
-    const AttentionShape& shape = call.shape;
-    const int in_length = min(row, shape.query_length - 1 - first_query);
-    const Interval keys =
-        keys_of_query(call.window, first_query + in_length, shape.key_length - shape.query_length, shape.key_length);
-    return tile.segments.has_runs ? keys & Interval{s.run_begin[buffer][in_length], s.run_end[buffer][in_length]}
-                                  : keys;
+  __device__ __forceinline__ Interval keys_of(int query) const {
+    return visible_keys(call, tile.batch, tile.segments.has_runs, min(query, call.shape.query_length - 1));
   }
 
   // Whether a row of the block is out of the ordinary; the same for all warps.
@@ -223,14 +211,13 @@ struct SinglePass {
   }
 
   // P of a masked pair becomes 0: behind the statistics, which may be NaN.
-  __device__ __forceinline__ void mask_exponents(Scores& scores, const QueryBlock& block, int buffer,
-                                                 bool is_cut) const {
+  __device__ __forceinline__ void mask_exponents(Scores& scores, const QueryBlock& block, bool is_cut) const {
     const int first_query = block.index * kTileQuery, column = score_key + 2 * (lane % 4);
 #pragma unroll
     for (int g = 0; g < kScoreGroups; g++) {
       const int row = score_row + 16 * g + lane / 4;
       if (is_cut) {
-        const Interval keys[2] = {keys_of(first_query, row, buffer), keys_of(first_query, row + 8, buffer)};
+        const Interval keys[2] = {keys_of(first_query + row), keys_of(first_query + row + 8)};
         mask_by_intervals<true>(scores[g], keys, first_key() + column);
       }
       if (block.by_ids) {
@@ -269,7 +256,7 @@ struct SinglePass {
       }
     }
     if (!rectangle.is_cut && !block.by_ids) return;
-    mask_exponents(scores, block, buffer, rectangle.is_cut);
+    mask_exponents(scores, block, rectangle.is_cut);
 #pragma unroll
     for (int g = 0; g < kScoreGroups; g++) clear_masked(scores[g], packed[g]);
   }
@@ -470,7 +457,7 @@ struct SinglePass {
           take_careful_exponents(weights, block, buffer);
         else
           take_exponents(weights, buffer);
-        mask_exponents(weights, block, buffer, rectangle.is_cut);
+        mask_exponents(weights, block, rectangle.is_cut);
         exponentiate(weights);
         multiply<GradOut, Value>(dp, s.grad_out[buffer], s.v);
         store_scores(s.weights, weights);
