@@ -24,7 +24,8 @@ def run(problem: CudaCase) -> tuple[dict[str, torch.Tensor], dict[str, torch.Ten
 
 
 def assert_as_good(problem: CudaCase) -> None:
-    """Every result's error is that of the formula in the same precision; the floor counts where it is exact."""
+    """Every result's error is that of the formula in the same precision; the floor counts where it is exact, or all
+    weights of a row are nearly the same, so that one rounding of them, up or down, is everybody's."""
     call, results = run(problem)
     exact = dense_attention(**call)
     peers = dense_attention(**call, precision=torch.float32, rounding=problem.dtype)
@@ -33,7 +34,9 @@ def assert_as_good(problem: CudaCase) -> None:
         error, allowance = (
             (tensor.double() - exact[name]).square().mean().sqrt().item() for tensor in (mine, peers[name])
         )
-        floor = 1e-6 * exact[name].abs().max().item() if name == "lse" else 1e-5
+        half_ulp = torch.finfo(problem.dtype).eps / 4
+        scale = exact[name].square().mean().sqrt().item()
+        floor = 1e-6 * exact[name].abs().max().item() if name == "lse" else half_ulp * scale + 1e-5
         assert error <= 2 * allowance + floor, f"{name}: error {error:.2e}, same-precision formula {allowance:.2e}"
 
 
