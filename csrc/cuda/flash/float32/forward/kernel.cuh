@@ -116,6 +116,7 @@ __device__ __forceinline__ bool attend(const ForwardKernelParams& p, const Query
   RowSoftmax softmax[kGroups];
   float out[kGroups][Config::kDim / 2];
   clear(out);
+  float spoilt = 0.f;  // NaN where a score was not finite
 
 #pragma unroll 1
   while (has_block) {
@@ -138,7 +139,16 @@ __device__ __forceinline__ bool attend(const ForwardKernelParams& p, const Query
       } else {
         multiply_rows<kPrecision, Query, Key, false>(scores, query_place, key_place);
       }
-      if constexpr (kIsRepair) correct_products<Query, Key>(scores, s.q, warp_row, s.k, 0);
+      if constexpr (kIsRepair) {
+        correct_products<Query, Key>(scores, s.q, warp_row, s.k, 0);
+      } else {
+        // Of an infinite score not even the sign is right: tensor cores do not take what overflows for infinite before
+        // the end of a sum, and so add it to an infinity of the smaller terms.
+#pragma unroll
+        for (int g = 0; g < kGroups; g++)
+#pragma unroll
+          for (int i = 0; i < kTileKey / 2; i++) spoilt = fmaf(scores[g][i], 0.f, spoilt);
+      }
       cap_scores(scores, scale);
       const bool is_cut = first_key + kTileKey > shared.end || first_key < shared.begin;
       if (is_cut || block.by_ids) {
@@ -181,7 +191,7 @@ __device__ __forceinline__ bool attend(const ForwardKernelParams& p, const Query
     block = next, has_block = has_next;
   }
 
-  bool is_spoilt = false;
+  bool is_spoilt = spoilt != spoilt;
 #pragma unroll
   for (int g = 0; g < kGroups; g++)
 #pragma unroll
