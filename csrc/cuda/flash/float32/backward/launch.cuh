@@ -67,7 +67,7 @@ cudaError_t BackwardLauncher<kDim, kPrecision>::launch(const BackwardParams& par
   p.stat_pitch = stat_pitch(shape);
 
   if (p.of_queries.tiles) {
-    flash_attention_backward_preprocess_kernel<<<preprocess_blocks(p), kPreprocessThreads, 0, stream>>>(p);
+    flash_attention_backward_preprocess_kernel<kPrecision><<<preprocess_blocks(p), kPreprocessThreads, 0, stream>>>(p);
     if (const cudaError_t status = cudaGetLastError()) return status;
     if (const cudaError_t status =
             launch_tiles<Queries>(flash_attention_backward_dq_kernel<Queries>, p, p.of_queries.tiles, device, stream))

@@ -2,6 +2,7 @@
 // so dQ may be written over it.
 #pragma once
 #include "config.h"
+#include "flash/float32/precision.cuh"
 #include "params.cuh"
 #include "row_stats.cuh"
 
@@ -13,8 +14,11 @@ inline int preprocess_blocks(const BackwardKernelParams& p) {
   return p.call.shape.batch * p.call.shape.num_heads * (p.stat_pitch / kStatRows);
 }
 
-// A thread block has kStatRows rows of a head; kLanesOfRow lanes share a row.
-inline __global__ void __launch_bounds__(kPreprocessThreads)
+// A thread block has kStatRows rows of a head; kLanesOfRow lanes share a row. delta stands for the sum of P dP over a
+// row, and dP is made of rounded dO in "tf32": so dO is rounded here, too, or what should cancel would not (in a row of
+// one key all of it).
+template <Precision kPrecision>
+__global__ void __launch_bounds__(kPreprocessThreads)
     flash_attention_backward_preprocess_kernel(const __grid_constant__ BackwardKernelParams p) {
   const AttentionShape& shape = p.call.shape;
   const int blocks_of_head = p.stat_pitch / kStatRows;
@@ -32,7 +36,10 @@ inline __global__ void __launch_bounds__(kPreprocessThreads)
     for (int column = first_column; is_there && column < shape.dim_v; column += kLanesOfRow * kChunkElements) {
       const float4 a = *reinterpret_cast<const float4*>(g_out + row * p.call.out.stride_token + column),
                    b = *reinterpret_cast<const float4*>(g_grad_out + row * p.call.grad_out.stride_token + column);
-      delta = fmaf(a.x, b.x, fmaf(a.y, b.y, fmaf(a.z, b.z, fmaf(a.w, b.w, delta))));
+      const auto rounded = [](float x) {
+        return kPrecision == Precision::kTf32 && !is_exceptional(x) ? round_to_tf32(x) : x;
+      };
+      delta = fmaf(a.x, rounded(b.x), fmaf(a.y, rounded(b.y), fmaf(a.z, rounded(b.z), fmaf(a.w, rounded(b.w), delta))));
     }
 #pragma unroll
     for (int distance = kLanesOfRow / 2; distance; distance /= 2) delta += __shfl_xor_sync(~0u, delta, distance);
