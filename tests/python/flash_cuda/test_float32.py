@@ -80,9 +80,9 @@ def check(problem: CudaCase, floor: float = 1.5e-7) -> None:
     for name, mine in results.items():
         counted = finite if name == "lse" else ...
         error, allowance = (size(x[counted].double() - exact[name][counted]) for x in (mine, peers[name]))
-        is_gradient = name[0] == "d"  # rows of one key have none, but for rounding
-        of_all = floor + (of_lse if is_gradient else 0.0)
-        assert error <= 2 * allowance + of_all * max(size(exact[name][counted]), 1.0 if is_gradient else 0.1), (
+        # Gradients of rows of one key, and logits near 0, have only the rounding of what they are summed of.
+        of_all = floor + (of_lse if name[0] == "d" else 0.0)
+        assert error <= 2 * allowance + of_all * max(size(exact[name][counted]), 0.1 if name == "out" else 1.0), (
             f"{name}: error {error:.2e}, the formula's {allowance:.2e}"
         )
 
