@@ -1,12 +1,10 @@
 // What the float32 backward kernels are told.
 #pragma once
-#include "flash/sm80/backward/segments.cuh"
+#include "flash/tile/key_blocks.cuh"
+#include "flash/tile/row_segments.cuh"
 #include "flash/tile/tile_order.cuh"
 
 namespace selfattn::cuda::float32 {
-
-using sm80::blocks_of, sm80::RowSegments, sm80::segments_of_row, sm80::tile_of_blocks, sm80::visible_keys,
-    sm80::visible_queries, sm80::WarpReach;
 
 struct BackwardKernelParams {
   BackwardParams call;

@@ -16,7 +16,6 @@
 #include "params.cuh"
 #include "products.cuh"
 #include "row_stats.cuh"
-#include "segments.cuh"
 
 namespace selfattn::cuda::sm80 {
 

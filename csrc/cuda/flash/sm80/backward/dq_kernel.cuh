@@ -7,10 +7,10 @@
 #pragma once
 #include "config.h"
 #include "flash/tile/mask.cuh"
+#include "flash/tile/row_segments.cuh"
 #include "params.cuh"
 #include "products.cuh"
 #include "row_stats.cuh"
-#include "segments.cuh"
 
 namespace selfattn::cuda::sm80 {
 

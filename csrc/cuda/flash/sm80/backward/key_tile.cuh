@@ -2,8 +2,8 @@
 #pragma once
 #include "config.h"
 #include "flash/tile/key_blocks.cuh"
+#include "flash/tile/row_segments.cuh"
 #include "params.cuh"
-#include "segments.cuh"
 
 namespace selfattn::cuda::sm80 {
 

@@ -1,10 +1,13 @@
-// How the segments of a batch's row limit the pairs: by runs of neighbouring tokens, by ids, or not at all.
+// How the segments of a batch's row limit the pairs: by runs of neighbouring tokens, by ids, or not at all. Causal
+// limit, window, length and run are an interval each, so together they are one, whose ends never decrease from token to
+// token.
 #pragma once
-#include "flash/segments/tables.h"
-#include "flash/tile/key_blocks.cuh"
-#include "flash/tile/window.h"
+#include <climits>
 
-namespace selfattn::cuda::sm80 {
+#include "flash/segments/tables.h"
+#include "window.h"
+
+namespace selfattn::cuda {
 
 struct RowSegments {
   bool has_runs, has_ids;
@@ -21,15 +24,21 @@ __device__ __forceinline__ Interval run_of(const SegmentTables& segments, int ba
   return {segments.run_begin[place], segments.run_end[place]};
 }
 
-// The keys that a query may see, and the queries that may see a key, ids aside.
-__device__ __forceinline__ Interval visible_keys(const BackwardParams& p, int batch, bool has_runs, int query) {
-  const Interval keys = keys_of_query(p.window, query, p.shape.key_length - p.shape.query_length, p.shape.key_length);
-  return has_runs ? keys & run_of(p.segments, batch, query) : keys;
+// The keys that a query may see by its window alone, and by its run, too.
+__device__ __forceinline__ Interval visible_keys_by_window(const BackwardParams& p, int query) {
+  return keys_of_query(p.window, query, p.shape.key_length - p.shape.query_length, p.shape.key_length);
 }
+__device__ __forceinline__ Interval visible_keys(const BackwardParams& p, int batch, bool has_runs, int query) {
+  Interval keys = visible_keys_by_window(p, query);
+  if (has_runs) keys = keys & run_of(p.segments, batch, query);
+  return keys;
+}
+
+// The queries that may see a key, ids aside.
 __device__ __forceinline__ Interval visible_queries(const BackwardParams& p, int batch, bool has_runs, int key) {
-  const Interval queries =
-      queries_of_key(p.window, key, p.shape.key_length - p.shape.query_length, p.shape.query_length);
-  return has_runs ? queries & run_of(p.segments, batch, key) : queries;
+  Interval queries = queries_of_key(p.window, key, p.shape.key_length - p.shape.query_length, p.shape.query_length);
+  if (has_runs) queries = queries & run_of(p.segments, batch, key);
+  return queries;
 }
 
 // The blocks of `size` tokens that an interval meets.
@@ -37,20 +46,20 @@ __device__ __forceinline__ Interval blocks_of(const Interval& tokens, int size) 
   return {tokens.begin / size, tokens.end > tokens.begin ? (tokens.end - 1) / size + 1 : 0};
 }
 
-// What both blocks hold together. One that is all padding leaves none of one id alone.
-__device__ __forceinline__ SegmentBlock unite(const SegmentBlock& a, const SegmentBlock& b) {
-  SegmentBlock both = {min(a.min_id, b.min_id), max(a.max_id, b.max_id), a.signature | b.signature};
-  const bool has_padding = (a.signature == 0) != (b.signature == 0);
-  if (has_padding && both.min_id == both.max_id) both.max_id < 0x7fffffff ? both.max_id++ : both.min_id--;
-  return both;
-}
-
-// A tile of one or two blocks, the first of which is `first` of `blocks`.
+// What is known of the segments in a tile of one or two blocks of the tables, block `first` of `blocks` and the next.
 template <int kBlocks>
 __device__ __forceinline__ SegmentBlock tile_of_blocks(const SegmentBlock* g_row, int first, int blocks) {
   static_assert(kBlocks == 1 || kBlocks == 2);
-  const SegmentBlock block = g_row[first];
-  return kBlocks == 2 && first + 1 < blocks ? unite(block, g_row[first + 1]) : block;
+  SegmentBlock block = g_row[first];
+  if (kBlocks == 2 && first + 1 < blocks) {
+    const SegmentBlock second = g_row[first + 1];
+    const bool has_padding = (block.min_id > block.max_id) != (second.min_id > second.max_id);  // all of one
+    block.min_id = min(block.min_id, second.min_id), block.max_id = max(block.max_id, second.max_id);
+    block.signature |= second.signature;
+    // As in the preparation: one id and padding are made to look like two ids, for uniform means unmasked.
+    if (has_padding && block.min_id == block.max_id) block.max_id < INT_MAX ? block.max_id++ : block.min_id--;
+  }
+  return block;
 }
 
 // Of 16 or 32 rows that a warp has: the columns that some row meets, and those that all meet, ids aside. Both ends of
@@ -68,4 +77,4 @@ struct WarpReach {
   }
 };
 
-}  // namespace selfattn::cuda::sm80
+}  // namespace selfattn::cuda
