@@ -9,6 +9,7 @@
 #pragma once
 #include "dkdv_kernel.cuh"
 #include "dq_kernel.cuh"
+#include "flash/tile/make_schedule.h"
 #include "host/device.h"
 #include "launcher.h"
 #include "preprocess.cuh"
@@ -23,18 +24,9 @@ constexpr int64_t kTileSectionBytes = 4 << 20, kUnevenLastSectionBytes = 16 << 2
 // bytes_of_group: what is read by all tiles of `group` heads.
 template <class Table>
 TileSchedule make_tile_schedule(int heads, int group, int length, int64_t bytes_of_group, bool is_even) {
-  const auto heads_in = [&](int64_t bytes) {
-    const int64_t count = (bytes > bytes_of_group ? bytes / bytes_of_group : 1) * group;
-    return count < heads ? int(count) : heads;
-  };
-  TileSchedule schedule;
-  schedule.heads = heads;
-  schedule.tiles_per_head = (length + Table::kOrderedRows - 1) / Table::kOrderedRows * Table::kTilesTogether;
-  schedule.tiles = heads * schedule.tiles_per_head;
-  schedule.section = heads_in(kTileSectionBytes);
-  const int wanted = is_even ? schedule.section : heads_in(kUnevenLastSectionBytes);
-  schedule.last_section = heads - (heads - wanted) / schedule.section * schedule.section;
-  return schedule;
+  const int tiles_per_head = (length + Table::kOrderedRows - 1) / Table::kOrderedRows * Table::kTilesTogether;
+  return divide_into_sections(heads, group, tiles_per_head, bytes_of_group, kTileSectionBytes,
+                              is_even ? kTileSectionBytes : kUnevenLastSectionBytes);
 }
 
 template <class Config, class Kernel>

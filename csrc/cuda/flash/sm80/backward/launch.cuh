@@ -17,6 +17,7 @@
 #include "dq_accumulator.cuh"
 #include "dq_kernel.cuh"
 #include "flash/tile/element.h"
+#include "flash/tile/make_schedule.h"
 #include "host/device.h"
 #include "launcher.h"
 #include "preprocess.cuh"
@@ -30,20 +31,10 @@ namespace selfattn::cuda::sm80 {
 constexpr int64_t kSectionBytes = 4 << 20, kUnevenLastSectionBytes = 32 << 20;
 
 // bytes_of_group: what is read by all tiles of `group` heads.
-inline TileSchedule make_schedule(int heads, int group, int length, int tile_rows, int64_t bytes_of_group,
-                                  bool is_even) {
-  const auto heads_in = [&](int64_t bytes) {
-    const int64_t count = (bytes > bytes_of_group ? bytes / bytes_of_group : 1) * group;
-    return count < heads ? int(count) : heads;
-  };
-  TileSchedule schedule;
-  schedule.heads = heads;
-  schedule.tiles_per_head = (length + tile_rows - 1) / tile_rows;
-  schedule.tiles = heads * schedule.tiles_per_head;
-  schedule.section = heads_in(kSectionBytes);
-  const int wanted = is_even ? schedule.section : heads_in(kUnevenLastSectionBytes);
-  schedule.last_section = heads - (heads - wanted) / schedule.section * schedule.section;
-  return schedule;
+inline TileSchedule make_backward_schedule(int heads, int group, int length, int tile_rows, int64_t bytes_of_group,
+                                           bool is_even) {
+  return divide_into_sections(heads, group, (length + tile_rows - 1) / tile_rows, bytes_of_group, kSectionBytes,
+                              is_even ? kSectionBytes : kUnevenLastSectionBytes);
 }
 
 template <class Element, int kDimV>
@@ -99,8 +90,8 @@ cudaError_t launch_single_pass(BackwardKernelParams p, const BackwardPlan& plan,
   for (p.first_batch = 0; p.first_batch < shape.batch; p.first_batch += plan.batches_at_once) {
     const int batches = std::min(plan.batches_at_once, shape.batch - p.first_batch);
     const int key_blocks = (shape.key_length + Config::kKeyBlock - 1) / Config::kKeyBlock;
-    p.of_keys = make_schedule(batches * shape.num_kv_heads, 1, key_blocks * Config::kKeyBlock, Config::kTileKey,
-                              bytes_of_group, is_even);
+    p.of_keys = make_backward_schedule(batches * shape.num_kv_heads, 1, key_blocks * Config::kKeyBlock,
+                                       Config::kTileKey, bytes_of_group, is_even);
     const int query_tiles = batches * shape.num_heads * p.query_blocks;
     if (const cudaError_t status =
             cudaMemsetAsync(p.dq_sums, 0, sizeof(float) * query_tiles * DqAccumulator<Config>::kTileFloats, stream))
@@ -133,10 +124,10 @@ cudaError_t BackwardLauncher<kElement, kDimQk, kDimV, kHasSoftcap>::launch(const
   BackwardKernelParams p = {};
   p.call = params;
   p.group_size = group;
-  p.of_queries = make_schedule(shape.batch * shape.num_heads, group, shape.query_length, Queries::kTileQuery,
-                               row_bytes * shape.key_length, is_even);
-  p.of_keys = make_schedule(shape.batch * shape.num_kv_heads, 1, shape.key_length, Keys::kTileKey,
-                            row_bytes * shape.query_length * group, is_even);
+  p.of_queries = make_backward_schedule(shape.batch * shape.num_heads, group, shape.query_length, Queries::kTileQuery,
+                                        row_bytes * shape.key_length, is_even);
+  p.of_keys = make_backward_schedule(shape.batch * shape.num_kv_heads, 1, shape.key_length, Keys::kTileKey,
+                                     row_bytes * shape.query_length * group, is_even);
   p.lse_log2 = static_cast<float*>(params.workspace), p.delta = p.lse_log2 + stat_count(shape);
   p.stat_pitch = stat_pitch(shape);
   p.softcap = Softcap::of(params.scale, params.softcap);
