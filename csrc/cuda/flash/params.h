@@ -10,8 +10,15 @@ namespace selfattn::cuda {
 
 enum class ElementType { kBFloat16, kHalf, kFloat };
 
-// A (batch, tokens, heads, dim) tensor: any strides (in elements, multiples of 16 bytes), dim contiguous, data 16-byte
-// aligned. The stride of a dimension of size 1 is never used.
+// How the rows of a call lie in memory, which its head dimensions decide (row_layout).
+enum class RowLayout {
+  kAligned,    // in whole chunks of 16 bytes: head dimensions, strides and addresses are multiples of 16 bytes
+  kUnaligned,  // from any element on
+};
+constexpr int kRowChunkBytes = 16;
+
+// A (batch, tokens, heads, dim) tensor: any strides (in elements), dim contiguous; data and strides as RowLayout says.
+// The stride of a dimension of size 1 is never used.
 struct TensorView {
   void* data;
   int64_t stride_batch, stride_token, stride_head;
@@ -20,8 +27,13 @@ struct TensorView {
 struct AttentionShape {
   int batch, query_length, key_length;
   int num_heads, num_kv_heads;  // query head h reads kv head h / (num_heads / num_kv_heads)
-  int dim_qk, dim_v;            // multiples of 16 bytes
+  int dim_qk, dim_v;
 };
+
+inline RowLayout row_layout(const AttentionShape& shape, int element_bytes) {
+  const bool is_aligned = (shape.dim_qk * element_bytes | shape.dim_v * element_bytes) % kRowChunkBytes == 0;
+  return is_aligned ? RowLayout::kAligned : RowLayout::kUnaligned;
+}
 
 // Query i stands at key position i' = i + key_length - query_length and may see the keys i' - left .. i' + right.
 // A causal mask is right = 0. kUnbounded on a side means no limit there.

@@ -1,8 +1,11 @@
 // Tiles of q, k and v in shared memory: panels of 64 columns, one after the other, each of 128-byte rows whose 16-byte
 // chunks are swizzled (chunk c of row r at place c ^ r % 8), so that neither copies nor ldmatrix meet in a bank.
 #pragma once
+#include <type_traits>
+
 #include "flash/params.h"
 #include "flash/tile/constants.h"
+#include "flash/tile/unaligned_chunk.cuh"
 #include "ptx/address.cuh"
 #include "ptx/async_copy.cuh"
 #include "ptx/matrix.cuh"
@@ -11,9 +14,11 @@ namespace selfattn::cuda::sm80 {
 
 constexpr int kPanelColumns = 64, kPanelRowBytes = 128, kChunkElements = 8, kChunkBytes = 16;
 
-template <int kRows_, int kDim_>
+// kLayout: of the rows in global memory that the tile is loaded from and stored to.
+template <int kRows_, int kDim_, RowLayout kLayout_ = RowLayout::kAligned>
 struct OperandTile {
   static constexpr int kRows = kRows_, kDim = kDim_;
+  static constexpr RowLayout kLayout = kLayout_;
   static constexpr int kPanels = (kDim + kPanelColumns - 1) / kPanelColumns;
   static constexpr int kPanelBytes = kRows * kPanelRowBytes, kBytes = kPanels * kPanelBytes;
   static constexpr int kChunks = kDim / kChunkElements;  // of a row
@@ -34,6 +39,7 @@ struct OperandTile {
     int64_t stride_token;
     int first_place;
     int first_row;  // past all rows where the thread's columns are past dim
+    int bytes;      // of its chunk before dim (kUnaligned)
 
     __device__ __forceinline__ Source(const uint16_t* g_head, int64_t stride_token, int dim)
         : Source(stride_token, dim) {
@@ -45,6 +51,7 @@ struct OperandTile {
       const int chunk = threadIdx.x % kLanesOfRow, row = threadIdx.x / kLanesOfRow;
       first_place = place(row, chunk);
       first_row = chunk * kChunkElements < dim ? row : kPastAllRows;
+      if (kLayout == RowLayout::kUnaligned) bytes = 2 * ::max(::min(dim - chunk * kChunkElements, kChunkElements), 0);
     }
     static __device__ __forceinline__ int64_t offset(int64_t stride_token, int dim) {
       const int column = threadIdx.x % kLanesOfRow * kChunkElements, row = threadIdx.x / kLanesOfRow;
@@ -67,9 +74,58 @@ struct OperandTile {
     if (kChunks < From::kLanesOfRow && threadIdx.x % From::kLanesOfRow >= kChunks) return;
     const uint16_t* g_chunk = source.g_chunk + first_row * source.stride_token;
     const int rows_left = rows - first_row - source.first_row;
+    constexpr int kCopies = kRows / From::kRowStep;
+    if constexpr (kLayout == RowLayout::kUnaligned) {
+      copy_unaligned<kCopies>(s_tile, source, g_chunk, rows_left);
+    } else {
 #pragma unroll
-    for (int i = 0; i < kRows / From::kRowStep; i++, g_chunk += source.step)
-      ptx::copy_async(s_tile + source.place_of(i), g_chunk, i * From::kRowStep < rows_left);
+      for (int i = 0; i < kCopies; i++, g_chunk += source.step)
+        ptx::copy_async(s_tile + source.place_of(i), g_chunk, i * From::kRowStep < rows_left);
+    }
+  }
+
+  // A thread's rows are a multiple of 8 bytes apart, so that all of them are copied by the same pieces. Where these are
+  // of 2 bytes, the thread waits for them: the copies go through its registers, kAtOnce rows at a time.
+  template <int kCopies, class From>
+  static __device__ __forceinline__ void copy_unaligned(uint32_t s_tile, const From& source, const uint16_t* g_chunk,
+                                                        int rows_left) {
+    static_assert(From::kRowStep * sizeof(uint16_t) % 8 == 0);
+    const auto copy_pieces = [&](auto piece_bytes) {
+#pragma unroll 1
+      for (int i = 0; i < kCopies; i++, g_chunk += source.step)
+        copy_chunk_async<piece_bytes>(s_tile + source.place_of(i), g_chunk,
+                                      i * From::kRowStep < rows_left ? source.bytes : 0);
+    };
+    const auto copy_through_registers = [&](const auto& load_chunk) {
+      constexpr int kAtOnce = 2;
+      static_assert(kCopies % kAtOnce == 0);
+#pragma unroll 1
+      for (int first = 0; first < kCopies; first += kAtOnce) {
+        uint4 chunks[kAtOnce];
+#pragma unroll
+        for (int i = 0; i < kAtOnce; i++, g_chunk += source.step)
+          chunks[i] = (first + i) * From::kRowStep < rows_left ? load_chunk(g_chunk) : uint4{};
+#pragma unroll
+        for (int i = 0; i < kAtOnce; i++) ptx::store_shared(s_tile + source.place_of(first + i), chunks[i]);
+      }
+    };
+    if (has_pieces<8>(g_chunk, source.bytes))
+      copy_pieces(std::integral_constant<int, 8>());
+    else if (has_pieces<4>(g_chunk, source.bytes))
+      copy_pieces(std::integral_constant<int, 4>());
+    else if (source.bytes == kChunkBytes)
+      copy_through_registers([](const uint16_t* g_chunk) { return load_odd_chunk(g_chunk); });
+    else
+      copy_through_registers(
+          [&](const uint16_t* g_chunk) { return load_elements(g_chunk, source.bytes / int(sizeof(uint16_t))); });
+  }
+
+  // A chunk of the tile to a row of global memory that has `columns` columns left, one at least.
+  static __device__ __forceinline__ void store_chunk(uint16_t* g_chunk, const unsigned char* s_chunk, int columns) {
+    if constexpr (kLayout == RowLayout::kUnaligned)
+      cuda::store_chunk(g_chunk, *reinterpret_cast<const uint4*>(s_chunk), columns);
+    else
+      *reinterpret_cast<uint4*>(g_chunk) = *reinterpret_cast<const uint4*>(s_chunk);
   }
 
   // Operands of 16 columns, step after step: of a place in step 0 (below) that in another.

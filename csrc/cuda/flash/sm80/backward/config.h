@@ -108,20 +108,21 @@ struct BackwardTileRows {
   static_assert(kOfDkdv % SinglePassTiles<kDimQk, kDimV>::kTileKey == 0, "either form may take a call");
 };
 
-template <class Element_, int kDimQk_, int kDimV_, bool kHasSoftcap_ = false>
+template <class Element_, int kDimQk_, int kDimV_, bool kHasSoftcap_ = false, RowLayout kLayout_ = RowLayout::kAligned>
 struct DqConfig : DqTiles<kDimQk_, kDimV_> {
   using Tiles = DqTiles<kDimQk_, kDimV_>;
   using Element = Element_;
   static constexpr bool kHasSoftcap = kHasSoftcap_;
+  static constexpr RowLayout kLayout = kLayout_;
   static constexpr int kDimQk = kDimQk_, kDimV = kDimV_;
   static constexpr int kThreads = Tiles::kWarps * kWarpSize, kTileQuery = Tiles::kWarps * Tiles::kWarpRows;
   static constexpr int kRowGroups = Tiles::kWarpRows / 16;                      // of 16 rows, in a warp
   static constexpr int kKeyBlock = BackwardTileRows<kDimQk_, kDimV_>::kOfDkdv;  // in the tables of segments
 
-  using Query = OperandTile<kTileQuery, kDimQk>;  // dQ leaves through its memory
-  using GradOut = OperandTile<kTileQuery, kDimV>;
-  using Key = OperandTile<Tiles::kTileKey, kDimQk>;
-  using Value = OperandTile<Tiles::kTileKey, kDimV>;
+  using Query = OperandTile<kTileQuery, kDimQk, kLayout>;  // dQ leaves through its memory
+  using GradOut = OperandTile<kTileQuery, kDimV, kLayout>;
+  using Key = OperandTile<Tiles::kTileKey, kDimQk, kLayout>;
+  using Value = OperandTile<Tiles::kTileKey, kDimV, kLayout>;
 
   struct SharedStorage {
     alignas(128) unsigned char q[Query::kBytes];
@@ -133,21 +134,22 @@ struct DqConfig : DqTiles<kDimQk_, kDimV_> {
   static_assert(kDimQk % 16 == 0 && kDimV % 16 == 0 && Tiles::kTileKey % 16 == 0 && Tiles::kWarpRows % 16 == 0);
 };
 
-template <class Element_, int kDimQk_, int kDimV_, bool kHasSoftcap_ = false>
+template <class Element_, int kDimQk_, int kDimV_, bool kHasSoftcap_ = false, RowLayout kLayout_ = RowLayout::kAligned>
 struct DkdvConfig : DkdvTiles<kDimQk_, kDimV_> {
   using Tiles = DkdvTiles<kDimQk_, kDimV_>;
   using Element = Element_;
   static constexpr bool kHasSoftcap = kHasSoftcap_;
+  static constexpr RowLayout kLayout = kLayout_;
   static constexpr int kDimQk = kDimQk_, kDimV = kDimV_;
   static constexpr int kThreads = Tiles::kWarps * kWarpSize, kTileKey = Tiles::kWarps * Tiles::kWarpRows;
   static constexpr int kKeyBlock = kTileKey;  // in the tables of segments
   static constexpr int kRowGroups = Tiles::kWarpRows / 16;
   static constexpr int kParts = Tiles::kTileQuery / Tiles::kQueriesAtOnce;
 
-  using Key = OperandTile<kTileKey, kDimQk>;  // dK leaves through its memory, dV through that of V
-  using Value = OperandTile<kTileKey, kDimV>;
-  using Query = OperandTile<Tiles::kTileQuery, kDimQk>;
-  using GradOut = OperandTile<Tiles::kTileQuery, kDimV>;
+  using Key = OperandTile<kTileKey, kDimQk, kLayout>;  // dK leaves through its memory, dV through that of V
+  using Value = OperandTile<kTileKey, kDimV, kLayout>;
+  using Query = OperandTile<Tiles::kTileQuery, kDimQk, kLayout>;
+  using GradOut = OperandTile<Tiles::kTileQuery, kDimV, kLayout>;
 
   struct SharedStorage {
     alignas(128) unsigned char k[Key::kBytes];
@@ -163,11 +165,12 @@ struct DkdvConfig : DkdvTiles<kDimQk_, kDimV_> {
                 "one sum at a time: of whole blocks, dK through the memory of V, as K is wanted for dV");
 };
 
-template <class Element_, int kDimQk_, int kDimV_, bool kHasSoftcap_ = false>
+template <class Element_, int kDimQk_, int kDimV_, bool kHasSoftcap_ = false, RowLayout kLayout_ = RowLayout::kAligned>
 struct SinglePassConfig : SinglePassTiles<kDimQk_, kDimV_> {
   using Tiles = SinglePassTiles<kDimQk_, kDimV_>;
   using Element = Element_;
   static constexpr bool kHasSoftcap = kHasSoftcap_;
+  static constexpr RowLayout kLayout = kLayout_;
   static constexpr int kDimQk = kDimQk_, kDimV = kDimV_;
   static constexpr int kThreads = Tiles::kWarps * kWarpSize, kTileQuery = 64;
   static constexpr int kKeyBlock = BackwardTileRows<kDimQk_, kDimV_>::kOfDkdv;  // in the tables of segments
@@ -175,10 +178,10 @@ struct SinglePassConfig : SinglePassTiles<kDimQk_, kDimV_> {
   static constexpr int kScoreKeys = Tiles::kTileKey / kScoreKeyWarps;
   static constexpr int kKeyRowWarps = Tiles::kTileKey / 32, kKeyColumnWarps = Tiles::kWarps / kKeyRowWarps;
 
-  using Key = OperandTile<Tiles::kTileKey, kDimQk>;  // dK leaves through its memory, dV through that of V
-  using Value = OperandTile<Tiles::kTileKey, kDimV>;
-  using Query = OperandTile<kTileQuery, kDimQk>;
-  using GradOut = OperandTile<kTileQuery, kDimV>;
+  using Key = OperandTile<Tiles::kTileKey, kDimQk, kLayout>;  // dK leaves through its memory, dV through that of V
+  using Value = OperandTile<Tiles::kTileKey, kDimV, kLayout>;
+  using Query = OperandTile<kTileQuery, kDimQk, kLayout>;
+  using GradOut = OperandTile<kTileQuery, kDimV, kLayout>;
   using Score = OperandTile<kTileQuery, Tiles::kTileKey>;
 
   struct SharedStorage {

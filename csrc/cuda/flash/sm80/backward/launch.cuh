@@ -37,12 +37,12 @@ inline TileSchedule make_backward_schedule(int heads, int group, int length, int
                               is_even ? kSectionBytes : kUnevenLastSectionBytes);
 }
 
-template <class Element, int kDimV>
+template <class Element, int kDimV, RowLayout kLayout>
 cudaError_t launch_preprocess(const BackwardKernelParams& p, cudaStream_t stream) {
   constexpr int kLanes = kDimV <= 64 ? 8 : kDimV <= 128 ? 16 : 32;
   static_assert(kLanes * kChunkElements >= kDimV);
   const int blocks = p.call.shape.batch * p.call.shape.num_heads * (p.stat_pitch / kStatRows);
-  flash_attention_backward_preprocess_kernel<Element, kLanes><<<blocks, kPreprocessThreads, 0, stream>>>(p);
+  flash_attention_backward_preprocess_kernel<Element, kLanes, kLayout><<<blocks, kPreprocessThreads, 0, stream>>>(p);
   return cudaGetLastError();
 }
 
@@ -108,12 +108,12 @@ cudaError_t launch_single_pass(BackwardKernelParams p, const BackwardPlan& plan,
   return cudaSuccess;
 }
 
-template <ElementType kElement, int kDimQk, int kDimV, bool kHasSoftcap>
-cudaError_t BackwardLauncher<kElement, kDimQk, kDimV, kHasSoftcap>::launch(const BackwardParams& params,
-                                                                           cudaStream_t stream) {
+template <ElementType kElement, int kDimQk, int kDimV, bool kHasSoftcap, RowLayout kLayout>
+cudaError_t BackwardLauncher<kElement, kDimQk, kDimV, kHasSoftcap, kLayout>::launch(const BackwardParams& params,
+                                                                                    cudaStream_t stream) {
   using Element = typename ElementOf<kElement>::Type;
-  using Queries = DqConfig<Element, kDimQk, kDimV, kHasSoftcap>;
-  using Keys = DkdvConfig<Element, kDimQk, kDimV, kHasSoftcap>;
+  using Queries = DqConfig<Element, kDimQk, kDimV, kHasSoftcap, kLayout>;
+  using Keys = DkdvConfig<Element, kDimQk, kDimV, kHasSoftcap, kLayout>;
   int device = 0, sms = 0;
   if (const cudaError_t status = find_device(device, sms)) return status;
   const AttentionShape& shape = params.shape;
@@ -133,8 +133,8 @@ cudaError_t BackwardLauncher<kElement, kDimQk, kDimV, kHasSoftcap>::launch(const
   p.softcap = Softcap::of(params.scale, params.softcap);
 
   if (p.of_queries.tiles)
-    if (const cudaError_t status = launch_preprocess<Element, kDimV>(p, stream)) return status;
-  using SinglePassOf = SinglePassConfig<Element, kDimQk, kDimV, kHasSoftcap>;
+    if (const cudaError_t status = launch_preprocess<Element, kDimV, kLayout>(p, stream)) return status;
+  using SinglePassOf = SinglePassConfig<Element, kDimQk, kDimV, kHasSoftcap, kLayout>;
   const BackwardPlan plan = plan_backward<SinglePassOf>(params, device);
   if (plan.is_single_pass)
     return launch_single_pass<SinglePassOf>(p, plan, row_bytes * shape.query_length * group, is_even, device, stream);
@@ -147,9 +147,9 @@ cudaError_t BackwardLauncher<kElement, kDimQk, kDimV, kHasSoftcap>::launch(const
   return launch_tiles<Keys>(flash_attention_backward_dkdv_kernel<Keys>, p, p.of_keys.tiles, device, stream);
 }
 
-template <ElementType kElement, int kDimQk, int kDimV, bool kHasSoftcap>
-int64_t BackwardLauncher<kElement, kDimQk, kDimV, kHasSoftcap>::workspace_bytes(const BackwardParams& params) {
-  using Config = SinglePassConfig<typename ElementOf<kElement>::Type, kDimQk, kDimV, kHasSoftcap>;
+template <ElementType kElement, int kDimQk, int kDimV, bool kHasSoftcap, RowLayout kLayout>
+int64_t BackwardLauncher<kElement, kDimQk, kDimV, kHasSoftcap, kLayout>::workspace_bytes(const BackwardParams& params) {
+  using Config = SinglePassConfig<typename ElementOf<kElement>::Type, kDimQk, kDimV, kHasSoftcap, kLayout>;
   int device = 0, sms = 0;
   if (find_device(device, sms)) return 0;  // the launch will say it
   const int64_t floats =

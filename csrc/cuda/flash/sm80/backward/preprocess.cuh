@@ -20,20 +20,29 @@ __device__ __forceinline__ float dot(const uint4& a, const uint4& b) {
   return sum;
 }
 
-template <class Element>
+// A chunk of a row that has `columns` columns left, one at least.
+template <RowLayout kLayout>
+__device__ __forceinline__ uint4 load_row_chunk(const uint16_t* g_chunk, int columns) {
+  if constexpr (kLayout == RowLayout::kUnaligned)
+    return load_chunk(g_chunk, columns);
+  else
+    return *reinterpret_cast<const uint4*>(g_chunk);
+}
+
+template <class Element, RowLayout kLayout>
 __device__ __noinline__ bool is_query_finite(const BackwardKernelParams& p, int batch, int head, int row) {
   const uint16_t* g_row = head_of(p.call.q, batch, head) + row * p.call.q.stride_token;
   ptx::FiniteTest<Element> finite;
 #pragma unroll 1
   for (int column = 0; column < p.call.shape.dim_qk; column += kChunkElements) {
-    const uint4 chunk = *reinterpret_cast<const uint4*>(g_row + column);
+    const uint4 chunk = load_row_chunk<kLayout>(g_row + column, p.call.shape.dim_qk - column);
     finite.add(chunk.x), finite.add(chunk.y), finite.add(chunk.z), finite.add(chunk.w);
   }
   return finite.all_finite();
 }
 
 // A thread block has kStatRows rows of a head; kLanes lanes share a row, 8 columns each.
-template <class Element, int kLanes>
+template <class Element, int kLanes, RowLayout kLayout>
 __global__ void __launch_bounds__(kPreprocessThreads)
     flash_attention_backward_preprocess_kernel(const __grid_constant__ BackwardKernelParams p) {
   constexpr int kRowsAtOnce = kPreprocessThreads / kLanes, kRounds = kStatRows / kRowsAtOnce;
@@ -53,9 +62,10 @@ __global__ void __launch_bounds__(kPreprocessThreads)
     for (int i = 0; i < kRoundsAtOnce; i++) {
       const int64_t row = first_row + (base + i) * kRowsAtOnce;
       const bool is_there = row < shape.query_length && column < shape.dim_v;
-      out[i] = is_there ? *reinterpret_cast<const uint4*>(g_out + row * p.call.out.stride_token) : uint4{};
+      const int columns = shape.dim_v - column;
+      out[i] = is_there ? load_row_chunk<kLayout>(g_out + row * p.call.out.stride_token, columns) : uint4{};
       grad_out[i] =
-          is_there ? *reinterpret_cast<const uint4*>(g_grad_out + row * p.call.grad_out.stride_token) : uint4{};
+          is_there ? load_row_chunk<kLayout>(g_grad_out + row * p.call.grad_out.stride_token, columns) : uint4{};
     }
 #pragma unroll
     for (int i = 0; i < kRoundsAtOnce; i++) {
@@ -70,7 +80,7 @@ __global__ void __launch_bounds__(kPreprocessThreads)
       const float lse = is_there ? p.call.lse[place] : -infinity();
       RowStats stats = make_row_stats(lse, delta);
       // Where a sink hides that a row sees no key its output is 0, and nothing has told of its query yet.
-      if (is_there && may_see_nothing && is_finite(lse) && !is_query_finite<Element>(p, batch, head, row))
+      if (is_there && may_see_nothing && is_finite(lse) && !is_query_finite<Element, kLayout>(p, batch, head, row))
         stats = {NAN, 0.f};
       const int64_t stat = int64_t(head_of_all) * p.stat_pitch + row;
       p.lse_log2[stat] = stats.lse_log2, p.delta[stat] = stats.delta;

@@ -101,8 +101,8 @@ __device__ __forceinline__ void store_tile(const unsigned char* s_tile, uint16_t
   for (int number = threadIdx.x; number < Tile::kRows * Tile::kChunks; number += kThreads) {
     const int row_in_tile = number / Tile::kChunks, chunk = number % Tile::kChunks, row = first_row + row_in_tile;
     if (row < rows && chunk * kChunkElements < dim)
-      *reinterpret_cast<uint4*>(g_head + row * stride_token + chunk * kChunkElements) =
-          *reinterpret_cast<const uint4*>(s_tile + Tile::place(row_in_tile, chunk));
+      Tile::store_chunk(g_head + row * stride_token + chunk * kChunkElements, s_tile + Tile::place(row_in_tile, chunk),
+                        dim - chunk * kChunkElements);
   }
 }
 
@@ -129,8 +129,8 @@ __device__ __forceinline__ void store_rows(const float (&sum)[kGroups][kCount], 
     const int row_in_tile = warp_row + number / Tile::kChunks, chunk = number % Tile::kChunks;
     const int row = first_row + row_in_tile;
     if (row < rows && chunk * kChunkElements < dim)
-      *reinterpret_cast<uint4*>(g_head + row * stride_token + chunk * kChunkElements) =
-          *reinterpret_cast<const uint4*>(s_tile + Tile::place(row_in_tile, chunk));
+      Tile::store_chunk(g_head + row * stride_token + chunk * kChunkElements, s_tile + Tile::place(row_in_tile, chunk),
+                        dim - chunk * kChunkElements);
   }
 }
 

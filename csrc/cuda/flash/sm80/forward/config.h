@@ -44,7 +44,8 @@ struct ForwardTiles<256, 256> {
   static constexpr int kHeldSteps = 4;
 };
 
-template <class Element_, int kDimQk_, int kDimV_, MaskKind kMask_, bool kHasSoftcap_ = false>
+template <class Element_, int kDimQk_, int kDimV_, MaskKind kMask_, bool kHasSoftcap_ = false,
+          RowLayout kLayout = RowLayout::kAligned>
 struct ForwardConfig : ForwardTiles<kDimQk_, kDimV_> {
   using Tiles = ForwardTiles<kDimQk_, kDimV_>;
   using Element = Element_;
@@ -54,10 +55,10 @@ struct ForwardConfig : ForwardTiles<kDimQk_, kDimV_> {
   static constexpr int kThreads = Tiles::kWarps * kWarpSize, kTileQuery = Tiles::kWarps * Tiles::kWarpRows;
   static constexpr int kRowGroups = Tiles::kWarpRows / 16;  // of 16 rows, in a warp
 
-  using Query = OperandTile<kTileQuery, kDimQk>;
-  using Key = OperandTile<Tiles::kTileKey, kDimQk>;
-  using Value = OperandTile<Tiles::kTileKey, kDimV>;
-  using Out = OperandTile<kTileQuery, kDimV>;  // leaves through the memory of Q
+  using Query = OperandTile<kTileQuery, kDimQk, kLayout>;
+  using Key = OperandTile<Tiles::kTileKey, kDimQk, kLayout>;
+  using Value = OperandTile<Tiles::kTileKey, kDimV, kLayout>;
+  using Out = OperandTile<kTileQuery, kDimV, kLayout>;  // leaves through the memory of Q
 
   struct SharedStorage {
     alignas(128) unsigned char q[Query::kBytes];

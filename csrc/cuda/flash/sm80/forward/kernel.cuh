@@ -343,8 +343,8 @@ class WarpRows {
       const int row_in_tile = warp_row() + number / Out::kChunks, chunk = number % Out::kChunks;
       const int row = first_row_ + row_in_tile;
       if (row < call_.shape.query_length && chunk * kChunkElements < call_.shape.dim_v)
-        *reinterpret_cast<uint4*>(g_out + row * call_.out.stride_token + chunk * kChunkElements) =
-            *reinterpret_cast<const uint4*>(s_.q + Out::place(row_in_tile, chunk));
+        Out::store_chunk(g_out + row * call_.out.stride_token + chunk * kChunkElements,
+                         s_.q + Out::place(row_in_tile, chunk), call_.shape.dim_v - chunk * kChunkElements);
     }
     return is_spoilt || !is_good_enough_;
   }

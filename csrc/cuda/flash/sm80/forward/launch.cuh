@@ -23,15 +23,17 @@ cudaError_t launch_forward_kernel(const ForwardParams& params, cudaStream_t stre
   return cudaGetLastError();
 }
 
-// With softcap, one kernel serves every mask.
-template <ElementType kElement, int kDimQk, int kDimV, bool kHasSoftcap>
-cudaError_t ForwardLauncher<kElement, kDimQk, kDimV, kHasSoftcap>::launch(const ForwardParams& params,
-                                                                          cudaStream_t stream) {
+// With softcap, and of unaligned rows, one kernel serves every mask.
+template <ElementType kElement, int kDimQk, int kDimV, bool kHasSoftcap, RowLayout kLayout>
+cudaError_t ForwardLauncher<kElement, kDimQk, kDimV, kHasSoftcap, kLayout>::launch(const ForwardParams& params,
+                                                                                   cudaStream_t stream) {
   using Element = typename ElementOf<kElement>::Type;
-  if (kHasSoftcap || params.segments.mode || params.window.left < AttentionWindow::kUnbounded) {
-    return launch_forward_kernel<ForwardConfig<Element, kDimQk, kDimV, MaskKind::kMasked, kHasSoftcap>>(params, stream);
+  constexpr bool kIsOneForAll = kHasSoftcap || kLayout == RowLayout::kUnaligned;
+  if (kIsOneForAll || params.segments.mode || params.window.left < AttentionWindow::kUnbounded) {
+    using Config = ForwardConfig<Element, kDimQk, kDimV, MaskKind::kMasked, kHasSoftcap, kLayout>;
+    return launch_forward_kernel<Config>(params, stream);
   }
-  if constexpr (!kHasSoftcap) {
+  if constexpr (!kIsOneForAll) {
     if (params.window.right < AttentionWindow::kUnbounded)
       return launch_forward_kernel<ForwardConfig<Element, kDimQk, kDimV, MaskKind::kCausal>>(params, stream);
     return launch_forward_kernel<ForwardConfig<Element, kDimQk, kDimV, MaskKind::kFull>>(params, stream);

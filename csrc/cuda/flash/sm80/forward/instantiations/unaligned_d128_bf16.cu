@@ -1,0 +1,8 @@
+#include "flash/sm80/forward/launch.cuh"
+
+namespace selfattn::cuda::sm80 {
+
+template struct ForwardLauncher<ElementType::kBFloat16, 128, 128, false, RowLayout::kUnaligned>;
+template struct ForwardLauncher<ElementType::kBFloat16, 128, 128, true, RowLayout::kUnaligned>;
+
+}  // namespace selfattn::cuda::sm80
