@@ -19,13 +19,19 @@ add_cuda_kernels(selfattn_flash_sm90 ARCHITECTURES 90a SOURCES ${sm90_sources})
 
 # Every card from 8.0 on but Hopper.
 file(GLOB_RECURSE sm80_sources CONFIGURE_DEPENDS csrc/cuda/flash/sm80/*.cu)
+set(unaligned_sources ${sm80_sources})
+list(FILTER sm80_sources EXCLUDE REGEX "/unaligned_[^/]*$")
 add_cuda_kernels(selfattn_flash_sm80 ARCHITECTURES ${SELFATTN_SM80_ARCHITECTURES} SOURCES ${sm80_sources})
 
-# float32 has kernels of its own, for every card from 8.0 on. They are of the kind of the sm80 family.
-set(float32_architectures ${SELFATTN_SM80_ARCHITECTURES} 90-real)
-list(REMOVE_DUPLICATES float32_architectures)
+# Head dimensions that are no multiple of 16 bytes take kernels of the sm80 family on Hopper, too, as does float32, which
+# has kernels of its own.
+set(every_architecture ${SELFATTN_SM80_ARCHITECTURES} 90-real)
+list(REMOVE_DUPLICATES every_architecture)
+list(FILTER unaligned_sources INCLUDE REGEX "/unaligned_[^/]*$")
+add_cuda_kernels(selfattn_flash_unaligned ARCHITECTURES ${every_architecture} SOURCES ${unaligned_sources})
+
 file(GLOB_RECURSE float32_sources CONFIGURE_DEPENDS csrc/cuda/flash/float32/*.cu)
-add_cuda_kernels(selfattn_flash_float32 ARCHITECTURES ${float32_architectures} SOURCES ${float32_sources})
+add_cuda_kernels(selfattn_flash_float32 ARCHITECTURES ${every_architecture} SOURCES ${float32_sources})
 
 # The tables of segments are made for flash kernels alone, of which there are none below 8.0.
 set(flash_architectures ${SELFATTN_CUDA_ARCHITECTURES})

@@ -13,12 +13,23 @@ constexpr int64_t kMaxHeadDimCpu = 512;
 
 bool is_float32(const AttentionProblem& problem) { return problem.query.scalar_type() == at::kFloat; }
 
-// What the kernels of a CUDA tensor's device take; null elsewhere, and where there are none.
+// Whether both head dimensions are whole multiples of 16 bytes: other kernels serve those that are not.
+bool is_aligned(const AttentionProblem& problem) {
+  constexpr int64_t kChunkBytes = 16;
+  const int64_t chunk = kChunkBytes / problem.query.element_size();
+  return problem.head_dim() % chunk == 0 && problem.value_head_dim() % chunk == 0;
+}
+
+// The kernels of a CUDA tensor's device and compute capability for the call.
+FlashSupport find_support(const AttentionProblem& problem, int capability) {
+  return find_flash_support(problem.query.device().index(), capability, is_float32(problem), is_aligned(problem));
+}
+
+// What they take; null elsewhere, and where there are none.
 const KernelLimits* cuda_limits(const AttentionProblem& problem) {
   if (!problem.query.is_cuda()) return nullptr;
-  const c10::Device device = problem.query.device();
-  const auto capability = compute_capability(device);
-  return capability ? find_flash_support(device.index(), *capability, is_float32(problem)).limits : nullptr;
+  const auto capability = compute_capability(problem.query.device());
+  return capability ? find_support(problem, *capability).limits : nullptr;
 }
 
 Reason has_kernel(const AttentionProblem& problem) {
@@ -39,7 +50,7 @@ Reason supported_device(const AttentionProblem& problem) {
   const c10::Device device = problem.query.device();
   const auto capability = compute_capability(device);
   if (!capability) return c10::str("it needs compute capability 8.0 or newer; there is no device ", device);
-  FlashSupport support = find_flash_support(device.index(), *capability, is_float32(problem));
+  FlashSupport support = find_support(problem, *capability);
   if (support.limits) return std::nullopt;
   return std::move(support.reason);
 }
@@ -52,18 +63,11 @@ Reason supported_dtype(const AttentionProblem& problem) {
 
 Reason supported_head_dim(const AttentionProblem& problem) {
   const c10::SymInt dim = problem.head_dim(), value_dim = problem.value_head_dim();
-  if (!problem.query.is_cuda()) {
-    if (dim <= kMaxHeadDimCpu && value_dim <= kMaxHeadDimCpu) return std::nullopt;
-    return c10::str("head dimensions must be at most ", kMaxHeadDimCpu, "; got ", dim, " and ", value_dim);
-  }
   const KernelLimits* limits = cuda_limits(problem);
-  if (!limits) return std::nullopt;
-  const auto suits = [&](const c10::SymInt& d) {
-    return d % limits->head_dim_multiple == 0 && d <= limits->max_head_dim;
-  };
-  if (suits(dim) && suits(value_dim)) return std::nullopt;
-  return c10::str("head dimensions must be multiples of ", limits->head_dim_multiple, " up to ", limits->max_head_dim,
-                  "; got ", dim, " and ", value_dim);
+  if (problem.query.is_cuda() && !limits) return std::nullopt;
+  const int64_t most = limits ? limits->max_head_dim : kMaxHeadDimCpu;
+  if (dim <= most && value_dim <= most) return std::nullopt;
+  return c10::str("head dimensions must be at most ", most, "; got ", dim, " and ", value_dim);
 }
 
 Reason no_positions_on_cuda(const AttentionProblem& problem) {

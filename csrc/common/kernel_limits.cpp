@@ -7,7 +7,7 @@
 namespace selfattn {
 
 #ifndef SELFATTN_WITH_CUDA  // else csrc/cuda/flash/select_kernels.cu knows
-FlashSupport find_flash_support(int, int, bool) { return {nullptr, "this build of selfattn has no CUDA part"}; }
+FlashSupport find_flash_support(int, int, bool, bool) { return {nullptr, "this build of selfattn has no CUDA part"}; }
 #endif
 
 std::string capability_to_string(int capability) {

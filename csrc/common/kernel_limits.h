@@ -10,7 +10,6 @@ namespace selfattn {
 /// What the flash kernels of a CUDA device take.
 struct KernelLimits {
   int max_head_dim;           ///< of q and k, and of v
-  int head_dim_multiple;      ///< elements
   int64_t max_length;         ///< tokens of a row
   int64_t max_packed_length;  ///< of a row with segment ids
 };
@@ -21,8 +20,9 @@ struct FlashSupport {
   std::string reason;  ///< where limits is null
 };
 
-/// Of a device and its compute capability (10 * major + minor), for float32 or for 16-bit elements.
-FlashSupport find_flash_support(int device, int capability, bool is_float32);
+/// Of a device and its compute capability (10 * major + minor), for float32 or for 16-bit elements. is_aligned: both
+/// head dimensions are whole multiples of 16 bytes.
+FlashSupport find_flash_support(int device, int capability, bool is_float32, bool is_aligned);
 
 /// "8.6" for 86.
 std::string capability_to_string(int capability);

@@ -11,11 +11,10 @@
 namespace selfattn::cuda {
 namespace {
 
-constexpr int64_t kChunkBytes = 16;  // the unit of copies: of TMA, of cp.async
-
-bool has_kernel_layout(const at::Tensor& tensor) {
-  if (tensor.stride(3) != 1 || reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % kChunkBytes != 0) return false;
-  const int64_t chunk = kChunkBytes / tensor.element_size();
+bool has_kernel_layout(const at::Tensor& tensor, RowLayout layout) {
+  const int64_t chunk_bytes = layout == RowLayout::kAligned ? kRowChunkBytes : tensor.element_size();
+  if (tensor.stride(3) != 1 || reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % chunk_bytes != 0) return false;
+  const int64_t chunk = chunk_bytes / tensor.element_size();
   for (int64_t dim = 0; dim < 3; dim++) {
     if (tensor.size(dim) > 1 && (tensor.stride(dim) <= 0 || tensor.stride(dim) % chunk != 0)) return false;
   }
@@ -28,10 +27,10 @@ int window_side(int64_t size) {
 
 }  // namespace
 
-const FlashKernels& flash_kernels(ElementType element) {
+const FlashKernels& flash_kernels(ElementType element, RowLayout layout) {
   const cudaDeviceProp* device = at::cuda::getCurrentDeviceProperties();
   const FlashKernels* kernels =
-      select_kernels(c10::cuda::current_device(), 10 * device->major + device->minor, element);
+      select_kernels(c10::cuda::current_device(), 10 * device->major + device->minor, element, layout);
   TORCH_INTERNAL_ASSERT(kernels, "selfattn: no flash kernels for this device");
   return *kernels;
 }
@@ -44,8 +43,8 @@ at::Tensor empty_like_contiguous(const at::Tensor& tensor) {
   return empty(tensor.sizes(), tensor.scalar_type(), tensor.device());
 }
 
-at::Tensor with_kernel_layout(const at::Tensor& tensor) {
-  return has_kernel_layout(tensor) ? tensor : tensor.clone(at::MemoryFormat::Contiguous);
+at::Tensor with_kernel_layout(const at::Tensor& tensor, RowLayout layout) {
+  return has_kernel_layout(tensor, layout) ? tensor : tensor.clone(at::MemoryFormat::Contiguous);
 }
 
 TensorView view_of(const at::Tensor& tensor) {

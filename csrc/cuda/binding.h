@@ -8,8 +8,9 @@
 
 namespace selfattn::cuda {
 
-/// The family of flash kernels of the current device for a type, which the constraints of the backend have found.
-const FlashKernels& flash_kernels(ElementType element);
+/// The family of flash kernels of the current device for a type and a layout, which the constraints of the backend have
+/// found.
+const FlashKernels& flash_kernels(ElementType element, RowLayout layout);
 
 /// A contiguous tensor, not filled even in PyTorch's deterministic mode, which fills what at::empty makes: the kernels
 /// write every element.
@@ -18,9 +19,10 @@ at::Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype, at::Device device)
 /// Likewise, of a tensor's shape, dtype and device.
 at::Tensor empty_like_contiguous(const at::Tensor& tensor);
 
-/// The tensor (B, S, N, D) itself where every family can read it: a contiguous last dimension, every other stride
-/// positive and in steps of 16 bytes; a contiguous copy otherwise (expanded gradients, odd views).
-at::Tensor with_kernel_layout(const at::Tensor& tensor);
+/// The tensor (B, S, N, D) itself where every family of that layout can read it: a contiguous last dimension, every
+/// other stride positive, and (kAligned) strides and address in steps of 16 bytes; a contiguous copy otherwise
+/// (expanded gradients, odd views).
+at::Tensor with_kernel_layout(const at::Tensor& tensor, RowLayout layout);
 
 TensorView view_of(const at::Tensor& tensor);
 

@@ -14,13 +14,16 @@ AttentionResults attend(const AttentionProblem& problem) {
   const at::Tensor &q = problem.query, &k = problem.key, &v = problem.value;
   const c10::cuda::CUDAGuard guard(q.device());
   const cudaStream_t stream = at::cuda::getCurrentCUDAStream();
-  const FlashKernels& kernels = flash_kernels(element_of(q));
+  const AttentionShape shape = shape_of(q, k, v);
+  const RowLayout layout = row_layout(shape, static_cast<int>(q.element_size()));
+  const FlashKernels& kernels = flash_kernels(element_of(q), layout);
   const ScaledQuery scaled = with_positive_scale(q, problem.scale);
-  const at::Tensor query = with_kernel_layout(scaled.query), key = with_kernel_layout(k), value = with_kernel_layout(v);
+  const at::Tensor query = with_kernel_layout(scaled.query, layout), key = with_kernel_layout(k, layout),
+                   value = with_kernel_layout(v, layout);
   const at::Tensor sink_logits = problem.sinks ? problem.sinks->to(at::kFloat).contiguous() : at::Tensor();
 
   ForwardParams params{};
-  params.shape = shape_of(q, k, v);
+  params.shape = shape;
   const at::Tensor out = empty({q.size(0), q.size(1), q.size(2), v.size(3)}, q.scalar_type(), q.device());
   const at::Tensor lse = empty({q.size(0), q.size(2), q.size(1)}, at::kFloat, q.device());
   params.window = window_of(problem.is_causal, problem.window_left, problem.window_right);

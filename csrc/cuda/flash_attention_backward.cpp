@@ -34,14 +34,17 @@ void attend_backward_into(const AttentionProblem& problem, const AttentionGradie
   const auto& [grad_out, grad_lse, out, lse] = gradients;
   const c10::cuda::CUDAGuard guard(q.device());
   const cudaStream_t stream = at::cuda::getCurrentCUDAStream();
-  const FlashKernels& kernels = flash_kernels(element_of(q));
+  const AttentionShape shape = shape_of(q, k, v);
+  const RowLayout layout = row_layout(shape, static_cast<int>(q.element_size()));
+  const FlashKernels& kernels = flash_kernels(element_of(q), layout);
   const ScaledQuery scaled = with_positive_scale(q, problem.scale);
-  const Tensor query = with_kernel_layout(scaled.query), key = with_kernel_layout(k), value = with_kernel_layout(v);
-  const Tensor out_rows = with_kernel_layout(out), grad_out_rows = with_kernel_layout(grad_out);
+  const Tensor query = with_kernel_layout(scaled.query, layout), key = with_kernel_layout(k, layout),
+               value = with_kernel_layout(v, layout);
+  const Tensor out_rows = with_kernel_layout(out, layout), grad_out_rows = with_kernel_layout(grad_out, layout);
   const Tensor lse_rows = lse.contiguous(), grad_lse_rows = grad_lse ? grad_lse->contiguous() : Tensor();
 
   BackwardParams params{};
-  params.shape = shape_of(q, k, v);
+  params.shape = shape;
   params.window = window_of(problem.is_causal, problem.window_left, problem.window_right);
   params.element = element_of(q);
   params.allows_tf32 = params.element == ElementType::kFloat && allows_tf32();

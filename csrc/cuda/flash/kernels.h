@@ -13,6 +13,7 @@ struct FlashKernels {
   const char* name;
   int min_capability, max_capability;  // of the devices that it serves, 10 * major + minor
   bool is_of_float32;                  // and of nothing else; the others are of 16-bit elements
+  bool is_of_unaligned;                // of 16-bit elements in rows that are RowLayout::kUnaligned, and of nothing else
   KernelLimits limits;
   bool (*is_built_for)(int device);  // whether this build holds the family's kernels for a device
 
@@ -36,12 +37,14 @@ constexpr int kNewest = 1 << 30;  // max_capability where there is no limit
 const FlashKernels& sm80_kernels();
 // Hopper: TMA and wgmma.
 const FlashKernels& sm90_kernels();
-// float32, which has kernels of its own: every card since Ampere.
+// 16-bit elements in unaligned rows: kernels of the kind of sm80 for every card since Ampere, Hopper included.
+const FlashKernels& unaligned_kernels();
+// float32, which has kernels of its own for rows of either layout: every card since Ampere.
 const FlashKernels& float32_kernels();
 
-// The family that serves elements of a type on a device of this compute capability (10 * major + minor); null where
-// none does. The environment variable SELFATTN_FLASH_FAMILY (sm80, sm90) forces one of those of 16-bit elements. The
-// devices of a process may differ.
-const FlashKernels* select_kernels(int device, int capability, ElementType element);
+// The family that serves elements of a type in rows of a layout on a device of this compute capability (10 * major +
+// minor); null where none does. The environment variable SELFATTN_FLASH_FAMILY (sm80, sm90) forces one where there are
+// several, which is 16-bit elements in aligned rows. The devices of a process may differ.
+const FlashKernels* select_kernels(int device, int capability, ElementType element, RowLayout layout);
 
 }  // namespace selfattn::cuda

@@ -9,7 +9,8 @@ namespace {
 
 // The family that a device is served by is the first that can.
 const FlashKernels* const* families() {
-  static const FlashKernels* const all[] = {&sm90_kernels(), &sm80_kernels(), &float32_kernels(), nullptr};
+  static const FlashKernels* const all[] = {&sm90_kernels(), &sm80_kernels(), &unaligned_kernels(), &float32_kernels(),
+                                            nullptr};
   return all;
 }
 
@@ -17,10 +18,19 @@ bool suits(const FlashKernels& family, int capability) {
   return family.min_capability <= capability && capability <= family.max_capability;
 }
 
-// By its elements and by SELFATTN_FLASH_FAMILY, which is about those of 16 bits: float32 has one family.
-bool is_asked_for(const FlashKernels& family, bool is_float32) {
+struct Rows {
+  bool is_float32;
+  RowLayout layout;
+
+  // Float32 and unaligned rows have one family each, which SELFATTN_FLASH_FAMILY is not about.
+  bool has_choice() const { return !is_float32 && layout == RowLayout::kAligned; }
+};
+
+bool is_asked_for(const FlashKernels& family, const Rows& rows) {
+  if (rows.is_float32) return family.is_of_float32;
+  const bool is_for_them = !family.is_of_float32 && family.is_of_unaligned == (rows.layout == RowLayout::kUnaligned);
   const std::string& forced = forced_flash_family();
-  return family.is_of_float32 == is_float32 && (is_float32 || forced.empty() || forced == family.name);
+  return is_for_them && (!rows.has_choice() || forced.empty() || forced == family.name);
 }
 
 std::string needed_capability(const FlashKernels& family) {
@@ -28,11 +38,11 @@ std::string needed_capability(const FlashKernels& family) {
   return family.max_capability == family.min_capability ? least : least + " or newer";
 }
 
-std::string reason_against_all(int capability, bool is_float32) {
+std::string reason_against_all(int capability, const Rows& rows) {
   const std::string got = capability_to_string(capability);
   const FlashKernels* last = nullptr;  // the one that asks for least
   for (const FlashKernels* const* family = families(); *family; family++) {
-    if (!is_asked_for(**family, is_float32)) continue;
+    if (!is_asked_for(**family, rows)) continue;
     if (suits(**family, capability)) {
       return "this build of selfattn holds no flash kernels for compute capability " + got +
              " (SELFATTN_SM80_ARCHITECTURES, SELFATTN_CUDA_ARCHITECTURES)";
@@ -41,16 +51,16 @@ std::string reason_against_all(int capability, bool is_float32) {
   }
   const std::string needed = "compute capability " + needed_capability(*last) + "; got " + got;
   const std::string& forced = forced_flash_family();
-  if (forced.empty() || is_float32) return "it needs " + needed;
+  if (forced.empty() || !rows.has_choice()) return "it needs " + needed;
   return "SELFATTN_FLASH_FAMILY=" + forced + " forces kernels that need " + needed;
 }
 
 }  // namespace
 
-const FlashKernels* select_kernels(int device, int capability, ElementType element) {
-  const bool is_float32 = element == ElementType::kFloat;
+const FlashKernels* select_kernels(int device, int capability, ElementType element, RowLayout layout) {
+  const Rows rows{element == ElementType::kFloat, layout};
   for (const FlashKernels* const* family = families(); *family; family++) {
-    if (is_asked_for(**family, is_float32) && suits(**family, capability) && (*family)->is_built_for(device) &&
+    if (is_asked_for(**family, rows) && suits(**family, capability) && (*family)->is_built_for(device) &&
         segments_are_built_for(device)) {
       return *family;
     }
@@ -60,11 +70,12 @@ const FlashKernels* select_kernels(int device, int capability, ElementType eleme
 
 }  // namespace cuda
 
-FlashSupport find_flash_support(int device, int capability, bool is_float32) {
+FlashSupport find_flash_support(int device, int capability, bool is_float32, bool is_aligned) {
   const auto element = is_float32 ? cuda::ElementType::kFloat : cuda::ElementType::kBFloat16;
-  const cuda::FlashKernels* kernels = cuda::select_kernels(device, capability, element);
+  const auto layout = is_aligned ? cuda::RowLayout::kAligned : cuda::RowLayout::kUnaligned;
+  const cuda::FlashKernels* kernels = cuda::select_kernels(device, capability, element, layout);
   if (kernels) return {&kernels->limits, {}};
-  return {nullptr, cuda::reason_against_all(capability, is_float32)};
+  return {nullptr, cuda::reason_against_all(capability, {is_float32, layout})};
 }
 
 }  // namespace selfattn

@@ -20,9 +20,9 @@ const FlashKernels& float32_kernels() {
       .min_capability = 80,
       .max_capability = kNewest,
       .is_of_float32 = true,
+      .is_of_unaligned = false,
       .limits = {.max_head_dim = 256,
-                 .head_dim_multiple = 4,  // of 4 bytes: copies are of 16
-                 .max_length = 1 << 29,   // positions and windows are counted in 32 bits
+                 .max_length = 1 << 29,  // positions and windows are counted in 32 bits
                  .max_packed_length = kMaxSegmentLength},
       .is_built_for = is_built_for<float32_family_probe_kernel>,
       .forward_tiles = float32::forward_tiles,

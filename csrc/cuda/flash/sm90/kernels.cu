@@ -20,9 +20,9 @@ const FlashKernels& sm90_kernels() {
       .min_capability = 90,
       .max_capability = 90,
       .is_of_float32 = false,
+      .is_of_unaligned = false,
       .limits = {.max_head_dim = 256,
-                 .head_dim_multiple = 8,  // of 2 bytes: TMA wants strides in steps of 16
-                 .max_length = 1 << 29,   // positions and windows are counted in 32 bits
+                 .max_length = 1 << 29,  // positions and windows are counted in 32 bits
                  .max_packed_length = kMaxSegmentLength},
       .is_built_for = is_built_for<flash_family_probe_kernel>,
       .forward_tiles = sm90::forward_tiles,

@@ -18,17 +18,19 @@ struct BackwardKernels {
   int64_t (*workspace_bytes)(const BackwardParams&);
 };
 
-template <int kDimQk, int kDimV, bool kHasSoftcap = false>
+template <int kDimQk, int kDimV, bool kHasSoftcap = false, RowLayout kLayout = RowLayout::kAligned>
 constexpr BackwardKernels kernels_for() {
   using Rows = BackwardTileRows<kDimQk, kDimV>;
   return {kDimQk,
           kDimV,
           {kQueryBlock, Rows::kOfDkdv},
           Rows::kOfDq,
-          BackwardLauncher<ElementType::kBFloat16, kDimQk, kDimV, kHasSoftcap>::launch,
-          BackwardLauncher<ElementType::kHalf, kDimQk, kDimV, kHasSoftcap>::launch,
-          BackwardLauncher<ElementType::kHalf, kDimQk, kDimV, kHasSoftcap>::workspace_bytes};
+          BackwardLauncher<ElementType::kBFloat16, kDimQk, kDimV, kHasSoftcap, kLayout>::launch,
+          BackwardLauncher<ElementType::kHalf, kDimQk, kDimV, kHasSoftcap, kLayout>::launch,
+          BackwardLauncher<ElementType::kHalf, kDimQk, kDimV, kHasSoftcap, kLayout>::workspace_bytes};
 }
+
+constexpr int kElementBytes = 2;
 
 // Each is instantiated in instantiations/.
 constexpr BackwardKernels kKernels[] = {
@@ -40,9 +42,23 @@ constexpr BackwardKernels kSoftcapKernels[] = {
     kernels_for<128, 128, true>(),
     kernels_for<256, 256, true>(),
 };
+constexpr BackwardKernels kUnalignedKernels[] = {
+    kernels_for<64, 64, false, RowLayout::kUnaligned>(),
+    kernels_for<128, 128, false, RowLayout::kUnaligned>(),
+    kernels_for<256, 256, false, RowLayout::kUnaligned>(),
+};
+constexpr BackwardKernels kUnalignedSoftcapKernels[] = {
+    kernels_for<64, 64, true, RowLayout::kUnaligned>(),
+    kernels_for<128, 128, true, RowLayout::kUnaligned>(),
+    kernels_for<256, 256, true, RowLayout::kUnaligned>(),
+};
 
 const BackwardKernels* find_kernel(const BackwardParams& params) {
-  return params.softcap > 0.f ? find_kernel(kSoftcapKernels, params.shape) : find_kernel(kKernels, params.shape);
+  const AttentionShape& shape = params.shape;
+  const bool has_softcap = params.softcap > 0.f;
+  if (row_layout(shape, kElementBytes) == RowLayout::kUnaligned)
+    return has_softcap ? find_kernel(kUnalignedSoftcapKernels, shape) : find_kernel(kUnalignedKernels, shape);
+  return has_softcap ? find_kernel(kSoftcapKernels, shape) : find_kernel(kKernels, shape);
 }
 
 }  // namespace

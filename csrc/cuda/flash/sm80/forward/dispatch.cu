@@ -17,15 +17,17 @@ struct ForwardKernel {
   cudaError_t (*launch_fp16)(const ForwardParams&, cudaStream_t);
 };
 
-template <int kDimQk, int kDimV, bool kHasSoftcap = false>
+template <int kDimQk, int kDimV, bool kHasSoftcap = false, RowLayout kLayout = RowLayout::kAligned>
 constexpr ForwardKernel kernel_for() {
   using Tiles = ForwardTiles<kDimQk, kDimV>;
   return {kDimQk,
           kDimV,
           {Tiles::kWarps * Tiles::kWarpRows, Tiles::kTileKey},
-          ForwardLauncher<ElementType::kBFloat16, kDimQk, kDimV, kHasSoftcap>::launch,
-          ForwardLauncher<ElementType::kHalf, kDimQk, kDimV, kHasSoftcap>::launch};
+          ForwardLauncher<ElementType::kBFloat16, kDimQk, kDimV, kHasSoftcap, kLayout>::launch,
+          ForwardLauncher<ElementType::kHalf, kDimQk, kDimV, kHasSoftcap, kLayout>::launch};
 }
+
+constexpr int kElementBytes = 2;
 
 // Each is instantiated in instantiations/.
 constexpr ForwardKernel kKernels[] = {
@@ -37,9 +39,23 @@ constexpr ForwardKernel kSoftcapKernels[] = {
     kernel_for<128, 128, true>(),
     kernel_for<256, 256, true>(),
 };
+constexpr ForwardKernel kUnalignedKernels[] = {
+    kernel_for<64, 64, false, RowLayout::kUnaligned>(),
+    kernel_for<128, 128, false, RowLayout::kUnaligned>(),
+    kernel_for<256, 256, false, RowLayout::kUnaligned>(),
+};
+constexpr ForwardKernel kUnalignedSoftcapKernels[] = {
+    kernel_for<64, 64, true, RowLayout::kUnaligned>(),
+    kernel_for<128, 128, true, RowLayout::kUnaligned>(),
+    kernel_for<256, 256, true, RowLayout::kUnaligned>(),
+};
 
 const ForwardKernel* find_kernel(const ForwardParams& params) {
-  return params.softcap > 0.f ? find_kernel(kSoftcapKernels, params.shape) : find_kernel(kKernels, params.shape);
+  const AttentionShape& shape = params.shape;
+  const bool has_softcap = params.softcap > 0.f;
+  if (row_layout(shape, kElementBytes) == RowLayout::kUnaligned)
+    return has_softcap ? find_kernel(kUnalignedSoftcapKernels, shape) : find_kernel(kUnalignedKernels, shape);
+  return has_softcap ? find_kernel(kSoftcapKernels, shape) : find_kernel(kKernels, shape);
 }
 
 }  // namespace
