@@ -122,7 +122,7 @@ __device__ __forceinline__ bool is_row_finite(const float (&sum)[kCount], int r)
 }
 
 // A lane's eight columns of row r, of each panel, to a row in memory.
-template <int kCount>
+template <RowLayout kLayout, int kCount>
 __device__ __forceinline__ void store_row(const float (&sum)[kCount], int r, float factor, float* g_row, int dim) {
   const int first_column = threadIdx.x % 4 * 8;
 #pragma unroll
@@ -131,7 +131,10 @@ __device__ __forceinline__ void store_row(const float (&sum)[kCount], int r, flo
     for (int half = 0; half < 2; half++) {
       const float* first = sum + 16 * panel + 2 * r + half;
       const int column = panel * kPanelColumns + first_column + half * kChunkElements;
-      if (column < dim)
+      if constexpr (kLayout == RowLayout::kUnaligned)
+        store_chunk(g_row + column, {first[0] * factor, first[4] * factor, first[8] * factor, first[12] * factor},
+                    dim - column);
+      else if (column < dim)
         *reinterpret_cast<float4*>(g_row + column) = {first[0] * factor, first[4] * factor, first[8] * factor,
                                                       first[12] * factor};
     }
@@ -139,7 +142,7 @@ __device__ __forceinline__ void store_row(const float (&sum)[kCount], int r, flo
 
 // A warp's rows of a sum times `factor`, those before `rows`, to a head whose first row is g_head. first_row: number of
 // the warp's first row.
-template <int kGroups, int kCount>
+template <RowLayout kLayout, int kGroups, int kCount>
 __device__ __forceinline__ void store_rows(const float (&sum)[kGroups][kCount], float factor, float* g_head,
                                            int64_t stride_token, int first_row, int rows, int dim) {
 #pragma unroll
@@ -147,7 +150,7 @@ __device__ __forceinline__ void store_rows(const float (&sum)[kGroups][kCount], 
 #pragma unroll
     for (int r = 0; r < 2; r++) {
       const int row = first_row + kProductRows * g + 8 * r + threadIdx.x % kWarpSize / 4;
-      if (row < rows) store_row(sum[g], r, factor, g_head + row * stride_token, dim);
+      if (row < rows) store_row<kLayout>(sum[g], r, factor, g_head + row * stride_token, dim);
     }
 }
 

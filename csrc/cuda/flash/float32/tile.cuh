@@ -2,8 +2,11 @@
 // whose 16-byte chunks are swizzled (chunk c of row r at place c ^ r % 8). Copies, ldmatrix and the loads of rows of a
 // right operand meet in no bank.
 #pragma once
+#include <type_traits>
+
 #include "flash/params.h"
 #include "flash/tile/constants.h"
+#include "flash/tile/unaligned_chunk.cuh"
 #include "precision.cuh"
 #include "ptx/address.cuh"
 #include "ptx/async_copy.cuh"
@@ -20,7 +23,8 @@ __device__ __forceinline__ float* head_of(const TensorView& view, int batch, int
   return static_cast<float*>(view.data) + batch * view.stride_batch + head * view.stride_head;
 }
 
-template <int kRows_, int kDim_>
+// kLayout: of the rows in global memory that the tile is loaded from.
+template <int kRows_, int kDim_, RowLayout kLayout = RowLayout::kAligned>
 struct FloatTile {
   static constexpr int kRows = kRows_, kDim = kDim_;
   static constexpr int kPanels = kDim / kPanelColumns, kPanelBytes = kRows * kPanelRowBytes,
@@ -55,11 +59,27 @@ struct FloatTile {
     const Own own;
     const bool is_column = own.chunk * kChunkElements < dim;
     const float* g_chunk = g_head + (first_row + own.row) * stride_token + (is_column ? own.chunk * kChunkElements : 0);
+    if constexpr (kLayout == RowLayout::kUnaligned) {
+      // A thread's rows are a multiple of 8 bytes apart, so that all of them are copied by the same pieces.
+      static_assert(Own::kRowStep * sizeof(float) % 8 == 0);
+      const int bytes = 4 * ::max(::min(dim - own.chunk * kChunkElements, kChunkElements), 0);
+      const auto copy_pieces = [&](auto piece_bytes) {
+#pragma unroll 1
+        for (int i = 0; i < Own::kCopies; i++, g_chunk += Own::kRowStep * stride_token)
+          copy_chunk_async<piece_bytes>(s_tile + own.place(i), g_chunk,
+                                        first_row + own.row + i * Own::kRowStep < rows ? bytes : 0);
+      };
+      if (has_pieces<8>(g_chunk, bytes))
+        copy_pieces(std::integral_constant<int, 8>());
+      else
+        copy_pieces(std::integral_constant<int, 4>());
+    } else {
 #pragma unroll
-    for (int i = 0; i < Own::kCopies; i++) {
-      const bool is_there = is_column && first_row + own.row + i * Own::kRowStep < rows;
-      ptx::copy_async(s_tile + own.place(i), is_there ? g_chunk : g_head, is_there);
-      g_chunk += Own::kRowStep * stride_token;
+      for (int i = 0; i < Own::kCopies; i++) {
+        const bool is_there = is_column && first_row + own.row + i * Own::kRowStep < rows;
+        ptx::copy_async(s_tile + own.place(i), is_there ? g_chunk : g_head, is_there);
+        g_chunk += Own::kRowStep * stride_token;
+      }
     }
   }
 

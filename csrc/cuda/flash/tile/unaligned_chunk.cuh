@@ -76,4 +76,27 @@ __device__ __forceinline__ void store_chunk(uint16_t* g_chunk, const uint4& chun
   }
 }
 
+// Chunks of float32.
+
+constexpr int kChunkElements32 = 4;
+
+// The first `count` elements of a chunk (4 if it has more), and zeros.
+__device__ __forceinline__ float4 load_chunk(const float* g_chunk, int count) {
+  return {count > 0 ? g_chunk[0] : 0.f, count > 1 ? g_chunk[1] : 0.f, count > 2 ? g_chunk[2] : 0.f,
+          count > 3 ? g_chunk[3] : 0.f};
+}
+
+// The first `count` elements of a chunk (4 if it has more).
+__device__ __forceinline__ void store_chunk(float* g_chunk, const float4& chunk, int count) {
+  if (has_pieces<8>(g_chunk, 0) && count >= kChunkElements32) {
+    auto* pairs = reinterpret_cast<float2*>(g_chunk);
+    pairs[0] = {chunk.x, chunk.y}, pairs[1] = {chunk.z, chunk.w};
+    return;
+  }
+  if (count > 0) g_chunk[0] = chunk.x;
+  if (count > 1) g_chunk[1] = chunk.y;
+  if (count > 2) g_chunk[2] = chunk.z;
+  if (count > 3) g_chunk[3] = chunk.w;
+}
+
 }  // namespace selfattn::cuda

@@ -67,10 +67,11 @@ struct BackwardTiles {
   static_assert(kTableBlock % DqTiles<kDim>::kTileKey == 0 && kTableBlock % DkdvTiles<kDim>::kTileQuery == 0);
 };
 
-template <int kDim_, Precision kPrecision_>
+template <int kDim_, Precision kPrecision_, RowLayout kLayout_ = RowLayout::kAligned>
 struct DqConfig : DqTiles<kDim_> {
   using Tiles = DqTiles<kDim_>;
   static constexpr Precision kPrecision = kPrecision_;
+  static constexpr RowLayout kLayout = kLayout_;
   static constexpr int kDim = kDim_;
   static constexpr int kRowWarps = Tiles::kTileQuery / Tiles::kWarpRows,
                        kThreads = kRowWarps * Tiles::kKeyParts * kWarpSize;
@@ -78,8 +79,8 @@ struct DqConfig : DqTiles<kDim_> {
   static constexpr int kColumns = Tiles::kTileKey / Tiles::kKeyParts;  // of a block of keys, for a warp
   using Table = typename BackwardTiles<kDim>::Queries;
 
-  using Query = FloatTile<Tiles::kTileQuery, kDim>;  // and dO
-  using Key = FloatTile<Tiles::kTileKey, kDim>;      // and V
+  using Query = FloatTile<Tiles::kTileQuery, kDim, kLayout>;  // and dO
+  using Key = FloatTile<Tiles::kTileKey, kDim, kLayout>;      // and V
 
   struct SharedStorage {
     alignas(128) unsigned char q[Query::kBytes];  // at the end the sums of other parts
@@ -91,10 +92,11 @@ struct DqConfig : DqTiles<kDim_> {
   static_assert(kColumns % 8 == 0 && Tiles::kKeyParts <= 2);
 };
 
-template <int kDim_, Precision kPrecision_, bool kHasSoftcap_>
+template <int kDim_, Precision kPrecision_, bool kHasSoftcap_, RowLayout kLayout_ = RowLayout::kAligned>
 struct DkdvConfig : DkdvTiles<kDim_> {
   using Tiles = DkdvTiles<kDim_>;
   static constexpr Precision kPrecision = kPrecision_;
+  static constexpr RowLayout kLayout = kLayout_;
   static constexpr bool kHasSoftcap = kHasSoftcap_;
   static constexpr int kDim = kDim_;
   static constexpr int kRowWarps = Tiles::kTileKey / Tiles::kWarpRows,
@@ -102,8 +104,8 @@ struct DkdvConfig : DkdvTiles<kDim_> {
   static constexpr int kRowGroups = Tiles::kWarpRows / kProductRows;
   using Table = typename BackwardTiles<kDim>::Keys;
 
-  using Key = FloatTile<Tiles::kTileKey, kDim>;      // and V
-  using Query = FloatTile<Tiles::kTileQuery, kDim>;  // and dO
+  using Key = FloatTile<Tiles::kTileKey, kDim, kLayout>;      // and V
+  using Query = FloatTile<Tiles::kTileQuery, kDim, kLayout>;  // and dO
 
   struct SharedStorage {
     alignas(128) unsigned char k[Key::kBytes];

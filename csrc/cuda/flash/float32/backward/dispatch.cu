@@ -17,21 +17,31 @@ struct BackwardKernels {
   cudaError_t (*launch_tf32)(const BackwardParams&, cudaStream_t);
 };
 
-template <int kDim>
+template <int kDim, RowLayout kLayout>
 constexpr BackwardKernels kernels_for() {
-  return {kDim, kDim, BackwardTiles<kDim>::Queries::kOrderedRows, BackwardLauncher<kDim, Precision::kIeee>::launch,
-          BackwardLauncher<kDim, Precision::kTf32>::launch};
+  return {kDim, kDim, BackwardTiles<kDim>::Queries::kOrderedRows,
+          BackwardLauncher<kDim, Precision::kIeee, kLayout>::launch,
+          BackwardLauncher<kDim, Precision::kTf32, kLayout>::launch};
 }
 
 // Each is instantiated in instantiations/.
-constexpr BackwardKernels kKernels[] = {kernels_for<64>(), kernels_for<128>(), kernels_for<256>()};
+constexpr BackwardKernels kKernels[] = {kernels_for<64, RowLayout::kAligned>(), kernels_for<128, RowLayout::kAligned>(),
+                                        kernels_for<256, RowLayout::kAligned>()};
+constexpr BackwardKernels kUnalignedKernels[] = {kernels_for<64, RowLayout::kUnaligned>(),
+                                                 kernels_for<128, RowLayout::kUnaligned>(),
+                                                 kernels_for<256, RowLayout::kUnaligned>()};
+
+const BackwardKernels* find_kernel(const AttentionShape& shape) {
+  return row_layout(shape, sizeof(float)) == RowLayout::kAligned ? find_kernel(kKernels, shape)
+                                                                 : find_kernel(kUnalignedKernels, shape);
+}
 
 }  // namespace
 
 TileSizes backward_tiles(const BackwardParams&) { return {kTableBlock, kTableBlock}; }
 
 int backward_ordered_queries(const BackwardParams& params) {
-  const BackwardKernels* kernels = find_kernel(kKernels, params.shape);
+  const BackwardKernels* kernels = find_kernel(params.shape);
   return kernels ? kernels->ordered_queries : 0;
 }
 
@@ -40,7 +50,7 @@ int64_t backward_workspace_bytes(const BackwardParams& params) {
 }
 
 cudaError_t launch_backward(const BackwardParams& params, cudaStream_t stream) {
-  const BackwardKernels* kernels = find_kernel(kKernels, params.shape);
+  const BackwardKernels* kernels = find_kernel(params.shape);
   if (!kernels) return cudaErrorInvalidValue;
   return (params.allows_tf32 ? kernels->launch_tf32 : kernels->launch_ieee)(params, stream);
 }

@@ -248,8 +248,8 @@ __device__ __forceinline__ bool sum_key_gradients(const BackwardKernelParams& p,
     }
   if (__syncthreads_or(!is_good)) return true;
   const auto store = [&](const auto& sum, float factor, const TensorView& gradient, int dim) {
-    store_rows(sum, factor, head_of(gradient, tile.batch, tile.kv_head), gradient.stride_token, first_row + warp_row,
-               shape.key_length, dim);
+    store_rows<Config::kLayout>(sum, factor, head_of(gradient, tile.batch, tile.kv_head), gradient.stride_token,
+                                first_row + warp_row, shape.key_length, dim);
   };
   if (sums_key) store(grad_k, call.scale, call.grad_k, shape.dim_qk);
   if constexpr (kTogether)

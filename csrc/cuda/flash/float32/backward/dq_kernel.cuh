@@ -203,8 +203,8 @@ __device__ __forceinline__ bool sum_query_gradients(const BackwardKernelParams& 
     add_parts<Config::kRowWarps * kWarpSize>(grad_q, part, s.q);
   }
   if (part == 0)
-    store_rows(grad_q, call.scale, head_of(call.grad_q, tile.batch, tile.head), call.grad_q.stride_token,
-               first_row + warp_row, shape.query_length, shape.dim_qk);
+    store_rows<Config::kLayout>(grad_q, call.scale, head_of(call.grad_q, tile.batch, tile.head),
+                                call.grad_q.stride_token, first_row + warp_row, shape.query_length, shape.dim_qk);
   return false;
 }
 

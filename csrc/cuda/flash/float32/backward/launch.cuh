@@ -37,11 +37,11 @@ cudaError_t launch_tiles(Kernel kernel, const BackwardKernelParams& p, int tiles
   return cudaGetLastError();
 }
 
-template <int kDim, Precision kPrecision>
-cudaError_t BackwardLauncher<kDim, kPrecision>::launch(const BackwardParams& params, cudaStream_t stream) {
-  using Queries = DqConfig<kDim, kPrecision>;
-  using Keys = DkdvConfig<kDim, kPrecision, false>;
-  using CappedKeys = DkdvConfig<kDim, kPrecision, true>;
+template <int kDim, Precision kPrecision, RowLayout kLayout>
+cudaError_t BackwardLauncher<kDim, kPrecision, kLayout>::launch(const BackwardParams& params, cudaStream_t stream) {
+  using Queries = DqConfig<kDim, kPrecision, kLayout>;
+  using Keys = DkdvConfig<kDim, kPrecision, false, kLayout>;
+  using CappedKeys = DkdvConfig<kDim, kPrecision, true, kLayout>;
   int device = 0;
   if (const cudaError_t status = cudaGetDevice(&device)) return status;
   const AttentionShape& shape = params.shape;
@@ -59,7 +59,8 @@ cudaError_t BackwardLauncher<kDim, kPrecision>::launch(const BackwardParams& par
   p.stat_pitch = stat_pitch(shape);
 
   if (p.of_queries.tiles) {
-    flash_attention_backward_preprocess_kernel<kPrecision><<<preprocess_blocks(p), kPreprocessThreads, 0, stream>>>(p);
+    flash_attention_backward_preprocess_kernel<kPrecision, kLayout>
+        <<<preprocess_blocks(p), kPreprocessThreads, 0, stream>>>(p);
     if (const cudaError_t status = cudaGetLastError()) return status;
     if (const cudaError_t status =
             launch_tiles<Queries>(flash_attention_backward_dq_kernel<Queries>, p, p.of_queries.tiles, device, stream))

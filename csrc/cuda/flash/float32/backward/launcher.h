@@ -6,7 +6,7 @@
 
 namespace selfattn::cuda::float32 {
 
-template <int kDim, Precision kPrecision>
+template <int kDim, Precision kPrecision, RowLayout kLayout = RowLayout::kAligned>
 struct BackwardLauncher {
   static cudaError_t launch(const BackwardParams& params, cudaStream_t stream);
 };

@@ -25,16 +25,17 @@ struct ForwardTiles<256, kPrecision> {
   static constexpr bool kHoldsQuery = false;
 };
 
-template <int kDim_, Precision kPrecision_>
+template <int kDim_, Precision kPrecision_, RowLayout kLayout_ = RowLayout::kAligned>
 struct ForwardConfig : ForwardTiles<kDim_, kPrecision_> {
   using Tiles = ForwardTiles<kDim_, kPrecision_>;
   static constexpr Precision kPrecision = kPrecision_;
+  static constexpr RowLayout kLayout = kLayout_;
   static constexpr int kDim = kDim_;  // of q and k, and of v
   static constexpr int kThreads = Tiles::kTileQuery / Tiles::kWarpRows * kWarpSize;
   static constexpr int kRowGroups = Tiles::kWarpRows / kProductRows;  // in a warp
 
-  using Query = FloatTile<Tiles::kTileQuery, kDim>;
-  using Key = FloatTile<Tiles::kTileKey, kDim>;
+  using Query = FloatTile<Tiles::kTileQuery, kDim, kLayout>;
+  using Key = FloatTile<Tiles::kTileKey, kDim, kLayout>;
   using Value = Key;
 
   struct SharedStorage {

@@ -16,7 +16,7 @@ struct ForwardKernel {
   cudaError_t (*launch_tf32)(const ForwardParams&, cudaStream_t);
 };
 
-template <int kDim>
+template <int kDim, RowLayout kLayout>
 constexpr ForwardKernel kernel_for() {
   using Tiles = ForwardTiles<kDim, Precision::kIeee>;
   using Tf32Tiles = ForwardTiles<kDim, Precision::kTf32>;
@@ -24,22 +24,31 @@ constexpr ForwardKernel kernel_for() {
   return {kDim,
           kDim,
           {Tiles::kTileQuery, Tiles::kTileKey},
-          ForwardLauncher<kDim, Precision::kIeee>::launch,
-          ForwardLauncher<kDim, Precision::kTf32>::launch};
+          ForwardLauncher<kDim, Precision::kIeee, kLayout>::launch,
+          ForwardLauncher<kDim, Precision::kTf32, kLayout>::launch};
 }
 
 // Each is instantiated in instantiations/.
-constexpr ForwardKernel kKernels[] = {kernel_for<64>(), kernel_for<128>(), kernel_for<256>()};
+constexpr ForwardKernel kKernels[] = {kernel_for<64, RowLayout::kAligned>(), kernel_for<128, RowLayout::kAligned>(),
+                                      kernel_for<256, RowLayout::kAligned>()};
+constexpr ForwardKernel kUnalignedKernels[] = {kernel_for<64, RowLayout::kUnaligned>(),
+                                               kernel_for<128, RowLayout::kUnaligned>(),
+                                               kernel_for<256, RowLayout::kUnaligned>()};
+
+const ForwardKernel* find_kernel(const AttentionShape& shape) {
+  return row_layout(shape, sizeof(float)) == RowLayout::kAligned ? find_kernel(kKernels, shape)
+                                                                 : find_kernel(kUnalignedKernels, shape);
+}
 
 }  // namespace
 
 TileSizes forward_tiles(const ForwardParams& params) {
-  const ForwardKernel* kernel = find_kernel(kKernels, params.shape);
+  const ForwardKernel* kernel = find_kernel(params.shape);
   return kernel ? kernel->tiles : TileSizes{};
 }
 
 cudaError_t launch_forward(const ForwardParams& params, cudaStream_t stream) {
-  const ForwardKernel* kernel = find_kernel(kKernels, params.shape);
+  const ForwardKernel* kernel = find_kernel(params.shape);
   if (!kernel) return cudaErrorInvalidValue;
   return (params.allows_tf32 ? kernel->launch_tf32 : kernel->launch_ieee)(params, stream);
 }

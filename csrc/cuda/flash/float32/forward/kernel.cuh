@@ -203,8 +203,8 @@ __device__ __forceinline__ bool attend(const ForwardKernelParams& p, const Query
       if (row >= shape.query_length) continue;
       is_spoilt = is_spoilt || !is_row_finite(out[g], r) || !(sum == sum);
       if (lane % 4 == 0) call.lse[int64_t(tile.head_of_all) * shape.query_length + row] = end.lse;
-      store_row(out[g], r, end.factor, head_of(call.out, tile.batch, tile.head) + row * call.out.stride_token,
-                shape.dim_v);
+      store_row<Config::kLayout>(out[g], r, end.factor,
+                                 head_of(call.out, tile.batch, tile.head) + row * call.out.stride_token, shape.dim_v);
     }
   return is_spoilt;
 }

@@ -9,9 +9,9 @@ namespace selfattn::cuda::float32 {
 
 constexpr int64_t kMaskedLastSectionBytes = 32 << 20;
 
-template <int kDim, Precision kPrecision>
-cudaError_t ForwardLauncher<kDim, kPrecision>::launch(const ForwardParams& params, cudaStream_t stream) {
-  using Config = ForwardConfig<kDim, kPrecision>;
+template <int kDim, Precision kPrecision, RowLayout kLayout>
+cudaError_t ForwardLauncher<kDim, kPrecision, kLayout>::launch(const ForwardParams& params, cudaStream_t stream) {
+  using Config = ForwardConfig<kDim, kPrecision, kLayout>;
   const bool is_masked = params.segments.mode || params.window.left < AttentionWindow::kUnbounded ||
                          params.window.right < AttentionWindow::kUnbounded;
   const ForwardKernelParams p{

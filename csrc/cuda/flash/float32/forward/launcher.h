@@ -5,7 +5,7 @@
 
 namespace selfattn::cuda::float32 {
 
-template <int kDim, Precision kPrecision>
+template <int kDim, Precision kPrecision, RowLayout kLayout = RowLayout::kAligned>
 struct ForwardLauncher {
   static cudaError_t launch(const ForwardParams& params, cudaStream_t stream);
 };

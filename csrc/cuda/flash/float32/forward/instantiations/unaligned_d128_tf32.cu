@@ -1,0 +1,7 @@
+#include "flash/float32/forward/launch.cuh"
+
+namespace selfattn::cuda::float32 {
+
+template struct ForwardLauncher<128, Precision::kTf32, RowLayout::kUnaligned>;
+
+}  // namespace selfattn::cuda::float32
