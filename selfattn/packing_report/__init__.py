@@ -51,7 +51,8 @@ def packing_report(
         window_right: as ``multihead_attention``.
         kernels: "sm90" (compute capability 9.0; "cuda" means it, too), "sm80" (every other one since 8.0) or "cpu":
             whose tiles and rule the visited blocks follow.
-        head_dim: DQK, which decides on the tiles and counts in FLOPs.
+        head_dim: DQK, which decides on the tiles and counts in FLOPs. One that is no multiple of 8 is served by kernels
+            of "sm80" on every card.
         v_head_dim: DV; None is ``head_dim``.
         num_heads: NH, for the FLOPs and, on the CPU, the tiles.
         num_kv_heads: NKV; None is ``num_heads``.

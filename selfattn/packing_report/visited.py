@@ -44,6 +44,8 @@ CUDA_TILES = {
         (256, 256): (64, 32),
     },
 }
+UNALIGNED_DIMS = ((64, 64), (128, 128), (256, 256))
+"""Whose tiles of "sm80" serve head dimensions that are no multiple of 8, on every card."""
 KERNELS = {"cuda": "sm90", "sm90": "sm90", "sm80": "sm80", "cpu": "cpu"}  # by the names that may be asked for
 CPU_TILE = (64, 64)  # kTileRows and kPanel of csrc/cpu/pair_table.h
 
@@ -66,7 +68,11 @@ class Tiling:
         kernels = KERNELS[kernels]
         if kernels == "cpu":
             return cls(kernels, *CPU_TILE, group)
-        for (most_qk, most_v), tiles in CUDA_TILES[kernels].items():
+        choice = CUDA_TILES[kernels]
+        if head_dim % 8 != 0 or v_head_dim % 8 != 0:
+            kernels = "sm80"
+            choice = {dims: CUDA_TILES[kernels][dims] for dims in UNALIGNED_DIMS}
+        for (most_qk, most_v), tiles in choice.items():
             if head_dim <= most_qk and v_head_dim <= most_v:
                 return cls(kernels, *tiles, 1)
         raise ValueError(

@@ -14,16 +14,16 @@ IDS = {"has_ids": True}
 LONG = MOST_TOKENS_WITH_IDS + 1
 ROWS: dict[str, list[dict]] = {
     "float64": [IDS | {"dtype": torch.float64}],
-    "a head dimension that is no multiple of 8 (float32: 4), or above 256": [
-        *(IDS | {"dim": dim, "value_dim": value_dim} for dim, value_dim in ((100, 100), (16, 12), (264, 264))),
-        *(IDS | {"dtype": torch.float32, "dim": dim, "value_dim": 16} for dim in (6, 260)),
+    "a head dimension above 256": [
+        *(IDS | {"dim": dim, "value_dim": value_dim} for dim, value_dim in ((264, 264), (16, 257), (300, 7))),
+        IDS | {"dtype": torch.float32, "dim": 257, "value_dim": 16},
     ],
     "compute capability below 8.0": [IDS | {"capability": (7, 5)}],
     "rows of more than 524,288 tokens with segment ids": [IDS | {"num_queries": LONG, "num_keys": LONG}],
     "positions, with causality or a window": [{"has_positions": True}],
     "any of these with sinks, softcap or lse": [
         call | option
-        for call in (IDS | {"dtype": torch.float64}, IDS | {"dim": 100}, {"has_positions": True})
+        for call in (IDS | {"dtype": torch.float64}, IDS | {"dim": 260}, {"has_positions": True})
         for option in ({"has_sinks": True}, {"softcap": 30.0}, {"wants_lse": True})
     ],
     "`torch.func` transforms but vmap, forward mode": [{"transform": "grad"}, {"has_tangent": True}],
@@ -39,6 +39,20 @@ BY_KERNELS = [
     IDS | {"capability": (8, 6), "transform": "vmap"},
     IDS | {"dtype": torch.float32, "has_sinks": True, "wants_lse": True, "softcap": 30.0},
     IDS | {"dtype": torch.float32, "dim": 100, "value_dim": 12, "capability": (8, 6)},
+    *(
+        IDS
+        | {
+            "dtype": dtype,
+            "dim": dim,
+            "value_dim": value_dim,
+            "capability": capability,
+            "softcap": 30.0,
+            "has_sinks": True,
+        }
+        for dtype in (torch.bfloat16, torch.float32)
+        for dim, value_dim in ((100, 100), (16, 12), (5, 256), (255, 1))
+        for capability in ((8, 0), (9, 0))
+    ),
 ]
 
 
@@ -66,12 +80,13 @@ def test_everything_else_is_served_by_the_kernels() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("has_own_key_ids", [False, True])
 @pytest.mark.parametrize("options", [{}, {"window_left": 100}, {"causal": False}, {"softcap": 30.0}])
+@pytest.mark.parametrize("dim", [64, 99])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_calls_with_ids_take_no_mask_where_the_kernels_serve(
-    dtype: torch.dtype, options: dict, has_own_key_ids: bool
+    dtype: torch.dtype, dim: int, options: dict, has_own_key_ids: bool
 ) -> None:
     length = 4096
-    q = torch.randn(1, length, 1, 64, device="cuda", dtype=dtype)
+    q = torch.randn(1, length, 1, dim, device="cuda", dtype=dtype)
     ids = torch.randint(0, 9, (1, length), device="cuda", dtype=torch.int32)
     ids = {"segment_ids": ids} | ({"kv_segment_ids": ids.clone()} if has_own_key_ids else {})
     if chosen(describe(q, q, q, **ids, **options)) != "flash":

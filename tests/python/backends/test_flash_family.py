@@ -90,7 +90,7 @@ SHIM = r"""
 using namespace selfattn;
 
 std::string forced;
-bool is_there[4];  // sm80, sm90, segments, float32
+bool is_there[5];  // sm80, sm90, segments, float32, unaligned
 
 const std::string& selfattn::forced_flash_family() { return forced; }
 std::string selfattn::capability_to_string(int capability) {
@@ -107,23 +107,29 @@ const FlashKernels& sm90_kernels() {
   static FlashKernels kernels{SM90, .is_built_for = [](int) { return is_there[1]; }};
   return kernels;
 }
+const FlashKernels& unaligned_kernels() {
+  static FlashKernels kernels{UNALIGNED, .is_built_for = [](int) { return is_there[4]; }};
+  return kernels;
+}
 const FlashKernels& float32_kernels() {
   static FlashKernels kernels{FLOAT32, .is_built_for = [](int) { return is_there[3]; }};
   return kernels;
 }
 }
 
-// Of each question on a line (capability, family or -, four digits, 1 for float32): the family's name, or the reason.
+// Of each question on a line (capability, family or -, five digits, 1 for float32, 1 for aligned rows): the family's
+// name, or the reason.
 int main() {
   int capability;
   std::string family, built;
-  bool is_float32;
-  while (std::cin >> capability >> family >> built >> is_float32) {
+  bool is_float32, is_aligned;
+  while (std::cin >> capability >> family >> built >> is_float32 >> is_aligned) {
     forced = family == "-" ? "" : family;
-    for (int i = 0; i < 4; i++) is_there[i] = built[i] == '1';
+    for (int i = 0; i < 5; i++) is_there[i] = built[i] == '1';
     const cuda::FlashKernels* kernels = cuda::select_kernels(
-        0, capability, is_float32 ? cuda::ElementType::kFloat : cuda::ElementType::kHalf);
-    const FlashSupport support = find_flash_support(0, capability, is_float32);
+        0, capability, is_float32 ? cuda::ElementType::kFloat : cuda::ElementType::kHalf,
+        is_aligned ? cuda::RowLayout::kAligned : cuda::RowLayout::kUnaligned);
+    const FlashSupport support = find_flash_support(0, capability, is_float32, is_aligned);
     if ((kernels != nullptr) != (support.limits != nullptr)) return 1;
     std::cout << (kernels ? kernels->name : support.reason) << "\n";
   }
@@ -131,10 +137,18 @@ int main() {
 """
 
 
+SOURCES = {
+    "sm80": "sm80/kernels",
+    "sm90": "sm90/kernels",
+    "unaligned": "sm80/unaligned_kernels",
+    "float32": "float32/kernels",
+}
+
+
 def limits_in_source(family: str) -> str:
     """The designated initialisers of what the choice reads, as the family's own table has them."""
-    source = (ROOT / f"csrc/cuda/flash/{family}/kernels.cu").read_text()
-    wanted = ("name", "min_capability", "max_capability", "is_of_float32")
+    source = (ROOT / f"csrc/cuda/flash/{SOURCES[family]}.cu").read_text()
+    wanted = ("name", "min_capability", "max_capability", "is_of_float32", "is_of_unaligned")
     lines = [line.strip() for line in source.splitlines()]
     return " ".join(line for name in wanted for line in lines if line.startswith(f".{name} ="))
 
@@ -145,7 +159,7 @@ def chooser(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cuda = Path(tool("nvcc")).resolve().parents[1] / "include"
     folder = tmp_path_factory.mktemp("chooser")
     shim = SHIM
-    for family in (*FAMILIES, "float32"):
+    for family in SOURCES:
         shim = shim.replace(f"{family.upper()},", limits_in_source(family))
     (folder / "shim.cpp").write_text(shim)
     (folder / "select_kernels.cpp").write_text('#include "cuda/flash/select_kernels.cu"\n')
@@ -154,8 +168,11 @@ def chooser(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "chooser"
 
 
-def choices(chooser: Path, family: str = "-", built: str = "1111", is_float32: bool = False) -> dict[int, str]:
-    questions = "\n".join(f"{capability} {family} {built} {int(is_float32)}" for capability in CAPABILITIES)
+def choices(
+    chooser: Path, family: str = "-", built: str = "11111", is_float32: bool = False, is_aligned: bool = True
+) -> dict[int, str]:
+    rows = f"{int(is_float32)} {int(is_aligned)}"
+    questions = "\n".join(f"{capability} {family} {built} {rows}" for capability in CAPABILITIES)
     done = subprocess.run([chooser], input=questions, capture_output=True, text=True, check=True)
     return dict(zip(CAPABILITIES, done.stdout.splitlines(), strict=True))
 
@@ -178,7 +195,7 @@ def test_a_family_can_be_forced_where_it_runs(chooser: Path) -> None:
         assert said == ("sm90" if capability == 90 else refusal)
 
 
-@pytest.mark.parametrize("built", ["0011", "0101", "1001", "1101"])
+@pytest.mark.parametrize("built", ["00111", "01011", "10011", "11011"])
 def test_a_device_for_which_a_part_was_not_built_is_refused(chooser: Path, built: str) -> None:
     """The families' own kernels, or the preparation of segments."""
     for capability, said in choices(chooser, built=built).items():
@@ -187,20 +204,30 @@ def test_a_device_for_which_a_part_was_not_built_is_refused(chooser: Path, built
 
 
 def test_hopper_without_its_own_kernels_runs_those_of_every_card(chooser: Path) -> None:
-    assert choices(chooser, built="1011")[90] == "sm80"
-    assert choices(chooser, built="0111")[90] == "sm90"
+    assert choices(chooser, built="10111")[90] == "sm80"
+    assert choices(chooser, built="01111")[90] == "sm90"
 
 
 @pytest.mark.parametrize("family", ["-", *FAMILIES])
-def test_float32_has_one_family_whatever_is_forced(chooser: Path, family: str) -> None:
-    for capability, said in choices(chooser, family, is_float32=True).items():
+@pytest.mark.parametrize(
+    ("name", "rows", "without"),
+    [
+        ("float32", {"is_float32": True}, "11101"),
+        ("float32", {"is_float32": True, "is_aligned": False}, "11101"),
+        ("unaligned", {"is_aligned": False}, "11110"),
+    ],
+)
+def test_float32_and_unaligned_rows_have_one_family_whatever_is_forced(
+    chooser: Path, family: str, name: str, rows: dict[str, bool], without: str
+) -> None:
+    for capability, said in choices(chooser, family, **rows).items():
         got = f"{capability // 10}.{capability % 10}"
-        assert said == ("float32" if capability >= 80 else f"it needs compute capability 8.0 or newer; got {got}")
-    for built in ("1110", "1101"):
-        for capability, said in choices(chooser, family, built, is_float32=True).items():
+        assert said == (name if capability >= 80 else f"it needs compute capability 8.0 or newer; got {got}")
+    for built in (without, "11011"):
+        for capability, said in choices(chooser, family, built, **rows).items():
             if capability >= 80:
                 assert said.startswith("this build of selfattn holds no flash kernels for compute capability"), said
-    assert choices(chooser, built="0011", is_float32=True)[90] == "float32"
+    assert choices(chooser, built="00111", **rows)[90] == name
 
 
 # ---------------------------------------------------------------- on a GPU
@@ -231,6 +258,11 @@ try:
         step("flash", q.float(), k.float(), v.float())
         torch.cuda.synchronize()
     assert any("::float32::flash_attention" in event.name for event in profiler.events())
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        step("flash", q[..., 3:], k[..., 3:], v)  # rows of 61 elements: the same kernels on every card
+        torch.cuda.synchronize()
+    names = {event.name for event in profiler.events() if "::flash_attention" in event.name}
+    assert len(names) > 2 and all("::sm80::" in name for name in names), names
     for mine, target in zip(results, step("reference", q.double(), k.double(), v.double())):
         assert (mine.double() - target).abs().max() < 2e-2 * target.abs().max()
 except NotImplementedError as error:

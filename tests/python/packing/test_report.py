@@ -22,7 +22,7 @@ import selfattn
 from selfattn.packing_report import PackingReport
 from selfattn.packing_report.__main__ import main
 from selfattn.packing_report.picture import ALLOWED, NOT_VISITED, VISITED, make_figure, score_square
-from selfattn.packing_report.visited import CPU_TILE, CUDA_TILES
+from selfattn.packing_report.visited import CPU_TILE, CUDA_TILES, UNALIGNED_DIMS, Tiling
 
 CSRC = ROOT / "csrc"
 INT_MAX, INT_MIN = 2**31 - 1, -(2**31)
@@ -288,6 +288,15 @@ def test_tiles_are_those_in_the_sources(family: str) -> None:
     assert of_sources == CUDA_TILES[family]
     order = [(int(qk), int(v)) for qk, v in re.findall(r"kernel_for<(\d+), (\d+)>\(\)", dispatch)]
     assert order == list(CUDA_TILES[family])
+
+
+@pytest.mark.parametrize("kernels", ["cuda", *CUDA_TILES])
+def test_head_dimensions_that_are_no_multiple_of_8_take_tiles_of_every_card(kernels: str) -> None:
+    dispatch = (CSRC / "cuda/flash/sm80/forward/dispatch.cu").read_text()
+    order = re.findall(r"kernel_for<(\d+), (\d+), false, RowLayout::kUnaligned>\(\)", dispatch)
+    assert [(int(qk), int(v)) for qk, v in order] == list(UNALIGNED_DIMS)
+    for dims, most in {(63, 64): (64, 64), (64, 1): (64, 64), (100, 96): (128, 128), (5, 256): (256, 256)}.items():
+        assert Tiling.of(kernels, *dims, 1) == Tiling("sm80", *CUDA_TILES["sm80"][most], 1)
 
 
 def test_tiles_of_the_cpu_are_those_in_the_source() -> None:

@@ -132,7 +132,6 @@ TABLE: dict[tuple[str, str], Limits] = {
     ("flash", "cuda"): Limits(
         dtypes=(torch.float32, *HALF),
         min_capability=(8, 0),
-        dim_bytes=16,
         max_dim=256,
         refuses=(
             "positions",
@@ -265,9 +264,7 @@ def _render_row(backend: str, device: str, limits: Limits) -> str:
     dtypes = "every" if limits.dtypes == DTYPES else ", ".join(str(dtype)[len("torch.") :] for dtype in limits.dtypes)
     dims = "any" if limits.max_dim is None else f"up to {limits.max_dim}"
     if limits.dim_bytes > 1:
-        of_half = limits.dim_bytes // HALF[0].itemsize
-        of_float32 = f" (float32: {limits.dim_bytes // 4})" if torch.float32 in limits.dtypes else ""
-        dims = f"multiples of {of_half}{of_float32} {dims}"
+        dims = f"multiples of {limits.dim_bytes // HALF[0].itemsize} {dims}"
     if backend == "cudnn":
         dims += " (256 on 9.0 with cuDNN 9.10 or newer)"
     return f"| `{backend}` | {place} | {dtypes} | {dims} | {', '.join(limits.refuses) or 'nothing'} |"
