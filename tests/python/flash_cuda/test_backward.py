@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from support.cases import CudaCase, long
+from support.cases import UNALIGNED_DIMS, UNALIGNED_LAYOUTS, UNALIGNED_PAIRS, CudaCase, long
 from support.memory import poison_free_memory
 from support.problems import dense_attention, lay_out, norm_error
 from torch import Tensor
@@ -135,6 +135,42 @@ HAND_MADE = [
 ]
 
 
+# Head dimensions that are no multiple of 8.
+UNALIGNED = [
+    *(CudaCase(dim=dim, dtype=dtype) for dim in UNALIGNED_DIMS for dtype in (torch.bfloat16, torch.float16)),
+    *(CudaCase(dim=dim, value_dim=value_dim, causal=False) for dim, value_dim in UNALIGNED_PAIRS),
+    *(CudaCase(dim=dim, layout=layout) for dim in (33, 99, 100, 250) for layout in UNALIGNED_LAYOUTS),
+    *(CudaCase(num_queries=n, dim=99, layout="surrounded") for n in (1, 63, 64, 65, 128, 129, 640)),
+    *(
+        CudaCase(ids=kind, dim=dim, causal=causal)
+        for kind in (*KINDS, "permuted", "padding_but_one_row")
+        for dim in (63, 101, 129)
+        for causal in (True, False)
+    ),
+    *(
+        CudaCase(ids=kind, has_kv_ids=True, num_queries=nq, num_keys=nk, causal=causal, dim=99)
+        for kind in ("shuffled_padding", "documents")
+        for nq, nk in ((200, 333), (333, 200))
+        for causal in (True, False)
+    ),
+    *(
+        CudaCase(num_queries=nq, num_keys=nk, dim=dim)
+        for nq, nk in ((100, 400), (400, 100), (1, 500), (500, 1))
+        for dim in (31, 99, 255)
+    ),
+    *(
+        CudaCase(window_left=left, window_right=right, causal=causal, num_queries=300, num_keys=500, dim=99)
+        for left, right, causal in ((30, -1, True), (0, 0, False), (100, 70, False), (-1, 20, False))
+    ),
+    *(CudaCase(num_heads=8, num_kv_heads=heads, dim=dim) for heads in (1, 2, 8) for dim in (33, 99, 129)),
+    *(CudaCase(has_grad_lse=True, has_sinks=True, ids=ids, dim=99) for ids in (None, "shuffled_padding")),
+    *(CudaCase(softcap=cap, dim=dim, ids=ids) for cap in CAPS for dim in (33, 99, 255) for ids in (None, "blocks")),
+    *(CudaCase(qk_scale=scale, dim=99) for scale in (0.01, -0.2)),
+    *(long(dim=dim, ids=ids) for dim in (33, 99, 250) for ids in (None, "long_documents", "shuffled_padding")),
+    long(1500, batch=8, num_heads=8, num_kv_heads=2, dim=99, layout="surrounded_bnsd"),
+]
+
+
 def several_launches(**fields) -> CudaCase:
     """Where only the device knows the form, for more batches than one launch of the fused form takes: 6 and 2."""
     return long(1500, **{"batch": 8, "num_heads": 16, "num_kv_heads": 16, "causal": False, **fields})
@@ -182,10 +218,10 @@ LONG = [
 ]
 
 
-def random_problem(seed: int) -> CudaCase:
+def random_problem(seed: int, dims: tuple[int, ...] = tuple(range(8, 257, 8)), **fields: object) -> CudaCase:
     r = random.Random(seed)
     kv_heads = r.choice((1, 2, 3))
-    dim = 8 * r.randint(1, 32)
+    dim = r.choice(dims)
     ids = r.choice((None, *KINDS, "separate"))
     num_queries = r.randint(1, 700)
     num_keys = num_queries if ids not in (None, "separate") else r.randint(1, 700)
@@ -196,7 +232,7 @@ def random_problem(seed: int) -> CudaCase:
         num_heads=kv_heads * r.choice((1, 2, 4)),
         num_kv_heads=kv_heads,
         dim=dim,
-        value_dim=r.choice((0, 8 * r.randint(1, 32))),
+        value_dim=r.choice((0, r.choice(dims))),
         dtype=r.choice((torch.bfloat16, torch.float16)),
         ids="shuffled_padding" if ids == "separate" else ids,
         has_kv_ids=ids == "separate",
@@ -206,10 +242,10 @@ def random_problem(seed: int) -> CudaCase:
         softcap=r.choice((0.0, 0.0, *CAPS)),
         has_grad_lse=r.random() < 0.3,
         layout=r.choice(("bsnd", "bnsd", "padded")),
-    )
+    ).with_(**fields)
 
 
-@pytest.mark.parametrize("problem", [*HAND_MADE, *LONG], ids=str)
+@pytest.mark.parametrize("problem", [*HAND_MADE, *LONG, *UNALIGNED], ids=str)
 def test_backward_matches_float64(problem: CudaCase) -> None:
     check(problem)
 
@@ -219,6 +255,17 @@ def test_backward_matches_float64_on_random_problems(seed: int) -> None:
     check(random_problem(seed))
 
 
+@pytest.mark.parametrize("seed", range(80))
+def test_backward_matches_float64_with_any_head_dimensions(seed: int) -> None:
+    layout = random.Random(seed).choice(("bsnd", *UNALIGNED_LAYOUTS))
+    check(random_problem(seed, tuple(range(1, 257)), layout=layout))
+
+
+@pytest.mark.parametrize("problem", UNALIGNED, ids=str)
+def test_deterministic_backward_matches_float64_with_unaligned_rows(problem: CudaCase, deterministic: None) -> None:
+    check(problem)
+
+
 DETERMINISTIC = [
     CudaCase(num_queries=1500, dim=dim, causal=causal, ids=ids, num_heads=8)
     for dim in (64, 128, 256)
@@ -226,6 +273,7 @@ DETERMINISTIC = [
     for ids in (None, "documents", "padding_around", "blocks")
 ] + [
     CudaCase(num_queries=900, num_keys=1500, window_left=300),
+    *(CudaCase(num_queries=1500, dim=dim, num_heads=8, ids=ids) for dim in (63, 99, 250) for ids in (None, "blocks")),
     *(
         CudaCase(num_queries=1500, dim=dim, ids=ids, num_heads=8, softcap=4.0)
         for dim in (64, 128, 256)

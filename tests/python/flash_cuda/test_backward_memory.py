@@ -11,7 +11,7 @@ pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("kind", ["packed", "shuffled", None])
-@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("dim", [63, 64, 99, 100, 128, 250, 256])
 @pytest.mark.parametrize("is_deterministic", [False, True])
 def test_gradient_of_the_attention_over_its_inputs_is_the_same(kind, dim: int, is_deterministic: bool) -> None:
     """Short rows and long ones: both forms of the backward pass."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from support.cases import CudaCase, long
+from support.cases import UNALIGNED_DIMS, UNALIGNED_LAYOUTS, UNALIGNED_PAIRS, CudaCase, long
 from support.memory import peak_of, poison_free_memory
 from support.problems import dense_attention, make_ids
 from torch import Tensor
@@ -125,6 +125,14 @@ PROBLEMS = [
     *(long(2700, dtype=torch.float32, ids=ids, dim=dim) for ids in (None, "long_documents") for dim in (64, 128, 256)),
     long(2700, dtype=torch.float32, ids="shuffled_padding", causal=False),
     *(case(batch=48, num_queries=640, num_heads=8, dim=64, ids=ids) for ids in (None, "documents", "shuffled_padding")),
+    *(case(dim=dim) for dim in UNALIGNED_DIMS),
+    *(case(dim=dim, value_dim=value_dim, causal=False) for dim, value_dim in UNALIGNED_PAIRS),
+    *(case(dim=dim, layout=layout) for dim in (33, 99, 250) for layout in UNALIGNED_LAYOUTS),
+    *(case(dim=dim, ids=ids, has_sinks=True) for dim in (63, 101, 129) for ids in (*KINDS, "blocks", "permuted")),
+    *(case(dim=99, num_queries=nq, num_keys=nk) for nq, nk in ((100, 400), (400, 100), (1, 500), (500, 1))),
+    *(case(dim=dim, softcap=softcap, ids="blocks") for softcap in (0.5, 1e4) for dim in (31, 99, 255)),
+    case(dim=99, window_left=100, window_right=70, causal=False, num_heads=8, num_kv_heads=2, has_grad_lse=True),
+    *(long(2700, dtype=torch.float32, dim=dim, ids="long_documents") for dim in (33, 99, 250)),
 ]
 
 
@@ -133,7 +141,7 @@ def test_as_good_as_the_formula(problem: CudaCase, precision: str) -> None:
     check(problem)
 
 
-def random_problem(seed: int) -> CudaCase:
+def random_problem(seed: int, multiple: int = 4, **fields: object) -> CudaCase:
     r = random.Random(seed)
     kv_heads = r.choice((1, 2, 3))
     ids = r.choice((None, *KINDS, "blocks", "separate"))
@@ -144,8 +152,8 @@ def random_problem(seed: int) -> CudaCase:
         num_keys=num_queries if ids not in (None, "separate") else r.randint(1, 700),
         num_heads=kv_heads * r.choice((1, 2, 4)),
         num_kv_heads=kv_heads,
-        dim=4 * r.randint(1, 64),
-        value_dim=r.choice((0, 4 * r.randint(1, 64))),
+        dim=multiple * r.randint(1, 256 // multiple),
+        value_dim=r.choice((0, multiple * r.randint(1, 256 // multiple))),
         ids="shuffled_padding" if ids == "separate" else ids,
         has_kv_ids=ids == "separate",
         causal=r.random() < 0.6,
@@ -155,12 +163,17 @@ def random_problem(seed: int) -> CudaCase:
         has_sinks=r.random() < 0.3,
         has_grad_lse=r.random() < 0.3,
         layout=r.choice(("bsnd", "bnsd", "padded")),
-    )
+    ).with_(**fields)
 
 
 @pytest.mark.parametrize("seed", range(60))
 def test_random_problems_are_as_good_as_the_formula(seed: int, precision: str) -> None:
     check(random_problem(seed))
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_random_problems_with_any_head_dimensions_are_as_good_as_the_formula(seed: int, precision: str) -> None:
+    check(random_problem(seed, multiple=1, layout=random.Random(seed).choice(("bsnd", *UNALIGNED_LAYOUTS))))
 
 
 # ---------------------------------------------------------------- the switch
@@ -318,7 +331,7 @@ def test_results_repeat_bitwise_without_being_asked_to(dim: int, ids: str | None
 
 @pytest.mark.parametrize("what", ["", "large_logits", "nan_in_k", "nan_in_v", "nan_in_grad"])
 @pytest.mark.parametrize("ids", [None, "packed", "shuffled"])
-@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("dim", [64, 99, 128, 250, 256])
 def test_gradients_over_the_inputs_are_the_same(dim: int, ids: str | None, what: str, precision: str) -> None:
     q, k, v, grad = (torch.randn(2, 300, 4, dim, device="cuda") for _ in range(4))
     tables = () if ids is None else (make_ids(ids, 2, 300).cuda(),)

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.cases import ID_KINDS
-from support.problems import allowed_pairs, dense_attention, make_ids, norm_error
+from support.cases import ID_KINDS, UNALIGNED_DIMS, UNALIGNED_LAYOUTS, UNALIGNED_PAIRS
+from support.problems import allowed_pairs, dense_attention, lay_out, make_ids, norm_error
 from torch import Tensor
 
 import selfattn  # noqa: F401
@@ -18,6 +18,7 @@ pytestmark = pytest.mark.gpu
 
 LENGTHS = [1, 63, 64, 65, 127, 129, 1000]
 HEAD_DIMS = [(64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256), (8, 8), (40, 40), (80, 80), (160, 72)]
+UNALIGNED = [*((dim, dim) for dim in UNALIGNED_DIMS), *UNALIGNED_PAIRS]
 ROUNDING_OF_ONE = {torch.bfloat16: 2e-4, torch.float16: 2e-5, torch.float32: 2e-7}
 """Where the formula is exact, as in rows of one key: a result that falls to the other side of a tie, out of a few."""
 LSE_ERROR = 1e-3
@@ -80,13 +81,13 @@ def random_qkv(
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("dims", HEAD_DIMS)
+@pytest.mark.parametrize("dims", HEAD_DIMS + UNALIGNED)
 def test_dense(dims: tuple[int, int], dtype: torch.dtype, causal: bool) -> None:
     for length in LENGTHS:
         check(*random_qkv(dtype, dims, length, length), causal=causal)
 
 
-@pytest.mark.parametrize("dims", HEAD_DIMS[:6])
+@pytest.mark.parametrize("dims", [*HEAD_DIMS[:6], (33, 33), (99, 99), (129, 7), (5, 256)])
 @pytest.mark.parametrize("kind", ID_KINDS)
 def test_ids_of_every_kind(kind: str, dims: tuple[int, int]) -> None:
     for length, causal in itertools.product(LENGTHS, (True, False)):
@@ -182,6 +183,14 @@ def test_layouts_without_a_copy() -> None:
         check(*(padded[:, :200, :, :dim] for _ in range(3)))
 
 
+@pytest.mark.parametrize("layout", UNALIGNED_LAYOUTS)
+@pytest.mark.parametrize("dims", UNALIGNED)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_unaligned_rows_in_every_layout(dtype: torch.dtype, dims: tuple[int, int], layout: str) -> None:
+    """NaN stands before and behind each row, and the first row begins at any element."""
+    check(*(lay_out(tensor, layout) for tensor in random_qkv(dtype, dims, 200, 200, heads=3, kv_heads=3)))
+
+
 def test_layouts_with_a_copy() -> None:
     q, k, v = random_qkv(torch.bfloat16, (64, 64), 200, 200, heads=4, kv_heads=1)
     check(q, k.expand(-1, -1, 4, -1), v.expand(-1, -1, 4, -1))
@@ -207,7 +216,7 @@ def test_random_calls() -> None:
         pick = generator.choice
         kind, dims, num_queries, kv_heads = (
             pick([None, *ID_KINDS]),
-            pick(HEAD_DIMS),
+            pick(HEAD_DIMS + UNALIGNED),
             pick([1, 65, 192, 200, 500, 1111]),
             pick([1, 2]),
         )
@@ -228,7 +237,7 @@ def test_random_calls() -> None:
 
 
 @pytest.mark.parametrize("kind", [None, "packed", "shuffled"])
-@pytest.mark.parametrize("dims", HEAD_DIMS[:6])
+@pytest.mark.parametrize("dims", [*HEAD_DIMS[:6], (63, 63), (99, 99), (250, 250)])
 def test_repeats_are_bitwise_equal(dims: tuple[int, int], kind: str | None) -> None:
     q, k, v = random_qkv(torch.bfloat16, dims, 2500, 2500, heads=8)
     ids = None if kind is None else make_ids(kind, 2, 2500).cuda()
@@ -290,7 +299,7 @@ def test_no_synchronisation(id_type: torch.dtype) -> None:
 
 @pytest.mark.parametrize("softcap", CAPS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("dims", HEAD_DIMS)
+@pytest.mark.parametrize("dims", [*HEAD_DIMS, (33, 33), (99, 99), (5, 256), (127, 65)])
 def test_softcap(dims: tuple[int, int], dtype: torch.dtype, softcap: float) -> None:
     for length, causal in itertools.product(LENGTHS, (True, False)):
         check(*random_qkv(dtype, dims, length, length), causal=causal, softcap=softcap)
@@ -299,7 +308,9 @@ def test_softcap(dims: tuple[int, int], dtype: torch.dtype, softcap: float) -> N
 @pytest.mark.parametrize("softcap", CAPS)
 @pytest.mark.parametrize("kind", ID_KINDS)
 def test_softcap_with_ids_windows_and_sinks(kind: str, softcap: float) -> None:
-    for dims, (heads, kv_heads) in itertools.product([(64, 64), (128, 128), (256, 256)], [(2, 2), (4, 1)]):
+    for dims, (heads, kv_heads) in itertools.product(
+        [(64, 64), (128, 128), (256, 256), (63, 9), (99, 101)], [(2, 2), (4, 1)]
+    ):
         q, k, v = random_qkv(torch.bfloat16, dims, 300, 300, heads=heads, kv_heads=kv_heads)
         ids, sinks = make_ids(kind, 2, 300).cuda(), torch.randn(heads, device="cuda")
         check(q, k, v, ids, softcap=softcap)

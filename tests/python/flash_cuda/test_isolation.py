@@ -30,6 +30,15 @@ PROBLEMS = {
     },
     "float32_softcap": CudaCase(ids="blocks", dtype=torch.float32, softcap=2.0),
     "float32_long": long(2600, ids="long_documents", dim=64, dtype=torch.float32),
+    **{
+        f"unaligned_{dtype}_{ids}_d{dim}": CudaCase(ids=ids, dim=dim, layout=layout, dtype=getattr(torch, dtype))
+        for dtype in ("bfloat16", "float32")
+        for ids in (None, "padding_around", "shuffled_padding")
+        for dim, layout in ((33, "surrounded"), (99, "bsnd"), (250, "odd"))
+    },
+    "unaligned_pair": CudaCase(dim=101, value_dim=7, ids="padding_around", softcap=2.0),
+    "unaligned_sinks": CudaCase(dim=63, ids="shuffled_padding", has_sinks=True, layout="surrounded_bnsd"),
+    "unaligned_long": long(2689, ids="long_documents", dim=99),
     "fp16": CudaCase(dtype=torch.float16, ids="padding_around"),
     "grad_lse": CudaCase(has_grad_lse=True, ids="padding_around"),
     "window": CudaCase(window_left=30, window_right=20, causal=False),

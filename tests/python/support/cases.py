@@ -91,6 +91,24 @@ CASES = [
 ]
 
 
+UNALIGNED_DIMS = (1, 3, 7, 9, 31, 33, 63, 65, 99, 100, 101, 127, 129, 255)
+"""Head dimensions that are no multiple of 16 bytes, in bfloat16 and float16 and (but 100) in float32."""
+UNALIGNED_PAIRS = (
+    (5, 256),
+    (256, 5),
+    (33, 99),
+    (99, 64),
+    (64, 99),
+    (100, 8),
+    (127, 65),
+    (250, 200),
+    (200, 250),
+    (3, 1),
+)
+"""DQK and DV."""
+UNALIGNED_LAYOUTS = ("bnsd", "padded", "odd", "surrounded", "surrounded_bnsd")
+
+
 @dataclass(frozen=True)
 class CudaCase(Case):
     """As CUDA's kernels are tested: rows of a few tiles."""
