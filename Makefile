@@ -17,6 +17,7 @@ export PYTHONPATH := $(CURDIR)
 SPILLS = sm90+backward=496 sm90+backward_dkdv=832 sm90+forward=272 \
   sm80+forward_kernel=272 sm80+backward_kernel=264 sm80+backward_kernel+sm_80=480 sm80+backward_dq_kernel=104 \
   sm80+backward_dkdv_kernel=128 sm80+backward_dkdv_kernel+sm_80=304 sm80+repair=296 \
+  sm80+RowLayoutE1+forward_kernel=640 sm80+RowLayoutE1+backward_kernel=448 sm80+RowLayoutE1+repair=448 \
   float32+forward_kernel=256 float32+backward_dq_kernel=320 float32+backward_dkdv_kernel=416 float32+repair=256
 SOURCES = $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 

@@ -5,7 +5,8 @@ what costs a kernel its speed or does not run at all:
 - registers spilled to memory, beyond what is allowed;
 - more registers than a thread has;
 - more shared memory, static and dynamic, than a thread block may have on the cards that run the code;
-- kernels of the family sm80 that were compiled for fewer architectures than others.
+- kernels of the family sm80 that were compiled for fewer architectures than others of their kind (those of unaligned
+  rows are for Hopper, too).
 
     cmake --build build 2>&1 | tee build.log
     build/tests/cpp/cuda/selfattn_shared_memory > shared_memory.txt
@@ -31,6 +32,8 @@ SERIALISED = re.compile(r"\(C75\d\d\).*")
 SM80_KERNEL = re.compile(
     r"4sm80\d+(flash_attention_\w+?_kernel)INS\d_\d+\w+?ConfigI(?:13__nv_bfloat16|6__half)Li(\d+)ELi(\d+)E"
 )
+
+UNALIGNED = "RowLayoutE1"  # in the names of kernels for RowLayout::kUnaligned
 
 MAX_REGISTERS = 255
 KIB = 1024
@@ -134,10 +137,12 @@ def complaints(
             most = max(MOST_SHARED_MEMORY.values())
         if function.static_bytes + dynamic_bytes > most:
             found.append(f"{function.static_bytes + dynamic_bytes} bytes of shared memory, of {most}, in {function}")
-    every = set().union(*architectures.values())
+    every: dict[bool, set[str]] = {}
     for name, present in architectures.items():
-        if present != every:
-            found.append(f"{name} was not compiled for {', '.join(sorted(every - present))}, as others were")
+        every.setdefault(UNALIGNED in name, set()).update(present)
+    for name, present in architectures.items():
+        if missing := every[UNALIGNED in name] - present:
+            found.append(f"{name} was not compiled for {', '.join(sorted(missing))}, as others were")
     return list(dict.fromkeys(found))
 
 

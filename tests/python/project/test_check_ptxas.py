@@ -89,6 +89,20 @@ def test_a_kernel_that_misses_an_architecture_is_told() -> None:
     assert found(text, shared=shared) == [f"{other} was not compiled for sm_120, as others were"]
 
 
+def test_kernels_of_unaligned_rows_have_architectures_of_their_own() -> None:
+    unaligned = FORWARD.replace("MaskKindE0E", "MaskKindE2ELb0ELNS0_9RowLayoutE1E")
+    text = (
+        log("sm_80")
+        + log("sm_120")
+        + "".join(log(arch) for arch in ("sm_80", "sm_90", "sm_120")).replace(FORWARD, unaligned)
+    )
+    assert found(text) == []
+    other = unaligned.replace("Lb0E", "Lb1E")
+    assert found(text + log("sm_80").replace(FORWARD, other)) == [
+        f"{other} was not compiled for sm_120, sm_90, as others were"
+    ]
+
+
 # ---------------------------------------------------------------- the family itself, compiled
 
 
@@ -109,7 +123,7 @@ def test_shared_memory_of_every_instantiation_fits_every_card(shared_memory: Pat
     expected = set()
     for folder, names in kernels.items():
         for path in (SM80 / folder / "instantiations").glob("*.cu"):
-            dim, value_dim = re.fullmatch(r"(?:softcap_)?d(\d+)(?:x(\d+))?_\w+", path.stem).groups()
+            dim, value_dim = re.fullmatch(r"(?:softcap_|unaligned_)?d(\d+)(?:x(\d+))?_\w+", path.stem).groups()
             expected |= {(f"flash_attention_{name}_kernel", int(dim), int(value_dim or dim)) for name in names}
     assert set(sizes) == expected
     asking = {size for size in sizes.items() if size[0][0] in check_ptxas.ASKS_THE_DEVICE}
@@ -118,11 +132,14 @@ def test_shared_memory_of_every_instantiation_fits_every_card(shared_memory: Pat
 
 
 @pytest.mark.slow
-def test_an_instantiation_passes_the_check_on_every_architecture(shared_memory: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["d96_bf16.cu", "unaligned_d64_bf16.cu"])
+def test_an_instantiation_passes_the_check_on_every_architecture(
+    shared_memory: Path, tmp_path: Path, name: str
+) -> None:
     """As `make build` has it checked, which looks at all of them."""
     architectures = ("80", "86", "89", "100", "120")
     codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures]
-    source = SM80 / "backward" / "instantiations" / "d96_bf16.cu"
+    source = SM80 / "backward" / "instantiations" / name
     options = ["-std=c++20", "-Xptxas=-v", *INCLUDES, *codes, "-c", source, "-o", tmp_path / "object.o"]
     done = subprocess.run([tool("nvcc"), *map(str, options)], capture_output=True, text=True, check=True)
     (tmp_path / "log").write_text(done.stdout + done.stderr)
