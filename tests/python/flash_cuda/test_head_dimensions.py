@@ -1,6 +1,7 @@
 """CUDA flash with head dimensions that are no multiple of 16 bytes: nothing outside of the rows is read or written, and
 nothing is copied or filled up on the way."""
 
+import copy
 import math
 
 import pytest
@@ -101,3 +102,24 @@ def test_auto_takes_the_kernels(dims: tuple[int, int]) -> None:
         sinks = torch.zeros(2, device="cuda", dtype=dtype)
         said = selfattn.explain_backend(q, q, v, ids, softcap=5.0, sinks=sinks, window_left=9)
         assert said.startswith("flash: chosen")
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("head_dim", [6, 50, 100, 250])
+def test_layer_trains_as_in_float64(head_dim: int, qk_norm: bool) -> None:
+    """With ``qk_norm`` by the operator that joins norm, rotation and attention."""
+    config = selfattn.SelfAttentionConfig(head_dim=head_dim, qk_norm=qk_norm)
+    layer = selfattn.SelfAttention(2 * head_dim, config, device="cuda")
+    exact = copy.deepcopy(layer).cpu().double()
+    x = torch.randn(2, 200, 2 * head_dim, device="cuda", requires_grad=True)
+    ids = torch.arange(200, device="cuda").div(70, rounding_mode="floor").int().expand(2, -1)
+    y = layer(x, segment_ids=ids)
+    expected_x = x.detach().cpu().double().requires_grad_()
+    expected = exact(expected_x, segment_ids=ids.cpu())
+    grad = torch.randn_like(expected)
+    y.backward(grad.to(y))
+    expected.backward(grad)
+    pairs = [(y, expected), (x.grad, expected_x.grad)]
+    pairs += [(a.grad, b.grad) for a, b in zip(layer.parameters(), exact.parameters(), strict=True)]
+    for found, wanted in pairs:
+        assert (found.cpu().double() - wanted).norm() <= 1e-3 * wanted.norm()
