@@ -28,10 +28,16 @@ struct OperandTile {
     return chunk / 8 * kPanelBytes + row * kPanelRowBytes + (chunk % 8 ^ row % 8) * kChunkBytes;
   }
 
+  // What a thread knows beside: the bytes of its chunk that are before `dim`.
+  struct WholeChunk {};
+  struct PartOfChunk {
+    int bytes;
+  };
+
   // Where a thread's copies come from, and go to: its chunk of a head's rows, g_head being the first, columns past
   // `dim` of which are zeros.
   template <int kThreads>
-  struct Source {
+  struct Source : std::conditional_t<kLayout == RowLayout::kUnaligned, PartOfChunk, WholeChunk> {
     static constexpr int kLanesOfRow = kChunks <= 8 ? 8 : kChunks <= 16 ? 16 : 32, kRowStep = kThreads / kLanesOfRow;
     static_assert(kRows % kRowStep == 0 && (kRowStep % 8 == 0 || kRowStep == 4));
     const uint16_t* g_chunk;  // of the thread's first row
@@ -39,7 +45,6 @@ struct OperandTile {
     int64_t stride_token;
     int first_place;
     int first_row;  // past all rows where the thread's columns are past dim
-    int bytes;      // of its chunk before dim (kUnaligned)
 
     __device__ __forceinline__ Source(const uint16_t* g_head, int64_t stride_token, int dim)
         : Source(stride_token, dim) {
@@ -51,7 +56,8 @@ struct OperandTile {
       const int chunk = threadIdx.x % kLanesOfRow, row = threadIdx.x / kLanesOfRow;
       first_place = place(row, chunk);
       first_row = chunk * kChunkElements < dim ? row : kPastAllRows;
-      if (kLayout == RowLayout::kUnaligned) bytes = 2 * ::max(::min(dim - chunk * kChunkElements, kChunkElements), 0);
+      if constexpr (kLayout == RowLayout::kUnaligned)
+        this->bytes = 2 * ::max(::min(dim - chunk * kChunkElements, kChunkElements), 0);
     }
     static __device__ __forceinline__ int64_t offset(int64_t stride_token, int dim) {
       const int column = threadIdx.x % kLanesOfRow * kChunkElements, row = threadIdx.x / kLanesOfRow;
