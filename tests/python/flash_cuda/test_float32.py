@@ -73,7 +73,9 @@ def check(problem: CudaCase, floor: float = 1.5e-7) -> None:
     finite = exact["lse"].isfinite()
     assert torch.equal(results["lse"][~finite], exact["lse"][~finite].float())
     if torch.backends.cuda.matmul.fp32_precision == "tf32":
-        floor += TF32_STEP
+        # PyTorch does not round the operands of products as thin as these, of which there are two.
+        is_thin = min(problem.dim, problem.value_dim or problem.dim) < 4
+        floor += 2 * TF32_STEP if is_thin else TF32_STEP
     if not finite.any():
         results.pop("lse")
     of_lse = 2**-24 * exact["lse"][finite].abs().max().item() if finite.any() else 0.0

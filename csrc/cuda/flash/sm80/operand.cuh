@@ -28,7 +28,8 @@ struct OperandTile {
     return chunk / 8 * kPanelBytes + row * kPanelRowBytes + (chunk % 8 ^ row % 8) * kChunkBytes;
   }
 
-  // What a thread knows beside: the bytes of its chunk that are before `dim`.
+  // What a thread knows beside: the bytes of its chunk that are before `dim`, 0 or fewer in a chunk past it. (Not cut
+  // off at 0: ptxas 13.0 for 9.0 takes a wrong predicate from min and max in one instruction.)
   struct WholeChunk {};
   struct PartOfChunk {
     int bytes;
@@ -57,7 +58,7 @@ struct OperandTile {
       first_place = place(row, chunk);
       first_row = chunk * kChunkElements < dim ? row : kPastAllRows;
       if constexpr (kLayout == RowLayout::kUnaligned)
-        this->bytes = 2 * ::max(::min(dim - chunk * kChunkElements, kChunkElements), 0);
+        this->bytes = 2 * ::min(dim - chunk * kChunkElements, kChunkElements);
     }
     static __device__ __forceinline__ int64_t offset(int64_t stride_token, int dim) {
       const int column = threadIdx.x % kLanesOfRow * kChunkElements, row = threadIdx.x / kLanesOfRow;

@@ -47,9 +47,10 @@ __device__ __forceinline__ uint4 load_elements(const uint16_t* g_chunk, int coun
   return {pairs[0], pairs[1], pairs[2], pairs[3]};
 }
 
-// The first `count` elements of a chunk (8 if it has more, none if not even one), and zeros.
+// The first `count` elements of a chunk (8 if it has more, none if not even one), and zeros. (count is not cut off at 0:
+// ptxas 13.0 for 9.0 takes a wrong predicate from min and max in one instruction.)
 __device__ __forceinline__ uint4 load_chunk(const uint16_t* g_chunk, int count) {
-  count = count < 0 ? 0 : count < kChunkElements16 ? count : kChunkElements16;
+  count = count < kChunkElements16 ? count : kChunkElements16;
   if (has_pieces<4>(g_chunk, 2 * count)) {
     const auto* pairs = reinterpret_cast<const uint32_t*>(g_chunk);
     return {count > 0 ? pairs[0] : 0, count > 2 ? pairs[1] : 0, count > 4 ? pairs[2] : 0, count > 6 ? pairs[3] : 0};
