@@ -11,7 +11,8 @@ using namespace selfattn::cuda::sm80;
 
 template <int kDimQk, int kDimV, MaskKind kMask>
 constexpr size_t forward_bytes() {
-  return sizeof(typename ForwardConfig<void, kDimQk, kDimV, kMask>::SharedStorage);
+  return sizeof(
+      typename ForwardConfig<void, kDimQk, kDimV, kMask, ForwardTiles<kDimQk, kDimV>::kMostBuffers>::SharedStorage);
 }
 
 template <int kDimQk, int kDimV>

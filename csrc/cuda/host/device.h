@@ -7,6 +7,8 @@
 #include <atomic>
 #include <climits>
 #include <cstdlib>
+#include <stdexcept>
+#include <string>
 
 namespace selfattn::cuda {
 
@@ -28,8 +30,15 @@ inline cudaError_t find_device(int& device, int& sms) {
 inline int shared_memory_limit() {
   static const int bytes = [] {
     const char* value = std::getenv("SELFATTN_SHARED_MEMORY");
-    const int kib = value ? std::atoi(value) : 0;
-    return kib > 0 ? kib * 1024 : INT_MAX;
+    if (!value || !*value) return INT_MAX;
+    char* end = nullptr;
+    const long kib = std::strtol(value, &end, 10);
+    if (*end || kib < 1 || kib > 1024) {
+      throw std::runtime_error(std::string("selfattn: the environment variable SELFATTN_SHARED_MEMORY must be a number "
+                                           "of KiB or unset; got '") +
+                               value + "'");
+    }
+    return int(kib) * 1024;
   }();
   return bytes;
 }

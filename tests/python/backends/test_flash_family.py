@@ -28,11 +28,12 @@ print(selfattn.explain_backend(q, q, q).splitlines()[0])
 """
 
 
-def run_program(program: str, family: str | None) -> subprocess.CompletedProcess:
+def run_program(program: str, family: str | None, **variables: str) -> subprocess.CompletedProcess:
     environment = {name: value for name, value in os.environ.items() if name != "SELFATTN_FLASH_FAMILY"}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     if family is not None:
         environment["SELFATTN_FLASH_FAMILY"] = family
+    environment.update(variables)
     command = [sys.executable, "-c", START + program]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
@@ -299,3 +300,16 @@ for value in ("sm80", "sm90", "nonsense"):
 print(len(set(said)))
 """
     assert output_of(program, None) == "1"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("value", ["99K", "0", "-99", "1e9"])
+def test_shared_memory_that_is_no_number_is_an_error(value: str) -> None:
+    program = """
+q = torch.ones(1, 8, 2, 64, dtype=torch.bfloat16, device="cuda")
+selfattn.multihead_attention(q, q, q, torch.zeros(1, 8, dtype=torch.int32, device="cuda"), backend="flash")
+"""
+    done = run_program(program, "sm80", SELFATTN_SHARED_MEMORY=value)
+    assert done.returncode != 0
+    expected = "the environment variable SELFATTN_SHARED_MEMORY must be a number of KiB or unset"
+    assert f"{expected}; got '{value}'" in done.stderr

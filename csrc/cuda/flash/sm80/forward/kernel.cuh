@@ -1,7 +1,8 @@
 // The forward kernel: a thread block a query tile; each warp has 16 or 32 rows of it to itself, and all share the key
-// blocks that they load. Keys and values have two buffers each. A step has one barrier:
+// blocks that they load. A step with two buffers of K and V, and with one:
 //
-//   S = Q K^T | start K and V of the next block | softmax | O += P V | wait for the next block
+//   S = Q K^T | start K and V of the next block | softmax | O += P V | wait for the next block, barrier
+//   start V | S = Q K^T | wait for V, barrier | start the next K | softmax | O += P V | wait for the next K, barrier
 //
 // While a warp is at its softmax the tensor cores work for the others of the SM, most of all for its other thread
 // block.
@@ -409,7 +410,9 @@ __device__ __forceinline__ bool attend(const ForwardKernelParams& p, const Query
   std::conditional_t<Rows::kByIds, KeyBlockWalk, IntervalWalk> walk(blocks);
   KeyBlock block{0, false, false}, next{0, false, false};
   bool has_block = walk.find_next(block, test);
-  if (has_block) rows.load_key(block.index, 0), rows.load_value(block.index, 0);
+  constexpr bool kIsDouble = Config::kBuffers == 2;
+  if (has_block) rows.load_key(block.index, 0);
+  if (kIsDouble && has_block) rows.load_value(block.index, 0);
   ptx::commit_copies();
   rows.find_keys_of_rows();
   ptx::wait_for_copies<0>();
@@ -417,10 +420,20 @@ __device__ __forceinline__ bool attend(const ForwardKernelParams& p, const Query
   rows.begin();
   typename Rows::Scores scores;
 #pragma unroll 1
-  for (int buffer = 0; has_block; buffer ^= 1) {
+  for (int buffer = 0; has_block; buffer ^= kIsDouble) {
+    if constexpr (!kIsDouble) {
+      rows.load_value(block.index, buffer);
+      ptx::commit_copies();
+    }
     const bool is_needed = rows.needs(block), has_next = walk.find_next(next, test);
     if (is_needed) rows.multiply_scores(buffer, scores);
-    if (has_next) rows.load_key(next.index, buffer ^ 1), rows.load_value(next.index, buffer ^ 1);
+    if constexpr (kIsDouble) {
+      if (has_next) rows.load_key(next.index, buffer ^ 1), rows.load_value(next.index, buffer ^ 1);
+    } else {
+      ptx::wait_for_copies<0>();
+      __syncthreads();  // V is there, and K has been read
+      if (has_next) rows.load_key(next.index, buffer);
+    }
     ptx::commit_copies();
     if (is_needed) {
       rows.mask_scores(block, scores);
@@ -429,7 +442,7 @@ __device__ __forceinline__ bool attend(const ForwardKernelParams& p, const Query
     if (Rows::kIsRepair) rows.take_out_non_finite_values(buffer, is_needed, scores);
     if (is_needed) rows.multiply_out(buffer, scores);
     ptx::wait_for_copies<0>();
-    __syncthreads();  // the next block is there, and this one has been read
+    __syncthreads();  // the next block (its K, with one buffer) is there, and this one has been read
     block = next, has_block = has_next;
   }
   return rows.finish();

@@ -1,5 +1,7 @@
 // Host side of one kernel instantiation: params -> schedule, launch.
 #pragma once
+#include <algorithm>
+
 #include "flash/tile/element.h"
 #include "flash/tile/make_schedule.h"
 #include "host/device.h"
@@ -23,20 +25,48 @@ cudaError_t launch_forward_kernel(const ForwardParams& params, cudaStream_t stre
   return cudaGetLastError();
 }
 
-// With softcap, and of unaligned rows, one kernel serves every mask.
+// Of K and V, where both kernels are there: two, unless an SM holds more thread blocks with one. most_bytes: what a
+// thread block may have on the card. An SM has 1 KB more than that, and each of its thread blocks costs it 1 KB.
+template <class Tiles>
+int buffers_for(int bytes_of_one, int bytes_of_two, int most_bytes) {
+  constexpr int kOwnBytes = 1024;
+  const auto blocks = [&](int bytes) {
+    return std::min((most_bytes + kOwnBytes) / (bytes + kOwnBytes), Tiles::kBlocksAtOnce);
+  };
+  return blocks(bytes_of_two) < blocks(bytes_of_one) ? 1 : 2;
+}
+
+template <class Element, int kDimQk, int kDimV, MaskKind kMask>
+cudaError_t launch_with_buffers(const ForwardParams& params, cudaStream_t stream) {
+  using Tiles = ForwardTiles<kDimQk, kDimV>;
+  using WithOne = ForwardConfig<Element, kDimQk, kDimV, kMask, 1>;
+  if constexpr (Tiles::kMostBuffers == 2) {
+    using WithTwo = ForwardConfig<Element, kDimQk, kDimV, kMask, 2>;
+    int device = 0, most_bytes = 0;
+    if (const cudaError_t status = cudaGetDevice(&device)) return status;
+    if (const cudaError_t status = find_shared_memory(device, most_bytes)) return status;
+    constexpr int kBytesOfOne = sizeof(typename WithOne::SharedStorage),
+                  kBytesOfTwo = sizeof(typename WithTwo::SharedStorage);
+    if (buffers_for<Tiles>(kBytesOfOne, kBytesOfTwo, most_bytes) == 2)
+      return launch_forward_kernel<WithTwo>(params, stream);
+  }
+  return launch_forward_kernel<WithOne>(params, stream);
+}
+
+// With softcap, and of unaligned rows, one kernel serves every mask, with one buffer.
 template <ElementType kElement, int kDimQk, int kDimV, bool kHasSoftcap, RowLayout kLayout>
 cudaError_t ForwardLauncher<kElement, kDimQk, kDimV, kHasSoftcap, kLayout>::launch(const ForwardParams& params,
                                                                                    cudaStream_t stream) {
   using Element = typename ElementOf<kElement>::Type;
-  constexpr bool kIsOneForAll = kHasSoftcap || kLayout == RowLayout::kUnaligned;
-  if (kIsOneForAll || params.segments.mode || params.window.left < AttentionWindow::kUnbounded) {
-    using Config = ForwardConfig<Element, kDimQk, kDimV, MaskKind::kMasked, kHasSoftcap, kLayout>;
+  if constexpr (kHasSoftcap || kLayout == RowLayout::kUnaligned) {
+    using Config = ForwardConfig<Element, kDimQk, kDimV, MaskKind::kMasked, 1, kHasSoftcap, kLayout>;
     return launch_forward_kernel<Config>(params, stream);
-  }
-  if constexpr (!kIsOneForAll) {
+  } else {
+    if (params.segments.mode || params.window.left < AttentionWindow::kUnbounded)
+      return launch_with_buffers<Element, kDimQk, kDimV, MaskKind::kMasked>(params, stream);
     if (params.window.right < AttentionWindow::kUnbounded)
-      return launch_forward_kernel<ForwardConfig<Element, kDimQk, kDimV, MaskKind::kCausal>>(params, stream);
-    return launch_forward_kernel<ForwardConfig<Element, kDimQk, kDimV, MaskKind::kFull>>(params, stream);
+      return launch_with_buffers<Element, kDimQk, kDimV, MaskKind::kCausal>(params, stream);
+    return launch_with_buffers<Element, kDimQk, kDimV, MaskKind::kFull>(params, stream);
   }
 }
 
