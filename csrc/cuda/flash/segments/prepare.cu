@@ -7,8 +7,10 @@
 #include <algorithm>
 
 #include "flash/params.h"
+#include "flash/tile/window.h"
 #include "host/device.h"
 #include "ptx/launch.cuh"
+#include "run_table.cuh"
 #include "runs.cuh"
 
 namespace selfattn::cuda {
@@ -34,20 +36,77 @@ struct Share {
   __device__ int warps() const { return blocks * kWarps; }
 };
 
-template <class Id>
-__device__ IdRow<Id> id_row(const void* ids, int64_t row, int64_t stride_batch, int64_t stride_token, int length) {
-  return {static_cast<const Id*>(ids) + row * stride_batch, stride_token, length};
-}
+constexpr int kQuerySide = 0, kKeySide = 1;
 
-// run_begin and run_end of a contiguous row. Padding gets the empty run [i, i), what lies past the end [length,
-// length).
-__device__ void write_runs(const Share& share, const SegmentRuns& runs, int length, int pitch, int* g_begin,
-                           int* g_end) {
+// A batch row: its ids, and, if they are looked for, its runs in shared memory. kSides: 2 if keys have ids of their
+// own, else 1, and both sides share what is here.
+template <class Id, int kSides>
+struct Row {
+  const SegmentProblem& p;
+  int64_t b;
+  unsigned* s_runs;
+  RunTable table;
+
+  __device__ __forceinline__ int length(int side) const { return side == kQuerySide ? p.query_length : p.key_length; }
+  __device__ __forceinline__ IdRow<Id> ids(int side) const {
+    const bool are_keys = kSides == 2 && side == kKeySide;
+    const int64_t stride_batch = are_keys ? p.key_stride_batch : p.query_stride_batch;
+    return {static_cast<const Id*>(are_keys ? p.key_ids : p.query_ids) + b * stride_batch,
+            are_keys ? p.key_stride_token : p.query_stride_token, length(side)};
+  }
+  __device__ __forceinline__ SegmentRuns runs(int side) const {
+    const bool are_keys = kSides == 2 && side == kKeySide;
+    return {s_runs + (are_keys ? SegmentRuns::storage_words(p.query_length) : 0), length(side)};
+  }
+
+  // Whether the other side's tokens of a token's segment are an interval, of all tokens.
+  __device__ __forceinline__ bool find_intervals() const {
+    bool increases = false;
+#pragma unroll 1
+    for (int side = 0; side < kSides; side++) increases = runs(side).find(ids(side));
+    if constexpr (kSides == 1)
+      return increases || table.template fill<1>(*this);
+    else
+      return table.template fill<2>(*this) && match_runs();
+  }
+
+  // That interval. Where a token has none it is empty, between those of the tokens around it.
+  __device__ __forceinline__ Interval interval(int side, int token) const {
+    const SegmentRuns mine = runs(side);
+    if (kSides == 1) return {mine.begin(token), mine.end(token)};
+    const int start = mine.last_kept(token);
+    if (start < 0) return {0, 0};
+    const int other = partner(side, start), end = runs(1 - side).end_of_kept(other);
+    return {token < mine.end_of_kept(start) ? other : end, end};
+  }
+
+ private:
+  // Where the run of the same id starts on the other side; negative if there is none.
+  __device__ __forceinline__ int partner(int side, int start) const { return table.find(ids(side)[start], 1 - side); }
+
+  // Keeps the runs whose ids both sides have. Returns whether these come in the same order on both.
+  __device__ __forceinline__ bool match_runs() const {
+#pragma unroll 1
+    for (int side = 0; side < 2; side++) runs(side).keep([&](int start) { return partner(side, start) >= 0; });
+    const SegmentRuns queries = runs(kQuerySide);
+    bool falls = false;
+    queries.visit_starts([&](int start) {
+      const int before = start > 0 ? queries.last_kept(start - 1) : -1;
+      if (before >= 0) falls |= partner(kQuerySide, before) > partner(kQuerySide, start);
+    });
+    return !__syncthreads_or(falls);
+  }
+};
+
+// Of a contiguous row. What lies past the end gets [length, length) of the other side.
+template <class Row>
+__device__ void write_intervals(const Share& share, const Row& row, int side, int pitch, int* g_begin, int* g_end) {
+  const int length = row.length(side), other_length = row.length(1 - side);
 #pragma unroll 1
   for (int token = share.thread(); token < pitch; token += share.threads()) {
-    int begin = length, end = length;
-    if (token < length) begin = runs.begin(token), end = runs.end(token);
-    g_begin[token] = begin, g_end[token] = end;
+    Interval interval{other_length, other_length};
+    if (token < length) interval = row.interval(side, token);
+    g_begin[token] = interval.begin, g_end[token] = interval.end;
   }
 }
 
@@ -85,9 +144,10 @@ __device__ void write_block(const IdRow<Id>& ids, int tile, int block, SegmentBl
   if (lane == 0) g_blocks[block] = {min_id, max_id, static_cast<uint64_t>(high) << 32 | low};
 }
 
-// How many tiles of the other side tile `tile` has to visit, by its runs (if it has them) and the window.
-__device__ int tile_cost(const SegmentProblem& p, bool of_queries, int size, int tile, bool has_runs,
-                         const SegmentRuns& runs) {
+// How many tiles of the other side tile `tile` has to visit, by intervals (if there are any) and the window.
+template <class Row>
+__device__ int tile_cost(const SegmentProblem& p, bool of_queries, int size, int tile, bool is_contiguous,
+                         const Row& row) {
   const int offset = p.key_length - p.query_length;
   const int other_size = of_queries ? p.key_tile : p.query_tile;
   const int length = of_queries ? p.query_length : p.key_length,
@@ -98,7 +158,10 @@ __device__ int tile_cost(const SegmentProblem& p, bool of_queries, int size, int
   const int before = of_queries ? p.window_left - offset : p.window_right + offset;
   const int after = of_queries ? p.window_right + offset : p.window_left - offset;
   int begin = max(first - before, 0), end = min(last + 1 + after, other_length);
-  if (has_runs) begin = max(begin, runs.begin(first)), end = min(end, runs.end(last));
+  if (is_contiguous) {
+    const int side = of_queries ? kQuerySide : kKeySide;
+    begin = max(begin, row.interval(side, first).begin), end = min(end, row.interval(side, last).end);
+  }
   return end > begin ? (end - 1) / other_size - begin / other_size + 1 : 0;
 }
 
@@ -132,10 +195,24 @@ __device__ void write_order(const Share& share, int tiles, const int* s_keys, in
   }
 }
 
+// Where things lie in dynamic shared memory, in words. Behind the runs of each side comes the table of runs. The keys
+// by which tiles are sorted take its place, unless the intervals of two sides still want it.
+struct SharedMemory {
+  int table = 0, sorting_keys = 0;
+
+  __host__ __device__ SharedMemory(const SegmentProblem& p, int sides, int slots) {
+    if (!slots) return;
+    table = SegmentRuns::storage_words(p.query_length) + (sides == 2 ? SegmentRuns::storage_words(p.key_length) : 0);
+    sorting_keys = table + (sides == 2 ? RunTable::storage_words(slots, sides) : 0);
+  }
+};
+
 // The code runs once, from cold memory: loops are not unrolled because fetching instructions is what takes the time.
-template <class Id>
+// `slots`: of the table of runs; 0: runs are not looked for, and every row is kGeneral.
+template <class Id, int kSides>
 __global__ void __launch_bounds__(kThreads)
-    prepare_segments_kernel(const __grid_constant__ SegmentProblem p, const __grid_constant__ SegmentTables t) {
+    prepare_segments_kernel(const __grid_constant__ SegmentProblem p, const __grid_constant__ SegmentTables t,
+                            int slots) {
   extern __shared__ __align__(16) unsigned s_storage[];
   ptx::launch_dependents();
   const int64_t b = blockIdx.x;
@@ -144,19 +221,23 @@ __global__ void __launch_bounds__(kThreads)
   const bool writes = block < writers, ranks = blocks == 1 || !writes;
   const Share share{block, writers};
   const Share of_orders{blocks == 1 ? 0 : block - writers, max(blocks - writers, 1)};
-  const auto queries = id_row<Id>(p.query_ids, b, p.query_stride_batch, p.query_stride_token, p.query_length);
-  SegmentRuns runs(s_storage, p.query_length);  // without own key ids
-  int* s_keys = reinterpret_cast<int*>(s_storage) + (p.key_ids ? 0 : SegmentRuns::storage_words(p.query_length));
-  const bool is_contiguous = !p.key_ids && (runs.find(queries) || runs.have_distinct_ids(queries, s_keys));
+  const SharedMemory memory(p, kSides, slots);
+  const Row<Id, kSides> row{p, b, s_storage, RunTable(reinterpret_cast<int*>(s_storage) + memory.table, slots)};
+  int* s_keys = reinterpret_cast<int*>(s_storage) + memory.sorting_keys;
+  const bool is_contiguous = slots && row.find_intervals();
   if (writes) {
     if (b == 0 && share.thread() < kTileCounters) t.counters[threadIdx.x] = 0;
     if (share.thread() == 0) t.mode[b] = is_contiguous ? kContiguous : kGeneral;
     if (is_contiguous) {
-      write_runs(share, runs, p.query_length, t.pitch_query, t.run_begin + b * t.pitch_query,
-                 t.run_end + b * t.pitch_query);
+#pragma unroll 1
+      for (int side = 0; side < kSides; side++) {
+        const bool are_keys = side == kKeySide;
+        const int pitch = are_keys ? t.pitch_key : t.pitch_query;
+        write_intervals(share, row, side, pitch, (are_keys ? t.query_begin : t.key_begin) + b * pitch,
+                        (are_keys ? t.query_end : t.key_end) + b * pitch);
+      }
     } else {
-      const auto keys =
-          p.key_ids ? id_row<Id>(p.key_ids, b, p.key_stride_batch, p.key_stride_token, p.key_length) : queries;
+      const auto queries = row.ids(kQuerySide), keys = row.ids(kKeySide);
       write_ids(share, queries, kQueryPadding, t.pitch_query, t.query_ids + b * t.pitch_query);
       write_ids(share, keys, kKeyPadding, t.pitch_key, t.key_ids + b * t.pitch_key);
 #pragma unroll 1
@@ -181,7 +262,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll 1
     for (int tile = threadIdx.x; tile < round_up(tiles, kKeysPerLane); tile += kThreads) {
       const bool exists = tile < tiles;
-      s_keys[tile] = exists ? sorting_key(tile_cost(p, of_queries, size, tile, is_contiguous, runs), tile) : kNoKey;
+      s_keys[tile] = exists ? sorting_key(tile_cost(p, of_queries, size, tile, is_contiguous, row), tile) : kNoKey;
     }
     __syncthreads();
     if (which == 0 && of_orders.warp() == kWarps - 1) write_computed_blocks(tiles, s_keys, t.computed_blocks + b);
@@ -200,24 +281,18 @@ SegmentProblem without_repeated_ids(SegmentProblem p) {
   return p;
 }
 
-// Of a problem whose runs are not looked for: its keys have the query ids as ids of their own.
-SegmentProblem with_own_key_ids(SegmentProblem p) {
-  p.key_ids = p.query_ids, p.key_stride_batch = p.query_stride_batch, p.key_stride_token = p.query_stride_token;
-  return p;
-}
-
 constexpr int kDefaultSharedMemory = 48 * 1024, kOwnSharedMemory = 2 * 1024;  // of which so much is the kernel's own
 
-// Dynamic shared memory. `tiles`: of the longer order.
-int shared_memory(const SegmentProblem& p, int tiles) {
-  const int run_words = p.key_ids ? 0 : SegmentRuns::storage_words(p.query_length);
-  const int slots = p.key_ids ? 0 : SegmentRuns::id_slots(p.query_length);  // where the sorting keys follow
-  return 4 * (run_words + std::max(round_up(tiles, kKeysPerLane), slots));
+// Bytes of dynamic shared memory. `tiles`: of the longer order.
+int shared_memory(const SegmentProblem& p, int sides, int slots, int tiles) {
+  const SharedMemory memory(p, sides, slots);
+  const int table_end = memory.table + RunTable::storage_words(slots, sides);
+  return 4 * std::max(table_end, memory.sorting_keys + round_up(tiles, kKeysPerLane));
 }
 
-// The most that any row takes.
+// The most that a row takes whose keys have no ids of their own, and one whose runs are not looked for.
 constexpr int kMaxSharedMemory =
-    4 * (SegmentRuns::storage_words(kMaxSegmentLength) + std::max(kMaxTiles, SegmentRuns::id_slots(kMaxSegmentLength)));
+    4 * (SegmentRuns::storage_words(kMaxSegmentLength) + std::max(kMaxTiles, RunTable::slots_for(kMaxSegmentLength)));
 static_assert(kMaxSharedMemory + kOwnSharedMemory <= 227 * 1024, "what Hopper has");
 static_assert(4 * kMaxTiles + kOwnSharedMemory <= 99 * 1024, "what every card has, without runs");
 
@@ -246,8 +321,12 @@ SegmentTables carve_tables(const SegmentProblem& p, Carver& carver) {
   t.computed_blocks = carver.take<int>(batch);
   t.query_ids = carver.take<int>(batch * t.pitch_query);
   t.key_ids = carver.take<int>(batch * t.pitch_key);
-  t.run_begin = carver.take<int>(batch * t.pitch_query);
-  t.run_end = carver.take<int>(batch * t.pitch_query);
+  t.key_begin = t.query_begin = carver.take<int>(batch * t.pitch_query);
+  t.key_end = t.query_end = carver.take<int>(batch * t.pitch_query);
+  if (without_repeated_ids(p).key_ids) {
+    t.query_begin = carver.take<int>(batch * t.pitch_key);
+    t.query_end = carver.take<int>(batch * t.pitch_key);
+  }
   t.query_blocks = carver.take<SegmentBlock>(batch * t.query_tiles);
   t.key_blocks = carver.take<SegmentBlock>(batch * t.key_tiles);
   t.order = carver.take<int>(batch * (p.order_of == SegmentSide::kQueries ? t.query_tiles : t.key_tiles));
@@ -269,10 +348,10 @@ SegmentTables make_segment_tables(const SegmentProblem& problem, void* storage) 
   return carve_tables(problem, carver);
 }
 
-bool segments_are_built_for(int device) { return is_built_for<prepare_segments_kernel<int>>(device); }
+bool segments_are_built_for(int device) { return is_built_for<prepare_segments_kernel<int, 1>>(device); }
 
 cudaError_t launch_prepare_segments(const SegmentProblem& asked, const SegmentTables& tables, cudaStream_t stream) {
-  SegmentProblem problem = without_repeated_ids(asked);
+  const SegmentProblem problem = without_repeated_ids(asked);
   const int ordered = problem.order_of == SegmentSide::kQueries ? tables.query_tiles : tables.key_tiles;
   const int ordered_queries = problem.ordered_queries ? count_tiles(problem.query_length, problem.ordered_queries) : 0;
   const int tiles = std::max(ordered, ordered_queries);
@@ -283,20 +362,25 @@ cudaError_t launch_prepare_segments(const SegmentProblem& asked, const SegmentTa
   if (const cudaError_t status = cudaGetDevice(&device)) return status;
   if (const cudaError_t status = find_shared_memory(device, available)) return status;
   available -= kOwnSharedMemory;
-  if (shared_memory(problem, tiles) > available) problem = with_own_key_ids(problem);
-  const int bytes = shared_memory(problem, tiles);
-  const auto kernel = problem.ids_are_int64 ? prepare_segments_kernel<int64_t> : prepare_segments_kernel<int>;
+  const int sides = problem.key_ids ? 2 : 1;
+  int slots = RunTable::slots_for(problem.query_length);
+  // Two sides take much: then rather a table for fewer runs than none.
+  while (sides == 2 && slots > kWarpSize && shared_memory(problem, sides, slots, tiles) > available) slots /= 2;
+  if (shared_memory(problem, sides, slots, tiles) > available) slots = 0;
+  const int bytes = shared_memory(problem, sides, slots, tiles);
+  const auto kernel = problem.ids_are_int64
+                          ? (sides == 1 ? prepare_segments_kernel<int64_t, 1> : prepare_segments_kernel<int64_t, 2>)
+                          : (sides == 1 ? prepare_segments_kernel<int, 1> : prepare_segments_kernel<int, 2>);
   if (bytes > kDefaultSharedMemory - kOwnSharedMemory) {
     // As much as any row takes on this card: what another thread sets at the same time must not be less than this call
     // needs.
-    const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                    std::min(kMaxSharedMemory, available));
+    const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, available);
     if (status != cudaSuccess) return status;
   }
   const int pitch = std::max(tables.pitch_query, tables.pitch_key);
   const int most = std::clamp(kMaxGrid / problem.batch, 1, kMaxBlocks);
   const int blocks_per_row = std::min(count_tiles(pitch, kThreads), most);
-  kernel<<<dim3(problem.batch, blocks_per_row), kThreads, bytes, stream>>>(problem, tables);
+  kernel<<<dim3(problem.batch, blocks_per_row), kThreads, bytes, stream>>>(problem, tables, slots);
   return cudaGetLastError();
 }
 

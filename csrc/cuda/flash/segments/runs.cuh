@@ -97,24 +97,7 @@ class SegmentRuns {
     return word * kWarpSize + highest_bit(starts);
   }
   __device__ int end(unsigned token) const {
-    const int bit = token % kWarpSize;
-    int word = token / kWarpSize;
-    if (!(real_[word] >> bit & 1)) return token;
-    unsigned starts = starts_[word] & bits_above(bit);
-    if (!starts) {
-      word = word_after_[word];
-      if (word == kNoWord) return length_;
-      starts = starts_[word];
-    }
-    return word * kWarpSize + lowest_bit(starts);
-  }
-
-  // Slots, of an int each, that have_distinct_ids() takes: enough for runs of 11 tokens in the mean, of 86 in the
-  // longest rows.
-  static __host__ __device__ constexpr int id_slots(int length) {
-    int slots = kWarpSize;
-    while (slots < kMostSlots && slots * kTokensPerSlot < length) slots *= 2;
-    return slots;
+    return real_[token / kWarpSize] >> token % kWarpSize & 1 ? next_start(token) : token;
   }
 
   // Called by the whole thread block of kWarps warps. Whether the ids at the starts of the real runs strictly increase,
@@ -142,42 +125,69 @@ class SegmentRuns {
     return increases;
   }
 
-  // The same, after find(). Whether every id fills one run, in any order; also false where there are more runs than
-  // the slots are for. Every thread block of a row comes to the same answer.
-  template <class Id>
-  __device__ bool have_distinct_ids(const IdRow<Id>& ids, int* s_slots) const {
-    constexpr int kFree = -1;
-    __shared__ int s_runs, s_is_repeated;
-    const int slots = id_slots(length_), words = (length_ + kWarpSize - 1) / kWarpSize;
-    if (threadIdx.x == 0) s_runs = s_is_repeated = 0;
-    for (int slot = threadIdx.x; slot < slots; slot += blockDim.x) s_slots[slot] = kFree;
-    __syncthreads();
-    int runs = 0;
-    for (int word = threadIdx.x; word < words; word += blockDim.x) runs += __popc(starts_[word] & real_[word]);
-    runs = __reduce_add_sync(kAllLanes, runs);
-    if (lane_of_thread() == 0) atomicAdd(&s_runs, runs);
-    __syncthreads();
-    if (s_runs > slots / 4 * 3) return false;  // which bounds the search for a free slot
+  // Called by the thread block, each thread for a share of the runs: visit(token) of the first token of each that is
+  // not padding. After find().
+  template <class Visit>
+  __device__ __forceinline__ void visit_starts(const Visit& visit) const {
 #pragma unroll 1
-    for (int word = threadIdx.x; word < words; word += blockDim.x) {
+    for (int word = threadIdx.x; word * kWarpSize < length_; word += blockDim.x)
 #pragma unroll 1
-      for (unsigned starts = starts_[word] & real_[word]; starts; starts &= starts - 1) {
-        const int id = ids[word * kWarpSize + lowest_bit(starts)];
-        unsigned slot = static_cast<unsigned>(id) * 0x9E3779B1u >> 16;
-        int found;
-        while ((found = atomicCAS(s_slots + slot % slots, kFree, id)) != kFree && found != id) slot++;
-        if (found == id) s_is_repeated = 1;
-        if (*static_cast<volatile int*>(&s_is_repeated)) break;
-      }
-    }
-    __syncthreads();
-    return !s_is_repeated;
+      for (unsigned starts = starts_[word] & real_[word]; starts; starts &= starts - 1)
+        visit(word * kWarpSize + lowest_bit(starts));
   }
+
+  // How many there are in this thread's share.
+  __device__ __forceinline__ int count_starts() const {
+    int count = 0;
+    for (int word = threadIdx.x; word * kWarpSize < length_; word += blockDim.x)
+      count += __popc(starts_[word] & real_[word]);
+    return count;
+  }
+
+  // Called by the whole thread block: forgets the runs without is_kept(first token). Then begin() and end() tell
+  // nothing any more, and these do: the first token of the last run kept that starts at the token or ahead of it, -1 if
+  // there is none; and, given a first token, the end of its run.
+  template <class IsKept>
+  __device__ __forceinline__ void keep(const IsKept& is_kept) {
+    __shared__ int s_last_words[kWarps];
+    const int warp = warp_of_thread(), lane = lane_of_thread();
+    int last_word = -1;
+#pragma unroll 1
+    for (int base = first_word_; base < last_word_; base += kWarpSize) {
+      const int word = base + lane;
+      unsigned kept = 0;
+      if (word < last_word_) {
+#pragma unroll 1
+        for (unsigned starts = starts_[word] & real_[word]; starts; starts &= starts - 1)
+          if (is_kept(word * kWarpSize + lowest_bit(starts))) kept |= starts & -starts;
+        real_[word] = kept;
+      }
+      const unsigned marked = __ballot_sync(kAllLanes, kept != 0);
+      if (marked) last_word = base + highest_bit(marked);
+    }
+    if (lane == 0) s_last_words[warp] = last_word;
+    __syncthreads();
+    const int last_of_lane = s_last_words[lane];
+    const unsigned before = __ballot_sync(kAllLanes, last_of_lane >= 0) & bits_below(warp);
+    const int word_before = __shfl_sync(kAllLanes, last_of_lane, before ? highest_bit(before) : 0);
+    link_words_before(real_, before ? word_before : kNoWord);
+    __syncthreads();
+  }
+  __device__ int last_kept(unsigned token) const {
+    int word = token / kWarpSize;
+    unsigned kept = real_[word] & ~bits_above(token % kWarpSize);
+    if (!kept) {
+      word = word_before_[word];
+      if (word == kNoWord) return -1;
+      kept = real_[word];
+    }
+    return word * kWarpSize + highest_bit(kept);
+  }
+  __device__ int end_of_kept(unsigned first) const { return next_start(first); }
 
  private:
   static constexpr int kGroup = kOctet;  // words that a warp marks at once: a byte a lane
   static constexpr int kNoWord = 0xFFFF;
-  static constexpr int kTokensPerSlot = 8, kMostSlots = 1 << 13;
 
   static __host__ __device__ constexpr int padded_words(int length) {
     return (length + kGroup * kWarpSize - 1) / (kGroup * kWarpSize) * kGroup;
@@ -246,17 +256,35 @@ class SegmentRuns {
     return seen;
   }
 
-  // Fills in word_before_ and word_after_ of the warp's words, given those outside its stretch.
-  __device__ void link_words(int before, int after) {
+  // The start of a run behind the token, or the end of the row.
+  __device__ int next_start(unsigned token) const {
+    int word = token / kWarpSize;
+    unsigned starts = starts_[word] & bits_above(token % kWarpSize);
+    if (!starts) {
+      word = word_after_[word];
+      if (word == kNoWord) return length_;
+      starts = starts_[word];
+    }
+    return word * kWarpSize + lowest_bit(starts);
+  }
+
+  // Fills in word_before_ of the warp's words: the nearest one with a bit in `bits`, given that outside its stretch.
+  __device__ __forceinline__ void link_words_before(const unsigned* bits, int before) {
     const int lane = lane_of_thread();
 #pragma unroll 1
     for (int base = first_word_; base < last_word_; base += kWarpSize) {
       const int word = base + lane;
-      const unsigned marked = __ballot_sync(kAllLanes, word < last_word_ && starts_[word]);
+      const unsigned marked = __ballot_sync(kAllLanes, word < last_word_ && bits[word]);
       const unsigned below = marked & bits_below(lane);
       if (word < last_word_) word_before_[word] = below ? base + highest_bit(below) : before;
       if (marked) before = base + highest_bit(marked);
     }
+  }
+
+  // Likewise word_before_ and word_after_, of the starts of runs.
+  __device__ void link_words(int before, int after) {
+    const int lane = lane_of_thread();
+    link_words_before(starts_, before);
 #pragma unroll 1
     for (int base = first_word_ + (last_word_ - first_word_ - 1) / kWarpSize * kWarpSize; base >= first_word_;
          base -= kWarpSize) {
@@ -268,8 +296,8 @@ class SegmentRuns {
     }
   }
 
-  unsigned *starts_, *real_;             // a bit a token: a run starts here; it is not padding
-  uint16_t *word_before_, *word_after_;  // of each word, the nearest others that hold a start, or kNoWord
+  unsigned *starts_, *real_;             // a bit a token: a run starts here; it is not padding (a run kept starts here)
+  uint16_t *word_before_, *word_after_;  // of each word, the nearest others that hold a start (kept), or kNoWord
   int length_;
   int first_word_, last_word_;  // of this warp
 };

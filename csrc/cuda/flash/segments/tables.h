@@ -8,11 +8,12 @@
 // A row (batch b) is in one of two modes. What a mode does not use is undefined in its rows. Each field of
 // SegmentTables says what it holds.
 //
-// kContiguous: every id >= 0 fills one run of neighbouring tokens (only without separate key ids). Query i and key j
-// share a segment iff run_begin[b][i] <= j < run_end[b][i], and equally iff run_begin[b][j] <= i < run_end[b][j]. Both
-// arrays never decrease along the row. So tile [a, c) needs exactly the tokens run_begin[a] .. run_end[c - 1] - 1 (none
-// if that is empty), and a block [x, y) on the other side is unmasked for the whole tile iff x >= run_begin[c - 1] and
-// y <= run_end[a].
+// kContiguous: every id >= 0 fills one run of neighbouring tokens. Where keys have ids of their own, this is so of the
+// ids that both sides have, one run a side, and these come in the same order on both. Query i and key j share a segment
+// iff key_begin[b][i] <= j < key_end[b][i], and equally iff query_begin[b][j] <= i < query_end[b][j]. No array ever
+// decreases along the row. So a tile [a, c) of queries needs exactly the keys key_begin[a] .. key_end[c - 1] - 1 (none
+// if that is empty), and a block [x, y) of keys is unmasked for the whole tile iff x >= key_begin[c - 1] and y <=
+// key_end[a]; likewise a tile of keys and a block of queries.
 //
 // kGeneral: ids in any order. Blocks are told apart by their SegmentBlock (no common segment: skip; both uniform and
 // equal: unmasked by ids), pairs by query_ids[i] == key_ids[j].
@@ -46,10 +47,11 @@ struct SegmentTables {
   int* query_ids;
   int* key_ids;
 
-  // kContiguous. (batch, pitch_query) the run of each token. Of padding (id < 0) the empty [i, i); past the end of the
-  // row, up to the pitch, empty.
-  int* run_begin;
-  int* run_end;
+  // kContiguous. (batch, pitch_query) of each query the keys of its segment, and (batch, pitch_key) of each key the
+  // queries. Empty of padding (id < 0), of an id that the other side has not, and past the end of the row, up to the
+  // pitch. Where keys have no ids of their own, the second two arrays are the first two.
+  int *key_begin, *key_end;
+  int *query_begin, *query_end;
 
   // kGeneral. (batch, query_tiles), (batch, key_tiles) of block t: tokens t * tile .. (t + 1) * tile - 1, those past
   // the end of the row left out.
@@ -62,7 +64,7 @@ struct SegmentTables {
   // (batch, tiles of ordered_queries rows) the same of query tiles; null without them.
   int* query_order;
 
-  // (batch) blocks of query_tile x key_tile that the row computes, by runs and window.
+  // (batch) blocks of query_tile x key_tile that the row computes, by intervals and window.
   int* computed_blocks;
 
   // (kTileCounters, params.h) zeros.
@@ -95,8 +97,8 @@ SegmentTables make_segment_tables(const SegmentProblem& problem, void* storage);
 // Whether this build holds the kernel for a device.
 bool segments_are_built_for(int device);
 
-// On every device that flash kernels serve. Rows that are too long for the shared memory of a thread block there are
-// kGeneral whatever their ids are.
+// On every device that flash kernels serve. Rows that are too long for the shared memory of a thread block there (both
+// sides of them, where keys have ids of their own) are kGeneral whatever their ids are.
 cudaError_t launch_prepare_segments(const SegmentProblem& problem, const SegmentTables& tables, cudaStream_t stream);
 
 }  // namespace selfattn::cuda

@@ -19,25 +19,30 @@ __device__ __forceinline__ RowSegments segments_of_row(const SegmentTables& segm
   return {has_segments && !has_ids, has_ids};
 }
 
-__device__ __forceinline__ Interval run_of(const SegmentTables& segments, int batch, int token) {
-  const int64_t place = int64_t(batch) * segments.pitch_query + token;
-  return {segments.run_begin[place], segments.run_end[place]};
+// What the other side has of the token's segment, in a row with runs.
+__device__ __forceinline__ Interval keys_of_segment(const SegmentTables& segments, int batch, int query) {
+  const int64_t place = int64_t(batch) * segments.pitch_query + query;
+  return {segments.key_begin[place], segments.key_end[place]};
+}
+__device__ __forceinline__ Interval queries_of_segment(const SegmentTables& segments, int batch, int key) {
+  const int64_t place = int64_t(batch) * segments.pitch_key + key;
+  return {segments.query_begin[place], segments.query_end[place]};
 }
 
-// The keys that a query may see by its window alone, and by its run, too.
+// The keys that a query may see by its window alone, and by its segment, too, where that is an interval.
 __device__ __forceinline__ Interval visible_keys_by_window(const BackwardParams& p, int query) {
   return keys_of_query(p.window, query, p.shape.key_length - p.shape.query_length, p.shape.key_length);
 }
 __device__ __forceinline__ Interval visible_keys(const BackwardParams& p, int batch, bool has_runs, int query) {
   Interval keys = visible_keys_by_window(p, query);
-  if (has_runs) keys = keys & run_of(p.segments, batch, query);
+  if (has_runs) keys = keys & keys_of_segment(p.segments, batch, query);
   return keys;
 }
 
 // The queries that may see a key, ids aside.
 __device__ __forceinline__ Interval visible_queries(const BackwardParams& p, int batch, bool has_runs, int key) {
   Interval queries = queries_of_key(p.window, key, p.shape.key_length - p.shape.query_length, p.shape.query_length);
-  if (has_runs) queries = queries & run_of(p.segments, batch, key);
+  if (has_runs) queries = queries & queries_of_segment(p.segments, batch, key);
   return queries;
 }
 

@@ -35,7 +35,7 @@ __device__ __forceinline__ Interval keys_of_row(const ForwardParams& call, const
   const Interval window = keys_of_query(call.window, row, shape.key_length - shape.query_length, shape.key_length);
   if (tile.mode != kContiguous) return window;
   const int64_t place = int64_t(tile.batch) * call.segments.pitch_query + row;
-  return window & Interval{call.segments.run_begin[place], call.segments.run_end[place]};
+  return window & Interval{call.segments.key_begin[place], call.segments.key_end[place]};
 }
 
 template <class Config>

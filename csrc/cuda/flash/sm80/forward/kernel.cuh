@@ -65,7 +65,7 @@ __device__ __forceinline__ Interval blocks_of_tile(const ForwardParams& call, co
     keys.begin = keys_of_query(call.window, first_row, offset, shape.key_length).begin;
     if (tile.mode == kContiguous) {
       const int64_t row = int64_t(tile.batch) * segments.pitch_query;
-      keys = keys & Interval{segments.run_begin[row + first_row], segments.run_end[row + last_row]};
+      keys = keys & Interval{segments.key_begin[row + first_row], segments.key_end[row + last_row]};
     }
   }
   return {keys.begin / Config::kTileKey, keys.end > keys.begin ? (keys.end - 1) / Config::kTileKey + 1 : 0};
@@ -373,7 +373,7 @@ class WarpRows {
     const Interval window = keys_of_query(call_.window, row, shape.key_length - shape.query_length, shape.key_length);
     if (!kMasked || tile_.mode != kContiguous) return window;
     const int64_t place = int64_t(tile_.batch) * call_.segments.pitch_query + row;
-    return window & Interval{call_.segments.run_begin[place], call_.segments.run_end[place]};
+    return window & Interval{call_.segments.key_begin[place], call_.segments.key_end[place]};
   }
 
   const ForwardParams& call_;

@@ -112,8 +112,10 @@ inline BackwardParams batches_of(BackwardParams p, int first, int count) {
     segments.mode += first;
     segments.query_ids += int64_t(first) * segments.pitch_query;
     segments.key_ids += int64_t(first) * segments.pitch_key;
-    segments.run_begin += int64_t(first) * segments.pitch_query;
-    segments.run_end += int64_t(first) * segments.pitch_query;
+    segments.key_begin += int64_t(first) * segments.pitch_query;
+    segments.key_end += int64_t(first) * segments.pitch_query;
+    segments.query_begin += int64_t(first) * segments.pitch_key;
+    segments.query_end += int64_t(first) * segments.pitch_key;
     segments.query_blocks += int64_t(first) * segments.query_tiles;
     segments.key_blocks += int64_t(first) * segments.key_tiles;
     segments.order += int64_t(first) * segments.key_tiles;

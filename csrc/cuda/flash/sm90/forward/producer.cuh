@@ -45,7 +45,7 @@ __device__ __forceinline__ void describe_tile(const ForwardKernelParams& p, int 
     keys.begin = keys_of_query(p.window, first_row, offset, p.shape.key_length).begin;
     if (tile.mode == kContiguous) {
       const int row = b * p.segments.pitch_query;
-      keys = keys & Interval{p.segments.run_begin[row + first_row], p.segments.run_end[row + last_row]};
+      keys = keys & Interval{p.segments.key_begin[row + first_row], p.segments.key_end[row + last_row]};
     }
   }
   // A tile that sees no key still visits one block, all masked: it has rows to write.
@@ -81,8 +81,8 @@ __device__ __forceinline__ void load_tiles(const ForwardKernelParams& p, typenam
       ptx::bulk_load(s.q_full[q.stage], ptx::shared_address(s.row_table[q.stage][which]), g_table + at,
                      Config::kTableBytes);
     };
-    if (tables > 0) copy_table(0, tile.mode == kContiguous ? p.segments.run_begin : p.segments.query_ids);
-    if (tables > 1) copy_table(1, p.segments.run_end);
+    if (tables > 0) copy_table(0, tile.mode == kContiguous ? p.segments.key_begin : p.segments.query_ids);
+    if (tables > 1) copy_table(1, p.segments.key_end);
   };
   const auto copy_key = [&](int index, int b, int h) {
     for (int panel = 0; panel < Config::kPanelsQk; panel++)
@@ -123,7 +123,10 @@ __device__ __forceinline__ void load_tiles(const ForwardKernelParams& p, typenam
     const int b = tile.head / p.shape.num_heads, h = tile.head % p.shape.num_heads, kv_head = h / group;
     const bool by_ids = kMasked && tile.mode == kGeneral;
     const auto test = [&](int index, bool& meets, bool& is_uniform) {
-      if (!by_ids) return;
+      if (!by_ids) {  // where the block loaded early lies apart from those in reach, none of those between is visited
+        meets = tile.first_block <= index && index < tile.end_block;
+        return;
+      }
       const SegmentBlock queries = p.segments.query_blocks[size_t(b) * p.segments.query_tiles + tile.index],
                          keys = p.segments.key_blocks[size_t(b) * p.segments.key_tiles + index];
       meets = may_share_segment(queries, keys), is_uniform = is_one_segment(queries, keys);

@@ -92,8 +92,8 @@ struct KeyProducer {
       }
       const int64_t at = int64_t(batch) * p.segments.pitch_query + first;
       if (segments.has_runs) {
-        bulk_load(full, shared_address(s.rows[0]), p.segments.run_begin + at, kRowBytes);
-        bulk_load(full, shared_address(s.rows[1]), p.segments.run_end + at, kRowBytes);
+        bulk_load(full, shared_address(s.rows[0]), p.segments.key_begin + at, kRowBytes);
+        bulk_load(full, shared_address(s.rows[1]), p.segments.key_end + at, kRowBytes);
       } else if (segments.has_ids) {
         bulk_load(full, shared_address(s.rows[0]), p.segments.query_ids + at, kRowBytes);
       }
