@@ -4,11 +4,13 @@ The rules of CUDA's two families are for "sm90" that of the forward kernel's pro
 ``load_tiles`` of csrc/cuda/flash/sm90/forward/producer.cuh), and for "sm80" that of a thread block (``describe_tile``
 and ``attend`` of csrc/cuda/flash/sm80/forward/kernel.cuh). Both walk as csrc/cuda/flash/tile/key_blocks.cuh has it,
 over the tables of csrc/cuda/flash/segments/. A tile reaches from the first key that its first query may see by
-position to the last key that its last query may see. In a contiguous row (no key ids of its own, no id has two runs,
-padding anywhere; where the ids do not increase along the row, no more runs than ``have_distinct_ids`` of
-csrc/cuda/flash/segments/runs.cuh takes) this is cut to the run of the first query and that of the last. In any other
-row each block in reach is tested instead: the ranges of ids and the 64-bit signatures of tile and block must meet. A
-tile that meets nothing visits one block all the same in "sm90", none in "sm80".
+position to the last key that its last query may see. In a contiguous row (no id has two runs, padding anywhere; where
+the ids do not increase along the row, no more runs than csrc/cuda/flash/segments/run_table.cuh takes) this is cut to
+the run of the first query and that of the last. Where keys have ids of their own a row is contiguous, too, if no id
+that both sides have has two runs on either and these ids come in the same order on both; the table must take the runs
+of the queries, and both sides must fit the shared memory of a thread block. In any other row each block in reach is
+tested instead: the ranges of ids and the 64-bit signatures of tile and block must meet. A tile that meets nothing
+visits one block all the same in "sm90", none in "sm80".
 
 The CPU rule is that of csrc/cpu/pair_table.cpp (``make_pair_table``, ``may_meet``): the keys of each query are an
 interval, by position and, where no id has two runs of keys, by the query's run; a tile reaches from the least to the
@@ -46,6 +48,8 @@ CUDA_TILES = {
 }
 UNALIGNED_DIMS = ((64, 64), (128, 128), (256, 256))
 """Whose tiles of "sm80" serve head dimensions that are no multiple of 8, on every card."""
+SHARED_MEMORY = {"sm90": 227 << 10, "sm80": 99 << 10}
+"""Bytes of a thread block; of "sm80" what every card that it serves has."""
 KERNELS = {"cuda": "sm90", "sm90": "sm90", "sm80": "sm80", "cpu": "cpu"}  # by the names that may be asked for
 CPU_TILE = (64, 64)  # kTileRows and kPanel of csrc/cpu/pair_table.h
 
@@ -157,13 +161,17 @@ def _visited_on_cuda(
     last = (first + tiling.query_tile).clamp(max=query_length) - 1
     key_begin, key_end = rules.key_limits(query_length, key_length)
     begin, end = key_begin[first].repeat(len(query_ids), 1), key_end[last].repeat(len(query_ids), 1)
-    compares = torch.ones(len(query_ids), dtype=torch.bool)
-    if not has_own_key_ids:
-        runs = find_runs(query_ids)
-        few = runs.is_first.sum(1) <= _id_slots(query_length) // 4 * 3
-        compares = ~(runs.is_ascending | (runs.are_distinct & few))
-        begin = torch.where(compares[:, None], begin, begin.maximum(runs.begin[:, first]))
-        end = torch.where(compares[:, None], end, end.minimum(runs.end[:, last]))
+    runs = find_runs(query_ids)
+    if has_own_key_ids:
+        slots = _slots_of_two_sides(query_length, key_length, tiling)
+        is_contiguous, segment_begin, segment_end = _intervals_of_two_sides(query_ids, key_ids, runs)
+    else:
+        slots = _id_slots(query_length)
+        is_contiguous, segment_begin, segment_end = runs.are_distinct, runs.begin, runs.end
+    is_contiguous = is_contiguous & (runs.is_first.sum(1) <= slots // 4 * 3) & (slots > 0)
+    compares = ~(is_contiguous if has_own_key_ids else is_contiguous | runs.is_ascending)
+    begin = torch.where(compares[:, None], begin, begin.maximum(segment_begin[:, first]))
+    end = torch.where(compares[:, None], end, end.minimum(segment_end[:, last]))
     blocks = tiling.key_blocks(key_length)
     at_least_one = tiling.kernels == "sm90"
     is_empty = begin >= end
@@ -176,8 +184,43 @@ def _visited_on_cuda(
     return VisitedBlocks(begin, end, blocks, compares, compares, tile_ids, block_ids, at_least_one)
 
 
+def _intervals_of_two_sides(query_ids: Tensor, key_ids: Tensor, queries: Runs) -> tuple[Tensor, Tensor, Tensor]:
+    """(B,) whether the ids that both sides have fill one run on each, in the same order; of such rows (B, Sq) begin and
+    end of the keys of each query's segment. A query without any has an empty interval behind those of the queries
+    before it. ``Row::interval`` of csrc/cuda/flash/segments/prepare.cu."""
+    keys = find_runs(key_ids)
+    runs_of_queries, _ = _runs_of_ids(query_ids, query_ids, queries)
+    runs_of_keys, first = _runs_of_ids(query_ids, key_ids, keys)
+    has_keys = runs_of_keys > 0
+    is_one_run = ~(has_keys & ((runs_of_keys > 1) | (runs_of_queries > 1))).any(1)
+    rises = ~(has_keys & (first < first.masked_fill(~has_keys, 0).cummax(1).values)).any(1)
+    end = keys.end.gather(1, first).masked_fill(~has_keys, 0).cummax(1).values
+    return is_one_run & rises, torch.where(has_keys, first, end), end
+
+
+def _runs_of_ids(ids: Tensor, side_ids: Tensor, side: Runs) -> tuple[Tensor, Tensor]:
+    """How many runs of a side (B, S) have each id of (B, Sq), none of padding, and where the first of them starts."""
+    by_id, position = side_ids.masked_fill(~side.is_first, NO_ID).sort(dim=1, stable=True)
+    ids = ids.contiguous()
+    place = torch.searchsorted(by_id, ids)
+    count = (torch.searchsorted(by_id, ids, right=True) - place).masked_fill(ids < 0, 0)
+    return count, position.gather(1, place.clamp(max=side_ids.shape[1] - 1))
+
+
+def _slots_of_two_sides(query_length: int, key_length: int, tiling: Tiling) -> int:
+    """``launch_prepare_segments`` of prepare.cu: of the table of runs, 0 where a row is too long."""
+    words = (SHARED_MEMORY[tiling.kernels] - 2048) // 4 - sum(
+        3 * 8 * -(-length // 256) for length in (query_length, key_length)
+    )
+    words -= -(-tiling.query_tiles(query_length) // 4) * 4
+    slots = _id_slots(query_length)
+    while slots > 32 and 3 * slots > words:
+        slots //= 2
+    return slots if 3 * slots <= words else 0
+
+
 def _id_slots(length: int) -> int:
-    """``SegmentRuns::id_slots`` of csrc/cuda/flash/segments/runs.cuh."""
+    """``RunTable::slots_for`` of csrc/cuda/flash/segments/run_table.cuh."""
     slots = 32
     while slots < 8192 and 8 * slots < length:
         slots *= 2

@@ -34,6 +34,17 @@ def packed(*lengths: int, padding: int = 0) -> Tensor:
     return torch.cat([ids, torch.full((padding,), -1)])[None].int()
 
 
+def runs_in_order(ids: Tensor, length: int, generator: torch.Generator) -> Tensor:
+    """(length,) most runs of a row, of other lengths and with padding between some, as far as they go."""
+    runs = torch.unique_consecutive(ids)
+    runs = runs[torch.rand(len(runs), generator=generator) < 0.8]
+    most = 2 * length // max(len(runs), 1) + 1
+    sizes = torch.randint(1, most + 1, (len(runs), 2), generator=generator)
+    sizes[:, 1] *= torch.rand(len(runs), generator=generator) < 0.3
+    stretched = torch.stack([runs, torch.full_like(runs, -1)], 1).flatten().repeat_interleave(sizes.flatten())[:length]
+    return torch.cat([stretched, stretched.new_full((length - len(stretched),), -1)])
+
+
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[Tensor, Tensor | None, dict]:
     """Rows of one batch, in order, in any order or with large ids, whose runs are longer and shorter than blocks."""
@@ -61,7 +72,10 @@ def cases(draw: st.DrawFn) -> tuple[Tensor, Tensor | None, dict]:
     keys = None
     if draw(st.booleans()):
         key_length = draw(st.integers(1, 700))
-        keys = torch.stack([row(key_length) for _ in range(batch)])
+        if draw(st.booleans()):
+            keys = torch.stack([row(key_length) for _ in range(batch)])
+        else:
+            keys = torch.stack([runs_in_order(of_row, key_length, generator) for of_row in ids])
     window = st.sampled_from([-1, -1, 0, 1, 50, 130, 10_000, 2**62])
     rules = {"causal": draw(st.booleans()), "window_left": draw(window), "window_right": draw(window)}
     return ids, keys, rules
@@ -125,16 +139,25 @@ def visited_on_cuda(
     is_rising = all(ids[a] < ids[b] for a, b in itertools.pairwise(starts))
     slots = max(32, min(8192, 2 ** math.ceil(math.log2(len(ids) / 8))))
     is_told_apart = len({ids[start] for start in starts}) == len(starts) <= slots // 4 * 3
-    is_contiguous = not is_own and (is_rising or is_told_apart)
+    if is_own:
+        key_starts = [j for j, x in enumerate(keys) if x >= 0 and (j == 0 or keys[j - 1] != x)]
+        both = {ids[i] for i in starts} & {keys[j] for j in key_starts}
+        order, key_order = (
+            [x for x in side if x in both] for side in ([ids[i] for i in starts], [keys[j] for j in key_starts])
+        )
+        is_contiguous = order == key_order and len(set(order)) == len(order) and len(starts) <= slots // 4 * 3
+    else:
+        is_contiguous = is_rising or is_told_apart
 
     def run_of(token: int) -> tuple[int, int]:
-        begin, end = token, token
-        if ids[token] >= 0:
-            while begin > 0 and ids[begin - 1] == ids[token]:
-                begin -= 1
-            while end < len(ids) and ids[end] == ids[token]:
-                end += 1
-        return begin, end
+        """The keys of its segment; of none, an empty interval behind those of the tokens before."""
+        own_keys = [j for j, x in enumerate(keys) if x == ids[token] >= 0]
+        if own_keys:
+            return own_keys[0], own_keys[-1] + 1
+        if not is_own:
+            return token, token
+        behind = 1 + max((j for j, x in enumerate(keys) if x >= 0 and x in ids[:token]), default=-1)
+        return behind, behind
 
     def summary(part: list[int]) -> tuple[int, int, set[int]]:
         real = [x for x in part if x >= 0]
@@ -331,7 +354,35 @@ def test_flops_are_those_of_the_flop_counter_for_the_whole_square() -> None:
 def test_key_ids_that_are_the_query_ids_count_as_none() -> None:
     ids = packed(100, 200)
     assert selfattn.packing_report(ids, kv_segment_ids=ids) == selfattn.packing_report(ids)
-    assert selfattn.packing_report(ids, kv_segment_ids=ids.clone()).contiguous_rows == 0
+    assert selfattn.packing_report(ids, kv_segment_ids=ids.clone()).contiguous_rows == 1
+
+
+@pytest.mark.parametrize(
+    ("keys", "contiguous"),
+    [
+        (packed(70, 90, 40), 1),
+        (packed(70, 90, 40)[:, 60:130], 1),
+        (packed(70, 90, 40) * 7, 1),  # one id in common
+        (packed(70, 90, 40).flip(1), 0),
+        (torch.cat([packed(70, 90), packed(40)], 1), 0),  # an id that comes back
+        (torch.cat([packed(70, 90), packed(40) + 9, packed(40) + 2, packed(40) + 9], 1), 1),  # none of the queries'
+    ],
+)
+@pytest.mark.parametrize("kernels", ["sm90", "sm80"])
+def test_key_ids_in_the_order_of_the_query_ids_are_intervals(keys: Tensor, contiguous: int, kernels: str) -> None:
+    ids = packed(100, 200, 30, padding=9)
+    assert selfattn.packing_report(ids, kv_segment_ids=keys, kernels=kernels).contiguous_rows == contiguous
+
+
+def test_rows_beyond_shared_memory_are_no_intervals() -> None:
+    """Of a card that gives a thread block 99 KB, and of Hopper."""
+    for length, of_sm80 in ((32768, 1), (131072, 0)):
+        ids = packed(length)
+        report = {
+            kernels: selfattn.packing_report(ids, kv_segment_ids=ids.clone(), kernels=kernels).contiguous_rows
+            for kernels in ("sm80", "sm90")
+        }
+        assert report == {"sm80": of_sm80, "sm90": 1}
 
 
 # ---------------------------------------------------------------- what looks wrong
