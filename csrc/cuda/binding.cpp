@@ -47,6 +47,13 @@ at::Tensor with_kernel_layout(const at::Tensor& tensor, RowLayout layout) {
   return has_kernel_layout(tensor, layout) ? tensor : tensor.clone(at::MemoryFormat::Contiguous);
 }
 
+ResultMemory::ResultMemory(const at::Tensor& result)
+    : result_(result), rows_(has_kernel_layout(result) ? result : empty_like_contiguous(result)) {}
+
+void ResultMemory::hand_over() const {
+  if (!rows_.is_same(result_)) result_.copy_(rows_);
+}
+
 TensorView view_of(const at::Tensor& tensor) {
   return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
 }

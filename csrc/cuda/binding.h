@@ -24,6 +24,19 @@ at::Tensor empty_like_contiguous(const at::Tensor& tensor);
 /// (expanded gradients, odd views).
 at::Tensor with_kernel_layout(const at::Tensor& tensor, RowLayout layout);
 
+/// Memory of a caller's (B, S, N, D), contiguous, that the kernels are to fill, where they can write it: they store 16
+/// bytes at a time. Where it does not start at a multiple of those, they fill rows(), a tensor of its own, which
+/// hand_over() copies there behind them.
+class ResultMemory {
+ public:
+  explicit ResultMemory(const at::Tensor& result);
+  const at::Tensor& rows() const { return rows_; }
+  void hand_over() const;
+
+ private:
+  at::Tensor result_, rows_;
+};
+
 TensorView view_of(const at::Tensor& tensor);
 
 AttentionShape shape_of(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value);

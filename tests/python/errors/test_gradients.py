@@ -122,6 +122,58 @@ def test_gradient_into_memory_is_the_gradient(takes_memory: bool, device: str) -
     assert all(result._version > before for result, before in zip(results, versions, strict=True))
 
 
+def anywhere(tensor: Tensor, offset: int) -> Tensor:
+    """A contiguous copy that starts that many elements into its memory; what lies around it is 7."""
+    memory = torch.full((tensor.numel() + 2 * offset,), 7.0, dtype=tensor.dtype, device=tensor.device)
+    return memory[offset : offset + tensor.numel()].view_as(tensor).copy_(tensor)
+
+
+def surroundings(tensor: Tensor) -> Tensor:
+    offset, memory = tensor.storage_offset(), tensor._base
+    return torch.cat([memory[:offset], memory[offset + tensor.numel() :]])
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("qk_scale", [None, -0.3])
+@pytest.mark.parametrize("takes_memory", [False, True])
+@pytest.mark.parametrize("offset", [1, 3, 4, 8])
+def test_gradient_goes_into_memory_that_starts_anywhere(
+    offset: int, takes_memory: bool, qk_scale: float | None, dtype: torch.dtype, device: str
+) -> None:
+    torch.use_deterministic_algorithms(True)
+    for dim in (8, 64, 128, 136):
+        q, k, v, grad = (torch.randn(2, 70, n, dim).to(device, dtype) for n in (4, 2, 2, 4))
+        out, lse = OPS.flash_attention(q, k, v, qk_scale=qk_scale)
+        expected = OPS.flash_attention_backward(grad, None, q, k, v, out, lse, qk_scale=qk_scale)
+        results = [anywhere(x if takes_memory else torch.full_like(x, torch.nan), offset) for x in (out, k, v)]
+        if takes_memory:
+            out, k, v = results
+        named = dict(zip(("dq", "dk", "dv"), results, strict=True))
+        OPS.flash_attention_backward.into(grad, None, q, k, v, out, lse, qk_scale=qk_scale, **named)
+        for result, wanted in zip(results, expected, strict=True):
+            assert torch.equal(result, wanted)
+            assert (surroundings(result) == 7).all()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("offset", [1, 3, 4, 8])
+def test_norm_rope_gradient_goes_over_memory_that_starts_anywhere(
+    offset: int, norm: bool, dtype: torch.dtype, device: str
+) -> None:
+    for dim in (24, 64, 128):
+        q, k, grad_q, grad_k = (torch.randn(2, 9, n, dim).to(device, dtype) for n in (4, 2, 4, 2))
+        heads = (q, k, *torch.rand(2, dim, device=device).unbind()) if norm else (None,) * 4
+        expected = OPS.qk_norm_rope_backward(grad_q, grad_k, *heads, norm=norm)
+        found = anywhere(grad_q, offset), anywhere(grad_k, offset)
+        weights = OPS.qk_norm_rope_backward.in_place(*found, *heads, norm=norm)
+        for mine, wanted in zip((*found, *weights), expected, strict=True):
+            assert torch.equal(mine, wanted)
+        assert all((surroundings(mine) == 7).all() for mine in found)
+
+
 @pytest.mark.parametrize("operator", ["flash_attention_backward.into", "qk_norm_rope_backward.in_place"])
 def test_operator_that_writes_into_memory_refuses_a_gradient(operator: str) -> None:
     if operator.startswith("flash"):
