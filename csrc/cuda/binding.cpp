@@ -47,8 +47,8 @@ at::Tensor with_kernel_layout(const at::Tensor& tensor, RowLayout layout) {
   return has_kernel_layout(tensor, layout) ? tensor : tensor.clone(at::MemoryFormat::Contiguous);
 }
 
-ResultMemory::ResultMemory(const at::Tensor& result)
-    : result_(result), rows_(has_kernel_layout(result) ? result : empty_like_contiguous(result)) {}
+ResultMemory::ResultMemory(const at::Tensor& result, RowLayout layout)
+    : result_(result), rows_(has_kernel_layout(result, layout) ? result : empty_like_contiguous(result)) {}
 
 void ResultMemory::hand_over() const {
   if (!rows_.is_same(result_)) result_.copy_(rows_);

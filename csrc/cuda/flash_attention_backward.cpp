@@ -42,7 +42,7 @@ void attend_backward_into(const AttentionProblem& problem, const AttentionGradie
                value = with_kernel_layout(v, layout);
   const Tensor out_rows = with_kernel_layout(out, layout), grad_out_rows = with_kernel_layout(grad_out, layout);
   const Tensor lse_rows = lse.contiguous(), grad_lse_rows = grad_lse ? grad_lse->contiguous() : Tensor();
-  const ResultMemory grad_q(dq), grad_k(dk), grad_v(dv);
+  const ResultMemory grad_q(dq, layout), grad_k(dk, layout), grad_v(dv, layout);
 
   BackwardParams params{};
   params.shape = shape;
@@ -54,8 +54,8 @@ void attend_backward_into(const AttentionProblem& problem, const AttentionGradie
   params.is_deterministic = at::globalContext().deterministicAlgorithms();
   params.q = view_of(query), params.k = view_of(key), params.v = view_of(value);
   params.out = view_of(out_rows), params.grad_out = view_of(grad_out_rows);
-  params.grad_q = view_of(grad_q.rows()), params.grad_k = view_of(grad_k.rows()),
-  params.grad_v = view_of(grad_v.rows());
+  params.grad_q = view_of(grad_q.rows());
+  params.grad_k = view_of(grad_k.rows()), params.grad_v = view_of(grad_v.rows());
   params.lse = lse_rows.const_data_ptr<float>();
   params.grad_lse = grad_lse ? grad_lse_rows.const_data_ptr<float>() : nullptr;
   const Tensor segment_storage = problem.has_segments() ? prepare_segments(kernels, problem, params, stream) : Tensor();
