@@ -25,8 +25,8 @@ at::Tensor empty_like_contiguous(const at::Tensor& tensor);
 at::Tensor with_kernel_layout(const at::Tensor& tensor, RowLayout layout);
 
 /// Memory of a caller's (B, S, N, D), contiguous, that the kernels are to fill, where they can write it: of aligned
-/// rows they store 16 bytes at a time. Where it does not start at a multiple of those, they fill rows(), a tensor of its
-/// own, which hand_over() copies there behind them.
+/// rows they store 16 bytes at a time. Where it does not start at a multiple of those, they fill rows(), a tensor of
+/// its own, which hand_over() copies there behind them.
 class ResultMemory {
  public:
   ResultMemory(const at::Tensor& result, RowLayout layout);
