@@ -31,15 +31,11 @@ struct OnlineSoftmax {
   // Takes the block's row maxima in. A row with nothing allowed so far keeps max = -inf and gets P = 0.
   template <bool kIsFirst, bool kIsExact>
   __device__ __forceinline__ void take_max(float (&s)[kTileKey / 2]) {
-    float partial[8] = {s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7]};  // independent chains
-#pragma unroll
-    for (int i = 8; i < kTileKey / 2; i++) partial[i % 8] = fmaxf(partial[i % 8], s[i]);
-    float base[2];
+    float partial[8], base[2];
+    take_lane_max(s, partial);
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-      float top = fmaxf(fmaxf(partial[2 * r], partial[2 * r + 1]), fmaxf(partial[2 * r + 4], partial[2 * r + 5]));
-      top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
-      top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
+      float top = max_of_row(partial, r);
       if (!kIsFirst) top = fmaxf(top, state.max[r]);
       base[r] = top == -infinity() ? 0.f : top;
       correction[r] = kIsFirst ? 1.f : ptx::exp2_approx((state.max[r] - base[r]) * c);
@@ -85,6 +81,24 @@ struct OnlineSoftmax {
   // Whether the row's sum is the best that can be had without taking its maximum off.
   __device__ __forceinline__ bool is_good_enough(int r) const { return fabsf(offset_[r]) < kExactFrom; }
 
+  // What the largest logit of a row is `scale` times of.
+  __device__ __forceinline__ float max_score(int r) const { return state.max[r]; }
+
+ protected:
+  static __device__ __forceinline__ void take_lane_max(const float (&s)[kTileKey / 2], float (&partial)[8]) {
+#pragma unroll
+    for (int i = 0; i < 8; i++) partial[i] = s[i];  // independent chains
+#pragma unroll
+    for (int i = 8; i < kTileKey / 2; i++) partial[i % 8] = fmaxf(partial[i % 8], s[i]);
+  }
+  static __device__ __forceinline__ float max_of_row(const float (&partial)[8], int r) {
+    float top = fmaxf(fmaxf(partial[2 * r], partial[2 * r + 1]), fmaxf(partial[2 * r + 4], partial[2 * r + 5]));
+    top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
+    return fmaxf(top, __shfl_xor_sync(~0u, top, 2));
+  }
+
+  float offset_[2], block_sum_[4];
+
  private:
   // Row by row: the others keep the bits that they have without this.
   __device__ __forceinline__ void take_base_off(float (&s)[kTileKey / 2], const float (&base)[2]) {
@@ -96,8 +110,6 @@ struct OnlineSoftmax {
       for (int i = 0; i < kTileKey / 4; i++) s[i / 2 * 4 + 2 * r + i % 2] -= base[r];
     }
   }
-
-  float offset_[2], block_sum_[4];
 };
 
 // The end of a row: what its output is multiplied by, and its logsumexp. `sink` is one more logit in the denominator.

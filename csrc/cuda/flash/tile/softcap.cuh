@@ -72,16 +72,17 @@ struct Softcap {
     return all_finite;
   }
 
- private:
+ protected:
   static constexpr float kUnit = 0.375f, kFirstLarge = 2.f, kInfinity = std::numeric_limits<float>::infinity();
   static constexpr uint32_t kBitOfLarge = 0x40000000u;  // set from 2 on, in infinity and in NaN
+  // y * (kUnit + y^2 (k1 + y^2 (..))): the minimax polynomial of the relative error, with the slope at 0 exact.
+  static constexpr float k1 = -1.7576192e-2f, k2 = 9.8394218e-4f, k3 = -5.2432002e-5f, k4 = 1.9219674e-6f;
 
-  // y * (kUnit + y^2 (..)): the minimax polynomial of the relative error, with the slope at 0 exact.
   static __device__ __forceinline__ float tanh_of_small(float y) {
     const float square = y * y;
-    float p = fmaf(square, 1.9219674e-6f, -5.2432002e-5f);
-    p = fmaf(p, square, 9.8394218e-4f);
-    p = fmaf(p, square, -1.7576192e-2f);
+    float p = fmaf(square, k4, k3);
+    p = fmaf(p, square, k2);
+    p = fmaf(p, square, k1);
     p = fmaf(p, square, kUnit);
     return __fmul_rn(y, p);  // never fused with what follows: the same bits in every kernel
   }

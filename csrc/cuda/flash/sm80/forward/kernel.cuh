@@ -13,10 +13,10 @@
 #include <type_traits>
 
 #include "config.h"
+#include "flash/tile/capped_softmax.cuh"
 #include "flash/tile/key_blocks.cuh"
 #include "flash/tile/mask.cuh"
 #include "flash/tile/online_softmax.cuh"
-#include "flash/tile/softcap.cuh"
 #include "flash/tile/tile_order.cuh"
 #include "ptx/arithmetic.cuh"
 #include "ptx/mma.cuh"
@@ -26,7 +26,7 @@ namespace selfattn::cuda::sm80 {
 struct ForwardKernelParams {
   ForwardParams call;
   TileSchedule schedule;
-  Softcap softcap;  // read by kernels with kHasSoftcap
+  SoftcapExponent softcap;  // read by kernels with kHasSoftcap
 };
 
 constexpr int kNoSegments = -1;  // beside the values of SegmentMode
@@ -203,11 +203,11 @@ class WarpRows {
     }
   }
 
-  // Scores become what the softmax takes: capped and masked.
-  __device__ __forceinline__ void mask_scores(const KeyBlock& block, Scores& scores) const {
+  // Scores become what the softmax takes: codes, with softcap, and masked.
+  __device__ __forceinline__ void mask_scores(const KeyBlock& block, Scores& scores) {
     if constexpr (Config::kHasSoftcap) {
 #pragma unroll
-      for (int g = 0; g < kGroups; g++) softcap_.apply(scores[g]);
+      for (int g = 0; g < kGroups; g++) softmax_[g].encode(softcap_, scores[g]);
     }
     const int first_key = block.index * kTileKey, first_column = first_key + 2 * (lane() % 4);
     const bool is_cut = first_key + kTileKey > shared_.end || (kMasked && first_key < shared_.begin);
@@ -232,12 +232,25 @@ class WarpRows {
   __device__ __forceinline__ void take_scores(Scores& scores) {
 #pragma unroll
     for (int g = 0; g < kGroups; g++) {
-      softmax_[g].template take_max<false, kIsRepair>(scores[g]);
+      if constexpr (Config::kHasSoftcap)
+        softmax_[g].template take_max<false>(softcap_, scores[g]);
+      else
+        softmax_[g].template take_max<false, kIsRepair>(scores[g]);
       softmax_[g].rescale(out_[g]);
-      softmax_[g].template exponentiate<0, kTileKey / 8>(scores[g]);
+      exponentiate(softmax_[g], scores[g]);
       softmax_[g].template take_sum<false>();
       is_good_enough_ = is_good_enough_ && softmax_[g].is_good_enough(0) && softmax_[g].is_good_enough(1);
     }
+  }
+
+  template <class Softmax>
+  __device__ __forceinline__ void exponentiate(Softmax& softmax, float (&scores)[kTileKey / 2]) const {
+    if constexpr (!Config::kHasSoftcap)
+      softmax.template exponentiate<0, kTileKey / 8>(scores);
+    else if (kIsRepair || softmax.has_large())
+      softmax.template exponentiate_any<kIsRepair>(softcap_, scores);
+    else
+      softmax.exponentiate(softcap_, scores);
   }
 
   __device__ __forceinline__ void multiply_out(int buffer, const Scores& weights) {
@@ -320,7 +333,7 @@ class WarpRows {
         float sum = softmax_[g].state.sum[r];
         sum += __shfl_xor_sync(~0u, sum, 1);
         sum += __shfl_xor_sync(~0u, sum, 2);
-        const float max = softmax_[g].state.max[r];
+        const float max = softmax_[g].max_score(r);
         const RowEnd end = call_.sinks ? finish_row_with_sink(max, sum, logit_scale(), call_.sinks[tile_.head])
                                        : finish_row(max, sum, logit_scale());
         const int row_in_tile = warp_row() + 16 * g + 8 * r + lane() / 4, row = first_row_ + row_in_tile;
@@ -351,7 +364,7 @@ class WarpRows {
   }
 
  private:
-  // What a score is multiplied by for its logit: scores of kernels with softcap are a tanh (softcap.cuh).
+  // What the softmax's max_score is multiplied by for its logit.
   __device__ __forceinline__ float logit_scale() const { return Config::kHasSoftcap ? softcap_.cap : call_.scale; }
   static __device__ __forceinline__ int lane() { return threadIdx.x % kWarpSize; }
   static __device__ __forceinline__ int warp_row() { return threadIdx.x / kWarpSize * Config::kWarpRows; }
@@ -377,7 +390,7 @@ class WarpRows {
   }
 
   const ForwardParams& call_;
-  const Softcap& softcap_;
+  const SoftcapExponent& softcap_;
   const QueryTile& tile_;
   typename Config::SharedStorage& s_;
   int first_row_;
@@ -387,7 +400,7 @@ class WarpRows {
   Interval reach_, shared_;  // keys that some row may see, and that all may see, by intervals
   uint32_t held_[kHeldSteps ? kHeldSteps : 1][kGroups][4];  // Q's first columns
   float out_[kGroups][Config::kDimV / 2];
-  OnlineSoftmax<kTileKey> softmax_[kGroups];
+  std::conditional_t<Config::kHasSoftcap, CappedSoftmax<kTileKey>, OnlineSoftmax<kTileKey>> softmax_[kGroups];
   bool is_good_enough_ = true;
 };
 

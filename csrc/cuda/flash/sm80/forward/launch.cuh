@@ -15,7 +15,7 @@ cudaError_t launch_forward_kernel(const ForwardParams& params, cudaStream_t stre
   constexpr int64_t kLastSectionBytes = 64 << 20;
   const ForwardKernelParams p{
       params, make_schedule(params.shape, Config::kTileQuery, Config::kMask != MaskKind::kFull, kLastSectionBytes),
-      Softcap::of(params.scale, params.softcap)};
+      SoftcapExponent::of(params.scale, params.softcap)};
   const auto kernel = flash_attention_forward_kernel<Config>;
   int device = 0;
   if (const cudaError_t status = cudaGetDevice(&device)) return status;

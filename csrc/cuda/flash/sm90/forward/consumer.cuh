@@ -10,6 +10,7 @@
 #include <type_traits>
 
 #include "flash/sm90/pipeline.cuh"
+#include "flash/tile/capped_softmax.cuh"
 #include "flash/tile/key_blocks.cuh"
 #include "flash/tile/mask.cuh"
 #include "flash/tile/online_softmax.cuh"
@@ -27,6 +28,7 @@ namespace selfattn::cuda::sm90 {
 template <class Config, bool kIsRepair>
 __device__ __forceinline__ void multiply_tiles(const ForwardKernelParams& p, typename Config::SharedStorage& s, int w) {
   constexpr int kTileKey = Config::kTileKey, kDimQk = Config::kDimQk, kDimV = Config::kDimV;
+  constexpr bool kHasSoftcap = Config::kHasSoftcap;
   constexpr int kGroups = kTileKey / 8, kEarly = kGroups * Config::kEarlySixteenths / 16;
   constexpr bool kMasked = Config::kMask == MaskKind::kMasked, kLimited = Config::kMask != MaskKind::kFull;
   constexpr int kPingPongThreads = 2 * kWarpgroupSize;
@@ -42,7 +44,7 @@ __device__ __forceinline__ void multiply_tiles(const ForwardKernelParams& p, typ
   float scores[kTileKey / 2], out[kDimV / 2];
   uint32_t weights[kTileKey / 4];                              // P, packed as the left operand of P V
   uint32_t query[Config::kQueryInRegisters ? kDimQk / 4 : 1];  // Q, as the left operand of Q K^T
-  OnlineSoftmax<kTileKey> softmax;
+  std::conditional_t<kHasSoftcap, CappedSoftmax<kTileKey>, OnlineSoftmax<kTileKey>> softmax;
   const float logit_scale = p.logit_scale<Config>();
   softmax.c = logit_scale * kLog2E;
 
@@ -126,10 +128,8 @@ __device__ __forceinline__ void multiply_tiles(const ForwardKernelParams& p, typ
     if (lane == 0) ptx::mbarrier_arrive(s.v_empty[v.stage]);
     v.advance();
   };
-  const auto cap_scores = [&] {
-    if constexpr (Config::kHasSoftcap) p.softcap.apply(scores);
-  };
   const auto mask_scores = [&] {
+    if constexpr (kHasSoftcap) softmax.encode(p.softcap, scores);
     const int first_key = block.index * kTileKey, first_column = first_key + 2 * (lane % 4);
     if (first_key + kTileKey > shared_keys.end || (kMasked && first_key < shared_keys.begin)) {
       const Interval keys[2] = {keys_of(row_in_tile), keys_of(row_in_tile + 8)};
@@ -147,10 +147,34 @@ __device__ __forceinline__ void multiply_tiles(const ForwardKernelParams& p, typ
     ptx::pin(out);
     release_value();
   };
+  const auto take_max = [&](auto is_first) {
+    constexpr bool kIsFirst = decltype(is_first)::value;
+    if constexpr (kHasSoftcap)
+      softmax.template take_max<kIsFirst>(p.softcap, scores);
+    else
+      softmax.template take_max<kIsFirst, kIsRepair>(scores);
+  };
   const auto pack_weights = [&] {
 #pragma unroll
     for (int i = 0; i < kTileKey / 4; i++)
       weights[i] = ptx::pack<typename Config::Element>(scores[2 * i], scores[2 * i + 1]);
+  };
+  // Scores become P, in two parts for a wait between them. `finish`: what makes the operand of P V of it, in the basic
+  // block of the exponentials, to run between them.
+  const auto exponentiate_early = [&] {
+    if constexpr (!kHasSoftcap) softmax.template exponentiate<0, kEarly>(scores);
+  };
+  const auto exponentiate = [&](auto from, const auto& finish) {
+    if constexpr (!kHasSoftcap) {
+      softmax.template exponentiate<decltype(from)::value, kGroups>(scores);
+      finish();
+    } else if (kIsRepair || softmax.has_large()) {
+      softmax.template exponentiate_any<kIsRepair>(p.softcap, scores);
+      finish();
+    } else {
+      softmax.exponentiate(p.softcap, scores);
+      finish();
+    }
   };
   const auto clear_out = [&] {
 #pragma unroll
@@ -182,7 +206,7 @@ __device__ __forceinline__ void multiply_tiles(const ForwardKernelParams& p, typ
       float sum = softmax.state.sum[r];
       sum += __shfl_xor_sync(~0u, sum, 1);
       sum += __shfl_xor_sync(~0u, sum, 2);
-      const float max = softmax.state.max[r];
+      const float max = softmax.max_score(r);
       const RowEnd end = p.sinks ? finish_row_with_sink(max, sum, logit_scale, p.sinks[head % p.shape.num_heads])
                                  : finish_row(max, sum, logit_scale);
       factors.of_row[r] = end.factor;
@@ -229,17 +253,17 @@ __device__ __forceinline__ void multiply_tiles(const ForwardKernelParams& p, typ
     ptx::wgmma_wait<1>();  // S is done, P V still runs
     ptx::pin(scores);
     release_key();  // the producer may load over K
-    cap_scores();
     mask_scores();
-    softmax.template take_max<kIsFirst, kIsRepair>(scores);
-    softmax.template exponentiate<0, kEarly>(scores);
+    take_max(is_first);
+    exponentiate_early();
 
-    wait_value(v.next());                                    // V of the block at hand, for the next step's P V
-    finish_out();                                            // P V is done: the producer may load over its V
-    if (kIsFirst) send_out(closing, factors);                // to the storing warp, in the memory of Q
-    softmax.template exponentiate<kEarly, kGroups>(scores);  // the packing of P runs between these
-    softmax.template take_sum<kIsFirst>();
-    pack_weights();
+    wait_value(v.next());                      // V of the block at hand, for the next step's P V
+    finish_out();                              // P V is done: the producer may load over its V
+    if (kIsFirst) send_out(closing, factors);  // to the storing warp, in the memory of Q
+    exponentiate(std::integral_constant<int, kEarly>{}, [&] {
+      softmax.template take_sum<kIsFirst>();
+      pack_weights();
+    });
     if (kIsFirst) clear_out();
     if constexpr (kIsRepair) take_out_non_finite_values<Config>(s, v.stage, scores, out);
   };
@@ -252,13 +276,13 @@ __device__ __forceinline__ void multiply_tiles(const ForwardKernelParams& p, typ
     ptx::wgmma_wait<0>();
     ptx::pin(scores);
     release_key();
-    cap_scores();
     mask_scores();
-    softmax.template take_max<true, kIsRepair>(scores);
-    softmax.template exponentiate<0, kGroups>(scores);
-    softmax.template take_sum<true>();
-    wait_value(v);
-    pack_weights();
+    take_max(std::true_type{});
+    exponentiate(std::integral_constant<int, 0>{}, [&] {
+      softmax.template take_sum<true>();
+      wait_value(v);
+      pack_weights();
+    });
     clear_out();
     if constexpr (kIsRepair) take_out_non_finite_values<Config>(s, v.stage, scores, out);
   };

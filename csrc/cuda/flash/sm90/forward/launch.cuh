@@ -25,7 +25,7 @@ cudaError_t launch_forward_kernel(const ForwardParams& params, cudaStream_t stre
   p.shape = shape;
   p.window = params.window;
   p.scale = params.scale;
-  p.softcap = Softcap::of(params.scale, params.softcap);
+  p.softcap = SoftcapExponent::of(params.scale, params.softcap);
   p.lse = params.lse;
   p.sinks = params.sinks;
   p.segments = params.segments;

@@ -1,7 +1,7 @@
 // The parameters of the forward kernel.
 #pragma once
 #include "config.h"
-#include "flash/tile/softcap.cuh"
+#include "flash/tile/capped_softmax.cuh"
 #include "flash/tile/tile_order.cuh"
 
 namespace selfattn::cuda::sm90 {
@@ -17,9 +17,9 @@ struct ForwardKernelParams {
   int* repair_list;  // (tiles) for RepairList
   int* counters;     // [0]: tiles taken after each thread block's first; null where there are no others
   TileSchedule schedule;
-  Softcap softcap;  // read by kernels with kHasSoftcap
+  SoftcapExponent softcap;  // read by kernels with kHasSoftcap
 
-  // What a score is multiplied by for its logit: scores of kernels with softcap are a tanh (softcap.cuh).
+  // What the softmax's max_score is multiplied by for its logit.
   template <class Config>
   __device__ __forceinline__ float logit_scale() const {
     return Config::kHasSoftcap ? softcap.cap : scale;
