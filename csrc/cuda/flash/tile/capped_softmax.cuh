@@ -120,13 +120,14 @@ struct CappedSoftmax : OnlineSoftmax<kTileKey> {
   // Whether exponentiate must not be used for this block, but exponentiate_any.
   __device__ __forceinline__ bool has_large() const { return has_large_; }
 
-  // Codes become P.
+  // Codes become P in groups of 8 columns kFrom .. kTo - 1.
+  template <int kFrom, int kTo>
   __device__ __forceinline__ void exponentiate(const SoftcapExponent& cap, float (&s)[kTileKey / 2]) {
 #pragma unroll
-    for (int i = 0; i < kTileKey / 2; i++) add_weight(i, s[i], cap.exponent_of_small(s[i], offset_[i / 2 % 2]));
+    for (int i = 4 * kFrom; i < 4 * kTo; i++) add_weight(i, s[i], cap.exponent_of_small(s[i], offset_[i / 2 % 2]));
   }
 
-  // The same of any codes, by less code and in more time. kIsExact: for rows whose maximum is large.
+  // The same of any codes in all columns, by less code and in more time. kIsExact: for rows whose maximum is large.
   template <bool kIsExact>
   __device__ __forceinline__ void exponentiate_any(const SoftcapExponent& cap, float (&s)[kTileKey / 2]) {
     SoftcapExponent::for_each_group(s, [&](float (&group)[SoftcapExponent::kGroup]) {

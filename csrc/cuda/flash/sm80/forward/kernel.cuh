@@ -250,7 +250,7 @@ class WarpRows {
     else if (kIsRepair || softmax.has_large())
       softmax.template exponentiate_any<kIsRepair>(softcap_, scores);
     else
-      softmax.exponentiate(softcap_, scores);
+      softmax.template exponentiate<0, kTileKey / 8>(softcap_, scores);
   }
 
   __device__ __forceinline__ void multiply_out(int buffer, const Scores& weights) {

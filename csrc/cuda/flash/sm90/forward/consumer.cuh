@@ -161,18 +161,24 @@ __device__ __forceinline__ void multiply_tiles(const ForwardKernelParams& p, typ
   };
   // Scores become P, in two parts for a wait between them. `finish`: what makes the operand of P V of it, in the basic
   // block of the exponentials, to run between them.
-  const auto exponentiate_early = [&] {
-    if constexpr (!kHasSoftcap) softmax.template exponentiate<0, kEarly>(scores);
+  const auto exponentiate_first = [&](auto to) {
+    constexpr int kTo = decltype(to)::value;
+    if constexpr (!kHasSoftcap)
+      softmax.template exponentiate<0, kTo>(scores);
+    else if (kIsRepair || softmax.has_large())
+      softmax.template exponentiate_any<kIsRepair>(p.softcap, scores);
+    else
+      softmax.template exponentiate<0, kTo>(p.softcap, scores);
   };
-  const auto exponentiate = [&](auto from, const auto& finish) {
+  const auto exponentiate_rest = [&](auto from, const auto& finish) {
+    constexpr int kFrom = decltype(from)::value;
     if constexpr (!kHasSoftcap) {
-      softmax.template exponentiate<decltype(from)::value, kGroups>(scores);
+      softmax.template exponentiate<kFrom, kGroups>(scores);
       finish();
     } else if (kIsRepair || softmax.has_large()) {
-      softmax.template exponentiate_any<kIsRepair>(p.softcap, scores);
       finish();
     } else {
-      softmax.exponentiate(p.softcap, scores);
+      softmax.template exponentiate<kFrom, kGroups>(p.softcap, scores);
       finish();
     }
   };
@@ -255,12 +261,12 @@ __device__ __forceinline__ void multiply_tiles(const ForwardKernelParams& p, typ
     release_key();  // the producer may load over K
     mask_scores();
     take_max(is_first);
-    exponentiate_early();
+    exponentiate_first(std::integral_constant<int, kEarly>{});
 
     wait_value(v.next());                      // V of the block at hand, for the next step's P V
     finish_out();                              // P V is done: the producer may load over its V
     if (kIsFirst) send_out(closing, factors);  // to the storing warp, in the memory of Q
-    exponentiate(std::integral_constant<int, kEarly>{}, [&] {
+    exponentiate_rest(std::integral_constant<int, kEarly>{}, [&] {
       softmax.template take_sum<kIsFirst>();
       pack_weights();
     });
@@ -278,11 +284,10 @@ __device__ __forceinline__ void multiply_tiles(const ForwardKernelParams& p, typ
     release_key();
     mask_scores();
     take_max(std::true_type{});
-    exponentiate(std::integral_constant<int, 0>{}, [&] {
-      softmax.template take_sum<true>();
-      wait_value(v);
-      pack_weights();
-    });
+    exponentiate_first(std::integral_constant<int, kGroups>{});
+    softmax.template take_sum<true>();
+    wait_value(v);
+    pack_weights();
     clear_out();
     if constexpr (kIsRepair) take_out_non_finite_values<Config>(s, v.stage, scores, out);
   };
