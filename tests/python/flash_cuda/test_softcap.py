@@ -79,6 +79,25 @@ def test_a_few_large_scores_among_small_ones(make, dim: int) -> None:
         assert norm_error(mine, exact[name]) <= 2 * norm_error(peers[name], exact[name]), name
 
 
+@pytest.mark.parametrize("softcap", [2.0, 30.0, 1e4])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("ids", ["padding_around", "shuffled_padding"])
+@pytest.mark.parametrize("dim", DIMS)
+def test_large_scores_of_another_document_change_no_bit(dim: int, ids: str, dtype: torch.dtype, softcap: float) -> None:
+    """A warp that meets a large score, allowed or not, goes another way with all of its scores."""
+    problem = CudaCase(dim=dim, ids=ids, dtype=dtype, softcap=softcap, spread=1.0)
+    tensors = problem.tensors(device="cuda")
+    segment_ids = tensors["segment_ids"]
+    others = segment_ids == segment_ids[segment_ids >= 0].min()
+    out, lse = torch.ops.selfattn.flash_attention(**tensors, **problem.options)
+    keys = tensors["k"].clone()
+    keys[others] *= min(3 * softcap, 5e3)
+    changed_out, changed_lse = torch.ops.selfattn.flash_attention(**tensors | {"k": keys}, **problem.options)
+    assert torch.equal(changed_out[~others], out[~others])
+    assert torch.equal(changed_lse.transpose(1, 2)[~others], lse.transpose(1, 2)[~others])
+    assert not torch.equal(changed_out[others], out[others])
+
+
 @pytest.mark.parametrize("dim", DIMS)
 def test_a_cap_beyond_all_logits_is_as_none(dim: int) -> None:
     for problem in (CudaCase(dim=dim), long(dim=dim)):
