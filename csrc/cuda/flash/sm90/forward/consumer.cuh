@@ -128,6 +128,7 @@ __device__ __forceinline__ void multiply_tiles(const ForwardKernelParams& p, typ
     if (lane == 0) ptx::mbarrier_arrive(s.v_empty[v.stage]);
     v.advance();
   };
+  // Scores become what the softmax takes: codes, with softcap, and masked.
   const auto mask_scores = [&] {
     if constexpr (kHasSoftcap) softmax.encode(p.softcap, scores);
     const int first_key = block.index * kTileKey, first_column = first_key + 2 * (lane % 4);
