@@ -20,6 +20,11 @@ __device__ __forceinline__ void load_matrix_x4_transposed(uint32_t s_row, uint32
                : "memory");
 }
 
+// One lane's share of a matrix.
+__device__ __forceinline__ void store_pair(uint32_t s_target, uint32_t pair) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(s_target), "r"(pair) : "memory");
+}
+
 __device__ __forceinline__ void store_matrix_x4(uint32_t s_row, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(s_row), "r"(r0), "r"(r1),
                "r"(r2), "r"(r3)

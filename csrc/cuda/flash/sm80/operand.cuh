@@ -149,6 +149,27 @@ struct OperandTile {
     ptx::load_matrix_x4(at_step(s_place, step), a);
   }
 
+  // And back. stmatrix is of compute capability 9.0 and newer; before, each lane stores its four pairs.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  static constexpr bool kHasMatrixStores = true;
+#else
+  static constexpr bool kHasMatrixStores = false;
+#endif
+  static __device__ __forceinline__ uint32_t store_place(uint32_t s_tile, int first_row) {
+    const int lane = threadIdx.x % kWarpSize;
+    return kHasMatrixStores ? left_place(s_tile, first_row) : s_tile + place(first_row + lane / 4, 0) + 4 * (lane % 4);
+  }
+  static __device__ __forceinline__ void store_left(uint32_t s_place, int step, const uint32_t* a) {
+    const uint32_t s_step = at_step(s_place, step);
+    if constexpr (kHasMatrixStores) {
+      ptx::store_matrix_x4(s_step, a[0], a[1], a[2], a[3]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; i++)
+        ptx::store_pair((s_step ^ i / 2 * kChunkBytes) + i % 2 * 8 * kPanelRowBytes, a[i]);
+    }
+  }
+
   // As right operand with the tile's rows as columns (Q K^T): b[0], b[1] of rows 16 * pair .. + 7, b[2], b[3] of the
   // eight behind them; columns 16 * step .. + 15.
   static __device__ __forceinline__ uint32_t right_place(uint32_t s_tile) {

@@ -72,25 +72,44 @@ struct DkdvTiles<256, 256> {
   static constexpr bool kSumsTogether = false;
 };
 
-// Of the single pass: a thread block has kTileKey keys and walks over blocks of 64 queries. Of S and dP a warp has 32
-// queries and its share of the keys, of dK and dV 32 keys and its share of the columns, of dQ 64 / kDqRowWarps queries
-// and its share of the columns.
+#ifndef WK128
+#define WK128 32
+#endif
+#ifndef SH128
+#define SH128 0
+#endif
+#ifndef DQ128
+#define DQ128 2
+#endif
+#ifndef WK64
+#define WK64 32
+#endif
+#ifndef TK64
+#define TK64 64
+#endif
+#ifndef AO64
+#define AO64 2
+#endif
+#define S128 8, WK128, 128, DQ128, 1, SH128
+#define S64 4, WK64, TK64, 2, AO64, false
+template <int kWarps_, int kWarpKeys_, int kTileKey_, int kDqRowWarps_, int kBlocksAtOnce_, bool kSharesScores_>
+struct SinglePassTileSet {
+  static constexpr int kWarps = kWarps_, kWarpKeys = kWarpKeys_, kTileKey = kTileKey_, kDqRowWarps = kDqRowWarps_,
+                       kBlocksAtOnce = kBlocksAtOnce_;
+  static constexpr bool kSharesScores = kSharesScores_;
+};
+
+// Of the single pass: a thread block has kTileKey keys and walks over blocks of 64 queries. kWarpKeys keys have a team
+// of warps, which share the 64 queries in S and dP and the columns of dK and dV. Of dQ a warp has 64 / kDqRowWarps
+// queries and its share of the columns.
 template <int kDimQk, int kDimV>
-struct SinglePassTiles {
-  static constexpr int kWarps = 8, kTileKey = 128, kDqRowWarps = 2, kBlocksAtOnce = 1;
-};
+struct SinglePassTiles : SinglePassTileSet<S128> {};
 template <>
-struct SinglePassTiles<64, 64> {
-  static constexpr int kWarps = 4, kTileKey = 64, kDqRowWarps = 2, kBlocksAtOnce = 2;
-};
+struct SinglePassTiles<64, 64> : SinglePassTileSet<S64> {};
 template <>
-struct SinglePassTiles<96, 96> : SinglePassTiles<128, 128> {
-  static constexpr int kDqRowWarps = 4;
-};
+struct SinglePassTiles<96, 96> : SinglePassTileSet<8, 32, 128, 4, 1, false> {};
 template <>
-struct SinglePassTiles<192, 128> {
-  static constexpr int kWarps = 8, kTileKey = 64, kDqRowWarps = 2, kBlocksAtOnce = 1;
-};
+struct SinglePassTiles<192, 128> : SinglePassTileSet<8, 32, 64, 2, 1, false> {};
 template <>
 struct SinglePassTiles<192, 192> : SinglePassTiles<192, 128> {};
 template <>
@@ -174,28 +193,31 @@ struct SinglePassConfig : SinglePassTiles<kDimQk_, kDimV_> {
   static constexpr int kDimQk = kDimQk_, kDimV = kDimV_;
   static constexpr int kThreads = Tiles::kWarps * kWarpSize, kTileQuery = 64;
   static constexpr int kKeyBlock = BackwardTileRows<kDimQk_, kDimV_>::kOfDkdv;  // in the tables of segments
-  static constexpr int kScoreRowWarps = kTileQuery / 32, kScoreKeyWarps = Tiles::kWarps / kScoreRowWarps;
-  static constexpr int kScoreKeys = Tiles::kTileKey / kScoreKeyWarps;
-  static constexpr int kKeyRowWarps = Tiles::kTileKey / 32, kKeyColumnWarps = Tiles::kWarps / kKeyRowWarps;
+  static constexpr int kTeams = Tiles::kTileKey / Tiles::kWarpKeys, kTeamWarps = Tiles::kWarps / kTeams;
+  static constexpr int kWarpQueries = kTileQuery / kTeamWarps;
 
   using Key = OperandTile<Tiles::kTileKey, kDimQk, kLayout>;  // dK leaves through its memory, dV through that of V
   using Value = OperandTile<Tiles::kTileKey, kDimV, kLayout>;
   using Query = OperandTile<kTileQuery, kDimQk, kLayout>;
   using GradOut = OperandTile<kTileQuery, kDimV, kLayout>;
-  using Score = OperandTile<kTileQuery, Tiles::kTileKey>;
+  using Score = OperandTile<Tiles::kTileKey, kTileQuery>;
+  static constexpr bool kHasWeights = kTeamWarps > 1 && !Tiles::kSharesScores;
 
   struct SharedStorage {
     alignas(128) unsigned char k[Key::kBytes];
     alignas(128) unsigned char v[Value::kBytes];
     alignas(128) unsigned char q[2][Query::kBytes];
     alignas(128) unsigned char grad_out[2][GradOut::kBytes];
-    alignas(128) unsigned char weights[Score::kBytes];  // P
-    alignas(128) unsigned char grad_scores[Score::kBytes];
+    alignas(128) unsigned char grad_scores[2][Score::kBytes];
+    alignas(128) unsigned char weights[kHasWeights ? Score::kBytes : 1];  // P
     // The statistics of the queries in q (row_stats.cuh).
     alignas(16) float lse_log2[2][kTileQuery];
     alignas(16) float delta[2][kTileQuery];
+
+    // P has a place of its own, or that of dS before dS is there.
+    __host__ __device__ unsigned char* weights_of(int buffer) { return kHasWeights ? weights : grad_scores[buffer]; }
   };
-  static_assert(kScoreKeys % 16 == 0 && kDimQk % (16 * kKeyColumnWarps) == 0 && kDimV % (16 * kKeyColumnWarps) == 0);
+  static_assert(kWarpQueries % 16 == 0 && kDimQk % (16 * kTeamWarps) == 0 && kDimV % (16 * kTeamWarps) == 0);
 };
 
 }  // namespace selfattn::cuda::sm80

@@ -26,16 +26,17 @@ struct DqAccumulator {
   static __device__ __forceinline__ float* tile_of(const BackwardKernelParams& p, int head, int block) {
     return p.dq_sums + (int64_t(head) * p.query_blocks + block) * kTileFloats;
   }
-  // Of the i-th kReduceWidth floats of a lane.
-  static __device__ __forceinline__ int place(int i) {
+  // A lane's floats lie kReduceWidth at a time, kLaneStep apart.
+  static constexpr int kLaneStep = kWarpSize * ptx::kReduceWidth;
+  static __device__ __forceinline__ float* of_lane(float* g_tile) {
     const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-    return warp * (kLaneFloats * kWarpSize) + (i * kWarpSize + lane) * ptx::kReduceWidth;
+    return g_tile + (warp * (kLaneFloats * kWarpSize) + lane * ptx::kReduceWidth);
   }
 
-  static __device__ __forceinline__ void add(float* g_tile, const float (&dq)[kGroups][kSteps * 8]) {
+  static __device__ __forceinline__ void add(float* g_lane, const float (&dq)[kGroups][kSteps * 8]) {
 #pragma unroll
     for (int i = 0; i < kLaneFloats / ptx::kReduceWidth; i++)
-      ptx::reduce_add(g_tile + place(i),
+      ptx::reduce_add(g_lane + i * kLaneStep,
                       &dq[i * ptx::kReduceWidth / (kSteps * 8)][i * ptx::kReduceWidth % (kSteps * 8)]);
   }
 };
@@ -50,7 +51,7 @@ __global__ void __launch_bounds__(Config::kThreads)
   const AttentionShape& shape = p.call.shape;
   const int head_of_launch = blockIdx.x / p.query_blocks, block = blockIdx.x % p.query_blocks;
   const int batch = p.first_batch + head_of_launch / shape.num_heads, head = head_of_launch % shape.num_heads;
-  const float* g_tile = Dq::tile_of(p, head_of_launch, block);
+  const float* g_lane = Dq::of_lane(Dq::tile_of(p, head_of_launch, block));
   const int lane = threadIdx.x % kWarpSize;
   float dq[Dq::kGroups][Dq::kSteps * 8];
 #pragma unroll
@@ -58,7 +59,7 @@ __global__ void __launch_bounds__(Config::kThreads)
 #pragma unroll
     for (int j = 0; j < ptx::kReduceWidth; j++) {
       const int at = i * ptx::kReduceWidth + j;
-      dq[at / (Dq::kSteps * 8)][at % (Dq::kSteps * 8)] = g_tile[Dq::place(i) + j];
+      dq[at / (Dq::kSteps * 8)][at % (Dq::kSteps * 8)] = g_lane[i * Dq::kLaneStep + j];
     }
 #pragma unroll
   for (int g = 0; g < Dq::kGroups; g++)

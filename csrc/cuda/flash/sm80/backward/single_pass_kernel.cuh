@@ -2,10 +2,13 @@
 // it, of one query head of the group after another. Five products: dK and dV are summed in registers, dQ in float32 in
 // global memory (dq_accumulator.cuh), so the order of its terms differs from call to call.
 //
-//   S = Q K^T, P | dP = dO V^T, dS | P and dS to shared memory | dQ += dS K | dV += P^T dO | dK += dS^T Q
+//   dQ += dS K of the block before | S^T = K Q^T, P^T | dP^T = V dO^T, dS^T | dV += P^T dO | dK += dS^T Q
 //
-// The warps share every product; each has a rectangle of its result (SinglePassTiles). A block has two barriers: P and
-// dS are there; all of the block has been read, and the next Q and dO are there.
+// Keys are rows, so that P^T and dS^T are left operands as they come (transposed_scores.cuh). The warps that have the
+// same keys, a team, divide the queries of S and dP among themselves, and the columns of dK and dV; each needs P and dS
+// of the others, through shared memory, behind a barrier of the team. dS has two buffers, as dQ takes it from all warps
+// a block later. So a block has one barrier of all warps: its dS is there, its Q and dO have been read, and the next
+// are there.
 //
 // What is out of the ordinary (row_stats.cuh) must be right at once, for what has been added to dQ stays there:
 //   rows of queries with large logits, or with a statistic that is not finite: the block's statistics tell. Their
@@ -14,12 +17,11 @@
 //   loaded again; dS is 0 where P is.
 #pragma once
 #include "dq_accumulator.cuh"
-#include "flash/tile/mask.cuh"
-#include "key_tile.cuh"
 #include "params.cuh"
 #include "products.cuh"
+#include "ptx/barrier.cuh"
 #include "ptx/register.cuh"
-#include "row_stats.cuh"
+#include "transposed_scores.cuh"
 
 namespace selfattn::cuda::sm80 {
 
@@ -35,11 +37,16 @@ struct ColumnSteps {
       : place(kIsPowerOfTwo ? Tile::at_step(step_0, first_step) : step_0), first(first_step) {
     ptx::keep(place);
   }
-  __device__ __forceinline__ uint32_t at(const unsigned char* s_tile, int step) const {
-    return ptx::shared_address(s_tile) +
-           (kIsPowerOfTwo ? Tile::at_step(place, step) : Tile::at_step(place, first + step));
+  // s_tile: moved by a multiple of kStepBytes.
+  __device__ __forceinline__ uint32_t at(uint32_t s_tile, int step) const {
+    return Tile::at_step(s_tile + place, kIsPowerOfTwo ? step : first + step);
   }
 };
+
+#ifndef BWD_DQ
+#define BWD_DQ 0
+#endif
+constexpr bool kDqFirst = BWD_DQ == 0, kDqStaggered = BWD_DQ == 2;
 
 template <class Config>
 struct SinglePass {
@@ -51,12 +58,12 @@ struct SinglePass {
   using Score = typename Config::Score;
   using Storage = typename Config::SharedStorage;
   static constexpr int kTileQuery = Config::kTileQuery, kThreads = Config::kThreads;
-  // A warp's rectangles.
-  static constexpr int kScoreKeys = Config::kScoreKeys, kScoreGroups = kTileQuery / Config::kScoreRowWarps / 16;
-  static constexpr int kKeyGroups = Config::kTileKey / Config::kKeyRowWarps / 16;
-  static constexpr int kGradKeySteps = Config::kDimQk / Config::kKeyColumnWarps / 16,
-                       kGradValueSteps = Config::kDimV / Config::kKeyColumnWarps / 16;
-  using Scores = float[kScoreGroups][kScoreKeys / 2];
+  // A warp's share: kGroups groups of 16 keys; kColumns queries of S and dP; of dK and dV so many steps of 16 columns.
+  static constexpr int kGroups = Config::kWarpKeys / 16, kTeam = Config::kTeamWarps, kColumns = Config::kWarpQueries;
+  static constexpr int kQuerySteps = kColumns / 16;
+  static constexpr int kGradKeySteps = Config::kDimQk / kTeam / 16, kGradValueSteps = Config::kDimV / kTeam / 16;
+  using Scores = float[kGroups][kColumns / 2];
+  using PackedScores = uint32_t[kGroups][kColumns / 4];
 
   using Dq = DqAccumulator<Config>;
 
@@ -65,30 +72,28 @@ struct SinglePass {
   const KeyTile& tile;
   Storage& s;
   int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  int score_row = warp / Config::kScoreKeyWarps * (16 * kScoreGroups),
-      score_key = warp % Config::kScoreKeyWarps * kScoreKeys;
-  int key_row = warp / Config::kKeyColumnWarps * (16 * kKeyGroups), key_column_warp = warp % Config::kKeyColumnWarps;
+  int team = warp / kTeam, member = warp % kTeam;
+  int warp_row = team * Config::kWarpKeys, warp_column = member * kColumns;
 
   // Where this lane reads and writes the operands of its warp, from the starts of their tiles. Kept in registers: made
   // anew for each product they would cost as much as its products.
-  uint32_t score_left = Query::left_place(0, score_row), score_right = Key::right_place(0) + score_key * kPanelRowBytes,
-           score_store = Score::place(score_row + lane / 4, score_key / 8) + 4 * (lane % 4),
-           grad_query_left = Score::left_place(0, Dq::warp_row());
-  ColumnSteps<Score, kKeyGroups> key_steps{Score::right_place(0), key_row / 16};
-  ColumnSteps<Query, kGradKeySteps> grad_key_steps{Query::left_place(0, 0), key_column_warp * kGradKeySteps};
-  ColumnSteps<GradOut, kGradValueSteps> grad_value_steps{GradOut::left_place(0, 0), key_column_warp * kGradValueSteps};
+  uint32_t key_left = Key::left_place(0, warp_row), query_right = Query::right_place(0) + warp_column * kPanelRowBytes;
+  uint32_t score_left = Score::at_step(Score::left_place(0, warp_row), member * kQuerySteps),
+           score_store = Score::at_step(Score::store_place(0, warp_row), member * kQuerySteps);
+  ColumnSteps<Query, kGradKeySteps> grad_key_steps{Query::left_place(0, 0), member * kGradKeySteps};
+  ColumnSteps<GradOut, kGradValueSteps> grad_value_steps{GradOut::left_place(0, 0), member * kGradValueSteps};
+  ColumnSteps<Score, Dq::kGroups> score_steps{Score::right_place(0), Dq::warp_row() / 16};
   ColumnSteps<Key, Dq::kSteps> grad_query_steps{Key::left_place(0, 0), Dq::column_warp() * Dq::kSteps};
 
   __device__ __forceinline__ SinglePass(const BackwardKernelParams& params, const KeyTile& key_tile, Storage& storage)
       : p(params), call(params.call), tile(key_tile), s(storage) {
-    ptx::keep(score_left), ptx::keep(score_right), ptx::keep(score_store), ptx::keep(grad_query_left);
+    ptx::keep(key_left), ptx::keep(query_right), ptx::keep(score_left), ptx::keep(score_store);
   }
 
   __device__ __forceinline__ int first_key() const { return tile.index * Config::kTileKey; }
   __device__ __forceinline__ int query_head(const QueryBlock& block) const {
     return tile.kv_head * p.group_size + block.head;
   }
-
   __device__ __forceinline__ void load_keys() const {
     Key::template load<kThreads>(ptx::shared_address(s.k),
                                  {head_of(call.k, tile.batch, tile.kv_head), call.k.stride_token, call.shape.dim_qk},
@@ -132,11 +137,6 @@ struct SinglePass {
     ptx::copy_async(ptx::shared_address((is_delta ? s.delta : s.lse_log2)[buffer] + column), g_stats, true);
   }
 
-  // The keys that the row of a block may see, ids aside.
-  __device__ __forceinline__ Interval keys_of(int query) const {
-    return visible_keys(call, tile.batch, tile.segments.has_runs, min(query, call.shape.query_length - 1));
-  }
-
   // Whether a row of the block is out of the ordinary; the same for all warps.
   __device__ __forceinline__ bool has_exceptional_rows(int buffer) const {
     static_assert(kTileQuery == 2 * kWarpSize);
@@ -150,199 +150,142 @@ struct SinglePass {
     bool is_cut, is_exceptional;
   };
   __device__ __forceinline__ Rectangle look_at(const QueryBlock& block, const WarpReach& reach, int buffer,
-                                               bool has_bad_values) const {
-    constexpr int kRows = 16 * kScoreGroups;
-    const int first_query = block.index * kTileQuery + score_row;
+                                               bool is_always_careful) const {
+    const int first_query = block.index * kTileQuery + warp_column;
     Rectangle rectangle;
-    rectangle.is_needed = reach.meets(first_query, kRows);
-    rectangle.is_cut = !reach.covers(first_query, kRows);
+    rectangle.is_needed = reach.meets(first_query, kColumns);
+    rectangle.is_cut = !reach.covers(first_query, kColumns);
     rectangle.is_exceptional = has_exceptional_rows(buffer);
     rectangle.is_plain =
-        rectangle.is_needed && !rectangle.is_cut && !block.by_ids && !rectangle.is_exceptional && !has_bad_values;
+        rectangle.is_needed && !rectangle.is_cut && !block.by_ids && !rectangle.is_exceptional && !is_always_careful;
     return rectangle;
   }
 
-  // left right^T of the warp's rows of `left` and its keys.
+  // The warp's rows of `left` by its rows of `right`.
   template <class Left, class Right>
   __device__ __forceinline__ void multiply(Scores& products, const unsigned char* s_left,
                                            const unsigned char* s_right) const {
-    multiply_rows<Element, Left, Right>(products, ptx::shared_address(s_left) + score_left,
-                                        ptx::shared_address(s_right) + score_right);
+    multiply_rows<Element, Left, Right>(products, ptx::shared_address(s_left) + key_left,
+                                        ptx::shared_address(s_right) + query_right);
   }
 
-  __device__ __forceinline__ float lse_of(const QueryBlock& block, int row) const {
+  // Of the lane's first column.
+  __device__ __forceinline__ int column() const { return warp_column + 2 * (lane % 4); }
+  __device__ __forceinline__ auto lse_of(const QueryBlock& block) const {
     const int64_t head = int64_t(tile.batch) * call.shape.num_heads + query_head(block);
-    return call.lse[head * call.shape.query_length + block.index * kTileQuery + row];
+    const float* g_lse = call.lse + head * call.shape.query_length + block.index * kTileQuery + column();
+    return [g_lse](int i) { return g_lse[i]; };
+  }
+  __device__ __forceinline__ void mask(Scores& scores, const QueryBlock& block, bool is_cut) const {
+    mask_keys(scores, call, tile, first_key() + warp_row + lane / 4, block.index * kTileQuery + column(), is_cut,
+              block.by_ids);
   }
 
-  // Scores become exponents of P.
-  __device__ __forceinline__ void take_exponents(Scores& scores, int buffer) const {
-    const float scale_log2 = call.scale * kLog2E;
-#pragma unroll
-    for (int g = 0; g < kScoreGroups; g++)
-#pragma unroll
-      for (int r = 0; r < 2; r++) {
-        const float lse_log2 = s.lse_log2[buffer][score_row + 16 * g + 8 * r + lane / 4];
-#pragma unroll
-        for (int i = 0; i < kScoreKeys / 4; i++) {
-          float& x = scores[g][i / 2 * 4 + 2 * r + i % 2];
-          x = exponent(x, scale_log2, lse_log2);
-        }
-      }
+  // Scores become P, whose masked pairs are 0: behind the statistics, which may be NaN.
+  __device__ __forceinline__ void take_weights(Scores& scores, const QueryBlock& block, int buffer,
+                                               const Rectangle& rectangle) const {
+    const float* s_lse_log2 = s.lse_log2[buffer] + column();
+    if (rectangle.is_exceptional)
+      take_exponents<true>(scores, s_lse_log2, call.scale, lse_of(block));
+    else
+      take_exponents<false>(scores, s_lse_log2, call.scale, lse_of(block));
+    mask(scores, block, rectangle.is_cut);
+    exponentiate(scores);
   }
 
-  // The same where some rows have large logits.
-  __device__ __forceinline__ void take_careful_exponents(Scores& scores, const QueryBlock& block, int buffer) const {
-    const float scale_log2 = call.scale * kLog2E;
-#pragma unroll
-    for (int g = 0; g < kScoreGroups; g++)
-#pragma unroll
-      for (int r = 0; r < 2; r++) {
-        const int row = score_row + 16 * g + 8 * r + lane / 4;
-        const float lse_log2 = s.lse_log2[buffer][row];
-        const bool is_exact = is_large(lse_log2);
-        const float lse = is_exact ? lse_of(block, row) : 0.f;
-#pragma unroll
-        for (int i = 0; i < kScoreKeys / 4; i++) {
-          float& x = scores[g][i / 2 * 4 + 2 * r + i % 2];
-          x = is_exact ? exact_exponent(x, call.scale, lse) : exponent(x, scale_log2, lse_log2);
-        }
-      }
-  }
-
-  // P of a masked pair becomes 0: behind the statistics, which may be NaN.
-  __device__ __forceinline__ void mask_exponents(Scores& scores, const QueryBlock& block, bool is_cut) const {
-    const int first_query = block.index * kTileQuery, column = score_key + 2 * (lane % 4);
-#pragma unroll
-    for (int g = 0; g < kScoreGroups; g++) {
-      const int row = score_row + 16 * g + lane / 4;
-      if (is_cut) {
-        const Interval keys[2] = {keys_of(first_query + row), keys_of(first_query + row + 8)};
-        mask_by_intervals<true>(scores[g], keys, first_key() + column);
-      }
-      if (block.by_ids) {
-        const SegmentTables& segments = call.segments;
-        const int* g_ids = segments.query_ids + int64_t(tile.batch) * segments.pitch_query + first_query + row;
-        const int ids[2] = {g_ids[0], g_ids[8]};
-        mask_by_ids(scores[g], ids, segments.key_ids + int64_t(tile.batch) * segments.pitch_key + first_key() + column);
-      }
-    }
-  }
-
-  // With softcap: scores become slope weights, and P is packed (softcap.cuh).
-  using PackedScores = uint32_t[kScoreGroups][kScoreKeys / 4];
   __device__ __forceinline__ void take_capped_weights(Scores& scores, PackedScores& packed, const QueryBlock& block,
                                                       int buffer, const Rectangle& rectangle) const {
-    const Softcap& softcap = p.softcap;
+    const float* s_lse_log2 = s.lse_log2[buffer] + column();
 #pragma unroll
-    for (int g = 0; g < kScoreGroups; g++) {
-      softcap.apply(scores[g]);
-#pragma unroll
-      for (int r = 0; r < 2; r++) {
-        const int row = score_row + 16 * g + 8 * r + lane / 4;
-        const float lse_log2 = s.lse_log2[buffer][row];
-        const bool is_exact = rectangle.is_exceptional && is_large(lse_log2);
-        const float lse = is_exact ? lse_of(block, row) : 0.f;
-        const auto take = [&](float& t) {
-          return take_weight(t,
-                             is_exact ? exact_exponent(t, softcap.cap, lse) : exponent(t, softcap.cap_log2, lse_log2));
-        };
-#pragma unroll
-        for (int group = 0; group < kScoreKeys / 8; group++) {
-          float* pair = scores[g] + 4 * group + 2 * r;
-          const float first = take(pair[0]);
-          packed[g][2 * group + r] = ptx::pack<Element>(first, take(pair[1]));
-        }
-      }
-    }
+    for (int g = 0; g < kGroups; g++) p.softcap.apply(scores[g]);
+    if (rectangle.is_exceptional)
+      sm80::take_capped_weights<Element, true>(scores, packed, s_lse_log2, p.softcap.cap, lse_of(block));
+    else
+      sm80::take_capped_weights<Element, false>(scores, packed, s_lse_log2, p.softcap.cap, lse_of(block));
     if (!rectangle.is_cut && !block.by_ids) return;
-    mask_exponents(scores, block, rectangle.is_cut);
+    mask(scores, block, rectangle.is_cut);
 #pragma unroll
-    for (int g = 0; g < kScoreGroups; g++) clear_masked(scores[g], packed[g]);
-  }
-
-  static __device__ __forceinline__ void exponentiate(Scores& exponents) {
-#pragma unroll
-    for (int g = 0; g < kScoreGroups; g++)
-#pragma unroll
-      for (int i = 0; i < kScoreKeys / 2; i++) exponents[g][i] = ptx::exp2_approx(exponents[g][i]);
-  }
-
-  // P becomes dS. kIsCareful: 0 where P is, whatever dP is.
-  template <bool kIsCareful>
-  __device__ __forceinline__ void take_score_gradients(Scores& weights, const Scores& dp, int buffer) const {
-#pragma unroll
-    for (int g = 0; g < kScoreGroups; g++)
-#pragma unroll
-      for (int r = 0; r < 2; r++) {
-        const float delta = s.delta[buffer][score_row + 16 * g + 8 * r + lane / 4];
-#pragma unroll
-        for (int i = 0; i < kScoreKeys / 4; i++) {
-          const int at = i / 2 * 4 + 2 * r + i % 2;
-          weights[g][at] = score_gradient<kIsCareful>(weights[g][at], dp[g][at], delta);
-        }
-      }
+    for (int g = 0; g < kGroups; g++) clear_masked(scores[g], packed[g]);
   }
 
   // The warp's rectangle of P or dS, to shared memory.
-  __device__ __forceinline__ void store_scores(unsigned char* s_scores, const Scores& values) const {
-#pragma unroll
-    for (int g = 0; g < kScoreGroups; g++)
-#pragma unroll
-      for (int r = 0; r < 2; r++)
-#pragma unroll
-        for (int group = 0; group < kScoreKeys / 8; group++)
-          *reinterpret_cast<uint32_t*>(s_scores + (score_store ^ group * kChunkBytes) +
-                                       (16 * g + 8 * r) * kPanelRowBytes) =
-              ptx::pack<Element>(values[g][4 * group + 2 * r], values[g][4 * group + 2 * r + 1]);
-  }
-
   __device__ __forceinline__ void store_scores(unsigned char* s_scores, const PackedScores& packed) const {
 #pragma unroll
-    for (int g = 0; g < kScoreGroups; g++)
+    for (int g = 0; g < kGroups; g++)
 #pragma unroll
-      for (int i = 0; i < kScoreKeys / 4; i++)
-        *reinterpret_cast<uint32_t*>(s_scores + (score_store ^ i / 2 * kChunkBytes) +
-                                     (16 * g + 8 * (i % 2)) * kPanelRowBytes) = packed[g][i];
+      for (int step = 0; step < kQuerySteps; step++)
+        Score::store_left(ptx::shared_address(s_scores) + score_store + g * kStepBytes, step, packed[g] + 4 * step);
   }
 
-  // sum += scores^T right: the warp's keys, and its columns of `right`.
+  // sum += scores right over 16 queries: the warp's keys, and its columns of `right`.
   template <class Right, int kSteps>
-  __device__ __forceinline__ void accumulate_keys(float (&sum)[kKeyGroups][kSteps * 8], const unsigned char* s_scores,
-                                                  const unsigned char* s_right,
-                                                  const ColumnSteps<Right, kSteps>& columns) const {
+  __device__ __forceinline__ void accumulate_step(float (&sum)[kGroups][kSteps * 8], const uint32_t* const (&a)[kGroups],
+                                                  uint32_t s_right, const ColumnSteps<Right, kSteps>& columns) const {
 #pragma unroll
-    for (int step = 0; step < kTileQuery / 16; step++) {
-      uint32_t a[kKeyGroups][4];
+    for (int pair = 0; pair < kSteps; pair++) {
+      uint32_t b[4];
+      ptx::load_matrix_x4_transposed(columns.at(s_right, pair), b);
 #pragma unroll
-      for (int g = 0; g < kKeyGroups; g++)
-        ptx::load_matrix_x4_transposed(key_steps.at(s_scores, g) + step * kStepBytes, a[g]);
-#pragma unroll
-      for (int pair = 0; pair < kSteps; pair++) {
-        uint32_t b[4];
-        ptx::load_matrix_x4_transposed(columns.at(s_right, pair) + step * kStepBytes, b);
-#pragma unroll
-        for (int g = 0; g < kKeyGroups; g++) {
-          ptx::multiply<Element>(sum[g] + 8 * pair, a[g], b[0], b[1]);
-          ptx::multiply<Element>(sum[g] + 8 * pair + 4, a[g], b[2], b[3]);
-        }
+      for (int g = 0; g < kGroups; g++) {
+        ptx::multiply<Element>(sum[g] + 8 * pair, a[g], b[0], b[1]);
+        ptx::multiply<Element>(sum[g] + 8 * pair + 4, a[g], b[2], b[3]);
       }
     }
   }
+  // Over the queries whose scores the warp has itself.
+  template <class Right, int kSteps>
+  __device__ __forceinline__ void accumulate_own(float (&sum)[kGroups][kSteps * 8], const PackedScores& packed,
+                                                 const unsigned char* s_right,
+                                                 const ColumnSteps<Right, kSteps>& columns) const {
+    const uint32_t rows = ptx::shared_address(s_right) + warp_column * kPanelRowBytes;
+#pragma unroll
+    for (int step = 0; step < kQuerySteps; step++) {
+      const uint32_t* a[kGroups];
+#pragma unroll
+      for (int g = 0; g < kGroups; g++) a[g] = packed[g] + 4 * step;
+      accumulate_step(sum, a, rows + step * kStepBytes, columns);
+    }
+  }
+  // Over those of the others of the team.
+  template <class Right, int kSteps>
+  __device__ __forceinline__ void accumulate_others(float (&sum)[kGroups][kSteps * 8], const unsigned char* s_scores,
+                                                    const unsigned char* s_right,
+                                                    const ColumnSteps<Right, kSteps>& columns) const {
+#pragma unroll
+    for (int other = 1; other < kTeam; other++) {
+      const uint32_t rows = ptx::shared_address(s_right) + (warp_column ^ other * kColumns) * kPanelRowBytes;
+#pragma unroll
+      for (int step = 0; step < kQuerySteps; step++) {
+        uint32_t loaded[kGroups][4];
+        const uint32_t* a[kGroups];
+#pragma unroll
+        for (int g = 0; g < kGroups; g++) {
+          Score::load_left(ptx::shared_address(s_scores) + score_left + g * kStepBytes, other * kQuerySteps + step,
+                           loaded[g]);
+          a[g] = loaded[g];
+        }
+        accumulate_step(sum, a, rows + step * kStepBytes, columns);
+      }
+    }
+  }
+  __device__ __forceinline__ void wait_for_team() const {
+    if constexpr (kTeam > 1) ptx::barrier_sync(1 + team, kTeam * kWarpSize);
+  }
 
-  // dQ of a block, to its accumulator.
-  __device__ __forceinline__ void add_query_gradients(const QueryBlock& block) const {
+  // dQ of a block whose dS is in `buffer`, to its accumulator.
+  __device__ __forceinline__ void add_query_gradients(float* g_sums, int buffer) const {
     float dq[Dq::kGroups][Dq::kSteps * 8];
-    const uint32_t rows = ptx::shared_address(s.grad_scores) + grad_query_left;
+    const uint32_t s_scores = ptx::shared_address(s.grad_scores[buffer]), s_k = ptx::shared_address(s.k);
 #pragma unroll
     for (int step = 0; step < Config::kTileKey / 16; step++) {
       uint32_t a[Dq::kGroups][4];
 #pragma unroll
-      for (int g = 0; g < Dq::kGroups; g++) Score::load_left(rows + g * kStepBytes, step, a[g]);
+      for (int g = 0; g < Dq::kGroups; g++)
+        ptx::load_matrix_x4_transposed(score_steps.at(s_scores, g) + step * kStepBytes, a[g]);
 #pragma unroll
       for (int pair = 0; pair < Dq::kSteps; pair++) {
         uint32_t b[4];
-        ptx::load_matrix_x4_transposed(grad_query_steps.at(s.k, pair) + step * kStepBytes, b);
+        ptx::load_matrix_x4_transposed(grad_query_steps.at(s_k, pair) + step * kStepBytes, b);
 #pragma unroll
         for (int g = 0; g < Dq::kGroups; g++) {
           if (step == 0) {
@@ -355,7 +298,7 @@ struct SinglePass {
         }
       }
     }
-    Dq::add(Dq::tile_of(p, (tile.batch - p.first_batch) * call.shape.num_heads + query_head(block), block.index), dq);
+    Dq::add(g_sums, dq);
   }
 
   // Whether the tile has a row that is not finite. By all threads of the thread block.
@@ -388,16 +331,16 @@ struct SinglePass {
 
   // The warp's rectangle of a sum times factor, rounded, to a tile in shared memory.
   template <class Tile, int kSteps>
-  __device__ __forceinline__ void store_sum(unsigned char* s_tile, const float (&sum)[kKeyGroups][kSteps * 8],
+  __device__ __forceinline__ void store_sum(unsigned char* s_tile, const float (&sum)[kGroups][kSteps * 8],
                                             float factor) const {
 #pragma unroll
-    for (int g = 0; g < kKeyGroups; g++)
+    for (int g = 0; g < kGroups; g++)
 #pragma unroll
       for (int r = 0; r < 2; r++)
 #pragma unroll
         for (int group = 0; group < 2 * kSteps; group++)
           *reinterpret_cast<uint32_t*>(
-              s_tile + Tile::place(key_row + 16 * g + 8 * r + lane / 4, key_column_warp * 2 * kSteps + group) +
+              s_tile + Tile::place(warp_row + 16 * g + 8 * r + lane / 4, member * 2 * kSteps + group) +
               4 * (lane % 4)) =
               ptx::pack<Element>(sum[g][4 * group + 2 * r] * factor, sum[g][4 * group + 2 * r + 1] * factor);
   }
@@ -414,7 +357,7 @@ struct SinglePass {
     load_keys(), load_values();
     if (has_block) load_queries(sources, block, 0);
     ptx::commit_copies();
-    float grad_k[kKeyGroups][kGradKeySteps * 8], grad_v[kKeyGroups][kGradValueSteps * 8];
+    float grad_k[kGroups][kGradKeySteps * 8], grad_v[kGroups][kGradValueSteps * 8];
     clear(grad_k), clear(grad_v);
     ptx::wait_for_copies<0>();
     __syncthreads();
@@ -423,68 +366,97 @@ struct SinglePass {
     const auto queries_of = [&](int key) {
       return visible_queries(call, tile.batch, tile.segments.has_runs, min(first_key() + key, shape.key_length - 1));
     };
-    WarpReach reach(queries_of(score_key), queries_of(score_key + kScoreKeys - 1));
-    if (first_key() + score_key >= shape.key_length) reach.by_some = {0, 0};
+    WarpReach reach(queries_of(warp_row), queries_of(warp_row + Config::kWarpKeys - 1));
+    if (first_key() + warp_row >= shape.key_length) reach.by_some = {0, 0};
+    if (first_key() + warp_row + Config::kWarpKeys > shape.key_length) reach.by_all = {0, 0};  // the end is masked
+    float* g_dq = nullptr;  // of the block before
+    int buffer = 0;
     Scores weights, dp;
+    PackedScores packed_weights, score_gradients;
 #pragma unroll 1
-    for (int buffer = 0; has_block; buffer ^= 1) {
+    for (; has_block; buffer ^= 1) {
       const Rectangle rectangle = look_at(block, reach, buffer, has_bad_values);
-      if (rectangle.is_needed) multiply<Query, Key>(weights, s.q[buffer], s.k);
+      const bool is_dq_first = kDqFirst || has_bad_keys || (kDqStaggered && warp < Config::kWarps / 2);
+      if (g_dq && is_dq_first) {
+        if (has_bad_keys) [[unlikely]] {
+          clear_non_finite_rows<Element, Key, Config::kWarps>(s.k, 0, Config::kTileKey);
+          __syncthreads();
+        }
+        add_query_gradients(g_dq, buffer ^ 1);
+        if (has_bad_keys) [[unlikely]] {
+          __syncthreads();  // K has been read
+          load_keys();
+          ptx::commit_copies();
+          ptx::wait_for_copies<0>();
+          __syncthreads();
+        }
+      }
+      if (rectangle.is_needed) multiply<Key, Query>(weights, s.k, s.q[buffer]);
       const bool has_next = walk.find_next(next, test);
       if (has_next) load_queries(sources, next, buffer ^ 1);
       ptx::commit_copies();
+      const float* s_delta = s.delta[buffer] + column();
+      unsigned char *s_weights = s.weights_of(buffer), *s_grad_scores = s.grad_scores[buffer];
       if constexpr (Config::kHasSoftcap) {
-        PackedScores packed = {};
         if (rectangle.is_needed) {
-          take_capped_weights(weights, packed, block, buffer, rectangle);
-          multiply<GradOut, Value>(dp, s.grad_out[buffer], s.v);
+          take_capped_weights(weights, packed_weights, block, buffer, rectangle);
+          if (kTeam > 1) store_scores(s_weights, packed_weights);
+          multiply<Value, GradOut>(dp, s.v, s.grad_out[buffer]);
           if (rectangle.is_plain)
-            take_score_gradients<false>(weights, dp, buffer);
+            take_score_gradients<false>(weights, dp, s_delta);
           else
-            take_score_gradients<true>(weights, dp, buffer);
-        } else {
-          clear(weights);
+            take_score_gradients<true>(weights, dp, s_delta);
         }
-        store_scores(s.weights, packed);
       } else if (rectangle.is_plain) {  // without a branch, so that exponentials and products mix
-        take_exponents(weights, buffer);
+        take_exponents<false>(weights, s.lse_log2[buffer] + column(), call.scale, lse_of(block));
         exponentiate(weights);
-        multiply<GradOut, Value>(dp, s.grad_out[buffer], s.v);
-        store_scores(s.weights, weights);
-        take_score_gradients<false>(weights, dp, buffer);
+        pack_left<Element>(weights, packed_weights);
+        if (kTeam > 1) store_scores(s_weights, packed_weights);
+        multiply<Value, GradOut>(dp, s.v, s.grad_out[buffer]);
+        take_score_gradients<false>(weights, dp, s_delta);
       } else if (rectangle.is_needed) {
-        if (rectangle.is_exceptional)
-          take_careful_exponents(weights, block, buffer);
-        else
-          take_exponents(weights, buffer);
-        mask_exponents(weights, block, rectangle.is_cut);
-        exponentiate(weights);
-        multiply<GradOut, Value>(dp, s.grad_out[buffer], s.v);
-        store_scores(s.weights, weights);
-        take_score_gradients<true>(weights, dp, buffer);
-      } else {
-        clear(weights);
-        store_scores(s.weights, weights);
+        take_weights(weights, block, buffer, rectangle);
+        pack_left<Element>(weights, packed_weights);
+        if (kTeam > 1) store_scores(s_weights, packed_weights);
+        multiply<Value, GradOut>(dp, s.v, s.grad_out[buffer]);
+        take_score_gradients<true>(weights, dp, s_delta);
       }
-      store_scores(s.grad_scores, weights);
-      __syncthreads();  // P and dS are there, and S and dP have been multiplied
-      if (rectangle.is_exceptional || has_bad_keys) [[unlikely]] {
-        if (rectangle.is_exceptional) clear_exceptional_queries(s, buffer);
-        if (has_bad_keys) clear_non_finite_rows<Element, Key, Config::kWarps>(s.k, 0, Config::kTileKey);
+      if (!rectangle.is_needed) {
+        clear(weights);
+        pack_left<Element>(weights, packed_weights);
+        if (kTeam > 1) store_scores(s_weights, packed_weights);
+      }
+      pack_left<Element>(weights, score_gradients);
+      if (!Config::kSharesScores) store_scores(s_grad_scores, score_gradients);
+      if (rectangle.is_exceptional) [[unlikely]] {
+        __syncthreads();  // S and dP have been multiplied
+        clear_exceptional_queries(s, buffer);
         __syncthreads();
       }
-      add_query_gradients(block);
-      accumulate_keys(grad_v, s.weights, s.grad_out[buffer], grad_value_steps);
-      accumulate_keys(grad_k, s.grad_scores, s.q[buffer], grad_key_steps);
-      if (has_bad_keys) [[unlikely]] {
-        __syncthreads();  // K has been read
-        load_keys();
-        ptx::commit_copies();
+      if (g_dq && !is_dq_first) add_query_gradients(g_dq, buffer ^ 1);
+      accumulate_own(grad_v, packed_weights, s.grad_out[buffer], grad_value_steps);
+      if (!Config::kSharesScores) accumulate_own(grad_k, score_gradients, s.q[buffer], grad_key_steps);
+      wait_for_team();  // P is there, and dS unless it waits for the place of P
+      accumulate_others(grad_v, s_weights, s.grad_out[buffer], grad_value_steps);
+      if constexpr (Config::kSharesScores) {
+        wait_for_team();  // P has been read
+        store_scores(s_grad_scores, score_gradients);
+        accumulate_own(grad_k, score_gradients, s.q[buffer], grad_key_steps);
+        wait_for_team();  // dS is there
       }
+      accumulate_others(grad_k, s_grad_scores, s.q[buffer], grad_key_steps);
+      g_dq = Dq::of_lane(
+          Dq::tile_of(p, (tile.batch - p.first_batch) * shape.num_heads + query_head(block), block.index));
       ptx::wait_for_copies<0>();
-      __syncthreads();  // the next block is there, and this one has been read
+      __syncthreads();  // dS and the next block are there, and this one has been read
       block = next, has_block = has_next;
     }
+    if (has_bad_keys) [[unlikely]] {
+      clear_non_finite_rows<Element, Key, Config::kWarps>(s.k, 0, Config::kTileKey);
+      __syncthreads();
+    }
+    if (g_dq) add_query_gradients(g_dq, buffer ^ 1);
+    __syncthreads();  // K has been read
 
     store_sum<Key, kGradKeySteps>(s.k, grad_k, call.scale);
     store_sum<Value, kGradValueSteps>(s.v, grad_v, 1.f);
