@@ -16,6 +16,8 @@
 //   rows of K and V that are not finite: the tile is looked at once. K is cleared for dQ, block by block, and then
 //   loaded again; dS is 0 where P is.
 #pragma once
+#include <type_traits>
+
 #include "dq_accumulator.cuh"
 #include "params.cuh"
 #include "products.cuh"
@@ -46,7 +48,11 @@ struct ColumnSteps {
 #ifndef BWD_DQ
 #define BWD_DQ 0
 #endif
-constexpr bool kDqFirst = BWD_DQ == 0, kDqStaggered = BWD_DQ == 2;
+#ifndef BWD_LOADS
+#define BWD_LOADS 0
+#endif
+constexpr int kDqPlace = BWD_DQ;
+constexpr bool kLoadsFirst = BWD_LOADS;
 
 template <class Config>
 struct SinglePass {
@@ -359,6 +365,8 @@ struct SinglePass {
     ptx::commit_copies();
     float grad_k[kGroups][kGradKeySteps * 8], grad_v[kGroups][kGradValueSteps * 8];
     clear(grad_k), clear(grad_v);
+    for (int i = threadIdx.x; i < Score::kBytes / kChunkBytes; i += kThreads)
+      reinterpret_cast<uint4*>(s.grad_scores[1])[i] = uint4{};
     ptx::wait_for_copies<0>();
     __syncthreads();
     const bool has_bad_keys = __syncthreads_or(has_non_finite_rows<Key>(s.k)),
@@ -369,15 +377,23 @@ struct SinglePass {
     WarpReach reach(queries_of(warp_row), queries_of(warp_row + Config::kWarpKeys - 1));
     if (first_key() + warp_row >= shape.key_length) reach.by_some = {0, 0};
     if (first_key() + warp_row + Config::kWarpKeys > shape.key_length) reach.by_all = {0, 0};  // the end is masked
-    float* g_dq = nullptr;  // of the block before
+    // dQ of the block before. Ahead of the first there is a dS of zeros for those who do not ask.
+    const auto dq_of = [&](const QueryBlock& block) {
+      return Dq::of_lane(
+          Dq::tile_of(p, (tile.batch - p.first_batch) * shape.num_heads + query_head(block), block.index));
+    };
+    float* g_dq = dq_of(block);
+    bool has_previous = false;
+    bool has_next = has_block && walk.find_next(next, test);
     int buffer = 0;
     Scores weights, dp;
     PackedScores packed_weights, score_gradients;
 #pragma unroll 1
     for (; has_block; buffer ^= 1) {
-      const Rectangle rectangle = look_at(block, reach, buffer, has_bad_values);
-      const bool is_dq_first = kDqFirst || has_bad_keys || (kDqStaggered && warp < Config::kWarps / 2);
-      if (g_dq && is_dq_first) {
+      const Rectangle rectangle = look_at(block, reach, buffer, has_bad_values || has_bad_keys);
+      const bool is_dq_first = kDqPlace == 0 || has_bad_keys || (kDqPlace == 2 && warp < Config::kWarps / 2);
+      if (kLoadsFirst && has_next) load_queries(sources, next, buffer ^ 1);
+      if (has_previous && is_dq_first) {
         if (has_bad_keys) [[unlikely]] {
           clear_non_finite_rows<Element, Key, Config::kWarps>(s.k, 0, Config::kTileKey);
           __syncthreads();
@@ -391,51 +407,57 @@ struct SinglePass {
           __syncthreads();
         }
       }
-      if (rectangle.is_needed) multiply<Key, Query>(weights, s.k, s.q[buffer]);
-      const bool has_next = walk.find_next(next, test);
-      if (has_next) load_queries(sources, next, buffer ^ 1);
+      if (!kLoadsFirst && has_next) load_queries(sources, next, buffer ^ 1);
       ptx::commit_copies();
-      const float* s_delta = s.delta[buffer] + column();
+      const float *s_lse_log2 = s.lse_log2[buffer] + column(), *s_delta = s.delta[buffer] + column();
       unsigned char *s_weights = s.weights_of(buffer), *s_grad_scores = s.grad_scores[buffer];
-      if constexpr (Config::kHasSoftcap) {
-        if (rectangle.is_needed) {
-          take_capped_weights(weights, packed_weights, block, buffer, rectangle);
-          if (kTeam > 1) store_scores(s_weights, packed_weights);
-          multiply<Value, GradOut>(dp, s.v, s.grad_out[buffer]);
-          if (rectangle.is_plain)
-            take_score_gradients<false>(weights, dp, s_delta);
-          else
-            take_score_gradients<true>(weights, dp, s_delta);
-        }
-      } else if (rectangle.is_plain) {  // without a branch, so that exponentials and products mix
-        take_exponents<false>(weights, s.lse_log2[buffer] + column(), call.scale, lse_of(block));
+      const auto add_dq = [&](int place) {
+        if (kDqPlace == place && has_previous && !is_dq_first) add_query_gradients(g_dq, buffer ^ 1);
+      };
+      const auto mix_dq = [&](int place) {  // without a branch
+        if (kDqPlace == place) add_query_gradients(g_dq, buffer ^ 1);
+      };
+      const auto sum_own = [&](auto is_careful) {
+        if (kTeam > 1) store_scores(s_weights, packed_weights);
+        accumulate_own(grad_v, packed_weights, s.grad_out[buffer], grad_value_steps);
+        if (rectangle.is_needed) take_score_gradients<is_careful.value>(weights, dp, s_delta);
+        pack_left<Element>(weights, score_gradients);
+        if (!Config::kSharesScores) store_scores(s_grad_scores, score_gradients);
+        add_dq(2);
+        if (!Config::kSharesScores) accumulate_own(grad_k, score_gradients, s.q[buffer], grad_key_steps);
+      };
+      if (rectangle.is_plain && !Config::kHasSoftcap) {  // without a branch, so that exponentials and products mix
+        multiply<Key, Query>(weights, s.k, s.q[buffer]);
+        mix_dq(3);
+        take_exponents<false>(weights, s_lse_log2, call.scale, lse_of(block));
         exponentiate(weights);
         pack_left<Element>(weights, packed_weights);
-        if (kTeam > 1) store_scores(s_weights, packed_weights);
+        mix_dq(4);
         multiply<Value, GradOut>(dp, s.v, s.grad_out[buffer]);
-        take_score_gradients<false>(weights, dp, s_delta);
-      } else if (rectangle.is_needed) {
-        take_weights(weights, block, buffer, rectangle);
-        pack_left<Element>(weights, packed_weights);
-        if (kTeam > 1) store_scores(s_weights, packed_weights);
-        multiply<Value, GradOut>(dp, s.v, s.grad_out[buffer]);
-        take_score_gradients<true>(weights, dp, s_delta);
+        mix_dq(5);
+        sum_own(std::false_type{});
+      } else {
+        if (rectangle.is_needed) {
+          multiply<Key, Query>(weights, s.k, s.q[buffer]);
+          if constexpr (Config::kHasSoftcap) {
+            take_capped_weights(weights, packed_weights, block, buffer, rectangle);
+          } else {
+            take_weights(weights, block, buffer, rectangle);
+            pack_left<Element>(weights, packed_weights);
+          }
+          multiply<Value, GradOut>(dp, s.v, s.grad_out[buffer]);
+        } else {
+          clear(weights);
+          pack_left<Element>(weights, packed_weights);
+        }
+        if (kDqPlace >= 3) add_dq(kDqPlace);
+        if (rectangle.is_exceptional) [[unlikely]] {
+          __syncthreads();  // S and dP have been multiplied
+          clear_exceptional_queries(s, buffer);
+          __syncthreads();
+        }
+        sum_own(std::true_type{});
       }
-      if (!rectangle.is_needed) {
-        clear(weights);
-        pack_left<Element>(weights, packed_weights);
-        if (kTeam > 1) store_scores(s_weights, packed_weights);
-      }
-      pack_left<Element>(weights, score_gradients);
-      if (!Config::kSharesScores) store_scores(s_grad_scores, score_gradients);
-      if (rectangle.is_exceptional) [[unlikely]] {
-        __syncthreads();  // S and dP have been multiplied
-        clear_exceptional_queries(s, buffer);
-        __syncthreads();
-      }
-      if (g_dq && !is_dq_first) add_query_gradients(g_dq, buffer ^ 1);
-      accumulate_own(grad_v, packed_weights, s.grad_out[buffer], grad_value_steps);
-      if (!Config::kSharesScores) accumulate_own(grad_k, score_gradients, s.q[buffer], grad_key_steps);
       wait_for_team();  // P is there, and dS unless it waits for the place of P
       accumulate_others(grad_v, s_weights, s.grad_out[buffer], grad_value_steps);
       if constexpr (Config::kSharesScores) {
@@ -445,17 +467,17 @@ struct SinglePass {
         wait_for_team();  // dS is there
       }
       accumulate_others(grad_k, s_grad_scores, s.q[buffer], grad_key_steps);
-      g_dq = Dq::of_lane(
-          Dq::tile_of(p, (tile.batch - p.first_batch) * shape.num_heads + query_head(block), block.index));
+      g_dq = dq_of(block), has_previous = true;
+      block = next, has_block = has_next;
+      has_next = has_block && walk.find_next(next, test);
       ptx::wait_for_copies<0>();
       __syncthreads();  // dS and the next block are there, and this one has been read
-      block = next, has_block = has_next;
     }
     if (has_bad_keys) [[unlikely]] {
       clear_non_finite_rows<Element, Key, Config::kWarps>(s.k, 0, Config::kTileKey);
       __syncthreads();
     }
-    if (g_dq) add_query_gradients(g_dq, buffer ^ 1);
+    if (has_previous) add_query_gradients(g_dq, buffer ^ 1);
     __syncthreads();  // K has been read
 
     store_sum<Key, kGradKeySteps>(s.k, grad_k, call.scale);
