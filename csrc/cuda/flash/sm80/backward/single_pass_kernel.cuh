@@ -52,7 +52,13 @@ struct ColumnSteps {
 #define BWD_LOADS 0
 #endif
 constexpr int kDqPlace = BWD_DQ;
-constexpr bool kLoadsFirst = BWD_LOADS;
+#ifndef BWD_LAG
+#define BWD_LAG 2
+#endif
+#ifndef BWD_DV
+#define BWD_DV 0
+#endif
+constexpr bool kLoadsFirst = BWD_LOADS, kMixesDv = BWD_DV;
 
 template <class Config>
 struct SinglePass {
@@ -83,6 +89,7 @@ struct SinglePass {
 
   // Where this lane reads and writes the operands of its warp, from the starts of their tiles. Kept in registers: made
   // anew for each product they would cost as much as its products.
+  uint32_t zero = uint32_t(call.shape.batch) >> 31;
   uint32_t key_left = Key::left_place(0, warp_row), query_right = Query::right_place(0) + warp_column * kPanelRowBytes;
   uint32_t score_left = Score::at_step(Score::left_place(0, warp_row), member * kQuerySteps),
            score_store = Score::at_step(Score::store_place(0, warp_row), member * kQuerySteps);
@@ -93,8 +100,20 @@ struct SinglePass {
 
   __device__ __forceinline__ SinglePass(const BackwardKernelParams& params, const KeyTile& key_tile, Storage& storage)
       : p(params), call(params.call), tile(key_tile), s(storage) {
-    ptx::keep(key_left), ptx::keep(query_right), ptx::keep(score_left), ptx::keep(score_store);
+    ptx::keep(zero), ptx::keep(key_left), ptx::keep(query_right), ptx::keep(score_left), ptx::keep(score_store);
   }
+
+  // 0, after x is there: what is read from an address with it added is multiplied between the arithmetic that x is of.
+  __device__ __forceinline__ uint32_t behind(float x) const { return __float_as_uint(x) & zero; }
+  template <int kCount>
+  __device__ __forceinline__ uint32_t behind(const float (&values)[kGroups][kCount], int part, int parts) const {
+    if (part < BWD_LAG) return 0;
+    const int last = (part + 1 - BWD_LAG) * (kGroups * kCount) / parts - 1;
+    return behind(values[last / kCount][last % kCount]);
+  }
+  struct AtOnce {
+    __device__ __forceinline__ uint32_t operator()(int, int) const { return 0; }
+  };
 
   __device__ __forceinline__ int first_key() const { return tile.index * Config::kTileKey; }
   __device__ __forceinline__ int query_head(const QueryBlock& block) const {
@@ -224,13 +243,14 @@ struct SinglePass {
   }
 
   // sum += scores right over 16 queries: the warp's keys, and its columns of `right`.
-  template <class Right, int kSteps>
+  template <class Right, int kSteps, class Order = AtOnce>
   __device__ __forceinline__ void accumulate_step(float (&sum)[kGroups][kSteps * 8], const uint32_t* const (&a)[kGroups],
-                                                  uint32_t s_right, const ColumnSteps<Right, kSteps>& columns) const {
+                                                  uint32_t s_right, const ColumnSteps<Right, kSteps>& columns,
+                                                  int step = 0, const Order& order = {}) const {
 #pragma unroll
     for (int pair = 0; pair < kSteps; pair++) {
       uint32_t b[4];
-      ptx::load_matrix_x4_transposed(columns.at(s_right, pair), b);
+      ptx::load_matrix_x4_transposed(columns.at(s_right, pair) + order(step * kSteps + pair, kQuerySteps * kSteps), b);
 #pragma unroll
       for (int g = 0; g < kGroups; g++) {
         ptx::multiply<Element>(sum[g] + 8 * pair, a[g], b[0], b[1]);
@@ -239,17 +259,18 @@ struct SinglePass {
     }
   }
   // Over the queries whose scores the warp has itself.
-  template <class Right, int kSteps>
+  template <class Right, int kSteps, class Order = AtOnce>
   __device__ __forceinline__ void accumulate_own(float (&sum)[kGroups][kSteps * 8], const PackedScores& packed,
                                                  const unsigned char* s_right,
-                                                 const ColumnSteps<Right, kSteps>& columns) const {
+                                                 const ColumnSteps<Right, kSteps>& columns,
+                                                 const Order& order = {}) const {
     const uint32_t rows = ptx::shared_address(s_right) + warp_column * kPanelRowBytes;
 #pragma unroll
     for (int step = 0; step < kQuerySteps; step++) {
       const uint32_t* a[kGroups];
 #pragma unroll
       for (int g = 0; g < kGroups; g++) a[g] = packed[g] + 4 * step;
-      accumulate_step(sum, a, rows + step * kStepBytes, columns);
+      accumulate_step(sum, a, rows + step * kStepBytes, columns, step, order);
     }
   }
   // Over those of the others of the team.
@@ -279,19 +300,21 @@ struct SinglePass {
   }
 
   // dQ of a block whose dS is in `buffer`, to its accumulator.
-  __device__ __forceinline__ void add_query_gradients(float* g_sums, int buffer) const {
+  template <class Order = AtOnce>
+  __device__ __forceinline__ void add_query_gradients(float* g_sums, int buffer, const Order& order = {}) const {
     float dq[Dq::kGroups][Dq::kSteps * 8];
     const uint32_t s_scores = ptx::shared_address(s.grad_scores[buffer]), s_k = ptx::shared_address(s.k);
 #pragma unroll
     for (int step = 0; step < Config::kTileKey / 16; step++) {
+      const uint32_t wait = order(step, Config::kTileKey / 16);
       uint32_t a[Dq::kGroups][4];
 #pragma unroll
       for (int g = 0; g < Dq::kGroups; g++)
-        ptx::load_matrix_x4_transposed(score_steps.at(s_scores, g) + step * kStepBytes, a[g]);
+        ptx::load_matrix_x4_transposed(score_steps.at(s_scores + wait, g) + step * kStepBytes, a[g]);
 #pragma unroll
       for (int pair = 0; pair < Dq::kSteps; pair++) {
         uint32_t b[4];
-        ptx::load_matrix_x4_transposed(grad_query_steps.at(s_k, pair) + step * kStepBytes, b);
+        ptx::load_matrix_x4_transposed(grad_query_steps.at(s_k + wait, pair) + step * kStepBytes, b);
 #pragma unroll
         for (int g = 0; g < Dq::kGroups; g++) {
           if (step == 0) {
@@ -419,8 +442,14 @@ struct SinglePass {
       };
       const auto sum_own = [&](auto is_careful) {
         if (kTeam > 1) store_scores(s_weights, packed_weights);
-        accumulate_own(grad_v, packed_weights, s.grad_out[buffer], grad_value_steps);
-        if (rectangle.is_needed) take_score_gradients<is_careful.value>(weights, dp, s_delta);
+        if (kMixesDv && !is_careful.value) {
+          take_score_gradients<is_careful.value>(weights, dp, s_delta);
+          accumulate_own(grad_v, packed_weights, s.grad_out[buffer], grad_value_steps,
+                         [&](int part, int parts) { return behind(weights, part, parts); });
+        } else {
+          accumulate_own(grad_v, packed_weights, s.grad_out[buffer], grad_value_steps);
+          if (rectangle.is_needed) take_score_gradients<is_careful.value>(weights, dp, s_delta);
+        }
         pack_left<Element>(weights, score_gradients);
         if (!Config::kSharesScores) store_scores(s_grad_scores, score_gradients);
         add_dq(2);
@@ -433,6 +462,8 @@ struct SinglePass {
         exponentiate(weights);
         pack_left<Element>(weights, packed_weights);
         mix_dq(4);
+        if (kDqPlace == 6)
+          add_query_gradients(g_dq, buffer ^ 1, [&](int part, int parts) { return behind(weights, part, parts); });
         multiply<Value, GradOut>(dp, s.v, s.grad_out[buffer]);
         mix_dq(5);
         sum_own(std::false_type{});
