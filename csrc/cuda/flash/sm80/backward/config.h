@@ -107,11 +107,11 @@ struct SinglePassTiles : SinglePassTileSet<S128> {};
 template <>
 struct SinglePassTiles<64, 64> : SinglePassTileSet<S64> {};
 template <>
-struct SinglePassTiles<96, 96> : SinglePassTileSet<8, 32, 128, 4, 1, false> {};
+struct SinglePassTiles<96, 96> : SinglePassTileSet<8, 32, 128, 4, 1, true> {};
 template <>
 struct SinglePassTiles<192, 128> : SinglePassTileSet<8, 32, 64, 2, 1, false> {};
 template <>
-struct SinglePassTiles<192, 192> : SinglePassTiles<192, 128> {};
+struct SinglePassTiles<192, 192> : SinglePassTileSet<8, 32, 64, 2, 1, true> {};
 template <>
 struct SinglePassTiles<256, 256> : SinglePassTiles<192, 128> {};
 
