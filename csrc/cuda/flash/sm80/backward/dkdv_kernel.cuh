@@ -11,11 +11,9 @@
 // K and V are read once, ahead of everything else, so dK may be written over K and dV over V.
 #pragma once
 #include "config.h"
-#include "flash/tile/mask.cuh"
-#include "key_tile.cuh"
 #include "params.cuh"
 #include "products.cuh"
-#include "row_stats.cuh"
+#include "transposed_scores.cuh"
 
 namespace selfattn::cuda::sm80 {
 
@@ -41,7 +39,7 @@ __device__ __forceinline__ bool sum_key_gradients(const BackwardKernelParams& p,
   const int group_size = shape.num_heads / shape.num_kv_heads, first_head = tile.kv_head * group_size;
   const uint32_t s_q = ptx::shared_address(s.q), s_grad_out = ptx::shared_address(s.grad_out),
                  s_k = ptx::shared_address(s.k), s_v = ptx::shared_address(s.v);
-  const float logit_scale = p.logit_scale<Config>(), scale_log2 = logit_scale * kLog2E;
+  const float logit_scale = p.logit_scale<Config>();
 
   // Q comes with the statistics of its rows.
   const auto load_query = [&](const QueryBlock& block) {
@@ -129,68 +127,32 @@ __device__ __forceinline__ bool sum_key_gradients(const BackwardKernelParams& p,
 #pragma unroll
           for (int g = 0; g < kGroups; g++) p.softcap.apply(weights[g]);
         }
-#pragma unroll
-        for (int i = 0; i < kColumns / 8; i++) {
-          float capped[kGroups][2][2];  // P: rows, columns
-          const float2 lse_log2 = *reinterpret_cast<const float2*>(s_lse_log2 + 8 * i);
-#pragma unroll
-          for (int j = 0; j < 2; j++) {
-            const float row_lse_log2 = j ? lse_log2.y : lse_log2.x;
-            const bool is_exact = kIsRepair && is_large(row_lse_log2);
-            float lse = 0.f;
-            if (is_exact)
-              lse = call.lse[(int64_t(tile.batch) * shape.num_heads + first_head + block.head) * shape.query_length +
-                             first_query + 2 * (lane % 4) + 8 * i + j];
-#pragma unroll
-            for (int g = 0; g < kGroups; g++)
-#pragma unroll
-              for (int r = 0; r < 2; r++) {
-                float& x = weights[g][4 * i + 2 * r + j];
-                const float exp =
-                    is_exact ? exact_exponent(x, logit_scale, lse) : exponent(x, scale_log2, row_lse_log2);
-                if constexpr (Config::kHasSoftcap) {
-                  capped[g][r][j] = take_weight(x, exp);
-                  if (!kHasGradKey) x = capped[g][r][j];
-                } else {
-                  x = exp;
-                }
-              }
-          }
-          if constexpr (kPacksEarly) {
-#pragma unroll
-            for (int g = 0; g < kGroups; g++)
-#pragma unroll
-              for (int r = 0; r < 2; r++)
-                packed_weights[g][2 * i + r] = ptx::pack<Element>(capped[g][r][0], capped[g][r][1]);
-          }
-        }
+        const float* g_lse =
+            call.lse + (int64_t(tile.batch) * shape.num_heads + first_head + block.head) * shape.query_length;
+        const auto lse_of = [&](int column) { return g_lse[first_query + 2 * (lane % 4) + column]; };
+        if constexpr (!Config::kHasSoftcap)
+          take_exponents<kIsRepair>(weights, s_lse_log2, logit_scale, lse_of);
+        else if constexpr (kPacksEarly)
+          take_capped_weights<Element, kIsRepair>(weights, packed_weights, s_lse_log2, logit_scale, lse_of);
+        else
+          take_exponents<kIsRepair>(weights, s_lse_log2, logit_scale, lse_of,
+                                    [](int, int, float* pair, float first, float second) {
+                                      first = take_weight(pair[0], first), second = take_weight(pair[1], second);
+                                      if (!kHasGradKey) pair[0] = first, pair[1] = second;
+                                    });
         // Behind the statistics, which may be NaN: P of a masked pair is 0 all the same.
         if (is_cut || block.by_ids) {
-          const int first_column = first_query + 2 * (lane % 4);
+          mask_keys(weights, call, tile, first_row + warp_row + lane / 4, first_query + 2 * (lane % 4), is_cut,
+                    block.by_ids);
 #pragma unroll
           for (int g = 0; g < kGroups; g++) {
-            const int row = warp_row + 16 * g + lane / 4;
-            if (is_cut) {
-              const Interval queries[2] = {queries_of(row), queries_of(row + 8)};
-              mask_by_intervals<true>(weights[g], queries, first_column);
-            }
-            if (block.by_ids) {
-              const int* g_ids = segments.key_ids + int64_t(tile.batch) * segments.pitch_key + first_row + row;
-              const int ids[2] = {g_ids[0], g_ids[8]};
-              mask_by_ids(weights[g], ids,
-                          segments.query_ids + int64_t(tile.batch) * segments.pitch_query + first_column);
-            }
             if constexpr (kPacksEarly)
               clear_masked(weights[g], packed_weights[g]);
             else if constexpr (Config::kHasSoftcap)
               clear_masked(weights[g]);
           }
         }
-#pragma unroll
-        for (int g = 0; g < kGroups; g++)
-#pragma unroll
-          for (int i = 0; i < kColumns / 2 && !Config::kHasSoftcap; i++)
-            weights[g][i] = ptx::exp2_approx(weights[g][i]);
+        if constexpr (!Config::kHasSoftcap) exponentiate(weights);
       };
 
       if constexpr (kSums == KeySums::kGradKey) {
@@ -218,17 +180,7 @@ __device__ __forceinline__ bool sum_key_gradients(const BackwardKernelParams& p,
       if (is_needed) {
         if constexpr (kHasGradValue && !kPacksEarly) pack_left<Element>(weights, packed_weights);
         if constexpr (kHasGradKey) {
-#pragma unroll
-          for (int i = 0; i < kColumns / 8; i++) {
-            const float2 delta = *reinterpret_cast<const float2*>(s_delta + 8 * i);
-#pragma unroll
-            for (int g = 0; g < kGroups; g++)
-#pragma unroll
-              for (int j = 0; j < 4; j++) {
-                float& x = weights[g][4 * i + j];
-                x = score_gradient<kIsRepair>(x, dp[g][4 * i + j], j % 2 ? delta.y : delta.x);
-              }
-          }
+          take_score_gradients<kIsRepair>(weights, dp, s_delta);
           pack_left<Element>(weights, score_gradients);
         }
       }
