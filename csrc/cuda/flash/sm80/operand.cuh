@@ -165,8 +165,7 @@ struct OperandTile {
       ptx::store_matrix_x4(s_step, a[0], a[1], a[2], a[3]);
     } else {
 #pragma unroll
-      for (int i = 0; i < 4; i++)
-        ptx::store_pair((s_step ^ i / 2 * kChunkBytes) + i % 2 * 8 * kPanelRowBytes, a[i]);
+      for (int i = 0; i < 4; i++) ptx::store_pair((s_step ^ i / 2 * kChunkBytes) + i % 2 * 8 * kPanelRowBytes, a[i]);
     }
   }
 

@@ -91,8 +91,8 @@ struct SinglePass {
   // anew for each product they would cost as much as its products.
   uint32_t zero = uint32_t(call.shape.batch) >> 31;
   uint32_t key_left = Key::left_place(0, warp_row), query_right = Query::right_place(0) + warp_column * kPanelRowBytes;
-  uint32_t score_left = Score::at_step(Score::left_place(0, warp_row), member * kQuerySteps),
-           score_store = Score::at_step(Score::store_place(0, warp_row), member * kQuerySteps);
+  uint32_t score_left = Score::at_step(Score::left_place(0, warp_row), member* kQuerySteps),
+           score_store = Score::at_step(Score::store_place(0, warp_row), member* kQuerySteps);
   ColumnSteps<Query, kGradKeySteps> grad_key_steps{Query::left_place(0, 0), member * kGradKeySteps};
   ColumnSteps<GradOut, kGradValueSteps> grad_value_steps{GradOut::left_place(0, 0), member * kGradValueSteps};
   ColumnSteps<Score, Dq::kGroups> score_steps{Score::right_place(0), Dq::warp_row() / 16};
@@ -244,9 +244,10 @@ struct SinglePass {
 
   // sum += scores right over 16 queries: the warp's keys, and its columns of `right`.
   template <class Right, int kSteps, class Order = AtOnce>
-  __device__ __forceinline__ void accumulate_step(float (&sum)[kGroups][kSteps * 8], const uint32_t* const (&a)[kGroups],
-                                                  uint32_t s_right, const ColumnSteps<Right, kSteps>& columns,
-                                                  int step = 0, const Order& order = {}) const {
+  __device__ __forceinline__ void accumulate_step(float (&sum)[kGroups][kSteps * 8],
+                                                  const uint32_t* const (&a)[kGroups], uint32_t s_right,
+                                                  const ColumnSteps<Right, kSteps>& columns, int step = 0,
+                                                  const Order& order = {}) const {
 #pragma unroll
     for (int pair = 0; pair < kSteps; pair++) {
       uint32_t b[4];
@@ -368,9 +369,9 @@ struct SinglePass {
       for (int r = 0; r < 2; r++)
 #pragma unroll
         for (int group = 0; group < 2 * kSteps; group++)
-          *reinterpret_cast<uint32_t*>(
-              s_tile + Tile::place(warp_row + 16 * g + 8 * r + lane / 4, member * 2 * kSteps + group) +
-              4 * (lane % 4)) =
+          *reinterpret_cast<uint32_t*>(s_tile +
+                                       Tile::place(warp_row + 16 * g + 8 * r + lane / 4, member * 2 * kSteps + group) +
+                                       4 * (lane % 4)) =
               ptx::pack<Element>(sum[g][4 * group + 2 * r] * factor, sum[g][4 * group + 2 * r + 1] * factor);
   }
 

@@ -18,17 +18,19 @@ __device__ __forceinline__ void take_exponents(float (&scores)[kGroups][kCount],
 #pragma unroll
   for (int i = 0; i < kCount / 4; i++) {
     const float2 lse_log2 = *reinterpret_cast<const float2*>(s_lse_log2 + 8 * i);
-    const bool is_first_exact = kIsCareful && is_large(lse_log2.x), is_second_exact = kIsCareful && is_large(lse_log2.y);
-    const float first_lse = is_first_exact ? lse_of(8 * i) : 0.f, second_lse = is_second_exact ? lse_of(8 * i + 1) : 0.f;
+    const bool is_first_exact = kIsCareful && is_large(lse_log2.x),
+               is_second_exact = kIsCareful && is_large(lse_log2.y);
+    const float first_lse = is_first_exact ? lse_of(8 * i) : 0.f,
+                second_lse = is_second_exact ? lse_of(8 * i + 1) : 0.f;
 #pragma unroll
     for (int g = 0; g < kGroups; g++)
 #pragma unroll
       for (int r = 0; r < 2; r++) {
         float* pair = scores[g] + 4 * i + 2 * r;
-        finish(g, 2 * i + r, pair,
-               is_first_exact ? exact_exponent(pair[0], scale, first_lse) : exponent(pair[0], scale_log2, lse_log2.x),
-               is_second_exact ? exact_exponent(pair[1], scale, second_lse)
-                               : exponent(pair[1], scale_log2, lse_log2.y));
+        finish(
+            g, 2 * i + r, pair,
+            is_first_exact ? exact_exponent(pair[0], scale, first_lse) : exponent(pair[0], scale_log2, lse_log2.x),
+            is_second_exact ? exact_exponent(pair[1], scale, second_lse) : exponent(pair[1], scale_log2, lse_log2.y));
       }
   }
 }
