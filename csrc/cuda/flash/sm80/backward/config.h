@@ -72,48 +72,37 @@ struct DkdvTiles<256, 256> {
   static constexpr bool kSumsTogether = false;
 };
 
-#ifndef WK128
-#define WK128 32
-#endif
-#ifndef SH128
-#define SH128 0
-#endif
-#ifndef DQ128
-#define DQ128 2
-#endif
-#ifndef WK64
-#define WK64 32
-#endif
-#ifndef TK64
-#define TK64 64
-#endif
-#ifndef AO64
-#define AO64 2
-#endif
-#define S128 8, WK128, 128, DQ128, 1, SH128
-#define S64 4, WK64, TK64, 2, AO64, false
-template <int kWarps_, int kWarpKeys_, int kTileKey_, int kDqRowWarps_, int kBlocksAtOnce_, bool kSharesScores_>
-struct SinglePassTileSet {
-  static constexpr int kWarps = kWarps_, kWarpKeys = kWarpKeys_, kTileKey = kTileKey_, kDqRowWarps = kDqRowWarps_,
-                       kBlocksAtOnce = kBlocksAtOnce_;
-  static constexpr bool kSharesScores = kSharesScores_;
-};
-
 // Of the single pass: a thread block has kTileKey keys and walks over blocks of 64 queries. kWarpKeys keys have a team
 // of warps, which share the 64 queries in S and dP and the columns of dK and dV. Of dQ a warp has 64 / kDqRowWarps
 // queries and its share of the columns.
+//   kSharesScores: P has the memory of dS, until dS is there. It makes room for all of it in 163 KB.
+//   kStaggersDq: half of the warps multiply dQ at another place in the step.
 template <int kDimQk, int kDimV>
-struct SinglePassTiles : SinglePassTileSet<S128> {};
+struct SinglePassTiles {
+  static constexpr int kWarps = 8, kWarpKeys = 32, kTileKey = 128, kDqRowWarps = 2, kBlocksAtOnce = 1;
+  static constexpr bool kSharesScores = true, kStaggersDq = true;
+};
 template <>
-struct SinglePassTiles<64, 64> : SinglePassTileSet<S64> {};
+struct SinglePassTiles<64, 64> {
+  static constexpr int kWarps = 4, kWarpKeys = 32, kTileKey = 64, kDqRowWarps = 2, kBlocksAtOnce = 2;
+  static constexpr bool kSharesScores = false, kStaggersDq = true;
+};
 template <>
-struct SinglePassTiles<96, 96> : SinglePassTileSet<8, 32, 128, 4, 1, true> {};
+struct SinglePassTiles<96, 96> : SinglePassTiles<128, 128> {
+  static constexpr int kDqRowWarps = 4;
+};
 template <>
-struct SinglePassTiles<192, 128> : SinglePassTileSet<8, 32, 64, 2, 1, false> {};
+struct SinglePassTiles<192, 192> : SinglePassTiles<128, 128> {
+  static constexpr int kTileKey = 64;
+};
 template <>
-struct SinglePassTiles<192, 192> : SinglePassTileSet<8, 32, 64, 2, 1, true> {};
+struct SinglePassTiles<192, 128> : SinglePassTiles<192, 192> {
+  static constexpr bool kSharesScores = false;
+};
 template <>
-struct SinglePassTiles<256, 256> : SinglePassTiles<192, 128> {};
+struct SinglePassTiles<256, 256> : SinglePassTiles<192, 192> {
+  static constexpr bool kSharesScores = false, kStaggersDq = false;
+};
 
 // Rows of the tiles of either kernel, for what is prepared ahead of them.
 template <int kDimQk, int kDimV>

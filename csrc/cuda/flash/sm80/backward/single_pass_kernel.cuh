@@ -45,21 +45,6 @@ struct ColumnSteps {
   }
 };
 
-#ifndef BWD_DQ
-#define BWD_DQ 0
-#endif
-#ifndef BWD_LOADS
-#define BWD_LOADS 0
-#endif
-constexpr int kDqPlace = BWD_DQ;
-#ifndef BWD_LAG
-#define BWD_LAG 2
-#endif
-#ifndef BWD_DV
-#define BWD_DV 0
-#endif
-constexpr bool kLoadsFirst = BWD_LOADS, kMixesDv = BWD_DV;
-
 template <class Config>
 struct SinglePass {
   using Element = typename Config::Element;
@@ -89,7 +74,6 @@ struct SinglePass {
 
   // Where this lane reads and writes the operands of its warp, from the starts of their tiles. Kept in registers: made
   // anew for each product they would cost as much as its products.
-  uint32_t zero = uint32_t(call.shape.batch) >> 31;
   uint32_t key_left = Key::left_place(0, warp_row), query_right = Query::right_place(0) + warp_column * kPanelRowBytes;
   uint32_t score_left = Score::at_step(Score::left_place(0, warp_row), member* kQuerySteps),
            score_store = Score::at_step(Score::store_place(0, warp_row), member* kQuerySteps);
@@ -100,20 +84,8 @@ struct SinglePass {
 
   __device__ __forceinline__ SinglePass(const BackwardKernelParams& params, const KeyTile& key_tile, Storage& storage)
       : p(params), call(params.call), tile(key_tile), s(storage) {
-    ptx::keep(zero), ptx::keep(key_left), ptx::keep(query_right), ptx::keep(score_left), ptx::keep(score_store);
+    ptx::keep(key_left), ptx::keep(query_right), ptx::keep(score_left), ptx::keep(score_store);
   }
-
-  // 0, after x is there: what is read from an address with it added is multiplied between the arithmetic that x is of.
-  __device__ __forceinline__ uint32_t behind(float x) const { return __float_as_uint(x) & zero; }
-  template <int kCount>
-  __device__ __forceinline__ uint32_t behind(const float (&values)[kGroups][kCount], int part, int parts) const {
-    if (part < BWD_LAG) return 0;
-    const int last = (part + 1 - BWD_LAG) * (kGroups * kCount) / parts - 1;
-    return behind(values[last / kCount][last % kCount]);
-  }
-  struct AtOnce {
-    __device__ __forceinline__ uint32_t operator()(int, int) const { return 0; }
-  };
 
   __device__ __forceinline__ int first_key() const { return tile.index * Config::kTileKey; }
   __device__ __forceinline__ int query_head(const QueryBlock& block) const {
@@ -243,15 +215,14 @@ struct SinglePass {
   }
 
   // sum += scores right over 16 queries: the warp's keys, and its columns of `right`.
-  template <class Right, int kSteps, class Order = AtOnce>
+  template <class Right, int kSteps>
   __device__ __forceinline__ void accumulate_step(float (&sum)[kGroups][kSteps * 8],
                                                   const uint32_t* const (&a)[kGroups], uint32_t s_right,
-                                                  const ColumnSteps<Right, kSteps>& columns, int step = 0,
-                                                  const Order& order = {}) const {
+                                                  const ColumnSteps<Right, kSteps>& columns) const {
 #pragma unroll
     for (int pair = 0; pair < kSteps; pair++) {
       uint32_t b[4];
-      ptx::load_matrix_x4_transposed(columns.at(s_right, pair) + order(step * kSteps + pair, kQuerySteps * kSteps), b);
+      ptx::load_matrix_x4_transposed(columns.at(s_right, pair), b);
 #pragma unroll
       for (int g = 0; g < kGroups; g++) {
         ptx::multiply<Element>(sum[g] + 8 * pair, a[g], b[0], b[1]);
@@ -260,18 +231,17 @@ struct SinglePass {
     }
   }
   // Over the queries whose scores the warp has itself.
-  template <class Right, int kSteps, class Order = AtOnce>
+  template <class Right, int kSteps>
   __device__ __forceinline__ void accumulate_own(float (&sum)[kGroups][kSteps * 8], const PackedScores& packed,
                                                  const unsigned char* s_right,
-                                                 const ColumnSteps<Right, kSteps>& columns,
-                                                 const Order& order = {}) const {
+                                                 const ColumnSteps<Right, kSteps>& columns) const {
     const uint32_t rows = ptx::shared_address(s_right) + warp_column * kPanelRowBytes;
 #pragma unroll
     for (int step = 0; step < kQuerySteps; step++) {
       const uint32_t* a[kGroups];
 #pragma unroll
       for (int g = 0; g < kGroups; g++) a[g] = packed[g] + 4 * step;
-      accumulate_step(sum, a, rows + step * kStepBytes, columns, step, order);
+      accumulate_step(sum, a, rows + step * kStepBytes, columns);
     }
   }
   // Over those of the others of the team.
@@ -301,21 +271,19 @@ struct SinglePass {
   }
 
   // dQ of a block whose dS is in `buffer`, to its accumulator.
-  template <class Order = AtOnce>
-  __device__ __forceinline__ void add_query_gradients(float* g_sums, int buffer, const Order& order = {}) const {
+  __device__ __forceinline__ void add_query_gradients(float* g_sums, int buffer) const {
     float dq[Dq::kGroups][Dq::kSteps * 8];
     const uint32_t s_scores = ptx::shared_address(s.grad_scores[buffer]), s_k = ptx::shared_address(s.k);
 #pragma unroll
     for (int step = 0; step < Config::kTileKey / 16; step++) {
-      const uint32_t wait = order(step, Config::kTileKey / 16);
       uint32_t a[Dq::kGroups][4];
 #pragma unroll
       for (int g = 0; g < Dq::kGroups; g++)
-        ptx::load_matrix_x4_transposed(score_steps.at(s_scores + wait, g) + step * kStepBytes, a[g]);
+        ptx::load_matrix_x4_transposed(score_steps.at(s_scores, g) + step * kStepBytes, a[g]);
 #pragma unroll
       for (int pair = 0; pair < Dq::kSteps; pair++) {
         uint32_t b[4];
-        ptx::load_matrix_x4_transposed(grad_query_steps.at(s_k + wait, pair) + step * kStepBytes, b);
+        ptx::load_matrix_x4_transposed(grad_query_steps.at(s_k, pair) + step * kStepBytes, b);
 #pragma unroll
         for (int g = 0; g < Dq::kGroups; g++) {
           if (step == 0) {
@@ -389,8 +357,6 @@ struct SinglePass {
     ptx::commit_copies();
     float grad_k[kGroups][kGradKeySteps * 8], grad_v[kGroups][kGradValueSteps * 8];
     clear(grad_k), clear(grad_v);
-    for (int i = threadIdx.x; i < Score::kBytes / kChunkBytes; i += kThreads)
-      reinterpret_cast<uint4*>(s.grad_scores[1])[i] = uint4{};
     ptx::wait_for_copies<0>();
     __syncthreads();
     const bool has_bad_keys = __syncthreads_or(has_non_finite_rows<Key>(s.k)),
@@ -401,7 +367,7 @@ struct SinglePass {
     WarpReach reach(queries_of(warp_row), queries_of(warp_row + Config::kWarpKeys - 1));
     if (first_key() + warp_row >= shape.key_length) reach.by_some = {0, 0};
     if (first_key() + warp_row + Config::kWarpKeys > shape.key_length) reach.by_all = {0, 0};  // the end is masked
-    // dQ of the block before. Ahead of the first there is a dS of zeros for those who do not ask.
+    // dQ of the block before.
     const auto dq_of = [&](const QueryBlock& block) {
       return Dq::of_lane(
           Dq::tile_of(p, (tile.batch - p.first_batch) * shape.num_heads + query_head(block), block.index));
@@ -415,8 +381,8 @@ struct SinglePass {
 #pragma unroll 1
     for (; has_block; buffer ^= 1) {
       const Rectangle rectangle = look_at(block, reach, buffer, has_bad_values || has_bad_keys);
-      const bool is_dq_first = kDqPlace == 0 || has_bad_keys || (kDqPlace == 2 && warp < Config::kWarps / 2);
-      if (kLoadsFirst && has_next) load_queries(sources, next, buffer ^ 1);
+      // The two warps of a scheduler are at different work: one has dQ first, the other behind dS.
+      const bool is_dq_first = !Config::kStaggersDq || has_bad_keys || warp < Config::kWarps / 2;
       if (has_previous && is_dq_first) {
         if (has_bad_keys) [[unlikely]] {
           clear_non_finite_rows<Element, Key, Config::kWarps>(s.k, 0, Config::kTileKey);
@@ -431,42 +397,25 @@ struct SinglePass {
           __syncthreads();
         }
       }
-      if (!kLoadsFirst && has_next) load_queries(sources, next, buffer ^ 1);
+      if (has_next) load_queries(sources, next, buffer ^ 1);
       ptx::commit_copies();
       const float *s_lse_log2 = s.lse_log2[buffer] + column(), *s_delta = s.delta[buffer] + column();
       unsigned char *s_weights = s.weights_of(buffer), *s_grad_scores = s.grad_scores[buffer];
-      const auto add_dq = [&](int place) {
-        if (kDqPlace == place && has_previous && !is_dq_first) add_query_gradients(g_dq, buffer ^ 1);
-      };
-      const auto mix_dq = [&](int place) {  // without a branch
-        if (kDqPlace == place) add_query_gradients(g_dq, buffer ^ 1);
-      };
       const auto sum_own = [&](auto is_careful) {
         if (kTeam > 1) store_scores(s_weights, packed_weights);
-        if (kMixesDv && !is_careful.value) {
-          take_score_gradients<is_careful.value>(weights, dp, s_delta);
-          accumulate_own(grad_v, packed_weights, s.grad_out[buffer], grad_value_steps,
-                         [&](int part, int parts) { return behind(weights, part, parts); });
-        } else {
-          accumulate_own(grad_v, packed_weights, s.grad_out[buffer], grad_value_steps);
-          if (rectangle.is_needed) take_score_gradients<is_careful.value>(weights, dp, s_delta);
-        }
+        accumulate_own(grad_v, packed_weights, s.grad_out[buffer], grad_value_steps);
+        if (rectangle.is_needed) take_score_gradients<is_careful.value>(weights, dp, s_delta);
         pack_left<Element>(weights, score_gradients);
         if (!Config::kSharesScores) store_scores(s_grad_scores, score_gradients);
-        add_dq(2);
+        if (Config::kStaggersDq && has_previous && !is_dq_first) add_query_gradients(g_dq, buffer ^ 1);
         if (!Config::kSharesScores) accumulate_own(grad_k, score_gradients, s.q[buffer], grad_key_steps);
       };
       if (rectangle.is_plain && !Config::kHasSoftcap) {  // without a branch, so that exponentials and products mix
         multiply<Key, Query>(weights, s.k, s.q[buffer]);
-        mix_dq(3);
         take_exponents<false>(weights, s_lse_log2, call.scale, lse_of(block));
         exponentiate(weights);
         pack_left<Element>(weights, packed_weights);
-        mix_dq(4);
-        if (kDqPlace == 6)
-          add_query_gradients(g_dq, buffer ^ 1, [&](int part, int parts) { return behind(weights, part, parts); });
         multiply<Value, GradOut>(dp, s.v, s.grad_out[buffer]);
-        mix_dq(5);
         sum_own(std::false_type{});
       } else {
         if (rectangle.is_needed) {
@@ -482,7 +431,6 @@ struct SinglePass {
           clear(weights);
           pack_left<Element>(weights, packed_weights);
         }
-        if (kDqPlace >= 3) add_dq(kDqPlace);
         if (rectangle.is_exceptional) [[unlikely]] {
           __syncthreads();  // S and dP have been multiplied
           clear_exceptional_queries(s, buffer);
