@@ -335,6 +335,30 @@ def test_backward_bears_extreme_logsumexp(dim: int) -> None:
     assert (dq[:, ::3] == 0).all() and (dq[:, 1::3] == 0).all()
 
 
+@pytest.mark.parametrize("is_deterministic", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dim", [64, 96, 100, 128, 192, 256])
+def test_keys_past_the_end_count_nothing_beside_very_negative_logits(
+    dim: int, dtype: torch.dtype, is_deterministic: bool
+) -> None:
+    """A tile's rows past the last key would have logits of 0, and exp(0 - lse) overflows."""
+    size = math.sqrt(180 / math.sqrt(dim))
+    q, k = (sign * size + 0.3 * torch.randn(1, 140, 2, dim, device="cuda") for sign in (1, -1))
+    v, grad_out = torch.randn(2, 1, 140, 2, dim, device="cuda").to(dtype)
+    call = {"q": q.to(dtype), "k": k.to(dtype), "v": v, "causal": False}
+    exact = dense_attention(**call, grad_out=grad_out)
+    assert exact["lse"].max() < -100
+    out, lse = torch.ops.selfattn.flash_attention(**call)
+    torch.use_deterministic_algorithms(is_deterministic)
+    try:
+        gradients = torch.ops.selfattn.flash_attention_backward(grad_out, None, **call, out=out, lse=lse)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for name, mine in zip(("dq", "dk", "dv"), gradients, strict=True):
+        assert mine.isfinite().all(), name
+        assert norm_error(mine, exact[name]) < 0.1, name
+
+
 def test_backward_takes_expanded_gradients() -> None:
     inputs = Inputs(CudaCase(num_queries=128))
     grad_out = torch.ones(1, 1, 1, 1, dtype=torch.bfloat16, device="cuda").expand_as(inputs.call["grad_out"])
