@@ -47,8 +47,8 @@ __device__ __forceinline__ uint4 load_elements(const uint16_t* g_chunk, int coun
   return {pairs[0], pairs[1], pairs[2], pairs[3]};
 }
 
-// The first `count` elements of a chunk (8 if it has more, none if not even one), and zeros. (count is not cut off at 0:
-// ptxas 13.0 for 9.0 takes a wrong predicate from min and max in one instruction.)
+// The first `count` elements of a chunk (8 if it has more, none if not even one), and zeros. (count is not cut off at
+// 0: ptxas 13.0 for 9.0 takes a wrong predicate from min and max in one instruction.)
 __device__ __forceinline__ uint4 load_chunk(const uint16_t* g_chunk, int count) {
   count = count < kChunkElements16 ? count : kChunkElements16;
   if (has_pieces<4>(g_chunk, 2 * count)) {
