@@ -15,11 +15,9 @@ export PYTHONPATH := $(CURDIR)
 # Bytes of registers that functions may spill, whose names have these parts (cmake/check_ptxas.py). A part may be an
 # architecture: sm80+forward_kernel+sm_120=280.
 SPILLS = sm90+backward=496 sm90+backward_dkdv=832 sm90+forward=272 \
-  sm80+forward_kernel=288 sm80+forward_kernel+sm_80=368 sm80+backward_kernel=264 sm80+backward_kernel+sm_80=480 \
-  sm80+backward_dq_kernel=104 sm80+backward_dkdv_kernel=128 sm80+backward_dkdv_kernel+sm_80=304 sm80+repair=296 \
-  sm80+RowLayoutE1+forward_kernel=640 sm80+RowLayoutE1+backward_kernel=448 sm80+RowLayoutE1+repair=448 \
-  sm80+RowLayoutE1+backward_dkdv_kernel=144 float32+RowLayoutE1+backward_dq_kernel=400 \
-  float32+forward_kernel=256 float32+backward_dq_kernel=320 float32+backward_dkdv_kernel=416 float32+repair=256
+  sm80+forward_kernel=320 sm80+forward_kernel+sm_80=368 sm80+backward_kernel=192 sm80+backward_dq_kernel=104 \
+  sm80+backward_dkdv_kernel=144 sm80+repair=352 \
+  float32+forward_kernel=256 float32+backward_dq_kernel=400 float32+backward_dkdv_kernel=432 float32+repair=288
 SOURCES = $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
 .PHONY: all build install demo test test-cpp test-python test-integrations coverage sanitize lint format bench-cpu clean
