@@ -29,7 +29,9 @@ struct ForwardTiles<128, 128> {
   static constexpr int kWarps = 4, kWarpRows = 32, kTileKey = 64, kBlocksAtOnce = 2, kHeldSteps = 0, kMostBuffers = 2;
 };
 template <>
-struct ForwardTiles<96, 96> : ForwardTiles<128, 128> {};
+struct ForwardTiles<96, 96> : ForwardTiles<128, 128> {
+  static constexpr int kMostBuffers = 1;
+};
 template <>
 struct ForwardTiles<192, 192> {
   static constexpr int kWarps = 4, kWarpRows = 16, kTileKey = 64, kBlocksAtOnce = 2, kHeldSteps = 4, kMostBuffers = 1;

@@ -36,12 +36,12 @@ int buffers_for(int bytes_of_one, int bytes_of_two, int most_bytes) {
   return blocks(bytes_of_two) < blocks(bytes_of_one) ? 1 : 2;
 }
 
-template <class Element, int kDimQk, int kDimV, MaskKind kMask, bool kHasSoftcap = false>
+template <class Element, int kDimQk, int kDimV, MaskKind kMask>
 cudaError_t launch_with_buffers(const ForwardParams& params, cudaStream_t stream) {
   using Tiles = ForwardTiles<kDimQk, kDimV>;
-  using WithOne = ForwardConfig<Element, kDimQk, kDimV, kMask, 1, kHasSoftcap>;
+  using WithOne = ForwardConfig<Element, kDimQk, kDimV, kMask, 1>;
   if constexpr (Tiles::kMostBuffers == 2) {
-    using WithTwo = ForwardConfig<Element, kDimQk, kDimV, kMask, 2, kHasSoftcap>;
+    using WithTwo = ForwardConfig<Element, kDimQk, kDimV, kMask, 2>;
     int device = 0, most_bytes = 0;
     if (const cudaError_t status = cudaGetDevice(&device)) return status;
     if (const cudaError_t status = find_shared_memory(device, most_bytes)) return status;
@@ -53,16 +53,14 @@ cudaError_t launch_with_buffers(const ForwardParams& params, cudaStream_t stream
   return launch_forward_kernel<WithOne>(params, stream);
 }
 
-// With softcap, and of unaligned rows, one kernel serves every mask; of unaligned rows with one buffer.
+// With softcap, and of unaligned rows, one kernel serves every mask, with one buffer.
 template <ElementType kElement, int kDimQk, int kDimV, bool kHasSoftcap, RowLayout kLayout>
 cudaError_t ForwardLauncher<kElement, kDimQk, kDimV, kHasSoftcap, kLayout>::launch(const ForwardParams& params,
                                                                                    cudaStream_t stream) {
   using Element = typename ElementOf<kElement>::Type;
-  if constexpr (kLayout == RowLayout::kUnaligned) {
+  if constexpr (kHasSoftcap || kLayout == RowLayout::kUnaligned) {
     using Config = ForwardConfig<Element, kDimQk, kDimV, MaskKind::kMasked, 1, kHasSoftcap, kLayout>;
     return launch_forward_kernel<Config>(params, stream);
-  } else if constexpr (kHasSoftcap) {
-    return launch_with_buffers<Element, kDimQk, kDimV, MaskKind::kMasked, true>(params, stream);
   } else {
     if (params.segments.mode || params.window.left < AttentionWindow::kUnbounded)
       return launch_with_buffers<Element, kDimQk, kDimV, MaskKind::kMasked>(params, stream);
