@@ -13,4 +13,12 @@ const Kernel* find_kernel(const Kernel (&kernels)[kCount], const AttentionShape&
   return nullptr;
 }
 
+// Those of the call's row layout.
+template <class Kernel, int kAligned, int kUnaligned>
+const Kernel* find_kernel(const Kernel (&aligned)[kAligned], const Kernel (&unaligned)[kUnaligned],
+                          const AttentionShape& shape, int element_bytes) {
+  return row_layout(shape, element_bytes) == RowLayout::kAligned ? find_kernel(aligned, shape)
+                                                                 : find_kernel(unaligned, shape);
+}
+
 }  // namespace selfattn::cuda

@@ -129,10 +129,7 @@ struct OperandTile {
 
   // A chunk of the tile to a row of global memory that has `columns` columns left, one at least.
   static __device__ __forceinline__ void store_chunk(uint16_t* g_chunk, const unsigned char* s_chunk, int columns) {
-    if constexpr (kLayout == RowLayout::kUnaligned)
-      cuda::store_chunk(g_chunk, *reinterpret_cast<const uint4*>(s_chunk), columns);
-    else
-      *reinterpret_cast<uint4*>(g_chunk) = *reinterpret_cast<const uint4*>(s_chunk);
+    store_row_chunk<kLayout>(g_chunk, *reinterpret_cast<const uint4*>(s_chunk), columns);
   }
 
   // Operands of 16 columns, step after step: of a place in step 0 (below) that in another.

@@ -21,8 +21,7 @@
 //     what nearly all scores of a trained model want. A warp that meets a larger one takes the exponential for it, and
 //     its time.
 //   - One term less: 5e-7 where |x / cap| < 1/2, but 1.1e-5 up to 3/4. A choice of the degree by what a warp meets
-//   would
-//     let other documents' scores change a logit's last bits.
+//     would let other documents' scores change a logit's last bits.
 #pragma once
 #include <algorithm>
 #include <limits>

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "flash/params.h"
 #include "ptx/async_copy.cuh"
 
 namespace selfattn::cuda {
@@ -19,9 +20,8 @@ __device__ __forceinline__ bool has_pieces(const void* g_chunk, int bytes) {
 // Starts the copies of a chunk that has_pieces, to shared memory; zeros behind its first `bytes` bytes.
 template <int kPieceBytes>
 __device__ __forceinline__ void copy_chunk_async(uint32_t s_chunk, const void* g_chunk, int bytes) {
-  constexpr int kChunkBytes = 16;
 #pragma unroll
-  for (int at = 0; at < kChunkBytes; at += kPieceBytes)
+  for (int at = 0; at < kRowChunkBytes; at += kPieceBytes)
     ptx::copy_piece_async<kPieceBytes>(s_chunk + at, static_cast<const char*>(g_chunk) + at, at < bytes);
 }
 
@@ -98,6 +98,25 @@ __device__ __forceinline__ void store_chunk(float* g_chunk, const float4& chunk,
   if (count > 1) g_chunk[1] = chunk.y;
   if (count > 2) g_chunk[2] = chunk.z;
   if (count > 3) g_chunk[3] = chunk.w;
+}
+
+// Chunks of rows of either layout, which have `columns` columns left, one at least. Chunk: uint4 of 16-bit elements,
+// float4 of float32.
+
+template <RowLayout kLayout, class Chunk, class Element>
+__device__ __forceinline__ Chunk load_row_chunk(const Element* g_chunk, int columns) {
+  if constexpr (kLayout == RowLayout::kUnaligned)
+    return load_chunk(g_chunk, columns);
+  else
+    return *reinterpret_cast<const Chunk*>(g_chunk);
+}
+
+template <RowLayout kLayout, class Chunk, class Element>
+__device__ __forceinline__ void store_row_chunk(Element* g_chunk, const Chunk& chunk, int columns) {
+  if constexpr (kLayout == RowLayout::kUnaligned)
+    store_chunk(g_chunk, chunk, columns);
+  else
+    *reinterpret_cast<Chunk*>(g_chunk) = chunk;
 }
 
 }  // namespace selfattn::cuda

@@ -32,8 +32,7 @@ constexpr BackwardKernels kUnalignedKernels[] = {kernels_for<64, RowLayout::kUna
                                                  kernels_for<256, RowLayout::kUnaligned>()};
 
 const BackwardKernels* find_kernel(const AttentionShape& shape) {
-  return row_layout(shape, sizeof(float)) == RowLayout::kAligned ? find_kernel(kKernels, shape)
-                                                                 : find_kernel(kUnalignedKernels, shape);
+  return find_kernel(kKernels, kUnalignedKernels, shape, sizeof(float));
 }
 
 }  // namespace

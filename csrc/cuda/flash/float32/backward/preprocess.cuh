@@ -14,15 +14,6 @@ inline int preprocess_blocks(const BackwardKernelParams& p) {
   return p.call.shape.batch * p.call.shape.num_heads * (p.stat_pitch / kStatRows);
 }
 
-// A chunk of a row that has `columns` columns left, one at least.
-template <RowLayout kLayout>
-__device__ __forceinline__ float4 load_row_chunk(const float* g_chunk, int columns) {
-  if constexpr (kLayout == RowLayout::kUnaligned)
-    return load_chunk(g_chunk, columns);
-  else
-    return *reinterpret_cast<const float4*>(g_chunk);
-}
-
 // A thread block has kStatRows rows of a head; kLanesOfRow lanes share a row. delta stands for the sum of P dP over a
 // row, and dP is made of rounded dO in "tf32": so dO is rounded here, too, or what should cancel would not (in a row of
 // one key all of it).
@@ -43,9 +34,10 @@ __global__ void __launch_bounds__(kPreprocessThreads)
     float delta = 0.f;
 #pragma unroll 1
     for (int column = first_column; is_there && column < shape.dim_v; column += kLanesOfRow * kChunkElements) {
-      const float4 a = load_row_chunk<kLayout>(g_out + row * p.call.out.stride_token + column, shape.dim_v - column),
-                   b = load_row_chunk<kLayout>(g_grad_out + row * p.call.grad_out.stride_token + column,
-                                               shape.dim_v - column);
+      const float4 a = load_row_chunk<kLayout, float4>(g_out + row * p.call.out.stride_token + column,
+                                                       shape.dim_v - column),
+                   b = load_row_chunk<kLayout, float4>(g_grad_out + row * p.call.grad_out.stride_token + column,
+                                                       shape.dim_v - column);
       const auto rounded = [](float x) {
         return kPrecision == Precision::kTf32 && !is_exceptional(x) ? round_to_tf32(x) : x;
       };

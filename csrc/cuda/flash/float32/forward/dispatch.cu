@@ -36,8 +36,7 @@ constexpr ForwardKernel kUnalignedKernels[] = {kernel_for<64, RowLayout::kUnalig
                                                kernel_for<256, RowLayout::kUnaligned>()};
 
 const ForwardKernel* find_kernel(const AttentionShape& shape) {
-  return row_layout(shape, sizeof(float)) == RowLayout::kAligned ? find_kernel(kKernels, shape)
-                                                                 : find_kernel(kUnalignedKernels, shape);
+  return find_kernel(kKernels, kUnalignedKernels, shape, sizeof(float));
 }
 
 }  // namespace

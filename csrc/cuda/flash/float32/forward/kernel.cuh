@@ -11,6 +11,7 @@
 #include "flash/float32/softcap.cuh"
 #include "flash/tile/key_blocks.cuh"
 #include "flash/tile/mask.cuh"
+#include "flash/tile/row_segments.cuh"
 #include "flash/tile/tile_order.cuh"
 #include "softmax.cuh"
 
@@ -53,7 +54,7 @@ __device__ __forceinline__ QueryTile describe_tile(const ForwardKernelParams& p)
   }
   const int first = tile.index * Config::kTileQuery, last = min(first + Config::kTileQuery, shape.query_length) - 1;
   const Interval keys{keys_of_row(p.call, tile, first).begin, keys_of_row(p.call, tile, last).end};
-  tile.blocks = {keys.begin / Config::kTileKey, keys.end > keys.begin ? (keys.end - 1) / Config::kTileKey + 1 : 0};
+  tile.blocks = blocks_of(keys, Config::kTileKey);
   return tile;
 }
 

@@ -54,11 +54,8 @@ constexpr BackwardKernels kUnalignedSoftcapKernels[] = {
 };
 
 const BackwardKernels* find_kernel(const BackwardParams& params) {
-  const AttentionShape& shape = params.shape;
-  const bool has_softcap = params.softcap > 0.f;
-  if (row_layout(shape, kElementBytes) == RowLayout::kUnaligned)
-    return has_softcap ? find_kernel(kUnalignedSoftcapKernels, shape) : find_kernel(kUnalignedKernels, shape);
-  return has_softcap ? find_kernel(kSoftcapKernels, shape) : find_kernel(kKernels, shape);
+  return params.softcap > 0.f ? find_kernel(kSoftcapKernels, kUnalignedSoftcapKernels, params.shape, kElementBytes)
+                              : find_kernel(kKernels, kUnalignedKernels, params.shape, kElementBytes);
 }
 
 }  // namespace

@@ -20,22 +20,13 @@ __device__ __forceinline__ float dot(const uint4& a, const uint4& b) {
   return sum;
 }
 
-// A chunk of a row that has `columns` columns left, one at least.
-template <RowLayout kLayout>
-__device__ __forceinline__ uint4 load_row_chunk(const uint16_t* g_chunk, int columns) {
-  if constexpr (kLayout == RowLayout::kUnaligned)
-    return load_chunk(g_chunk, columns);
-  else
-    return *reinterpret_cast<const uint4*>(g_chunk);
-}
-
 template <class Element, RowLayout kLayout>
 __device__ __noinline__ bool is_query_finite(const BackwardKernelParams& p, int batch, int head, int row) {
   const uint16_t* g_row = head_of(p.call.q, batch, head) + row * p.call.q.stride_token;
   ptx::FiniteTest<Element> finite;
 #pragma unroll 1
   for (int column = 0; column < p.call.shape.dim_qk; column += kChunkElements) {
-    const uint4 chunk = load_row_chunk<kLayout>(g_row + column, p.call.shape.dim_qk - column);
+    const uint4 chunk = load_row_chunk<kLayout, uint4>(g_row + column, p.call.shape.dim_qk - column);
     finite.add(chunk.x), finite.add(chunk.y), finite.add(chunk.z), finite.add(chunk.w);
   }
   return finite.all_finite();
@@ -63,9 +54,9 @@ __global__ void __launch_bounds__(kPreprocessThreads)
       const int64_t row = first_row + (base + i) * kRowsAtOnce;
       const bool is_there = row < shape.query_length && column < shape.dim_v;
       const int columns = shape.dim_v - column;
-      out[i] = is_there ? load_row_chunk<kLayout>(g_out + row * p.call.out.stride_token, columns) : uint4{};
+      out[i] = is_there ? load_row_chunk<kLayout, uint4>(g_out + row * p.call.out.stride_token, columns) : uint4{};
       grad_out[i] =
-          is_there ? load_row_chunk<kLayout>(g_grad_out + row * p.call.grad_out.stride_token, columns) : uint4{};
+          is_there ? load_row_chunk<kLayout, uint4>(g_grad_out + row * p.call.grad_out.stride_token, columns) : uint4{};
     }
 #pragma unroll
     for (int i = 0; i < kRoundsAtOnce; i++) {

@@ -17,6 +17,7 @@
 #include "flash/tile/key_blocks.cuh"
 #include "flash/tile/mask.cuh"
 #include "flash/tile/online_softmax.cuh"
+#include "flash/tile/row_segments.cuh"
 #include "flash/tile/tile_order.cuh"
 #include "ptx/arithmetic.cuh"
 #include "ptx/mma.cuh"
@@ -68,7 +69,7 @@ __device__ __forceinline__ Interval blocks_of_tile(const ForwardParams& call, co
       keys = keys & Interval{segments.key_begin[row + first_row], segments.key_end[row + last_row]};
     }
   }
-  return {keys.begin / Config::kTileKey, keys.end > keys.begin ? (keys.end - 1) / Config::kTileKey + 1 : 0};
+  return blocks_of(keys, Config::kTileKey);
 }
 
 // The ways through a tile.
