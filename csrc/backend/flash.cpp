@@ -13,16 +13,10 @@ constexpr int64_t kMaxHeadDimCpu = 512;
 
 bool is_float32(const AttentionProblem& problem) { return problem.query.scalar_type() == at::kFloat; }
 
-// Whether both head dimensions are whole multiples of 16 bytes: other kernels serve those that are not.
-bool is_aligned(const AttentionProblem& problem) {
-  constexpr int64_t kChunkBytes = 16;
-  const int64_t chunk = kChunkBytes / problem.query.element_size();
-  return problem.head_dim() % chunk == 0 && problem.value_head_dim() % chunk == 0;
-}
-
 // The kernels of a CUDA tensor's device and compute capability for the call.
 FlashSupport find_support(const AttentionProblem& problem, int capability) {
-  return find_flash_support(problem.query.device().index(), capability, is_float32(problem), is_aligned(problem));
+  const bool is_aligned = are_rows_aligned(problem.head_dim(), problem.value_head_dim(), problem.query.element_size());
+  return find_flash_support(problem.query.device().index(), capability, is_float32(problem), is_aligned);
 }
 
 // What they take; null elsewhere, and where there are none.

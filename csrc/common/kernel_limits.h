@@ -14,14 +14,25 @@ struct KernelLimits {
   int64_t max_packed_length;  ///< of a row with segment ids
 };
 
+/// What kernels copy at a time.
+constexpr int kRowChunkBytes = 16;
+
+/// Whether rows of these head dimensions are whole multiples of that: other kernels serve those that are not. Int: an
+/// integer, or a symbolic one.
+template <class Int>
+bool are_rows_aligned(const Int& head_dim, const Int& value_head_dim, int64_t element_bytes) {
+  const int64_t chunk = kRowChunkBytes / element_bytes;
+  return head_dim % chunk == 0 && value_head_dim % chunk == 0;
+}
+
 /// The limits of a CUDA device's flash kernels, or the reason why it has none.
 struct FlashSupport {
   const KernelLimits* limits = nullptr;
   std::string reason;  ///< where limits is null
 };
 
-/// Of a device and its compute capability (10 * major + minor), for float32 or for 16-bit elements. is_aligned: both
-/// head dimensions are whole multiples of 16 bytes.
+/// Of a device and its compute capability (10 * major + minor), for float32 or for 16-bit elements. is_aligned:
+/// are_rows_aligned.
 FlashSupport find_flash_support(int device, int capability, bool is_float32, bool is_aligned);
 
 /// "8.6" for 86.

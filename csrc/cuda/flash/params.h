@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "common/kernel_limits.h"
 #include "flash/segments/tables.h"
 
 namespace selfattn::cuda {
@@ -15,7 +16,6 @@ enum class RowLayout {
   kAligned,    // in whole chunks of 16 bytes: head dimensions, strides and addresses are multiples of 16 bytes
   kUnaligned,  // from any element on
 };
-constexpr int kRowChunkBytes = 16;
 
 // A (batch, tokens, heads, dim) tensor: any strides (in elements), dim contiguous; data and strides as RowLayout says.
 // The stride of a dimension of size 1 is never used.
@@ -31,8 +31,7 @@ struct AttentionShape {
 };
 
 inline RowLayout row_layout(const AttentionShape& shape, int element_bytes) {
-  const bool is_aligned = (shape.dim_qk * element_bytes | shape.dim_v * element_bytes) % kRowChunkBytes == 0;
-  return is_aligned ? RowLayout::kAligned : RowLayout::kUnaligned;
+  return are_rows_aligned(shape.dim_qk, shape.dim_v, element_bytes) ? RowLayout::kAligned : RowLayout::kUnaligned;
 }
 
 // Query i stands at key position i' = i + key_length - query_length and may see the keys i' - left .. i' + right.
