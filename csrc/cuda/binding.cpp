@@ -11,16 +11,6 @@
 namespace selfattn::cuda {
 namespace {
 
-bool has_kernel_layout(const at::Tensor& tensor, RowLayout layout) {
-  const int64_t chunk_bytes = layout == RowLayout::kAligned ? kRowChunkBytes : tensor.element_size();
-  if (tensor.stride(3) != 1 || reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % chunk_bytes != 0) return false;
-  const int64_t chunk = chunk_bytes / tensor.element_size();
-  for (int64_t dim = 0; dim < 3; dim++) {
-    if (tensor.size(dim) > 1 && (tensor.stride(dim) <= 0 || tensor.stride(dim) % chunk != 0)) return false;
-  }
-  return true;
-}
-
 int window_side(int64_t size) {
   return size < 0 || size > AttentionWindow::kUnbounded ? AttentionWindow::kUnbounded : static_cast<int>(size);
 }
@@ -43,12 +33,22 @@ at::Tensor empty_like_contiguous(const at::Tensor& tensor) {
   return empty(tensor.sizes(), tensor.scalar_type(), tensor.device());
 }
 
+bool has_kernel_layout(const at::Tensor& tensor, RowLayout layout) {
+  const int64_t chunk_bytes = layout == RowLayout::kAligned ? kRowChunkBytes : tensor.element_size();
+  if (tensor.stride(3) != 1 || reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % chunk_bytes != 0) return false;
+  const int64_t chunk = chunk_bytes / tensor.element_size();
+  for (int64_t dim = 0; dim < 3; dim++) {
+    if (tensor.size(dim) > 1 && (tensor.stride(dim) <= 0 || tensor.stride(dim) % chunk != 0)) return false;
+  }
+  return true;
+}
+
 at::Tensor with_kernel_layout(const at::Tensor& tensor, RowLayout layout) {
   return has_kernel_layout(tensor, layout) ? tensor : tensor.clone(at::MemoryFormat::Contiguous);
 }
 
-ResultMemory::ResultMemory(const at::Tensor& result, RowLayout layout)
-    : result_(result), rows_(has_kernel_layout(result, layout) ? result : empty_like_contiguous(result)) {}
+ResultMemory::ResultMemory(const at::Tensor& result, bool is_writable)
+    : result_(result), rows_(is_writable ? result : empty_like_contiguous(result)) {}
 
 void ResultMemory::hand_over() const {
   if (!rows_.is_same(result_)) result_.copy_(rows_);

@@ -24,12 +24,15 @@ at::Tensor empty_like_contiguous(const at::Tensor& tensor);
 /// (expanded gradients, odd views).
 at::Tensor with_kernel_layout(const at::Tensor& tensor, RowLayout layout);
 
-/// Memory of a caller's (B, S, N, D), contiguous, that the kernels are to fill, where they can write it: of aligned
-/// rows they store 16 bytes at a time. Where it does not start at a multiple of those, they fill rows(), a tensor of
-/// its own, which hand_over() copies there behind them.
+/// Whether with_kernel_layout gives the tensor itself.
+bool has_kernel_layout(const at::Tensor& tensor, RowLayout layout);
+
+/// Memory of a caller's (B, S, N, D), contiguous, that kernels are to fill. Where they cannot write it, as it does not
+/// start at a multiple of the 16 bytes that they store at a time, they fill rows(), a tensor of its own, which
+/// hand_over() copies there behind them.
 class ResultMemory {
  public:
-  ResultMemory(const at::Tensor& result, RowLayout layout);
+  ResultMemory(const at::Tensor& result, bool is_writable);
   const at::Tensor& rows() const { return rows_; }
   void hand_over() const;
 

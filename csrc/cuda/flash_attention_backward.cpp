@@ -42,7 +42,8 @@ void attend_backward_into(const AttentionProblem& problem, const AttentionGradie
                value = with_kernel_layout(v, layout);
   const Tensor out_rows = with_kernel_layout(out, layout), grad_out_rows = with_kernel_layout(grad_out, layout);
   const Tensor lse_rows = lse.contiguous(), grad_lse_rows = grad_lse ? grad_lse->contiguous() : Tensor();
-  const ResultMemory grad_q(dq, layout), grad_k(dk, layout), grad_v(dv, layout);
+  const auto memory_of = [&](const Tensor& result) { return ResultMemory(result, has_kernel_layout(result, layout)); };
+  const ResultMemory grad_q = memory_of(dq), grad_k = memory_of(dk), grad_v = memory_of(dv);
 
   BackwardParams params{};
   params.shape = shape;

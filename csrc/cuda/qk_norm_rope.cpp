@@ -39,7 +39,7 @@ bool have_kernels(const Tensor& q, const Tensor& k) {
 }
 
 /// Whether the kernels can read it as it lies and, if it is contiguous, write it.
-bool has_kernel_layout(const Tensor& x) {
+bool is_usable(const Tensor& x) {
   if (x.size(3) != 1 && x.stride(3) != 1) return false;
   if (!has_vector_kernel(x.size(3))) return true;
   const int64_t elements = static_cast<int64_t>(kVectorBytes) / x.element_size();
@@ -50,7 +50,7 @@ bool has_kernel_layout(const Tensor& x) {
 }
 
 /// The tensor itself where the kernels can read it, else a contiguous copy.
-Tensor readable(const Tensor& x) { return has_kernel_layout(x) ? x : x.clone(at::MemoryFormat::Contiguous); }
+Tensor readable(const Tensor& x) { return is_usable(x) ? x : x.clone(at::MemoryFormat::Contiguous); }
 
 HeadsView view_of_heads(const Tensor& x) { return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
 
@@ -229,11 +229,9 @@ NormRopeGradients qk_norm_rope_backward_cuda(const NormRopeCall& call, const Ten
 
 NormRopeWeightGradients qk_norm_rope_backward_in_place_cuda(const NormRopeCall& call, Tensor& grad_q, Tensor& grad_k) {
   if (!have_kernels(grad_q, grad_k)) return copy_norm_rope_backward(call, grad_q, grad_k);
-  const auto writable = [](const Tensor& grad) { return has_kernel_layout(grad) ? grad : empty_like_contiguous(grad); };
-  const Tensor dq = writable(grad_q), dk = writable(grad_k);
-  NormRopeWeightGradients weight_gradients = launch_backward(call, {grad_q, grad_k}, {dq, dk});
-  if (!dq.is_same(grad_q)) grad_q.copy_(dq);
-  if (!dk.is_same(grad_k)) grad_k.copy_(dk);
+  const ResultMemory dq(grad_q, is_usable(grad_q)), dk(grad_k, is_usable(grad_k));
+  NormRopeWeightGradients weight_gradients = launch_backward(call, {grad_q, grad_k}, {dq.rows(), dk.rows()});
+  dq.hand_over(), dk.hand_over();
   return weight_gradients;
 }
 
