@@ -11,14 +11,12 @@
 namespace selfattn::cuda::sm80 {
 
 template <class Config>
-cudaError_t launch_forward_kernel(const ForwardParams& params, cudaStream_t stream) {
+cudaError_t launch_forward_kernel(const ForwardParams& params, int device, cudaStream_t stream) {
   constexpr int64_t kLastSectionBytes = 64 << 20;
   const ForwardKernelParams p{
       params, make_schedule(params.shape, Config::kTileQuery, Config::kMask != MaskKind::kFull, kLastSectionBytes),
       SoftcapExponent::of(params.scale, params.softcap)};
   const auto kernel = flash_attention_forward_kernel<Config>;
-  int device = 0;
-  if (const cudaError_t status = cudaGetDevice(&device)) return status;
   constexpr int kBytes = sizeof(typename Config::SharedStorage);
   if (const cudaError_t status = allow_shared_memory<Config>(kernel, kBytes, device)) return status;
   kernel<<<p.schedule.tiles, Config::kThreads, kBytes, stream>>>(p);
@@ -37,20 +35,19 @@ int buffers_for(int bytes_of_one, int bytes_of_two, int most_bytes) {
 }
 
 template <class Element, int kDimQk, int kDimV, MaskKind kMask>
-cudaError_t launch_with_buffers(const ForwardParams& params, cudaStream_t stream) {
+cudaError_t launch_with_buffers(const ForwardParams& params, int device, cudaStream_t stream) {
   using Tiles = ForwardTiles<kDimQk, kDimV>;
   using WithOne = ForwardConfig<Element, kDimQk, kDimV, kMask, 1>;
   if constexpr (Tiles::kMostBuffers == 2) {
     using WithTwo = ForwardConfig<Element, kDimQk, kDimV, kMask, 2>;
-    int device = 0, most_bytes = 0;
-    if (const cudaError_t status = cudaGetDevice(&device)) return status;
+    int most_bytes = 0;
     if (const cudaError_t status = find_shared_memory(device, most_bytes)) return status;
     constexpr int kBytesOfOne = sizeof(typename WithOne::SharedStorage),
                   kBytesOfTwo = sizeof(typename WithTwo::SharedStorage);
     if (buffers_for<Tiles>(kBytesOfOne, kBytesOfTwo, most_bytes) == 2)
-      return launch_forward_kernel<WithTwo>(params, stream);
+      return launch_forward_kernel<WithTwo>(params, device, stream);
   }
-  return launch_forward_kernel<WithOne>(params, stream);
+  return launch_forward_kernel<WithOne>(params, device, stream);
 }
 
 // With softcap, and of unaligned rows, one kernel serves every mask, with one buffer.
@@ -58,15 +55,17 @@ template <ElementType kElement, int kDimQk, int kDimV, bool kHasSoftcap, RowLayo
 cudaError_t ForwardLauncher<kElement, kDimQk, kDimV, kHasSoftcap, kLayout>::launch(const ForwardParams& params,
                                                                                    cudaStream_t stream) {
   using Element = typename ElementOf<kElement>::Type;
+  int device = 0;
+  if (const cudaError_t status = cudaGetDevice(&device)) return status;
   if constexpr (kHasSoftcap || kLayout == RowLayout::kUnaligned) {
     using Config = ForwardConfig<Element, kDimQk, kDimV, MaskKind::kMasked, 1, kHasSoftcap, kLayout>;
-    return launch_forward_kernel<Config>(params, stream);
+    return launch_forward_kernel<Config>(params, device, stream);
   } else {
     if (params.segments.mode || params.window.left < AttentionWindow::kUnbounded)
-      return launch_with_buffers<Element, kDimQk, kDimV, MaskKind::kMasked>(params, stream);
+      return launch_with_buffers<Element, kDimQk, kDimV, MaskKind::kMasked>(params, device, stream);
     if (params.window.right < AttentionWindow::kUnbounded)
-      return launch_with_buffers<Element, kDimQk, kDimV, MaskKind::kCausal>(params, stream);
-    return launch_with_buffers<Element, kDimQk, kDimV, MaskKind::kFull>(params, stream);
+      return launch_with_buffers<Element, kDimQk, kDimV, MaskKind::kCausal>(params, device, stream);
+    return launch_with_buffers<Element, kDimQk, kDimV, MaskKind::kFull>(params, device, stream);
   }
 }
 
