@@ -2,12 +2,14 @@
 
     SELFATTN_LIBRARY=build/libselfattn.so python benchmarks/gpu_tests.py --workers 8
 
-A record: counts, names of what failed, device, family of CUDA kernels, driver software, commit, date. --family forces a
-family, so that both can be tested on one card.
+A record: counts, names of what failed, what pytest was asked for besides, device, family of CUDA kernels, the shared
+memory that a thread block was allowed (SELFATTN_SHARED_MEMORY, KiB; null: the card's own), software, commit, date.
+--family forces a family, so that both can be tested on one card.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -48,7 +50,8 @@ def main() -> int:
         report = Path(folder) / "report.xml"
         run_tests(report, arguments.workers, extra)
         result = summarise(report)
-    record = {**result, **describe_run(arguments.commit)}
+    asked = {"arguments": extra, "shared_memory": os.environ.get("SELFATTN_SHARED_MEMORY")}
+    record = {**result, **asked, **describe_run(arguments.commit)}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     with arguments.out.open("a") as out:
         out.write(json.dumps(record) + "\n")
