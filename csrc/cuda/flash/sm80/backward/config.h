@@ -173,22 +173,22 @@ struct DkdvConfig : DkdvTiles<kDimQk_, kDimV_> {
                 "one sum at a time: of whole blocks, dK through the memory of V, as K is wanted for dV");
 };
 
-template <class Element_, int kDimQk_, int kDimV_, bool kHasSoftcap_ = false, RowLayout kLayout_ = RowLayout::kAligned>
+// For aligned rows alone.
+template <class Element_, int kDimQk_, int kDimV_, bool kHasSoftcap_ = false>
 struct SinglePassConfig : SinglePassTiles<kDimQk_, kDimV_> {
   using Tiles = SinglePassTiles<kDimQk_, kDimV_>;
   using Element = Element_;
   static constexpr bool kHasSoftcap = kHasSoftcap_;
-  static constexpr RowLayout kLayout = kLayout_;
   static constexpr int kDimQk = kDimQk_, kDimV = kDimV_;
   static constexpr int kThreads = Tiles::kWarps * kWarpSize, kTileQuery = 64;
   static constexpr int kKeyBlock = BackwardTileRows<kDimQk_, kDimV_>::kOfDkdv;  // in the tables of segments
   static constexpr int kTeams = Tiles::kTileKey / Tiles::kWarpKeys, kTeamWarps = Tiles::kWarps / kTeams;
   static constexpr int kWarpQueries = kTileQuery / kTeamWarps;
 
-  using Key = OperandTile<Tiles::kTileKey, kDimQk, kLayout>;  // dK leaves through its memory, dV through that of V
-  using Value = OperandTile<Tiles::kTileKey, kDimV, kLayout>;
-  using Query = OperandTile<kTileQuery, kDimQk, kLayout>;
-  using GradOut = OperandTile<kTileQuery, kDimV, kLayout>;
+  using Key = OperandTile<Tiles::kTileKey, kDimQk>;  // dK leaves through its memory, dV through that of V
+  using Value = OperandTile<Tiles::kTileKey, kDimV>;
+  using Query = OperandTile<kTileQuery, kDimQk>;
+  using GradOut = OperandTile<kTileQuery, kDimV>;
   using Score = OperandTile<Tiles::kTileKey, kTileQuery>;
   static constexpr bool kHasWeights = kTeamWarps > 1 && !Tiles::kSharesScores;
 

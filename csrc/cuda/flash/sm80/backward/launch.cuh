@@ -3,7 +3,8 @@
 //
 //   preprocess  takes the statistics of the rows of queries.
 //
-// The single pass multiplies S and dP once, five products, and adds dQ up in global memory:
+// The single pass multiplies S and dP once, five products, and adds dQ up in global memory. Rows that are not aligned,
+// which are rare, have no kernel of it: it would take a third of the time and bytes of theirs.
 //   single pass  a thread block a key tile
 //   postprocess  rounds the sums of dQ
 // The two passes keep every sum in registers and add it up in one order, so their gradients are bitwise equal from call
@@ -134,10 +135,12 @@ cudaError_t BackwardLauncher<kElement, kDimQk, kDimV, kHasSoftcap, kLayout>::lau
 
   if (p.of_queries.tiles)
     if (const cudaError_t status = launch_preprocess<Element, kDimV, kLayout>(p, stream)) return status;
-  using SinglePassOf = SinglePassConfig<Element, kDimQk, kDimV, kHasSoftcap, kLayout>;
-  const BackwardPlan plan = plan_backward<SinglePassOf>(params, device);
-  if (plan.is_single_pass)
-    return launch_single_pass<SinglePassOf>(p, plan, row_bytes * shape.query_length * group, is_even, device, stream);
+  if constexpr (kLayout == RowLayout::kAligned) {
+    using SinglePass = SinglePassConfig<Element, kDimQk, kDimV, kHasSoftcap>;
+    const BackwardPlan plan = plan_backward<SinglePass>(params, device);
+    if (plan.is_single_pass)
+      return launch_single_pass<SinglePass>(p, plan, row_bytes * shape.query_length * group, is_even, device, stream);
+  }
   if (p.of_queries.tiles) {
     if (const cudaError_t status =
             launch_tiles<Queries>(flash_attention_backward_dq_kernel<Queries>, p, p.of_queries.tiles, device, stream))
@@ -149,11 +152,13 @@ cudaError_t BackwardLauncher<kElement, kDimQk, kDimV, kHasSoftcap, kLayout>::lau
 
 template <ElementType kElement, int kDimQk, int kDimV, bool kHasSoftcap, RowLayout kLayout>
 int64_t BackwardLauncher<kElement, kDimQk, kDimV, kHasSoftcap, kLayout>::workspace_bytes(const BackwardParams& params) {
-  using Config = SinglePassConfig<typename ElementOf<kElement>::Type, kDimQk, kDimV, kHasSoftcap, kLayout>;
   int device = 0, sms = 0;
   if (find_device(device, sms)) return 0;  // the launch will say it
-  const int64_t floats =
-      2 * stat_count(params.shape) + dq_sum_count<Config>(params.shape, plan_backward<Config>(params, device));
+  int64_t floats = 2 * stat_count(params.shape);
+  if constexpr (kLayout == RowLayout::kAligned) {
+    using SinglePass = SinglePassConfig<typename ElementOf<kElement>::Type, kDimQk, kDimV, kHasSoftcap>;
+    floats += dq_sum_count<SinglePass>(params.shape, plan_backward<SinglePass>(params, device));
+  }
   return int64_t(sizeof(float)) * floats;
 }
 
