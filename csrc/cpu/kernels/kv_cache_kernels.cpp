@@ -79,44 +79,60 @@ class KvCacheAttention {
     }
   }
 
+  /// Where the rows of a span lie, counted from the first one of their head.
+  struct RowOffsets {
+    int64_t key[kCacheSpan], value[kCacheSpan];
+  };
+
   void walk(const CacheTile& tile, Span keys, float* states) {
-    for (int64_t first = keys.first; first < keys.end;) {
-      const Span span{first, std::min(first / kCacheSpan * kCacheSpan + kCacheSpan, keys.end)};
-      locate(tile, span);
-      for (int64_t head = heads_.first; head < heads_.end; ++head) attend_span(tile, span, head, states);
-      first = span.end;
+    const auto span_from = [&](int64_t first) {
+      return Span{first, std::min(first / kCacheSpan * kCacheSpan + kCacheSpan, keys.end)};
+    };
+    RowOffsets offsets, next_offsets;
+    if (!keys.is_empty()) locate(tile, span_from(keys.first), next_offsets);
+    for (Span span = span_from(keys.first); !span.is_empty(); span = span_from(span.end)) {
+      offsets = next_offsets;
+      if (span.end < keys.end) locate(tile, span_from(span.end), next_offsets);
+      for (int64_t head = heads_.first; head < heads_.end; ++head) {
+        const bool is_last_head = head + 1 == heads_.end;
+        const T *const key_base = key_of(head), *const value_base = value_of(head);
+        const T* const next_base = key_of(is_last_head ? heads_.first : head + 1);
+        const int64_t* const next_key = is_last_head ? next_offsets.key : offsets.key;
+        for (int64_t i = 0; i < kCacheSpan; ++i) {
+          keys_[i] = key_base + offsets.key[i];
+          values_[i] = value_base + offsets.value[i];
+          next_keys_[i] = next_base + next_key[i];
+        }
+        attend_span(tile, span, head, states);
+      }
     }
   }
 
-  /// Where the rows of the first key head lie.
-  void locate(const CacheTile& tile, Span span) {
+  const T* key_of(int64_t head) const { return static_cast<const T*>(p_.key.data) + head * p_.key.head_stride; }
+  const T* value_of(int64_t head) const { return static_cast<const T*>(p_.value.data) + head * p_.value.head_stride; }
+
+  /// The last key stands in for those after it, so that vectors of scores are whole.
+  void locate(const CacheTile& tile, Span span, RowOffsets& offsets) const {
     for (int64_t token = span.first; token < span.end;) {
       const int64_t page = token / p_.page_size, end = std::min((page + 1) * p_.page_size, span.end);
       const int64_t place = p_.page_table ? p_.page_table[tile.cache_row * p_.pages_per_row + page] : tile.cache_row;
       for (int64_t in_page = token - page * p_.page_size; token < end; ++token, ++in_page) {
-        key_offset_[token - span.first] = place * p_.key.page_stride + in_page * p_.key.token_stride;
-        value_offset_[token - span.first] = place * p_.value.page_stride + in_page * p_.value.token_stride;
+        offsets.key[token - span.first] = place * p_.key.page_stride + in_page * p_.key.token_stride;
+        offsets.value[token - span.first] = place * p_.value.page_stride + in_page * p_.value.token_stride;
       }
     }
-    // Vectors of scores are whole: the last key stands in for those after it.
-    for (int64_t i = span.count(); i < round_up(span.count(), kLanes); ++i) {
-      key_offset_[i] = key_offset_[i - 1], value_offset_[i] = value_offset_[i - 1];
-    }
+    std::fill(offsets.key + span.count(), offsets.key + kCacheSpan, offsets.key[span.count() - 1]);
+    std::fill(offsets.value + span.count(), offsets.value + kCacheSpan, offsets.value[span.count() - 1]);
   }
 
+  /// Each product fetches what the next one reads: scores the values, weighted values the next head's keys.
   void attend_span(const CacheTile& tile, Span span, int64_t head, float* states) {
     const int64_t count = span.count(), lanes = round_up(count, kLanes);
-    const T* const key_base = static_cast<const T*>(p_.key.data) + head * p_.key.head_stride;
-    const T* const value_base = static_cast<const T*>(p_.value.data) + head * p_.value.head_stride;
-    for (int64_t i = 0; i < lanes; ++i)
-      keys_[i] = key_base + key_offset_[i], values_[i] = value_base + value_offset_[i];
-
     const E* const query = query_rows(head);
     for (int64_t key = 0; key < lanes; key += kLanes) {
-      prefetch_values(key);
       for_row_groups(tile.rows, [&]<int kRows>(int64_t row) {
         score_rows<kRows>(query + row * depth_, depth_, keys_ + key, p_.head_dim, scores_ + row * kCacheSpan + key,
-                          kCacheSpan);
+                          kCacheSpan, row == 0 ? values_ + key : nullptr, p_.value_dim);
       });
     }
 
@@ -141,7 +157,8 @@ class KvCacheAttention {
     }
 
     for_row_groups(tile.rows, [&]<int kRows>(int64_t row) {
-      add_values<kRows>(weights(row), kCacheSpan, values_, common, p_.value_dim, state.out_of(row), columns_);
+      add_values<kRows>(weights(row), kCacheSpan, values_, common, p_.value_dim, state.out_of(row), columns_,
+                        next_keys_);
     });
     for_others([&](int64_t i) {
       for (int64_t row = 0; row < tile.rows; ++row) {
@@ -149,14 +166,6 @@ class KvCacheAttention {
         add_value(static_cast<float>(weights(row)[i]), values_[i], p_.value_dim, state.out_of(row));
       }
     });
-  }
-
-  void prefetch_values(int64_t first) const {
-    const int64_t bytes = p_.value_dim * static_cast<int64_t>(sizeof(T));
-    for (int64_t i = first; i < first + kLanes; ++i) {
-      const char* const row = reinterpret_cast<const char*>(values_[i]);
-      for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(row + byte);
-    }
   }
 
   E* weights(int64_t row) const {
@@ -198,8 +207,7 @@ class KvCacheAttention {
   Span heads_;
   E *query_, *weights_;
   float *scores_, *states_;
-  int64_t key_offset_[kCacheSpan], value_offset_[kCacheSpan];
-  const T *keys_[kCacheSpan], *values_[kCacheSpan];
+  const T *keys_[kCacheSpan], *values_[kCacheSpan], *next_keys_[kCacheSpan];  // the rows of a span and head
 };
 
 template <typename T, typename E>

@@ -111,7 +111,9 @@ struct CacheOperand<c10::BFloat16, c10::BFloat16> {
     return (__m512bh)_mm512_maskz_loadu_epi16((1u << count) - 1, p);
   }
   static Elements load_query(const c10::BFloat16* p) { return load(p); }
-  static Register multiply_add(const Elements& a, const Elements& b, const Register& c) { return _mm512_dpbf16_ps(c, a, b); }
+  static Register multiply_add(const Elements& a, const Elements& b, const Register& c) {
+    return _mm512_dpbf16_ps(c, a, b);
+  }
 
   static Elements broadcast_weight(const c10::BFloat16* p) { return Operand<c10::BFloat16>::broadcast(p); }
   /// Two keys' elements beside each other; the sums of each half of a 128-bit lane come in a vector of their own.
@@ -144,8 +146,7 @@ Vec score_lanes(const E* query, int64_t query_stride, const T* const* keys, int6
 #pragma GCC unroll 16
     for (int key = 0; key < kKeys; ++key) {
       const T* const p = keys[key] + d;
-      const typename Op::Elements r_key =
-          kIsWhole || d + Op::kStep <= dim ? Op::load(p) : Op::load(p, dim - d);
+      const typename Op::Elements r_key = kIsWhole || d + Op::kStep <= dim ? Op::load(p) : Op::load(p, dim - d);
 #pragma GCC unroll 16
       for (int row = 0; row < kRows; ++row) {
         r_sum[row * kKeys + key] = Op::multiply_add(r_query[row], r_key, r_sum[row * kKeys + key]);
@@ -155,12 +156,22 @@ Vec score_lanes(const E* query, int64_t query_stride, const T* const* keys, int6
   return sums_of(r_sum);
 }
 
-/// Scores of kRows query rows and kLanes keys.
+constexpr int64_t kCacheLine = 64;
+
+template <typename T>
+void prefetch_row(const T* row, int64_t dim) {
+  for (int64_t i = 0; i < dim; i += kCacheLine / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + i);
+}
+
+/// Scores of kRows query rows and kLanes keys. Fetches as many rows of `fetched`, or null.
 template <int kRows, typename T, typename E>
 void score_rows(const E* query, int64_t query_stride, const T* const* keys, int64_t dim, float* score,
-                int64_t score_stride) {
+                int64_t score_stride, const T* const* fetched, int64_t fetched_dim) {
   constexpr int kKeys = kLanes / kRows;
   for (int key = 0; key < kLanes; key += kKeys) {
+    if (fetched) {
+      for (int i = key; i < key + kKeys; ++i) prefetch_row(fetched[i], fetched_dim);
+    }
     alignas(64) float lanes[kLanes];
     const bool is_whole = dim % CacheOperand<T, E>::kStep == 0;
     const Vec r_score = is_whole ? score_lanes<kRows, true>(query, query_stride, keys + key, dim)
@@ -182,7 +193,7 @@ void for_row_groups(int64_t rows, const Apply& apply) {
 /// out (kRows x kSteps steps) += weights (kRows x keys) * values, from `column` on; the last step has `last` elements.
 template <int kRows, int kSteps, bool kIsWhole, typename T, typename E>
 void add_value_tile(const E* weights, int64_t weight_stride, const T* const* values, Span keys, int64_t column,
-                    int64_t last, float* out, int64_t out_stride) {
+                    int64_t last, float* out, int64_t out_stride, const T* const* fetched) {
   using Op = CacheOperand<T, E>;
   constexpr int kVectors = kSteps * Op::kStepVectors;
   Register r_sum[kRows][kVectors];
@@ -198,6 +209,13 @@ void add_value_tile(const E* weights, int64_t weight_stride, const T* const* val
   };
   const auto add_keys = [&](int64_t key, const auto& load_next) {
     typename Op::Elements r_value[kVectors];
+#pragma GCC unroll 8
+    for (int unit = 0; unit < Op::kKeyUnit; ++unit) {
+#pragma GCC unroll 8
+      for (int64_t i = 0; i < kSteps * Op::kStep; i += kCacheLine / static_cast<int64_t>(sizeof(T))) {
+        __builtin_prefetch(fetched[key + unit] + column + i);
+      }
+    }
 #pragma GCC unroll 8
     for (int step = 0; step < kSteps; ++step) {
       if constexpr (Op::kKeyUnit == 2) {
@@ -229,25 +247,26 @@ void add_value_tile(const E* weights, int64_t weight_stride, const T* const* val
 /// The same of all `dim` columns, kSteps steps at a time as long as there are so many.
 template <int kRows, int kSteps, typename T, typename E>
 void add_value_columns(const E* weights, int64_t weight_stride, const T* const* values, Span keys, int64_t column,
-                       int64_t dim, float* out, int64_t out_stride) {
+                       int64_t dim, float* out, int64_t out_stride, const T* const* fetched) {
   constexpr int64_t kStep = CacheOperand<T, E>::kStep;
   for (; column + kSteps * kStep <= dim; column += kSteps * kStep) {
-    add_value_tile<kRows, kSteps, true>(weights, weight_stride, values, keys, column, kStep, out, out_stride);
+    add_value_tile<kRows, kSteps, true>(weights, weight_stride, values, keys, column, kStep, out, out_stride, fetched);
   }
   if constexpr (kSteps > 1) {
-    add_value_columns<kRows, kSteps / 2>(weights, weight_stride, values, keys, column, dim, out, out_stride);
+    add_value_columns<kRows, kSteps / 2>(weights, weight_stride, values, keys, column, dim, out, out_stride, fetched);
   } else if (column < dim) {
-    add_value_tile<kRows, 1, false>(weights, weight_stride, values, keys, column, dim - column, out, out_stride);
+    add_value_tile<kRows, 1, false>(weights, weight_stride, values, keys, column, dim - column, out, out_stride,
+                                    fetched);
   }
 }
 
-/// out (kRows x dim) += weights * values of those keys.
+/// out (kRows x dim) += weights * values of those keys. Fetches their columns of the rows of `fetched`.
 template <int kRows, typename T, typename E>
 void add_values(const E* weights, int64_t weight_stride, const T* const* values, Span keys, int64_t dim, float* out,
-                int64_t out_stride) {
+                int64_t out_stride, const T* const* fetched) {
   constexpr int kVectors = std::min<int>(8, kLanes / kRows);  // of sums, a row
   add_value_columns<kRows, kVectors / CacheOperand<T, E>::kStepVectors>(weights, weight_stride, values, keys, 0, dim,
-                                                                        out, out_stride);
+                                                                      out, out_stride, fetched);
 }
 
 /// out (dim) += weight * one value.
