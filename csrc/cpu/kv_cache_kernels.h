@@ -17,14 +17,9 @@ struct CacheView {
 
 /// A query token: where its heads are, and the keys of its cache row that it may attend to.
 struct CacheQuery {
-  int32_t batch, token;        // of q and out
-  int64_t first_key, end_key;  // empty where equal
-  uint32_t draft_keys;         // bit i: key first_draft_key + i of its tile, too
-
-  bool allows(int64_t key, int64_t first_draft_key) const {
-    if (first_key <= key && key < end_key) return true;
-    return key >= first_draft_key && key < first_draft_key + 32 && (draft_keys >> (key - first_draft_key) & 1);
-  }
+  int32_t batch, token;                // of q and out
+  int64_t first_key = 0, end_key = 0;  // empty where equal
+  uint32_t draft_keys = 0;             // bit i: key first_draft_key + i of its tile, too
 };
 
 /// Query rows of one cache row that go through its keys together: row = query token * group + head in the group,
@@ -36,7 +31,7 @@ struct CacheTile {
   int64_t first_draft_key;
   int64_t first_key = 0, end_key = 0;                // the keys that some row may attend to lie in here
   int64_t common_first_key = 0, common_end_key = 0;  // every row may attend to these
-  int64_t first_task = 0;                            // set by plan()
+  int64_t first_task = 0;                            // set by make_tiles
   int64_t first_chunk = 0, chunks = 1;               // likewise: pieces of keys, each a task of its own
 };
 
@@ -53,7 +48,7 @@ struct KvCacheKernelProblem {
   float* lse = nullptr;  // (B, NH, Sq)
   int64_t query_length;
   CacheView key, value;
-  const int32_t* page_table = nullptr;  // (cache rows, pages_per_row); null: page r is row r
+  const int64_t* page_table = nullptr;  // (cache rows, pages_per_row); null: page r is row r
   int64_t pages_per_row = 0;
   const float* sinks = nullptr;  // (NH,) or null
   const CacheQuery* queries;

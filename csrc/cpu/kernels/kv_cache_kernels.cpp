@@ -8,6 +8,12 @@
 namespace selfattn::cpu {
 inline namespace CPU_CAPABILITY {
 
+inline bool may_attend(const CacheQuery& query, int64_t key, int64_t first_draft_key) {
+  if (query.first_key <= key && key < query.end_key) return true;
+  const int64_t draft = key - first_draft_key;
+  return 0 <= draft && draft < 32 && (query.draft_keys >> draft & 1);
+}
+
 /// One task: a tile of queries walks over a chunk of keys in spans, and in each span over the key heads, so that memory
 /// is read in the order of the tokens.
 template <typename T, typename E>
@@ -150,7 +156,7 @@ class KvCacheAttention {
       if (rule_.is_prepared) rule_.prepare(score, {0, lanes});
       const CacheQuery& rules = query_of(tile, row);
       for_others([&](int64_t i) {
-        if (!rules.allows(span.first + i, tile.first_draft_key)) score[i] = -kInfinity;
+        if (!may_attend(rules, span.first + i, tile.first_draft_key)) score[i] = -kInfinity;
       });
       std::fill(score + count, score + lanes, -kInfinity);
       state.add(rule_, row, {0, lanes}, lanes, score, weights(row));
@@ -162,7 +168,7 @@ class KvCacheAttention {
     });
     for_others([&](int64_t i) {
       for (int64_t row = 0; row < tile.rows; ++row) {
-        if (!query_of(tile, row).allows(span.first + i, tile.first_draft_key)) continue;
+        if (!may_attend(query_of(tile, row), span.first + i, tile.first_draft_key)) continue;
         add_value(static_cast<float>(weights(row)[i]), values_[i], p_.value_dim, state.out_of(row));
       }
     });

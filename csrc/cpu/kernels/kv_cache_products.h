@@ -266,7 +266,7 @@ void add_values(const E* weights, int64_t weight_stride, const T* const* values,
                 int64_t out_stride, const T* const* fetched) {
   constexpr int kVectors = std::min<int>(8, kLanes / kRows);  // of sums, a row
   add_value_columns<kRows, kVectors / CacheOperand<T, E>::kStepVectors>(weights, weight_stride, values, keys, 0, dim,
-                                                                      out, out_stride, fetched);
+                                                                        out, out_stride, fetched);
 }
 
 /// out (dim) += weight * one value.
