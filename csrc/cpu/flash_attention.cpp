@@ -1,6 +1,8 @@
 // flash_attention and its backward on CPU: tensors -> problem -> tasks on threads.
 #include <torch/library.h>
 
+#include "cpu/flash_attention.h"
+
 #include "attention/flash_attention_op.h"
 #include "cpu/for_each_task.h"
 #include "cpu/gemm.h"
@@ -163,20 +165,6 @@ void run_forward(Call& call, ForwardProblem& problem) {
   if (problem.parts) call.run(problem, kernels.merge, tiles, 0, heads, workspace_bytes);
 }
 
-AttentionResults attend(const AttentionProblem& attention) {
-  const auto [out, lse] = empty_results(attention);
-  if (lse.numel() == 0) return {out, lse};
-
-  Call call(attention);
-  const at::Tensor sink_floats = contiguous_floats(attention.sinks);
-  ForwardProblem problem{call.problem};
-  problem.sinks = sink_floats.defined() ? sink_floats.const_data_ptr<float>() : nullptr;
-  problem.out = view_of(out);
-  problem.lse = lse.mutable_data_ptr<float>();
-  run_forward(call, problem);
-  return {out, lse};
-}
-
 void run_backward(Call& call, BackwardProblem& problem) {
   const FlashKernels& kernels = call.kernels();
   if (heads_load_evenly(call, kMostUnevenBackward)) {
@@ -223,10 +211,25 @@ InputGradients attend_backward(const AttentionProblem& attention, const Attentio
 }
 
 }  // namespace
+
+AttentionResults cpu::attend(const AttentionProblem& attention) {
+  const auto [out, lse] = empty_results(attention);
+  if (lse.numel() == 0) return {out, lse};
+
+  Call call(attention);
+  const at::Tensor sink_floats = contiguous_floats(attention.sinks);
+  ForwardProblem problem{call.problem};
+  problem.sinks = sink_floats.defined() ? sink_floats.const_data_ptr<float>() : nullptr;
+  problem.out = view_of(out);
+  problem.lse = lse.mutable_data_ptr<float>();
+  run_forward(call, problem);
+  return {out, lse};
+}
+
 }  // namespace selfattn
 
 TORCH_LIBRARY_IMPL(selfattn, CPU, m) {
   using namespace selfattn;
-  m.impl("flash_attention", TORCH_FN(flash_attention_from_schema<checked<attend>>));
+  m.impl("flash_attention", TORCH_FN(flash_attention_from_schema<checked<cpu::attend>>));
   m.impl("flash_attention_backward", TORCH_FN(FlashAttentionBackward::from_schema<checked<attend_backward>>));
 }

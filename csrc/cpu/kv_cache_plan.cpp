@@ -2,6 +2,7 @@
 
 #include <ATen/ops/zeros.h>
 
+#include <iterator>
 #include <limits>
 
 #include "kv_cache/positions.h"
@@ -122,12 +123,22 @@ int64_t KvCachePlan::first_draft_key(const KvCacheProblem& problem, const CacheR
   return problem.draft_mask ? run.length - problem.query.size(1) : std::numeric_limits<int64_t>::max();
 }
 
-void KvCachePlan::make_tiles(const KvCacheProblem& problem, int64_t long_run, int64_t threads) {
+std::vector<CacheRun> KvCachePlan::take_long_runs(const KvCacheProblem& problem, int64_t query_rows) {
+  const int64_t group = problem.query.size(2) / problem.key.size(2);
+  const auto is_long = [&](const CacheRun& run) {
+    return run.queries * group >= query_rows && run.queries <= run.length;
+  };
+  std::vector<CacheRun> long_runs;
+  std::copy_if(runs.begin(), runs.end(), std::back_inserter(long_runs), is_long);
+  std::erase_if(runs, is_long);
+  return long_runs;
+}
+
+void KvCachePlan::make_tiles(const KvCacheProblem& problem, int64_t threads) {
   const int64_t key_heads = problem.key.size(2), group = problem.query.size(2) / key_heads;
   int64_t keys = 0;
   for (const CacheRun& run : runs) {
     const int64_t rows = run.queries * group, first_draft = first_draft_key(problem, run);
-    if (rows >= long_run) continue;
     for (int64_t row = 0; row < rows; row += kCacheTileRows) {
       CacheTile tile{.cache_row = run.cache_row,
                      .first_query = run.first_query,

@@ -31,8 +31,11 @@ struct KvCachePlan {
   /// The first key that the draft bits of a run stand for.
   static int64_t first_draft_key(const KvCacheProblem& problem, const CacheRun& run);
 
-  /// Cuts the runs of less than `long_run` query rows into tiles, and their keys into chunks and tasks for the threads.
-  void make_tiles(const KvCacheProblem& problem, int64_t long_run, int64_t threads);
+  /// Removes the runs of at least so many query rows (queries times heads of a group), all of whose queries stand in
+  /// the row.
+  std::vector<CacheRun> take_long_runs(const KvCacheProblem& problem, int64_t query_rows);
+  /// Cuts the runs into tiles, and their keys into chunks and tasks for the threads.
+  void make_tiles(const KvCacheProblem& problem, int64_t threads);
 };
 
 /// Queries and runs. Throws c10::ValueError for lengths, ids, positions and pages out of range.
