@@ -1,21 +1,24 @@
 # The CPU backend. Its kernels are compiled once for each instruction set that ATen tells apart at run time, and those of
 # attention once more for AVX-512 with bfloat16 products.
 target_sources(selfattn PRIVATE csrc/cpu/flash_attention.cpp csrc/cpu/gemm.cpp csrc/cpu/kv_cache.cpp
-                                csrc/cpu/kv_cache_plan.cpp csrc/cpu/pair_table.cpp csrc/cpu/qk_norm_rope.cpp csrc/cpu/select_kernels.cpp)
+                                csrc/cpu/kv_cache_append.cpp csrc/cpu/kv_cache_plan.cpp csrc/cpu/pair_table.cpp
+                                csrc/cpu/qk_norm_rope.cpp csrc/cpu/select_kernels.cpp)
 
 # Threads come from at::parallel_for, which is inlined and needs OpenMP at compile time only: the runtime must be
 # LibTorch's own, so nothing is linked here.
 find_package(OpenMP COMPONENTS CXX)
 if(OpenMP_CXX_FOUND)
-  set_source_files_properties(csrc/cpu/flash_attention.cpp csrc/cpu/kv_cache.cpp csrc/cpu/qk_norm_rope.cpp
+  set_source_files_properties(csrc/cpu/flash_attention.cpp csrc/cpu/kv_cache.cpp csrc/cpu/kv_cache_append.cpp
+                              csrc/cpu/qk_norm_rope.cpp
                               PROPERTIES COMPILE_OPTIONS "${OpenMP_CXX_FLAGS}")
 endif()
 
+set(kernel_warnings -Wno-unknown-pragmas -Wno-maybe-uninitialized -Wno-uninitialized -Wno-psabi)
 function(add_cpu_kernels name capability vectors)
   set(source "${CMAKE_CURRENT_BINARY_DIR}/${name}_kernels.${capability}.cpp")
   file(CONFIGURE OUTPUT "${source}" CONTENT "#include \"cpu/kernels/${name}_kernels.cpp\"\n")
   set_source_files_properties(
-    "${source}" PROPERTIES COMPILE_OPTIONS "-O3;-Wno-unknown-pragmas;-Wno-maybe-uninitialized;-Wno-uninitialized;-Wno-psabi;${ARGN}"
+    "${source}" PROPERTIES COMPILE_OPTIONS "-O3;${kernel_warnings};${ARGN}"
                            COMPILE_DEFINITIONS "CPU_CAPABILITY=${capability};CPU_CAPABILITY_${vectors}")
   target_sources(selfattn PRIVATE "${source}")
 endfunction()
