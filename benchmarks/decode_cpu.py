@@ -2,9 +2,9 @@
 
 The implementations of a case take turns, so that a slow moment of the machine touches all of them; compare within a
 case. `read` sums up the same bytes as float32, in one vectorised pass; `share` is a row's bandwidth beside that of
-`read`. `sdpa_gqa` is scaled_dot_product_attention with enable_gqa, `sdpa_rows` the same with the heads of a group folded
-into the rows of one. Caches hold rows of equal length, (B, L, NKV, D), as serving fills them. Each measurement becomes a
-row of benchmarks/results/decode_cpu.jsonl.
+`read`. `sdpa_gqa` is scaled_dot_product_attention with enable_gqa, `sdpa_rows` the same with the heads of a group
+folded into the rows of one. Caches hold rows of equal length, (B, L, NKV, D), as serving fills them. Each measurement
+becomes a row of benchmarks/results/decode_cpu.jsonl.
 
     python benchmarks/decode_cpu.py --cases "32:8" --dtypes bfloat16 --threads 1 2
 """

@@ -37,6 +37,9 @@ const std::string& capability() {
   static const std::string name = at::get_cpu_capability();
   return name;
 }
+
+bool has_bfloat16_products() { return capability() == "AVX512" && __builtin_cpu_supports("avx512bf16"); }
+
 #define SELFATTN_FASTEST(KERNELS) \
   (capability() == "AVX512" ? AVX512::KERNELS : capability() == "AVX2" ? AVX2::KERNELS : DEFAULT::KERNELS)
 #else
@@ -44,12 +47,6 @@ const std::string& capability() {
 #endif
 
 }  // namespace
-
-#if defined(SELFATTN_X86_KERNELS)
-namespace {
-bool has_bfloat16_products() { return capability() == "AVX512" && __builtin_cpu_supports("avx512bf16"); }
-}  // namespace
-#endif
 
 KernelChoice select_kernels(c10::ScalarType dtype) {
 #if defined(SELFATTN_X86_KERNELS)
