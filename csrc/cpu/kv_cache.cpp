@@ -61,7 +61,7 @@ void attend_packed(const KvCacheProblem& call, const KvCachePlan& plan, const Ca
   lse.transpose(1, 2).index_put_({batch, token}, run_lse[0].t());
 }
 
-AttentionResults attend(const KvCacheProblem& call) {
+AttentionResults attend_cache(const KvCacheProblem& call) {
   const auto [out, lse] = empty_kv_cache_results(call);
   if (lse.numel() == 0) return {out, lse};
   KvCachePlan plan = plan_kv_cache(call);
@@ -119,5 +119,5 @@ AttentionResults attend(const KvCacheProblem& call) {
 
 TORCH_LIBRARY_IMPL(selfattn, CPU, m) {
   using namespace selfattn;
-  m.impl("flash_attention_kv_cache", TORCH_FN(flash_kv_cache_from_schema<checked<attend>>));
+  m.impl("flash_attention_kv_cache", TORCH_FN(flash_kv_cache_from_schema<checked<attend_cache>>));
 }
