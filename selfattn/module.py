@@ -35,22 +35,27 @@ def _is_plain_tensor(tensor: Tensor | None) -> bool:
     return kind is _Parameter or kind is Tensor or kind.__module__ in _TRACING
 
 
-def _is_untouched(module: nn.Module | None, expected: type[nn.Module]) -> bool:
-    """Whether calling ``module`` does what ``expected`` does with plain parameters, and nothing else: no subclass (a
-    parametrisation is one, too), no hooks, no forward of its own, no tensor subclasses as parameters. Every call of a
-    layer asks this six times."""
+def _is_unwrapped(module: nn.Module | None, expected: type[nn.Module]) -> bool:
+    """Whether calling ``module`` does what ``expected`` does, and nothing else: no subclass (a parametrisation is one,
+    too), no hooks, no forward of its own."""
     if type(module) is not expected:
         return False
     state = module.__dict__
-    if (
+    return not (
         state["_forward_hooks"]
         or state["_forward_pre_hooks"]
         or state["_backward_hooks"]
         or state["_backward_pre_hooks"]
         or "forward" in state
-    ):
+    )
+
+
+def _is_untouched(module: nn.Module | None, expected: type[nn.Module]) -> bool:
+    """Whether ``module`` is an unwrapped one of ``expected`` without tensor subclasses as parameters. Every call of a
+    layer asks this six times."""
+    if not _is_unwrapped(module, expected):
         return False
-    parameters = state["_parameters"]
+    parameters = module.__dict__["_parameters"]
     weight, bias = parameters.get("weight"), parameters.get("bias")
     return (type(weight) is _Parameter or _is_plain_tensor(weight)) and (bias is None or _is_plain_tensor(bias))
 
@@ -58,6 +63,13 @@ def _is_untouched(module: nn.Module | None, expected: type[nn.Module]) -> bool:
 def _are_all_modules_hooked() -> bool:
     """Whether hooks wait for every module that is called. torch.compile knows none of them."""
     return not torch.compiler.is_compiling() and bool(_has_any_global_hook())
+
+
+def _refuse_forward(request: str, *arguments: object) -> Tensor:
+    raise RuntimeError(
+        f"SelfAttention: config.parallel has {request}: expected selfattn.distributed.parallelize(model, mesh, "
+        "config.parallel) before the first call, got a layer on one device"
+    )
 
 
 class SelfAttention(nn.Module):
@@ -86,7 +98,9 @@ class SelfAttention(nn.Module):
 
     Raises:
         ValueError: ``embedding_dim`` or ``num_kv_heads`` does not fit ``head_dim``.
-        NotImplementedError: ``config.parallel`` asks for an axis over several devices.
+
+    A layer whose ``config.parallel`` asks something of it raises RuntimeError when it is called, until
+    ``selfattn.distributed.parallelize`` has done what is asked.
     """
 
     def __init__(
@@ -107,7 +121,6 @@ class SelfAttention(nn.Module):
                 f"SelfAttention: embedding_dim: expected a positive multiple of head_dim {config.head_dim}, "
                 f"got {embedding_dim}; give config.num_heads for other widths"
             )
-        config.parallel.require_single_device("SelfAttention")
         num_heads = embedding_dim // config.head_dim if config.num_heads is None else config.num_heads
         num_kv_heads = num_heads if config.num_kv_heads is None else config.num_kv_heads
         if num_heads % num_kv_heads != 0:
@@ -116,6 +129,10 @@ class SelfAttention(nn.Module):
                 f"(embedding_dim {embedding_dim} / head_dim {config.head_dim}), got {num_kv_heads}"
             )
 
+        self.parallel = config.parallel
+        request = config.parallel.request_to("SelfAttention")
+        # Called in the place of the forward pass; selfattn.distributed sets it, and takes the refusal away.
+        self._parallel_forward = None if request is None else functools.partial(_refuse_forward, request)
         self.embedding_dim = embedding_dim
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
@@ -228,6 +245,8 @@ class SelfAttention(nn.Module):
         Returns:
             (B, S, E), of x's dtype.
         """
+        if not torch.jit.is_scripting() and self._parallel_forward is not None:
+            return self._parallel_forward(self, x, freqs, segment_ids)
         freqs_sin: Tensor | None = None
         freqs_cos: Tensor | None = None
         if freqs is not None:
@@ -308,6 +327,8 @@ class SelfAttention(nn.Module):
     _script_fuses_norms = True
 
     def __prepare_scriptable__(self) -> "SelfAttention":
+        if self._parallel_forward is not None:
+            raise NotImplementedError("SelfAttention: TorchScript: expected a layer on one device, got a parallel one")
         self._script_calls_parts = not self._is_plain()
         self._script_fuses_norms = self._norms_are_plain()
         return self
@@ -367,9 +388,12 @@ class SelfAttention(nn.Module):
         else:
             q, k, v = (projection(x) for projection in projections)
         if not calls_any and self._norms_are_plain():
-            return self._attend(q, k, v, self._plain_norms(), freqs_sin, freqs_cos, ids)
-        q, k = self._call_norms(q, k)
-        return self._attend(q, k, v, (None, None, self.norm_eps), freqs_sin, freqs_cos, ids)
+            norms = self._plain_norms()
+        else:
+            q, k = self._call_norms(q, k)
+            norms = (None, None, self.norm_eps)
+        attended = self._attend(q, k, v, norms, self.sinks, freqs_sin, freqs_cos, ids)
+        return nn.functional.dropout(self.out_proj(attended), self.dropout_rate, self.training)
 
     def _compose_in_script(
         self, x: Tensor, freqs_sin: Tensor | None, freqs_cos: Tensor | None, segment_ids: Tensor | None
@@ -377,9 +401,12 @@ class SelfAttention(nn.Module):
         """``_compose`` for TorchScript: what is plain was found out when the layer was scripted."""
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if self._script_fuses_norms:
-            return self._attend(q, k, v, self._plain_norms(), freqs_sin, freqs_cos, segment_ids)
-        q, k = self._call_norms(q, k)
-        return self._attend(q, k, v, (None, None, self.norm_eps), freqs_sin, freqs_cos, segment_ids)
+            attended = self._attend(q, k, v, self._plain_norms(), self.sinks, freqs_sin, freqs_cos, segment_ids)
+        else:
+            q, k = self._call_norms(q, k)
+            norms = (None, None, self.norm_eps)
+            attended = self._attend(q, k, v, norms, self.sinks, freqs_sin, freqs_cos, segment_ids)
+        return nn.functional.dropout(self.out_proj(attended), self.dropout_rate, self.training)
 
     def _call_norms(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Of heads, or of whole projections; (B, S, heads * head_dim) each."""
@@ -401,19 +428,20 @@ class SelfAttention(nn.Module):
         k: Tensor,
         v: Tensor,
         norms: tuple[Tensor | None, Tensor | None, float],
+        sinks: Tensor | None,
         freqs_sin: Tensor | None,
         freqs_cos: Tensor | None,
         segment_ids: Tensor | None,
     ) -> Tensor:
-        """Everything behind the projections, with norms of ``_plain_norms`` that are yet to be applied."""
+        """What comes between the projections, with norms of ``_plain_norms`` that are yet to be applied."""
         q_norm_weight, k_norm_weight, norm_eps = norms
-        attended = torch.ops.selfattn.projected_attention(
+        return torch.ops.selfattn.projected_attention(
             q,
             k,
             v,
             q_norm_weight,
             k_norm_weight,
-            self.sinks,
+            sinks,
             freqs_sin,
             freqs_cos,
             segment_ids,
@@ -429,7 +457,6 @@ class SelfAttention(nn.Module):
             softcap=self.softcap,
             rope=self.rope,
         )
-        return nn.functional.dropout(self.out_proj(attended), self.dropout_rate, self.training)
 
     def extra_repr(self) -> str:
         parts = [f"{self.embedding_dim}, num_heads={self.num_heads}, head_dim={self.head_dim}"]
