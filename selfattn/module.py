@@ -35,6 +35,11 @@ def _is_plain_tensor(tensor: Tensor | None) -> bool:
     return kind is _Parameter or kind is Tensor or kind.__module__ in _TRACING
 
 
+def _is_dtensor(tensor: Tensor | None) -> bool:
+    """By name: the module of DTensor takes seconds to import."""
+    return type(tensor).__name__ == "DTensor"
+
+
 def _is_unwrapped(module: nn.Module | None, expected: type[nn.Module]) -> bool:
     """Whether calling ``module`` does what ``expected`` does, and nothing else: no subclass (a parametrisation is one,
     too), no hooks, no forward of its own."""
@@ -381,19 +386,44 @@ class SelfAttention(nn.Module):
     def _compose(self, x: Tensor, freqs_sin: Tensor | None, freqs_cos: Tensor | None, ids: Tensor | None) -> Tensor:
         """The forward pass by parts: what is plain stays fused, and every other submodule is called."""
         projections = (self.q_proj, self.k_proj, self.v_proj)
+        self._check_sharded(x)
         calls_any = _are_all_modules_hooked()
         if not calls_any and all(_is_untouched(projection, nn.Linear) for projection in projections):
             weights, biases = zip(*((p.weight, p.bias) for p in projections), strict=True)
             q, k, v = torch.ops.selfattn.project_query_key_value(x, *weights, *biases)
         else:
             q, k, v = (projection(x) for projection in projections)
+            if _is_dtensor(q) or _is_dtensor(self.q_proj._parameters.get("weight")):
+                from selfattn.distributed._dtensor import heads_as_dtensors
+
+                q, k, v = heads_as_dtensors(projections, (q, k, v), self.head_dim)
         if not calls_any and self._norms_are_plain():
             norms = self._plain_norms()
         else:
             q, k = self._call_norms(q, k)
             norms = (None, None, self.norm_eps)
-        attended = self._attend(q, k, v, norms, self.sinks, freqs_sin, freqs_cos, ids)
+        sinks = self.sinks
+        if _is_dtensor(q):
+            from selfattn.distributed._dtensor import replicated, sinks_of
+
+            shared = (*norms[:2], freqs_sin, freqs_cos, ids)
+            *weights, freqs_sin, freqs_cos, ids = (replicated(tensor, q.device_mesh) for tensor in shared)
+            norms, sinks = (*weights, norms[2]), sinks_of(sinks, q)
+        attended = self._attend(q, k, v, norms, sinks, freqs_sin, freqs_cos, ids)
         return nn.functional.dropout(self.out_proj(attended), self.dropout_rate, self.training)
+
+    def _check_sharded(self, x: Tensor) -> None:
+        """Throws where sharded weights would meet a plain x without a plan that shards it."""
+        if _is_dtensor(x):
+            return
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            projection = self._modules[name]
+            if not projection._forward_pre_hooks and _is_dtensor(projection._parameters.get("weight")):
+                raise TypeError(
+                    f"SelfAttention: {name}.weight is a DTensor and x is none: expected fully_shard of the layer or "
+                    "model, which is then called as a whole, selfattn.distributed.TensorParallel, or ColwiseParallel "
+                    "and RowwiseParallel of every projection"
+                )
 
     def _compose_in_script(
         self, x: Tensor, freqs_sin: Tensor | None, freqs_cos: Tensor | None, segment_ids: Tensor | None

@@ -1,10 +1,16 @@
-"""Models over several devices, on PyTorch's engines: DeviceMesh, DTensor, FSDP2, DDP and functional collectives."""
+"""Models over several devices, on PyTorch's engines: DeviceMesh, DTensor, FSDP2, DDP and functional collectives.
+
+Importing this module registers how DTensor may shard the operators of selfattn.
+"""
 
 import torch
 
 if not torch.distributed.is_available():
     raise ImportError("selfattn.distributed: expected a PyTorch with torch.distributed, got one that is built without")
 
+from selfattn.distributed import _sharding_rules
 from selfattn.distributed._tensor_parallel import TensorParallel
+
+_sharding_rules.register()
 
 __all__ = ["TensorParallel"]
