@@ -1,6 +1,6 @@
 """Models over several devices, on PyTorch's engines: DeviceMesh, DTensor, FSDP2, DDP and functional collectives.
 
-Importing this module registers how DTensor may shard the operators of selfattn.
+docs/scale_out.md is the guide. Importing this module registers how DTensor may shard the operators of selfattn.
 """
 
 import torch
@@ -9,8 +9,9 @@ if not torch.distributed.is_available():
     raise ImportError("selfattn.distributed: expected a PyTorch with torch.distributed, got one that is built without")
 
 from selfattn.distributed import _sharding_rules
+from selfattn.distributed._parallelize import parallelize
 from selfattn.distributed._tensor_parallel import TensorParallel
 
 _sharding_rules.register()
 
-__all__ = ["TensorParallel"]
+__all__ = ["TensorParallel", "parallelize"]

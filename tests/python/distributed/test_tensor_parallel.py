@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import parallelize_module
 
-from selfattn import SelfAttention, SelfAttentionConfig, precompute_freqs
+from selfattn import SelfAttention, SelfAttentionConfig
 from selfattn.distributed import TensorParallel
 
 BATCH, LENGTH, WIDTH, HEAD_DIM = 2, 12, 32, 8

@@ -8,7 +8,7 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,6 +16,8 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor._redistribute import clear_redistribute_planner_cache
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 import selfattn.distributed  # noqa: F401 -- before processes are forked off the one that holds it
 
@@ -67,17 +69,22 @@ class Ranks:
 
     def close(self) -> None:
         for process, connection in self._workers:
-            connection.send(None)
-            process.join()
+            if process.is_alive():
+                connection.send(None)
+                process.join()
 
 
 def _outcome(process: multiprocessing.Process, connection: Connection) -> tuple[bool, Any]:
-    ready = wait([connection, process.sentinel], timeout=2 * _TIMEOUT)
-    if connection in ready:
-        return connection.recv()
-    process.kill()
-    process.join()
-    return False, f"ended with exit code {process.exitcode}" if ready else "hung, and was killed"
+    hangs = not connection.poll(2 * _TIMEOUT)
+    try:
+        return connection.recv() if not hangs else (False, "hung, and was killed")
+    except EOFError:
+        process.join()
+        return False, f"ended with exit code {process.exitcode}"
+    finally:
+        if hangs:
+            process.kill()
+            process.join()
 
 
 def _serve(connection: Connection) -> None:
@@ -103,6 +110,8 @@ def _load(file: str) -> ModuleType:
 
 def _call(store: str, rank: int, world_size: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
     torch.manual_seed(0)
+    for clear in (_clear_sharding_prop_cache, clear_redistribute_planner_cache):  # of the groups of the call before
+        clear()
     dist.init_process_group(
         "gloo",
         store=dist.FileStore(store, world_size),
