@@ -119,7 +119,11 @@ class ProjectOutput(torch.autograd.Function):
             out = _project_halves(group, attended.flatten(0, 1), weight, half).view(batch, length, -1)
         else:
             out = group.finish(group.start_sum(torch.nn.functional.linear(attended, weight)))
-        return out if bias is None else out.add_(bias)
+        if bias is None:
+            return out
+        return (
+            out + bias if torch.compiler.is_compiling() else out.add_(bias)
+        )  # what is traced loses its gradient in place
 
     @staticmethod
     @once_differentiable

@@ -145,7 +145,7 @@ class HeadsForward(NamedTuple):
         """``SelfAttention.forward``, of shards of the sequence where it is sharded."""
         _check_unwrapped(layer)
         self._check_input(layer, x, segment_ids)
-        if dist.get_debug_level() != dist.DebugLevel.OFF and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and dist.get_debug_level() != dist.DebugLevel.OFF:
             self._check_agreement(layer, x, freqs, segment_ids)
 
         projections = (layer.q_proj, layer.k_proj, layer.v_proj, layer.out_proj)
