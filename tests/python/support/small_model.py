@@ -77,12 +77,17 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, numbers: list[int]
         optimizer.step()
 
 
+def train_mean(model: nn.Module, optimizer: torch.optim.Optimizer, numbers: range) -> None:
+    """One step of one process that computes several batches: their losses' mean."""
+    optimizer.zero_grad()
+    (sum(loss_of(model, number) for number in numbers) / len(numbers)).backward()
+    optimizer.step()
+
+
 def train_alone(ranks: int, steps: range, **options: Any) -> LanguageModel:
-    """One process that computes the batches of all ranks: their losses' mean."""
+    """One process that computes the batches of all ranks."""
     model = make_model(**options)
     optimizer = make_optimizer(model)
     for step in steps:
-        optimizer.zero_grad()
-        (sum(loss_of(model, step * ranks + rank) for rank in range(ranks)) / ranks).backward()
-        optimizer.step()
+        train_mean(model, optimizer, range(step * ranks, (step + 1) * ranks))
     return model
