@@ -10,8 +10,9 @@ if not torch.distributed.is_available():
 
 from selfattn.distributed import _sharding_rules
 from selfattn.distributed._parallelize import parallelize
+from selfattn.distributed._parameters import clip_grad_norm_, parameter_groups
 from selfattn.distributed._tensor_parallel import TensorParallel
 
 _sharding_rules.register()
 
-__all__ = ["TensorParallel", "parallelize"]
+__all__ = ["TensorParallel", "clip_grad_norm_", "parallelize", "parameter_groups"]

@@ -10,13 +10,20 @@ from support.problems import error
 from support.ranks import Ranks
 from support.small_model import data_rank, make_model, make_optimizer, train, train_mean, whole
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
 from torch.distributed.checkpoint.stateful import Stateful
 
 from selfattn import ParallelConfig
 from selfattn.distributed import parallelize
 
 FSDP = {"fsdp_modules": ["Block"], "fsdp_min_weight_size": 100}
+BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)
+"""The optimizer's state by the parameters' names: groups of parameters differ with the axes."""
 
 
 class State(Stateful):
@@ -32,11 +39,12 @@ class State(Stateful):
         self.optimizer = make_optimizer(self.model)
 
     def state_dict(self) -> dict[str, Any]:
-        model, optimizer = get_state_dict(self.model, self.optimizer)
+        model, optimizer = get_state_dict(self.model, self.optimizer, options=BY_NAME)
         return {"model": model, "optimizer": optimizer}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        states = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
+        set_state_dict(self.model, self.optimizer, **states, options=BY_NAME)
 
 
 def save(fields: dict[str, Any], folder: str) -> None:

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from selfattn import ParallelConfig, SelfAttention
-from selfattn.distributed import parallelize
+from selfattn.distributed import clip_grad_norm_, parallelize
 
 STEPS = range(3)
 FSDP = {"fsdp_modules": ["Block"], "fsdp_min_weight_size": 0}
@@ -221,3 +221,27 @@ def check_meta() -> None:
 
 def test_model_on_meta(ranks: Ranks) -> None:
     ranks.run(check_meta, 4)
+
+
+def check_clipping(fields: dict[str, Any], norm_type: float) -> None:
+    """The norm is that of one process, and so are the gradients after a step of clipping."""
+    model, rank, ranks = make_parallel(fields)
+    alone = make_model()
+    loss_of(model, rank).backward()
+    (sum(loss_of(alone, number) for number in range(ranks)) / ranks).backward()
+    expected = nn.utils.clip_grad_norm_(alone.parameters(), 0.1, norm_type)
+    norm = clip_grad_norm_(model.parameters(), 0.1, norm_type)
+    assert norm.shape == () and expected > 0.1
+    assert error(norm, expected) < 1e-9
+    for (name, parameter), reference in zip(model.named_parameters(), alone.parameters(), strict=True):
+        assert error(whole(parameter.grad), reference.grad) < 1e-9, name
+
+
+@pytest.mark.parametrize("norm_type", [2.0, float("inf")])
+@pytest.mark.parametrize(
+    "fields",
+    [{"model_axis_size": 4}, {"fsdp_axis_size": 2, "model_axis_size": 2, **SMALL_WHOLE}, {"fsdp_axis_size": 4, **FSDP}],
+    ids=str,
+)
+def test_clipping(ranks: Ranks, fields: dict[str, Any], norm_type: float) -> None:
+    ranks.run(check_clipping, 4, fields, norm_type)

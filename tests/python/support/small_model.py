@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from selfattn import ParallelConfig, SelfAttention, SelfAttentionConfig
+from selfattn.distributed import parameter_groups
 
 VOCABULARY, WIDTH, HEAD_DIM, BATCH, LENGTH = 11, 32, 8, 2, 10
 
@@ -66,7 +67,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr=0.05, foreach=False)
+    return torch.optim.AdamW(parameter_groups(model.parameters()), lr=0.05, foreach=True)
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, numbers: list[int]) -> None:
