@@ -88,7 +88,13 @@ def _rule(operator: OpOverload) -> Callable[..., list[tuple[list[Placement], lis
     return acceptable
 
 
+def _assertion(*arguments: object) -> list[tuple[list[Placement], list[Placement]]]:
+    return [([], [Replicate()])]
+
+
 def register() -> None:
+    # Values of int64 ids and positions are checked on the device; PyTorch has no rule for that.
+    register_sharding(torch.ops.aten._assert_async.msg)(_assertion)
     for name in _OPERATORS:
         operator = getattr(torch.ops.selfattn, name).default
         register_sharding(operator)(_rule(operator))

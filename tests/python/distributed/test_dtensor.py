@@ -30,13 +30,17 @@ def make_mesh() -> DeviceMesh:
 
 
 def check_operator(
-    operator: str, placement: Placement, inputs: dict[str, tuple[int, ...]], options: dict[str, Any]
+    operator: str,
+    placement: Placement,
+    inputs: dict[str, tuple[int, ...]],
+    options: dict[str, Any],
+    id_dtype: torch.dtype = torch.int32,
 ) -> None:
     """Values and gradients of every floating input against plain tensors; the forward pass communicates nothing."""
     mesh = make_mesh()
     torch.manual_seed(0)
     plain = {name: torch.randn(shape) for name, shape in inputs.items()}
-    ids = {name: make_ids("packed", BATCH, LENGTH) for name in ("segment_ids",) if "attention" in operator}
+    ids = {name: make_ids("packed", BATCH, LENGTH).to(id_dtype) for name in ("segment_ids",) if "attention" in operator}
     call = getattr(torch.ops.selfattn, operator)
 
     def place(name: str, tensor: torch.Tensor) -> DTensor:
@@ -85,6 +89,11 @@ def test_operator(
     ranks: Ranks, operator: str, inputs: dict[str, tuple[int, ...]], options: dict[str, Any], placement: Placement
 ) -> None:
     ranks.run(check_operator, 2, operator, placement, inputs, options)
+
+
+@pytest.mark.parametrize("operator", ["multihead_attention", "qk_norm_rope_attention"])
+def test_int64_ids(ranks: Ranks, operator: str) -> None:
+    ranks.run(check_operator, 2, operator, Shard(2), HEADS, {}, torch.int64)
 
 
 def test_key_heads_that_the_mesh_does_not_divide_are_gathered(ranks: Ranks) -> None:
