@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper, checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.parallel import DistributedDataParallel
@@ -161,32 +161,44 @@ def _fully_shard(model: nn.Module, mesh: DeviceMesh, config: ParallelConfig, siz
     axes = [config.fsdp_axis_name]
     if sizes["data"] > 1:
         axes.insert(0, config.data_axis_name)
-    whole = [p for p in model.parameters() if p.numel() < config.fsdp_min_weight_size]
+    whole = {p for p in model.parameters() if p.numel() < config.fsdp_min_weight_size}
     dtypes = (config.fsdp_gather_dtype, config.fsdp_grad_scatter_dtype)
     param_dtype, reduce_dtype = (None if name is None else _DTYPES[name] for name in dtypes)
     options = {
         "mesh": mesh[tuple(axes)],
         "mp_policy": MixedPrecisionPolicy(param_dtype, reduce_dtype, cast_forward_inputs=False),
-        "ignored_params": set(whole),
+        "ignored_params": whole,
     }
     wrappers = [module for module in model.modules() if isinstance(module, CheckpointWrapper)]
     recomputed = {wrapper._checkpoint_wrapped_module: wrapper for wrapper in wrappers}
     for module in reversed(list(model.modules())):  # children before parents
         if type(module).__name__ in config.fsdp_modules:
             fully_shard(recomputed.get(module, module), **options)
-    if not hasattr(model, "unshard"):
+    if not isinstance(model, FSDPModule):
         fully_shard(model, **options)
-    ranks = [(mesh.get_group(axis), mesh[axis].size()) for axis in axes]
-    _average_gradients([p for p in whole if p.requires_grad], [(group, size) for group, size in ranks if size > 1])
+    groups = [mesh.get_group(axis) for axis in axes if mesh[axis].size() > 1]
+    if groups:
+        _average_gradients(model, config.fsdp_min_weight_size, groups)
     return model
 
 
-def _average_gradients(parameters: list[nn.Parameter], groups: list[tuple[dist.ProcessGroup, int]]) -> None:
-    """Has the gradients of weights that FSDP2 leaves alone averaged over ranks whenever a backward pass ends.
+def _average_gradients(model: nn.Module, least: int, groups: list[dist.ProcessGroup]) -> None:
+    """Has the gradients of weights below ``least`` elements, which FSDP2 leaves alone, averaged over ranks whenever a
+    backward pass ends.
 
     A gradient that is averaged already stays what it is: passes that accumulate give what one pass gives.
     """
+    parameters: list[nn.Parameter] = []
     are_due = False
+
+    def watch(*_: object) -> None:
+        """At the first call: those of a model on meta have been replaced by then."""
+        handle.remove()
+        parameters.extend(p for p in model.parameters() if p.numel() < least and p.requires_grad)
+        for parameter in parameters:
+            parameter.register_post_accumulate_grad_hook(hook)
+
+    handle = model.register_forward_pre_hook(watch)
 
     def average() -> None:
         nonlocal are_due
@@ -194,9 +206,9 @@ def _average_gradients(parameters: list[nn.Parameter], groups: list[tuple[dist.P
         for dtype in dict.fromkeys(p.dtype for p in parameters):
             grads = [_local_gradient(p) for p in parameters if p.dtype == dtype]
             flat = torch.cat([grad.flatten() for grad in grads])
-            for group, size in groups:
+            for group in groups:
                 dist.all_reduce(flat, group=group)
-                flat /= size
+                flat /= group.size()
             for grad, mean in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
                 grad.copy_(mean.view_as(grad))
 
@@ -208,9 +220,6 @@ def _average_gradients(parameters: list[nn.Parameter], groups: list[tuple[dist.P
             are_due = True
             # Behind FSDP2's own callback, which a rank may queue earlier or later: collectives need one order.
             engine.queue_callback(lambda: engine.queue_callback(average))
-
-    for parameter in parameters if groups else ():
-        parameter.register_post_accumulate_grad_hook(hook)
 
 
 def _local_gradient(parameter: nn.Parameter) -> Tensor:
