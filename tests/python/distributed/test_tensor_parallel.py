@@ -9,6 +9,7 @@ import torch
 from support.problems import error, make_ids
 from support.ranks import Ranks
 from torch import Tensor
+from torch._C._distributed_c10d import _get_work_registry_size
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import parallelize_module
@@ -96,6 +97,7 @@ def check_layer(options: dict[str, Any], plan: dict[str, bool], dtype: torch.dty
         out.backward(shard(grad))
         assert error(out, shard(expected)) < tolerance
     assert error(local.grad, shard(own.grad)) < tolerance
+    assert _get_work_registry_size() == 0  # collectives that nobody has waited for
     for (name, parameter), (_, reference) in zip(parallel.named_parameters(), layer.named_parameters(), strict=True):
         assert parameter.shape == reference.shape, name
         assert error(whole(parameter), reference) == 0, name
