@@ -119,11 +119,9 @@ class ProjectOutput(torch.autograd.Function):
             out = _project_halves(group, attended.flatten(0, 1), weight, half).view(batch, length, -1)
         else:
             out = group.finish(group.start_sum(torch.nn.functional.linear(attended, weight)))
-        if bias is None:
-            return out
-        return (
-            out + bias if torch.compiler.is_compiling() else out.add_(bias)
-        )  # what is traced loses its gradient in place
+        if bias is not None:  # in place, except that what is traced would lose its gradient
+            out = out + bias if torch.compiler.is_compiling() else out.add_(bias)
+        return out
 
     @staticmethod
     @once_differentiable

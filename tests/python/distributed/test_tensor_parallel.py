@@ -272,6 +272,23 @@ def test_frozen_parameters_and_no_grad(ranks: Ranks) -> None:
     ranks.run(check_frozen, 2)
 
 
+def check_copy() -> None:
+    """As running means of weights are kept: a copy computes with its own."""
+    layer = make_parallel(**KERNELS)
+    x, ids, _ = make_input()
+    other = copy.deepcopy(layer)
+    expected = layer(x, None, ids)
+    assert error(other(x, None, ids), expected) == 0
+    with torch.no_grad():
+        layer.v_proj.weight.mul_(2)
+    assert error(other(x, None, ids), expected) == 0
+    assert error(layer(x, None, ids), expected) > 0.1
+
+
+def test_copy(ranks: Ranks) -> None:
+    ranks.run(check_copy, 2)
+
+
 def check_dropout() -> None:
     """One seed on every rank drops what one process drops."""
     layer = make_layer(dropout_rate=0.5)

@@ -15,11 +15,13 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch._dynamo
 import torch.distributed as dist
+import torch.distributed.checkpoint
 from torch.distributed.tensor._redistribute import clear_redistribute_planner_cache
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
-import selfattn.distributed  # noqa: F401 -- before processes are forked off the one that holds it
+import selfattn.distributed  # noqa: F401 -- these take long: once, before processes are forked off
 
 _TIMEOUT = 60
 """Seconds after which a collective gives up, and with it a test that hangs."""
