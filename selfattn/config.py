@@ -1,14 +1,22 @@
 """What a self-attention layer is, as data: validated when made, and written to and read from plain dictionaries."""
 
+import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from selfattn._validated_config import _ValidatedConfig
 from selfattn.rope import RopeParameters
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+_AXES = ("pipeline", "data", "fsdp", "context", "model")
+"""Of the device mesh, as the fields of ``ParallelConfig`` name them."""
 
 _DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 
@@ -45,38 +53,43 @@ class AttentionBackend(str, Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig(_ValidatedConfig):
-    """How a model is spread over devices.
+    """How a model is spread over devices: ``selfattn.distributed.parallelize`` does it (docs/scale_out.md).
 
-    The fields are held, validated and serialised, as JAX code bases write them. No layer here is spread over devices
-    yet: one that is built refuses every field that asks for it (see ``require_single_device``), so that nothing is
-    ignored in silence. The names of the axes ask for nothing by themselves.
+    The fields are those that JAX code bases have. The names of the axes ask for nothing by themselves.
     """
 
     data_axis_name: str = "dp"
+    """Ranks with other data and the same weights."""
     fsdp_axis_name: str = "fsdp"
+    """Ranks with other data and a shard of each weight."""
     pipeline_axis_name: str = "pp"
     model_axis_name: str = "tp"
+    """Ranks with the same data and some of the heads."""
+    context_axis_name: str = "cp"
     data_axis_size: int = -1
     """-1 takes every device that the other axes leave: on one device, one."""
     fsdp_axis_size: int = 1
     pipeline_axis_size: int = 1
+    """Above 1 for the mesh alone: pipelines of whole models are built with torch.distributed.pipelining."""
     model_axis_size: int = 1
+    context_axis_size: int = 1
+    """Above 1 for the mesh alone: rows are not spread over ranks yet."""
     remat: Sequence[str] = ()
-    """Names of the modules whose activations are computed again in the backward pass."""
+    """Class names of the modules whose activations are computed again in the backward pass."""
     fsdp_modules: Sequence[str] = ()
-    """Names of the modules whose weights the fsdp axis shards."""
+    """Class names of the modules whose weights are gathered together; what is left is gathered for the whole model."""
     fsdp_min_weight_size: int = 2**18
-    """Elements of the smallest weight that the fsdp axis shards."""
+    """Elements of the smallest weight that the fsdp axis shards. Smaller ones stay whole on every rank, in their own
+    dtype."""
     fsdp_gather_dtype: str | None = None
-    """In which sharded weights are gathered; None is their own."""
+    """In which sharded weights are gathered, and computed with; None is their own."""
     fsdp_grad_scatter_dtype: str | None = None
-    """In which their gradients are added up and scattered; None is their own."""
+    """In which their gradients are added up and scattered; None is that of the gradients."""
     tp_async_dense: bool = False
     """Whether communication of the model axis runs beside the matrix products."""
 
     def __post_init__(self) -> None:
-        axes = ("data", "fsdp", "pipeline", "model")
-        for axis in axes:
+        for axis in _AXES:
             name = f"{axis}_axis_name"
             if not isinstance(getattr(self, name), str):
                 self._fail(TypeError, name, "a string")
@@ -85,11 +98,11 @@ class ParallelConfig(_ValidatedConfig):
             self._check_int(f"{axis}_axis_size", -1, "-1 (all remaining devices) or a positive integer")
             if getattr(self, f"{axis}_axis_size") == 0:
                 self._fail(ValueError, f"{axis}_axis_size", "-1 (all remaining devices) or a positive integer")
-        names = [getattr(self, f"{axis}_axis_name") for axis in axes]
-        for axis, axis_name in zip(axes, names, strict=True):
+        names = self.axis_names
+        for axis, axis_name in zip(_AXES, names, strict=True):
             if names.count(axis_name) > 1:
                 self._fail(ValueError, f"{axis}_axis_name", "a name that no other axis has")
-        unsized = [axis for axis in axes if getattr(self, f"{axis}_axis_size") == -1]
+        unsized = [axis for axis in _AXES if getattr(self, f"{axis}_axis_size") == -1]
         if len(unsized) > 1:
             self._fail(ValueError, f"{unsized[1]}_axis_size", f"at most one axis of size -1 ({unsized[0]} has it)")
         for name in ("remat", "fsdp_modules"):
@@ -103,22 +116,64 @@ class ParallelConfig(_ValidatedConfig):
                 self._check_choice(name, list(_DTYPES))
         self._check_bool("tp_async_dense")
 
-    def require_single_device(self, module_name: str) -> None:
-        """Raises NotImplementedError where this configuration asks ``module_name`` for anything that it does not do:
-        an axis over several devices, activations computed again, weights sharded or gathered in another dtype, a
-        threshold for sharding, communication beside the products. What it asks of other modules is theirs."""
-        for axis in ("data", "fsdp", "pipeline", "model"):
-            size = getattr(self, f"{axis}_axis_size")
-            if size not in ((-1, 1) if axis == "data" else (1,)):
-                self._fail(NotImplementedError, f"{axis}_axis_size", f"1, the only size that {module_name} has yet")
-        if module_name in self.remat:
-            self._fail(NotImplementedError, "remat", f"no {module_name}, which does not recompute activations yet")
-        if module_name in self.fsdp_modules:
-            self._fail(NotImplementedError, "fsdp_modules", f"no {module_name}, which does not shard its weights yet")
+    def request_to(self, module_name: str) -> str | None:
+        """The first field that asks something of ``module_name``, with its value, or None: an axis over several
+        devices, activations computed again, weights sharded or gathered in another dtype, a threshold for sharding,
+        communication beside the products. What is asked of other modules is theirs."""
+        for axis in _AXES:
+            if getattr(self, f"{axis}_axis_size") > 1:
+                return self._field(f"{axis}_axis_size")
+        for name in ("remat", "fsdp_modules"):
+            if module_name in getattr(self, name):
+                return self._field(name)
         for name in ("fsdp_min_weight_size", "fsdp_gather_dtype", "fsdp_grad_scatter_dtype", "tp_async_dense"):
-            neutral = type(self).__dataclass_fields__[name].default
-            if getattr(self, name) != neutral:
-                self._fail(NotImplementedError, name, f"{neutral!r}, the only value that {module_name} has yet")
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                return self._field(name)
+        return None
+
+    def _field(self, name: str) -> str:
+        return f"{name} {getattr(self, name)!r}"
+
+    @property
+    def axis_names(self) -> tuple[str, ...]:
+        """Of the mesh, from the slowest to the fastest: pipeline, data, fsdp, context, model."""
+        return tuple(getattr(self, f"{axis}_axis_name") for axis in _AXES)
+
+    def device_mesh(self, device_type: str) -> "DeviceMesh":
+        """The mesh of ``axis_names`` over every rank of the job, axes of size 1 too.
+
+        Under torchrun, this begins the default process group (NCCL for "cuda", Gloo for "cpu") where there is none.
+
+        Args:
+            device_type: "cuda" or "cpu".
+
+        Raises:
+            RuntimeError: no process group, and no ``WORLD_SIZE`` in the environment, or PyTorch without
+                ``torch.distributed``.
+            ValueError: the sizes do not make the number of ranks.
+        """
+        distributed = torch.distributed
+        if not distributed.is_available():
+            raise RuntimeError("ParallelConfig.device_mesh: expected a PyTorch with torch.distributed, got one without")
+        if distributed.is_initialized():
+            ranks = distributed.get_world_size()
+        elif "WORLD_SIZE" in os.environ:
+            ranks = int(os.environ["WORLD_SIZE"])
+        else:
+            raise RuntimeError(
+                "ParallelConfig.device_mesh: expected a process group, or WORLD_SIZE in the environment (torchrun sets "
+                "it), got neither"
+            )
+        sizes = {f"{axis}_axis_size": getattr(self, f"{axis}_axis_size") for axis in _AXES}
+        known = math.prod(size for size in sizes.values() if size != -1)
+        left = ranks // known
+        if left * known != ranks or (left != 1 and -1 not in sizes.values()):
+            said = ", ".join(f"{name} {size}" for name, size in sizes.items())
+            raise ValueError(f"ParallelConfig: expected axes whose sizes make {ranks} ranks, got {said}")
+        from torch.distributed.device_mesh import init_device_mesh  # takes seconds to import
+
+        shape = tuple(left if size == -1 else size for size in sizes.values())
+        return init_device_mesh(device_type, shape, mesh_dim_names=self.axis_names)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,22 +35,40 @@ def _is_plain_tensor(tensor: Tensor | None) -> bool:
     return kind is _Parameter or kind is Tensor or kind.__module__ in _TRACING
 
 
-def _is_untouched(module: nn.Module | None, expected: type[nn.Module]) -> bool:
-    """Whether calling ``module`` does what ``expected`` does with plain parameters, and nothing else: no subclass (a
-    parametrisation is one, too), no hooks, no forward of its own, no tensor subclasses as parameters. Every call of a
-    layer asks this six times."""
+def _is_dtensor(tensor: Tensor | None) -> bool:
+    """By name: the module of DTensor takes seconds to import."""
+    return type(tensor).__name__ == "DTensor"
+
+
+def _refuse_cache_of_shares(cache: object) -> None:
+    if cache is not None:
+        raise NotImplementedError(
+            "SelfAttention: cache: expected None in a layer whose heads are spread over ranks, got a KV cache, which is "
+            "not divided among them yet"
+        )
+
+
+def _is_unwrapped(module: nn.Module | None, expected: type[nn.Module]) -> bool:
+    """Whether calling ``module`` does what ``expected`` does, and nothing else: no subclass (a parametrisation is one,
+    too), no hooks, no forward of its own."""
     if type(module) is not expected:
         return False
     state = module.__dict__
-    if (
+    return not (
         state["_forward_hooks"]
         or state["_forward_pre_hooks"]
         or state["_backward_hooks"]
         or state["_backward_pre_hooks"]
         or "forward" in state
-    ):
+    )
+
+
+def _is_untouched(module: nn.Module | None, expected: type[nn.Module]) -> bool:
+    """Whether ``module`` is an unwrapped one of ``expected`` without tensor subclasses as parameters. Every call of a
+    layer asks this six times."""
+    if not _is_unwrapped(module, expected):
         return False
-    parameters = state["_parameters"]
+    parameters = module.__dict__["_parameters"]
     weight, bias = parameters.get("weight"), parameters.get("bias")
     return (type(weight) is _Parameter or _is_plain_tensor(weight)) and (bias is None or _is_plain_tensor(bias))
 
@@ -58,6 +76,13 @@ def _is_untouched(module: nn.Module | None, expected: type[nn.Module]) -> bool:
 def _are_all_modules_hooked() -> bool:
     """Whether hooks wait for every module that is called. torch.compile knows none of them."""
     return not torch.compiler.is_compiling() and bool(_has_any_global_hook())
+
+
+def _refuse_forward(request: str, *arguments: object) -> Tensor:
+    raise RuntimeError(
+        f"SelfAttention: config.parallel has {request}: expected selfattn.distributed.parallelize(model, mesh, "
+        "config.parallel) before the first call, got a layer on one device"
+    )
 
 
 class SelfAttention(nn.Module):
@@ -86,7 +111,9 @@ class SelfAttention(nn.Module):
 
     Raises:
         ValueError: ``embedding_dim`` or ``num_kv_heads`` does not fit ``head_dim``.
-        NotImplementedError: ``config.parallel`` asks for an axis over several devices.
+
+    A layer whose ``config.parallel`` asks something of it raises RuntimeError when it is called, until
+    ``selfattn.distributed.parallelize`` has done what is asked.
     """
 
     def __init__(
@@ -107,7 +134,6 @@ class SelfAttention(nn.Module):
                 f"SelfAttention: embedding_dim: expected a positive multiple of head_dim {config.head_dim}, "
                 f"got {embedding_dim}; give config.num_heads for other widths"
             )
-        config.parallel.require_single_device("SelfAttention")
         num_heads = embedding_dim // config.head_dim if config.num_heads is None else config.num_heads
         num_kv_heads = num_heads if config.num_kv_heads is None else config.num_kv_heads
         if num_heads % num_kv_heads != 0:
@@ -116,6 +142,10 @@ class SelfAttention(nn.Module):
                 f"(embedding_dim {embedding_dim} / head_dim {config.head_dim}), got {num_kv_heads}"
             )
 
+        self.parallel = config.parallel
+        request = config.parallel.request_to("SelfAttention")
+        # Called in the place of the forward pass; selfattn.distributed sets it, and takes the refusal away.
+        self._parallel_forward = None if request is None else functools.partial(_refuse_forward, request)
         self.embedding_dim = embedding_dim
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
@@ -236,6 +266,9 @@ class SelfAttention(nn.Module):
             TypeError, ValueError: a bad argument; as ``append_kv_cache`` for the values of a cache's integers.
             RuntimeError: ``cache``, and a weight that requires a gradient outside of ``torch.no_grad()``.
         """
+        if not torch.jit.is_scripting() and self._parallel_forward is not None:
+            _refuse_cache_of_shares(cache)
+            return self._parallel_forward(self, x, freqs, segment_ids)
         freqs_sin: Tensor | None = None
         freqs_cos: Tensor | None = None
         if freqs is not None:
@@ -366,6 +399,8 @@ class SelfAttention(nn.Module):
     _script_fuses_norms = True
 
     def __prepare_scriptable__(self) -> "SelfAttention":
+        if self._parallel_forward is not None:
+            raise NotImplementedError("SelfAttention: TorchScript: expected a layer on one device, got a parallel one")
         self._script_calls_parts = not self._is_plain()
         self._script_fuses_norms = self._norms_are_plain()
         return self
@@ -425,16 +460,45 @@ class SelfAttention(nn.Module):
     ) -> Tensor:
         """The forward pass by parts: what is plain stays fused, and every other submodule is called."""
         projections = (self.q_proj, self.k_proj, self.v_proj)
+        self._check_sharded(x)
         calls_any = _are_all_modules_hooked()
         if not calls_any and all(_is_untouched(projection, nn.Linear) for projection in projections):
             weights, biases = zip(*((p.weight, p.bias) for p in projections), strict=True)
             q, k, v = torch.ops.selfattn.project_query_key_value(x, *weights, *biases)
         else:
             q, k, v = (projection(x) for projection in projections)
+            if _is_dtensor(q) or _is_dtensor(self.q_proj._parameters.get("weight")):
+                from selfattn.distributed._dtensor import heads_as_dtensors
+
+                q, k, v = heads_as_dtensors(projections, (q, k, v), self.head_dim)
         if not calls_any and self._norms_are_plain():
-            return self._attend(q, k, v, self._plain_norms(), freqs_sin, freqs_cos, ids, cache)
-        q, k = self._call_norms(q, k)
-        return self._attend(q, k, v, (None, None, self.norm_eps), freqs_sin, freqs_cos, ids, cache)
+            norms = self._plain_norms()
+        else:
+            q, k = self._call_norms(q, k)
+            norms = (None, None, self.norm_eps)
+        sinks = self.sinks
+        if _is_dtensor(q):
+            _refuse_cache_of_shares(cache)
+            from selfattn.distributed._dtensor import replicated, sinks_of
+
+            shared = (*norms[:2], freqs_sin, freqs_cos, ids)
+            *weights, freqs_sin, freqs_cos, ids = (replicated(tensor, q.device_mesh) for tensor in shared)
+            norms, sinks = (*weights, norms[2]), sinks_of(sinks, q)
+        attended = self._attend(q, k, v, norms, sinks, freqs_sin, freqs_cos, ids, cache)
+        return nn.functional.dropout(self.out_proj(attended), self.dropout_rate, self.training)
+
+    def _check_sharded(self, x: Tensor) -> None:
+        """Throws where sharded weights would meet a plain x without a plan that shards it."""
+        if _is_dtensor(x):
+            return
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            projection = self._modules[name]
+            if not projection._forward_pre_hooks and _is_dtensor(projection._parameters.get("weight")):
+                raise TypeError(
+                    f"SelfAttention: {name}.weight is a DTensor and x is none: expected fully_shard of the layer or "
+                    "model, which is then called as a whole, selfattn.distributed.TensorParallel, or ColwiseParallel "
+                    "and RowwiseParallel of every projection"
+                )
 
     def _compose_in_script(
         self,
@@ -447,9 +511,12 @@ class SelfAttention(nn.Module):
         """``_compose`` for TorchScript: what is plain was found out when the layer was scripted."""
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if self._script_fuses_norms:
-            return self._attend(q, k, v, self._plain_norms(), freqs_sin, freqs_cos, segment_ids, cache)
-        q, k = self._call_norms(q, k)
-        return self._attend(q, k, v, (None, None, self.norm_eps), freqs_sin, freqs_cos, segment_ids, cache)
+            attended = self._attend(q, k, v, self._plain_norms(), self.sinks, freqs_sin, freqs_cos, segment_ids, cache)
+        else:
+            q, k = self._call_norms(q, k)
+            norms = (None, None, self.norm_eps)
+            attended = self._attend(q, k, v, norms, self.sinks, freqs_sin, freqs_cos, segment_ids, cache)
+        return nn.functional.dropout(self.out_proj(attended), self.dropout_rate, self.training)
 
     def _call_norms(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Of heads, or of whole projections; (B, S, heads * head_dim) each."""
@@ -471,21 +538,22 @@ class SelfAttention(nn.Module):
         k: Tensor,
         v: Tensor,
         norms: tuple[Tensor | None, Tensor | None, float],
+        sinks: Tensor | None,
         freqs_sin: Tensor | None,
         freqs_cos: Tensor | None,
         segment_ids: Tensor | None,
         cache: tuple[Tensor, Tensor, Tensor, Tensor | None] | None,
     ) -> Tensor:
-        """Everything behind the projections, with norms of ``_plain_norms`` that are yet to be applied."""
+        """What comes between the projections, with norms of ``_plain_norms`` that are yet to be applied."""
         q_norm_weight, k_norm_weight, norm_eps = norms
         if cache is None:
-            attended = torch.ops.selfattn.projected_attention(
+            return torch.ops.selfattn.projected_attention(
                 q,
                 k,
                 v,
                 q_norm_weight,
                 k_norm_weight,
-                self.sinks,
+                sinks,
                 freqs_sin,
                 freqs_cos,
                 segment_ids,
@@ -501,35 +569,33 @@ class SelfAttention(nn.Module):
                 softcap=self.softcap,
                 rope=self.rope,
             )
-        else:
-            keys, values, lengths, page_table = cache
-            attended = torch.ops.selfattn.projected_attention_kv_cache(
-                q,
-                k,
-                v,
-                q_norm_weight,
-                k_norm_weight,
-                self.sinks,
-                freqs_sin,
-                freqs_cos,
-                segment_ids,
-                head_dim=self.head_dim,
-                norm_eps=norm_eps,
-                rope_theta=self.rope_theta,
-                rope_pairing=self.rope_pairing,
-                causal=self.causal,
-                qk_scale=self.qk_scale,
-                backend=self.attention_backend,
-                window_left=self.window_left,
-                window_right=self.window_right,
-                softcap=self.softcap,
-                rope=self.rope,
-                k_cache=keys,
-                v_cache=values,
-                lengths=lengths,
-                page_table=page_table,
-            )
-        return nn.functional.dropout(self.out_proj(attended), self.dropout_rate, self.training)
+        keys, values, lengths, page_table = cache
+        return torch.ops.selfattn.projected_attention_kv_cache(
+            q,
+            k,
+            v,
+            q_norm_weight,
+            k_norm_weight,
+            sinks,
+            freqs_sin,
+            freqs_cos,
+            segment_ids,
+            head_dim=self.head_dim,
+            norm_eps=norm_eps,
+            rope_theta=self.rope_theta,
+            rope_pairing=self.rope_pairing,
+            causal=self.causal,
+            qk_scale=self.qk_scale,
+            backend=self.attention_backend,
+            window_left=self.window_left,
+            window_right=self.window_right,
+            softcap=self.softcap,
+            rope=self.rope,
+            k_cache=keys,
+            v_cache=values,
+            lengths=lengths,
+            page_table=page_table,
+        )
 
     def extra_repr(self) -> str:
         parts = [f"{self.embedding_dim}, num_heads={self.num_heads}, head_dim={self.head_dim}"]

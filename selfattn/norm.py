@@ -4,6 +4,13 @@ import torch
 from torch import Tensor, nn
 
 
+def norm_factor(weight: Tensor, unit_offset: bool) -> Tensor:
+    """What normalised numbers are multiplied by: ``weight``, or 1 + ``weight`` in at least float32."""
+    if not unit_offset:
+        return weight
+    return 1.0 + (weight if weight.dtype == torch.float64 else weight.float())
+
+
 class RMSNorm(nn.RMSNorm):
     """RMSNorm (arXiv:1910.07467, eq. 4) over the last dimensions, with weights w, or 1 + w.
 
@@ -35,9 +42,7 @@ class RMSNorm(nn.RMSNorm):
 
     def factor(self) -> Tensor:
         """What the normalised numbers are multiplied by: the weights, or 1 + w in at least float32."""
-        if not self.unit_offset:
-            return self.weight
-        return 1.0 + (self.weight if self.weight.dtype == torch.float64 else self.weight.float())
+        return norm_factor(self.weight, self.unit_offset)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., *normalized_shape) -> the same, of x's dtype."""

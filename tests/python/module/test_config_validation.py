@@ -54,6 +54,7 @@ BAD_PARALLEL_VALUES = [
     ("data_axis_size", 0, ValueError),
     ("fsdp_axis_size", -2, ValueError),
     ("model_axis_size", 2.0, TypeError),
+    ("context_axis_size", 0, ValueError),
     ("data_axis_name", "", ValueError),
     ("model_axis_name", 3, TypeError),
     ("remat", "SelfAttention", TypeError),

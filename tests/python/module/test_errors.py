@@ -36,39 +36,37 @@ def test_config_of_another_type_is_refused() -> None:
         SelfAttention(128, {"head_dim": 64})
 
 
-@pytest.mark.parametrize("axis", ["data", "fsdp", "pipeline", "model"])
-def test_axis_over_several_devices_is_not_built_yet(axis: str) -> None:
-    config = SelfAttentionConfig(parallel=ParallelConfig(**{f"{axis}_axis_size": 2}))
-    with pytest.raises(NotImplementedError, match=f"{axis}_axis_size: expected 1, .*SelfAttention.*, got 2"):
-        SelfAttention(128, config)
-
-
-def test_remat_of_the_module_is_not_built_yet() -> None:
-    with pytest.raises(NotImplementedError, match=r"remat: .*SelfAttention"):
-        SelfAttention(128, SelfAttentionConfig(parallel=ParallelConfig(remat=["SelfAttention"])))
-    SelfAttention(128, SelfAttentionConfig(parallel=ParallelConfig(remat=["Block"])))
-
-
 @pytest.mark.parametrize(
     "field",
     [
+        {"data_axis_size": 2},
+        {"fsdp_axis_size": 2},
+        {"pipeline_axis_size": 2},
+        {"model_axis_size": 2},
+        {"context_axis_size": 2},
+        {"remat": ["Block", "SelfAttention"]},
         {"fsdp_modules": ["Block", "SelfAttention"]},
         {"fsdp_min_weight_size": 0},
         {"fsdp_gather_dtype": "bfloat16"},
         {"fsdp_grad_scatter_dtype": "float32"},
         {"tp_async_dense": True},
     ],
+    ids=lambda field: next(iter(field)),
 )
-def test_parallel_field_without_effect_is_refused(field: dict) -> None:
-    """What the configuration holds and validates, but the layer does not do yet."""
+def test_layer_refuses_to_run_before_its_parallel_config_is_applied(field: dict) -> None:
     (name,) = field
-    with pytest.raises(NotImplementedError, match=rf"ParallelConfig.{name}: expected .*SelfAttention.*, got "):
-        SelfAttention(128, SelfAttentionConfig(parallel=ParallelConfig(**field)))
+    layer = SelfAttention(128, SelfAttentionConfig(parallel=ParallelConfig(**field)))
+    expected = rf"config.parallel has {name} .*: expected selfattn.distributed.parallelize\(.*, got a layer on one"
+    with pytest.raises(RuntimeError, match=expected):
+        layer(X)
+    with pytest.raises(NotImplementedError, match="TorchScript: expected a layer on one device"):
+        torch.jit.script(layer)
 
 
 def test_parallel_fields_for_other_modules_are_not_this_ones() -> None:
-    names = {f"{axis}_axis_name": axis for axis in ("data", "fsdp", "pipeline", "model")}
-    SelfAttention(128, SelfAttentionConfig(parallel=ParallelConfig(fsdp_modules=["Block"], remat=["Block"], **names)))
+    names = {f"{axis}_axis_name": axis for axis in ("data", "fsdp", "pipeline", "model", "context")}
+    parallel = ParallelConfig(fsdp_modules=["Block"], remat=["Block"], **names)
+    SelfAttention(128, SelfAttentionConfig(parallel=parallel))(X)
 
 
 @pytest.mark.parametrize(

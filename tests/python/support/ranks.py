@@ -1,0 +1,127 @@
+"""Processes that stand for the ranks of a job: started once for all tests, over Gloo, on the CPU."""
+
+import importlib.util
+import multiprocessing
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch._dynamo
+import torch.distributed as dist
+import torch.distributed.checkpoint
+from torch.distributed.tensor._redistribute import clear_redistribute_planner_cache
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+import selfattn.distributed  # noqa: F401 -- these take long: once, before processes are forked off
+
+_TIMEOUT = 60
+"""Seconds after which a collective gives up, and with it a test that hangs."""
+
+
+class Ranks:
+    """A pool of processes; those that a test ends are started again for the next.
+
+    A test hands a function of its own file to ``run``, which calls it once a rank, in a process group of so many ranks.
+    """
+
+    def __init__(self) -> None:
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload([__name__])
+        self._workers: list[tuple[multiprocessing.Process, Connection]] = []
+
+    def run(self, function: Callable[..., Any], world_size: int, *arguments: Any) -> list[Any]:
+        """What ``function(*arguments)`` returns on every rank.
+
+        Raises:
+            AssertionError: with the traceback of every rank that raised, or its exit code.
+        """
+        outcomes = self.outcomes(function, world_size, *arguments)
+        failed = [f"rank {rank}: {text}" for rank, (succeeded, text) in enumerate(outcomes) if not succeeded]
+        if failed:
+            raise AssertionError("\n".join(failed))
+        return [result for _, result in outcomes]
+
+    def outcomes(self, function: Callable[..., Any], world_size: int, *arguments: Any) -> list[tuple[bool, Any]]:
+        """As ``run``: (True, what the rank returned) or (False, its traceback or exit code) for every rank."""
+        self._start(world_size)
+        workers = self._workers[:world_size]
+        with tempfile.TemporaryDirectory() as folder:
+            call = (sys.modules[function.__module__].__file__, function.__name__, arguments)
+            for rank, (_, connection) in enumerate(workers):
+                connection.send((f"{folder}/store", rank, world_size, *call))
+            return [_outcome(process, connection) for process, connection in workers]
+
+    def _start(self, count: int) -> None:
+        self._workers = [worker for worker in self._workers if worker[0].is_alive()]
+        with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):  # the fork server takes no other
+            while len(self._workers) < count:
+                ours, theirs = self._context.Pipe()
+                process = self._context.Process(target=_serve, args=(theirs,), daemon=True)
+                process.start()
+                self._workers.append((process, ours))
+
+    def close(self) -> None:
+        for process, connection in self._workers:
+            if process.is_alive():
+                connection.send(None)
+                process.join()
+
+
+def _outcome(process: multiprocessing.Process, connection: Connection) -> tuple[bool, Any]:
+    hangs = not connection.poll(2 * _TIMEOUT)
+    try:
+        return connection.recv() if not hangs else (False, "hung, and was killed")
+    except EOFError:
+        process.join()
+        return False, f"ended with exit code {process.exitcode}"
+    finally:
+        if hangs:
+            process.kill()
+            process.join()
+
+
+def _serve(connection: Connection) -> None:
+    torch.set_num_threads(1)
+    modules: dict[str, ModuleType] = {}
+    while (call := connection.recv()) is not None:
+        store, rank, world_size, file, name, arguments = call
+        try:
+            if file not in modules:
+                modules[file] = _load(file)
+            outcome = True, _call(store, rank, world_size, getattr(modules[file], name), arguments)
+        except Exception:
+            outcome = False, traceback.format_exc()
+        connection.send(outcome)
+
+
+def _load(file: str) -> ModuleType:
+    specification = importlib.util.spec_from_file_location(Path(file).stem, file)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def _call(store: str, rank: int, world_size: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    torch.manual_seed(0)
+    for clear in (_clear_sharding_prop_cache, clear_redistribute_planner_cache):  # of the groups of the call before
+        clear()
+    dist.init_process_group(
+        "gloo",
+        store=dist.FileStore(store, world_size),
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=_TIMEOUT),
+    )
+    try:
+        return function(*arguments)
+    finally:
+        dist.destroy_process_group()
