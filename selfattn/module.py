@@ -43,8 +43,8 @@ def _is_dtensor(tensor: Tensor | None) -> bool:
 def _refuse_cache_of_shares(cache: object) -> None:
     if cache is not None:
         raise NotImplementedError(
-            "SelfAttention: cache: expected None in a layer whose heads are spread over ranks, got a KV cache, which is "
-            "not divided among them yet"
+            "SelfAttention: cache: expected None in a layer whose heads are spread over ranks, got a KV cache, which "
+            "is not divided among them yet"
         )
 
 
