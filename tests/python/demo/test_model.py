@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from demo import make_trainer
 from model import LanguageModel
-from packing import VOCABULARY, pack
+from packing import VOCABULARY
+from support.language_model import make_language_model
 from support.problems import error
-from support.tiny_plan import CPU, PLAN
 from torch import Tensor
 
 import selfattn
@@ -18,9 +17,7 @@ LENGTH = 12  # of every sequence in the end
 
 @pytest.fixture
 def model() -> LanguageModel:
-    model = make_trainer(PLAN, pack([b"text"] * 40, PLAN.row_length, seed=0), CPU).model.eval()
-    torch.nn.init.normal_(model.head.weight, std=PLAN.embedding_dim**-0.5)  # of a new model it is 0
-    return model
+    return make_language_model()
 
 
 def new_cache(model: LanguageModel) -> selfattn.KVCache:
