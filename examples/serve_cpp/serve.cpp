@@ -7,6 +7,7 @@
 // end".
 #include <poll.h>
 #include <selfattn/kv_cache.h>
+#include <torch/csrc/jit/passes/tensorexpr_fuser.h>
 #include <torch/script.h>
 #include <unistd.h>
 
@@ -143,6 +144,8 @@ int main(int argc, char** argv) {
   }
   try {
     const torch::InferenceMode inference;
+    // Steps have any number of tokens, and fused kernels would be compiled anew for many of them.
+    torch::jit::setTensorExprFuserEnabled(false);
     const at::Device device(argc == 5 ? argv[4] : "cpu");
     torch::jit::Module model = torch::jit::load(argv[1], device);
     model.eval();

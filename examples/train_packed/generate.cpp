@@ -1,6 +1,7 @@
 // Continues prompts with a model that Python trained, in a process that holds no Python.
 //
 // The model is TorchScript: it names the operators of selfattn, which libselfattn.so registers when the program starts.
+#include <torch/csrc/jit/passes/tensorexpr_fuser.h>
 #include <torch/script.h>
 
 #include <algorithm>
@@ -153,6 +154,8 @@ class Printer {
 void run(const Arguments& arguments) {
   const torch::InferenceMode inference;
   torch::manual_seed(kSeed);
+  // Prompts have any length, and fused kernels would be compiled anew for many of them.
+  torch::jit::setTensorExprFuserEnabled(false);
   const GeneratorOptions& options = arguments.generator;
   torch::jit::Module model = torch::jit::load(arguments.model, options.device);
   model.eval();

@@ -14,7 +14,7 @@
 /// Work of constant shapes on the same tensors, done again and again; on a GPU it is captured as one CUDA graph.
 class RepeatedStep {
  public:
-  /// `step` is done a few times at once: TorchScript specialises itself in its first runs, and allocates.
+  /// `step` is done a few times at once: TorchScript optimises a model in its first runs.
   RepeatedStep(std::function<void()> step, at::Device device) : step_(std::move(step)) {
     for (int run = 0; run < kWarmUpRuns; ++run) step_();
 #ifdef WITH_CUDA_GRAPHS

