@@ -24,7 +24,8 @@ from pathlib import Path
 import torch
 from checks import check_isolation, most_crowded
 from documents import DEFAULT_FOLDER, DEFAULT_SUFFIXES, Corpus, entropy_of_bytes, load_corpus
-from export import build_generator, export_torchscript, prompt_logits, run_generator
+from export import build_generator, export_torchscript, run_generator
+from generation import ROUNDINGS, compare_runs, openings, prompt_difference, rounding_of
 from model import LanguageModel
 from packing import PackedRows, pack
 from presets import PRESETS, Preset
@@ -83,8 +84,10 @@ def main() -> int:
     model = model.to("cpu")
     model_path = arguments.out / "model.pt"
     export_torchscript(model, model_path)
+    speeds: dict[str, float] = {}
     if arguments.install_tree.is_dir():
-        checks |= continue_in_cpp(model, model_path, arguments)
+        cpp_checks, speeds = continue_in_cpp(model, model_path, corpus, arguments)
+        checks |= cpp_checks
     else:
         console.print(f"No C++ program: the library is not installed in {arguments.install_tree}.")
     checkpoint.unlink(missing_ok=True)
@@ -95,6 +98,7 @@ def main() -> int:
         "machine": describe_machine(device),
         "seconds": time.perf_counter() - started,
         "tokens_per_second": tokens_per_second(trainer),
+        "generated_tokens_per_second": speeds,
         "held_out_bits_per_byte": trainer.history.held_out[-1][1],
         "bound": bound,
         "checks": checks,
@@ -209,15 +213,41 @@ def compare(model: LanguageModel, corpus: Corpus, preset: Preset, plan: Plan, de
     return comparisons
 
 
-def continue_in_cpp(model: LanguageModel, model_path: Path, arguments: argparse.Namespace) -> dict[str, bool]:
-    prompt = arguments.prompt.encode()
+def continue_in_cpp(
+    model: LanguageModel, model_path: Path, corpus: Corpus, arguments: argparse.Namespace
+) -> tuple[dict[str, bool], dict[str, float]]:
+    """The checks, and the tokens a second of each way to generate."""
     program = build_generator(arguments.install_tree, arguments.out / "build")
-    run = run_generator(program, model_path, prompt, 100, prompt_logits(model, prompt))
+    prompt = arguments.prompt.encode()
+    shown = run_generator(program, model_path, [prompt], "--device", arguments.device)
     console.rule("continued by the C++ program", align="left")
-    console.print(arguments.prompt + run.continuation, markup=False)
+    console.print(arguments.prompt + shown.output, markup=False)
     console.rule()
-    difference = "equal to" if run.logits_equal else f"up to {run.largest_difference:.2g} away from"
-    return {f"the logits of the C++ program are {difference} Python's, bit by bit": run.logits_equal}
+    difference = prompt_difference(program, model, model_path, prompt)
+
+    prompts = [prompt, *openings(corpus, 7)]
+    likeliest = ("--temperature", "0", "--device", arguments.device)
+    uncached = run_generator(program, model_path, prompts, "--uncached", *likeliest)
+    speeds, agreements = {"without a cache": uncached.tokens_per_second}, []
+    for rows in (1, 4, 8):
+        cached = run_generator(program, model_path, prompts, "--rows", str(rows), *likeliest)
+        speeds[f"cached, {rows} at once"] = cached.tokens_per_second
+        agreements.append(compare_runs(cached, uncached, rounding_of(arguments.device)))
+    console.print(
+        f"The C++ program continues {len(prompts)} prompts, tokens/s: "
+        + "; ".join(f"{way} {speed:,.0f}" for way, speed in speeds.items())
+    )
+    worst = max(agreement.largest_error for agreement in agreements)
+    checks = {
+        f"the logits of the C++ program are {f'up to {difference:.2g} away from' if difference else 'equal to'} "
+        "Python's, bit by bit": difference == 0.0,
+        f"the logits with a KV cache are those without, within {ROUNDINGS} roundings of the largest ({worst:.1f})":
+            worst <= ROUNDINGS,
+        f"the likeliest text with a KV cache is that without, until the two best logits lie within {ROUNDINGS} "
+        f"roundings ({min(agreement.compared for agreement in agreements)} tokens compared)":
+            all(agreement.texts_agree for agreement in agreements),
+    }  # fmt: skip
+    return checks, speeds
 
 
 def describe_data(folder: Path, corpus: Corpus, rows: PackedRows) -> None:

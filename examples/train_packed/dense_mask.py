@@ -11,7 +11,7 @@ import selfattn
 
 
 class DenseMaskAttention(nn.Module):
-    """The same layer as ``selfattn.SelfAttention``, with its weights, in plain PyTorch."""
+    """The same layer as ``selfattn.SelfAttention``, with its weights, in plain PyTorch; it has no cache."""
 
     def __init__(self, attention: selfattn.SelfAttention) -> None:
         super().__init__()
@@ -19,7 +19,7 @@ class DenseMaskAttention(nn.Module):
         self.q_proj, self.k_proj = attention.q_proj, attention.k_proj
         self.v_proj, self.out_proj = attention.v_proj, attention.out_proj
 
-    def forward(self, x: Tensor, freqs: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, freqs: tuple[Tensor, Tensor], mask: Tensor, cache: None = None) -> Tensor:
         q, k, v = (
             projection(x).unflatten(-1, (-1, self.head_dim)) for projection in (self.q_proj, self.k_proj, self.v_proj)
         )

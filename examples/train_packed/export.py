@@ -1,4 +1,4 @@
-"""From the trained model to a C++ program: TorchScript, a CMake build against an install tree, equal logits."""
+"""From the trained model to a C++ program: TorchScript, a CMake build against an install tree, and its runs."""
 
 import os
 import shutil
@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from model import LanguageModel
@@ -16,11 +17,20 @@ SOURCES = Path(__file__).parent
 
 
 @dataclass(frozen=True)
-class CppRun:
-    continuation: str
-    logits_equal: bool
-    """Bit by bit."""
-    largest_difference: float
+class GeneratorRun:
+    """What the C++ program did with some prompts."""
+
+    output: str
+    seconds: float
+    tokens: list[Tensor]
+    """(N,) of each prompt: what was generated, with the boundary where it ended the text."""
+    logits: list[Tensor]
+    """(prompt bytes + N, VOCABULARY) of each prompt: after the boundary that opens it, after each of its bytes, and
+    after each token that was generated and read again, all but the last."""
+
+    @property
+    def tokens_per_second(self) -> float:
+        return sum(map(len, self.tokens)) / self.seconds
 
 
 def export_torchscript(model: LanguageModel, path: Path) -> None:
@@ -28,7 +38,7 @@ def export_torchscript(model: LanguageModel, path: Path) -> None:
 
 
 def build_generator(install_tree: Path, build_folder: Path) -> Path:
-    """Configures and builds generate.cpp as a project of its own, which knows the library by find_package alone."""
+    """Configures and builds the generator as a project of its own, which knows the library by find_package alone."""
     cmake = _tool("cmake")
     generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={_tool('ninja')}", "-DCMAKE_BUILD_TYPE=Release"]
     found_at = [f"-DCMAKE_PREFIX_PATH={install_tree.resolve()}", f"-DLibTorch_ROOT={Path(torch.__file__).parent}"]
@@ -37,30 +47,28 @@ def build_generator(install_tree: Path, build_folder: Path) -> Path:
     return build_folder / "generate"
 
 
-def run_generator(program: Path, model_path: Path, prompt: bytes, num_bytes: int, python_logits: Tensor) -> CppRun:
-    """Lets C++ continue the prompt, and compares the logits that it wrote with Python's."""
-    logits_path = model_path.with_name("cpp_logits.pt")
-    prompt_path = model_path.with_name("prompt.txt")
-    prompt_path.write_bytes(prompt)
-    done = subprocess.run(
-        [program, model_path, prompt_path, str(num_bytes), logits_path],
-        capture_output=True,
-        # Sums may be split by threads: as many as here give the same bits.
-        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
-    )
-    if done.returncode != 0:
-        raise SystemExit(f"{program} failed with status {done.returncode}:\n{done.stderr.decode(errors='replace')}")
-    cpp_logits = torch.load(logits_path, weights_only=True)
-    return CppRun(
-        continuation=done.stdout.decode(errors="replace"),
-        logits_equal=torch.equal(cpp_logits, python_logits),
-        largest_difference=(cpp_logits - python_logits).abs().max().item(),
-    )
+def run_generator(program: Path, model_path: Path, prompts: list[bytes], *options: str) -> GeneratorRun:
+    """Lets C++ continue the prompts; ``options`` are those of the program (generate.cpp)."""
+    with TemporaryDirectory() as folder:
+        record_path = Path(folder, "record.pt")
+        prompt_paths = [Path(folder, f"prompt_{number}.txt") for number in range(len(prompts))]
+        for path, prompt in zip(prompt_paths, prompts, strict=True):
+            path.write_bytes(prompt)
+        done = subprocess.run(
+            [program, "--record", record_path, *options, model_path, *prompt_paths],
+            capture_output=True,
+            # Sums may be split by threads: as many as here give the same bits.
+            env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+        )
+        if done.returncode != 0:
+            raise SystemExit(f"{program} failed with status {done.returncode}:\n{done.stderr.decode(errors='replace')}")
+        seconds, *tensors = torch.load(record_path, weights_only=True)
+    return GeneratorRun(done.stdout.decode(errors="replace"), seconds.item(), tensors[::2], tensors[1::2])
 
 
 @torch.no_grad()
 def prompt_logits(model: LanguageModel, prompt: bytes) -> Tensor:
-    """(prompt bytes + 1, VOCABULARY), on the CPU, where the C++ program runs too."""
+    """(prompt bytes + 1, VOCABULARY), of a model on the CPU."""
     return model(torch.tensor([[BOUNDARY, *prompt]]))[0]
 
 

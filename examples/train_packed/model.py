@@ -29,8 +29,14 @@ class Layer(nn.Module):
         self.feed_forward_norm = nn.RMSNorm(embedding_dim, eps=config.norm_eps)
         self.feed_forward = SwiGlu(embedding_dim, hidden_dim)
 
-    def forward(self, x: Tensor, freqs: tuple[Tensor, Tensor], segment_ids: Tensor | None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), freqs, segment_ids)
+    def forward(
+        self,
+        x: Tensor,
+        freqs: tuple[Tensor, Tensor] | None,
+        segment_ids: Tensor | None,
+        cache: tuple[Tensor, Tensor, Tensor, Tensor | None] | None = None,
+    ) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), freqs, segment_ids, cache)
         return x + self.feed_forward(self.feed_forward_norm(x))
 
 
@@ -39,6 +45,10 @@ class LanguageModel(nn.Module):
 
     forward(tokens (B, S) int64, segment_ids (B, S) or None, positions (B, S) or None) -> (B, S, VOCABULARY); no ids
     are one document a row, no positions are 0..S-1.
+
+    With ``cache``, ``KVCache.layer(i)`` of every layer, the tokens go on with the sequences in it: ids are its rows, no
+    ids are row b for batch b, no positions are the tokens' places behind the lengths of their rows. Keys and values are
+    written; the lengths stay as they are.
     """
 
     def __init__(
@@ -47,6 +57,8 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.head_dim = config.head_dim
         self.rope_theta = config.rope_theta
+        self.num_layers = num_layers
+        self.num_kv_heads = config.num_kv_heads or embedding_dim // config.head_dim
         self.embedding = nn.Embedding(VOCABULARY, embedding_dim)
         self.layers = nn.ModuleList(Layer(embedding_dim, hidden_dim, config) for _ in range(num_layers))
         self.norm = nn.RMSNorm(embedding_dim, eps=config.norm_eps)
@@ -54,12 +66,20 @@ class LanguageModel(nn.Module):
         nn.init.normal_(self.embedding.weight, std=1.0)
         nn.init.zeros_(self.head.weight)
 
-    def forward(self, tokens: Tensor, segment_ids: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
-        if positions is None:
+    def forward(
+        self,
+        tokens: Tensor,
+        segment_ids: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: list[tuple[Tensor, Tensor, Tensor, Tensor | None]] | None = None,
+    ) -> Tensor:
+        if positions is None and cache is None:
             positions = torch.arange(tokens.size(1), device=tokens.device).unsqueeze(0)
-        # The angles are the same in every layer: computed once a step.
-        freqs = selfattn.precompute_freqs(self.head_dim, positions, None, self.rope_theta)
+        # The angles are the same in every layer: computed once a step. Those of a cache's slots every layer knows.
+        freqs: tuple[Tensor, Tensor] | None = None
+        if positions is not None:
+            freqs = selfattn.precompute_freqs(self.head_dim, positions, None, self.rope_theta)
         x = self.embedding(tokens)
-        for layer in self.layers:
-            x = layer(x, freqs, segment_ids)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, freqs, segment_ids, None if cache is None else cache[i])
         return self.head(self.norm(x)).float()
