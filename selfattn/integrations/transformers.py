@@ -8,14 +8,23 @@ Packed documents are kept apart in every forward pass, with a cache and with an 
 says how they are named and what cannot be served.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from selfattn.functional import multihead_attention
-from selfattn.integrations._transformers_documents import Sources, documents, documents_at, documents_of_one_query
+from selfattn.functional import attention_with_kv_cache, multihead_attention
+from selfattn.integrations._transformers_documents import (
+    Sources,
+    are_named,
+    documents,
+    documents_at,
+    documents_of_one_query,
+    first_keys,
+    interval,
+)
 from selfattn.integrations._transformers_mask import Diagonal, MaskFacts, create_mask, read_mask
 
 NAME = "selfattn"
@@ -90,11 +99,62 @@ def attention_forward(
         raise NotImplementedError(f"selfattn: {type(module).__name__} is not causal, but came with a causal mask")
 
     mask = read_mask(attention_mask, q.shape[0], k.shape[1])
-    if mask.windowed:
-        options["window_left"] = module.config.sliding_window - 1
+    window = module.config.sliding_window if mask.windowed else None
     if sliding_window is not None and mask.diagonal is not Diagonal.ONE_QUERY:
-        _check_window(module, sliding_window, mask)
+        _check_window(module, sliding_window, window)
+    if mask.diagonal is Diagonal.LENGTH and are_named(sources):
+        mask = mask.key_by_key(q.shape[1], window)
+    if mask.diagonal in (Diagonal.LENGTH, Diagonal.ONE_QUERY):
+        return _cached(q, k, v, sources, mask, window, options), None
+    if window is not None:
+        options["window_left"] = window - 1
     return _causal(q, k, v, sources, mask, options), None
+
+
+class _Slots(NamedTuple):
+    """Which slots of a static cache the queries see."""
+
+    first: Tensor  # (B, Sq)
+    lengths: Tensor  # (B,) int32; 0 for a row whose one query sees keys with gaps between them
+    draft_mask: Tensor | None  # (B, Sq, Sq), what more than one query see of each other
+    gaps: Tensor | None  # (B, Skv) ids of the keys in the rows with gaps, -1 elsewhere; None where no key is padding
+
+
+def _cached(
+    q: Tensor, k: Tensor, v: Tensor, sources: Sources, mask: MaskFacts, window: int | None, options: dict
+) -> Tensor:
+    """Attention to a cache of which each query sees the slots from its first one to its own."""
+    slots = _once(_slots, sources, mask, q, window)
+    out = attention_with_kv_cache(
+        q,
+        k,
+        v,
+        slots.lengths,
+        causal=False,
+        positions=slots.first,
+        window_left=0,  # of the position, which is the first slot
+        draft_mask=slots.draft_mask,
+        **options,
+    )
+    if slots.gaps is None:
+        return out
+    # Padding between the keys of a row is known on the device alone: each row is 0 in one of the two.
+    ids = slots.gaps.new_zeros(q.shape[:2])
+    return out + multihead_attention(q, k, v, segment_ids=ids, kv_segment_ids=slots.gaps, causal=False, **options)
+
+
+def _slots(sources: Sources, mask: MaskFacts, q: Tensor, window: int | None) -> _Slots:
+    batch_size, q_length = q.shape[:2]
+    if mask.diagonal is Diagonal.ONE_QUERY:
+        first, lengths, gaps = interval(documents_of_one_query(sources, batch_size, mask.keys))
+        return _Slots(first, lengths, None, gaps)
+    first, draft_mask = first_keys(sources, q_length, mask.lengths), None
+    if window is not None:
+        own = mask.lengths[:, None] + torch.arange(-q_length, 0, device=q.device)
+        first = torch.maximum(first, own - (window - 1))
+    if q_length > 1:
+        draft_mask = torch.ones(q_length, q_length, dtype=torch.bool, device=q.device).tril().expand(batch_size, -1, -1)
+    return _Slots(first, mask.lengths, draft_mask, None)
 
 
 class _Ids(NamedTuple):
@@ -106,10 +166,8 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, sources: Sources, mask: MaskFacts, 
     q_length = q.shape[1]
     if mask.diagonal is Diagonal.TOP_LEFT:
         k, v = k[:, :q_length], v[:, :q_length]
-    ids = _ids(sources, mask, q)
+    ids = _once(_ids, sources, mask, q)
     options = {**options, "segment_ids": ids.queries, "kv_segment_ids": ids.keys}
-    if mask.diagonal is Diagonal.ONE_QUERY:
-        return multihead_attention(q, k, v, causal=False, **options)
     if mask.diagonal is not Diagonal.GIVEN:
         return multihead_attention(q, k, v, **options)
     # The operator aligns the last query with the last key, and here only the device knows where the queries stand: each
@@ -119,25 +177,22 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, sources: Sources, mask: MaskFacts, 
     return multihead_attention(square, k, v, **options).index_select(1, index)
 
 
-def _ids(sources: Sources, mask: MaskFacts, q: Tensor) -> _Ids:
-    """The ids of one call, computed once for all layers that came with the same tensors."""
+def _once(compute: Callable, sources: Sources, mask: MaskFacts, q: Tensor, *arguments: object) -> NamedTuple:
+    """What ``compute`` gives for one call, computed once for all layers that came with the same tensors."""
     if torch.compiler.is_compiling() or (q.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return _compute_ids(sources, mask, q)
+        return compute(sources, mask, q, *arguments)
     given = tuple(source for source in sources if source is not None)
     versions = [None if tensor.is_inference() else tensor._version for tensor in (mask.tensor, *given)]
     state = (q.device, q.shape[:2], [id(tensor) for tensor in given], versions)
-    known = getattr(mask.tensor, "_selfattn_ids", None)
+    known = getattr(mask.tensor, "_selfattn_known", None)
     if known is None or known[0] != state:
         # The tensors are kept with it, so that no other can take their identity.
-        known = mask.tensor._selfattn_ids = (state, given, _compute_ids(sources, mask, q))
+        known = mask.tensor._selfattn_known = (state, given, compute(sources, mask, q, *arguments))
     return known[2]
 
 
-def _compute_ids(sources: Sources, mask: MaskFacts, q: Tensor) -> _Ids:
+def _ids(sources: Sources, mask: MaskFacts, q: Tensor) -> _Ids:
     batch_size, q_length = q.shape[:2]
-    if mask.diagonal is Diagonal.ONE_QUERY:
-        keys = documents_of_one_query(sources, batch_size, mask.keys)
-        return _Ids(keys.new_zeros(batch_size, 1), keys)
     if mask.diagonal is Diagonal.GIVEN:
         keys, queries = documents_at(sources, batch_size, q_length, mask.keys, mask.offset)
         return _Ids(queries, keys)
@@ -168,11 +223,10 @@ def _check_lengths(queries: Tensor | None, keys: Tensor | None) -> None:
         )
 
 
-def _check_window(module: nn.Module, sliding_window: int, mask: MaskFacts) -> None:
-    own = module.config.sliding_window if mask.windowed else None
-    if own != sliding_window:
+def _check_window(module: nn.Module, sliding_window: int, window: int | None) -> None:
+    if window != sliding_window:
         raise NotImplementedError(
-            f"selfattn: {type(module).__name__} asks for a window of {sliding_window}, its mask for {own}"
+            f"selfattn: {type(module).__name__} asks for a window of {sliding_window}, its mask for {window}"
         )
 
 
