@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
+import selfattn.integrations._transformers_paged as paged
 from selfattn.functional import attention_with_kv_cache, multihead_attention
 from selfattn.integrations._transformers_documents import (
     Sources,
@@ -34,9 +35,13 @@ _OTHER_ATTENTION = ("position_bias", "attention_bias", "head_mask", "indices", "
 
 
 def register() -> None:
-    """Makes ``attn_implementation="selfattn"`` known to transformers. Calling it again changes nothing."""
+    """Makes ``attn_implementation="selfattn"`` known to transformers, continuous batching included.
+
+    Calling it again changes nothing.
+    """
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, create_mask)
+    paged.register(NAME)
 
 
 def attention_forward(
@@ -65,7 +70,9 @@ def attention_forward(
         query: (B, NH, Sq, D).
         key: (B, NKV, Skv, D), what the cache gave.
         value: (B, NKV, Skv, DV).
-        attention_mask: of ``create_mask``; None only for attention in both directions without padding.
+        attention_mask: of ``create_mask``; None for attention in both directions without padding, and in continuous
+            batching, where ``write_index``, ``read_index``, ``cu_seq_lens_q``, ``cu_seq_lens_k`` and ``block_table``
+            say which keys belong to a token.
         scaling: factor of the logits; None is 1 / sqrt(D).
         dropout: must be 0.
         sliding_window: what the module thinks its window is; the mask decides, and both must agree.
@@ -75,7 +82,7 @@ def attention_forward(
         position_ids: (B | 1, Sq). Documents come from the first of segment_ids, cu_seq_lens_q, seq_idx, position_ids.
         segment_ids: (B | 1, Sq); (B | 1, Skv) where earlier keys come from a cache.
         cu_seq_lens_q: (N + 1,) cumulative lengths, for a batch of 1.
-        cu_seq_lens_k: those of the keys, which are the same.
+        cu_seq_lens_k: those of the keys, which are the same but in continuous batching.
         seq_idx: as ``segment_ids``.
         kwargs: what else the model's forward was given.
 
@@ -86,13 +93,16 @@ def attention_forward(
         NotImplementedError: what cannot be served.
         ValueError: documents of a wrong shape.
     """
+    batch = paged.batch_of(cu_seq_lens_q, cu_seq_lens_k, kwargs)
     _refuse(module, dropout, kwargs)
+    options = {"qk_scale": scaling, "softcap": softcap or 0.0, "sinks": s_aux}
+    q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    if batch is not None:
+        return paged.attention(q, k, v, batch, paged.window_of(module, sliding_window), options), None
     _check_lengths(cu_seq_lens_q, cu_seq_lens_k)
     sources = Sources(segment_ids, cu_seq_lens_q, seq_idx, position_ids)
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
-    options = {"qk_scale": scaling, "softcap": softcap or 0.0, "sinks": s_aux}
-    q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     if attention_mask is None:
         return _both_directions(q, k, v, sources, is_causal, options), None
     if not is_causal:
@@ -207,7 +217,7 @@ def _both_directions(q: Tensor, k: Tensor, v: Tensor, sources: Sources, is_causa
     if is_causal:
         raise NotImplementedError(
             "selfattn: a causal layer came without a mask, so its padding is unknown. Call "
-            "selfattn.integrations.transformers.register() before the model runs; continuous batching cannot be served"
+            "selfattn.integrations.transformers.register() before the model runs"
         )
     sources = sources._replace(position_ids=None)
     if any(source is not None for source in sources):
