@@ -17,6 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 import selfattn.integrations._transformers_paged as paged
 from selfattn.functional import attention_with_kv_cache, multihead_attention
+from selfattn.integrations._transformers_cache import StaticKVCache
 from selfattn.integrations._transformers_documents import (
     Sources,
     are_named,
@@ -27,6 +28,8 @@ from selfattn.integrations._transformers_documents import (
     interval,
 )
 from selfattn.integrations._transformers_mask import Diagonal, MaskFacts, create_mask, read_mask
+
+__all__ = ["NAME", "StaticKVCache", "attention_forward", "register"]
 
 NAME = "selfattn"
 
