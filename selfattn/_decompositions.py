@@ -26,7 +26,8 @@ def decompositions() -> dict[torch._ops.OpOverload, Decomposition]:
 
     Returns:
         A new dict from operator overloads to functions of the same arguments, which may be changed or merged into
-        another table. The operators of gradients and ``explain_backend`` are in no such graph and have no entry.
+        another table. The operators of gradients and ``explain_backend`` are in no such graph and have no entry; those
+        over a KV cache have none, since they write into their inputs.
     """
     operators = torch.ops.selfattn
     table: dict[torch._ops.OpOverload, Decomposition] = {

@@ -10,10 +10,10 @@
 namespace selfattn {
 namespace {
 
-/// Whether each query may see each slot of its own row: (R, Sq, L), with ids (1, B * Sq, L).
+/// Where the queries stand, int64.
 struct OwnRow {
-  at::Tensor positions;  // (R, Sq), (1, B * Sq)
-  at::Tensor lengths;    // (R, 1), (1, B * Sq): of the query's row
+  at::Tensor positions;  // (R, Sq), with ids (1, B * Sq)
+  at::Tensor lengths;    // (R, 1), with ids (1, B * Sq): of the query's row
 };
 
 OwnRow own_rows(const KvCacheProblem& problem) {
@@ -34,12 +34,13 @@ at::Tensor with_draft_mask(const KvCacheProblem& problem, const at::Tensor& allo
   return at::where((draft >= 0).unsqueeze(1), problem.draft_mask->gather(2, column), allowed);
 }
 
+/// Whether each query may see each slot of its own row: (R, Sq, L), with ids (1, B * Sq, L).
 at::Tensor slots_in_own_row(const KvCacheProblem& problem) {
   const OwnRow own = own_rows(problem);
   const at::Tensor position = own.positions.unsqueeze(2);
   const at::Tensor slots = at::arange(problem.capacity(), position.options());  // (L,)
   const at::Tensor is_filled = at::logical_and(slots < own.lengths.unsqueeze(2), position >= 0);
-  at::Tensor allowed = problem.is_causal ? slots <= position : at::logical_and(position >= 0, slots >= 0);
+  at::Tensor allowed = problem.is_causal ? slots <= position : is_filled;
   if (problem.draft_mask) allowed = with_draft_mask(problem, allowed, slots);
   allowed = at::logical_and(allowed, is_filled);
   if (problem.window_left >= 0) allowed = at::logical_and(allowed, slots >= position - problem.window_left);

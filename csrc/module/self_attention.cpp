@@ -10,7 +10,6 @@
 
 #include "attention/multihead_attention.h"
 #include "autograd/buffer_donation.h"
-#include "common/dense_tensor.h"
 #include "kv_cache/positions.h"
 #include "module/layer_call.h"
 #include "module/projections.h"

@@ -303,6 +303,7 @@ def test_every_operator_of_a_forward_pass_has_an_entry() -> None:
         if schema.name.startswith("selfattn::")
     }
     without = {name for name in overloads if "_backward." in name} | {"explain_backend.default"}
+    without |= {name for name in overloads if "kv_cache" in name or "append" in name}  # ONNX writes into no input
     assert {str(overload).removeprefix("selfattn.") for overload in selfattn.decompositions()} == overloads - without
     # explain_backend returns text, and none is in a graph.
     returns = torch.ops.selfattn.explain_backend.default._schema.returns
