@@ -77,6 +77,44 @@ def documents_of_one_query(sources: Sources, batch_size: int, keys: Tensor) -> T
     return torch.where(rank < rank[:, -1:] - positions, -1, keys)
 
 
+def are_named(sources: Sources) -> bool:
+    """Whether documents are given key by key, and not by positions alone."""
+    return any(source is not None for source in sources[:3])
+
+
+def first_keys(sources: Sources, q_length: int, lengths: Tensor) -> Tensor:
+    """(B, Sq) int64: where the document of each query begins among the keys, of which the queries are the last.
+
+    Args:
+        sources: positions alone.
+        q_length: Sq.
+        lengths: (B,) int32, the keys, none of which is padding.
+    """
+    positions = _positions(sources.position_ids, lengths.shape[0], q_length)
+    runs = segment_ids_from_positions(positions).contiguous()
+    inside = torch.searchsorted(runs, runs)  # where the run of each query begins among the queries
+    first = lengths[:, None] - q_length
+    return (first + torch.where(runs == 0, -positions[:, :1], inside)).clamp(min=0)
+
+
+def interval(keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """One interval of keys for each row, and the rest.
+
+    Args:
+        keys: (B, Skv), 0 for the keys that a row's query sees, else -1.
+
+    Returns:
+        (B, 1) int64, the first key, and (B,) int32, one past the last, 0 for a row whose keys have gaps; and ``keys``
+        with -1 in every other row.
+    """
+    seen = keys >= 0
+    index = torch.arange(1, keys.shape[1] + 1, device=keys.device)
+    first = seen.to(torch.int32).argmax(1, keepdim=True)
+    end = torch.where(seen, index, 0).amax(1, keepdim=True)
+    whole = seen.sum(1, keepdim=True) == end - first
+    return first, torch.where(whole, end, 0)[:, 0].to(torch.int32), torch.where(whole, -1, keys)
+
+
 def _named(sources: Sources, batch_size: int, q_length: int, kv_length: int) -> Tensor | None:
     """(B, Skv) ids that the caller gave by name, or None."""
     name, given = "segment_ids", sources.segment_ids

@@ -5,9 +5,10 @@ them. It must be a 4-D tensor: ``generate()`` feeds the masks of static caches b
 alone nothing else. What the layers need is one number a key, and a few facts that the host must know without reading a
 tensor, so the facts are in the shape:
 
-    (B, 1, rows, Skv) int32, where rows is a Diagonal, + 4 if the window of the layers' configuration holds
+    (B, 1, rows, Skv) int32, where rows is a Diagonal, + 5 if the window of the layers' configuration holds
     row 0: 0 for a key that may be attended to, -1 for padding and for a part of the cache that is not written
     row 1 (of Diagonal.GIVEN): d in every element; query i sees key j where j <= i + d
+    every row of Diagonal.LENGTH: the length of the cache with these queries, one number in memory
 """
 
 from collections.abc import Callable
@@ -28,10 +29,12 @@ class Diagonal(Enum):
     BOTTOM_RIGHT = 3  # query i sees j <= i + Skv - Sq
     TOP_LEFT = 4  # query i sees j <= i: the rest of a static cache is not written
     GIVEN = 5  # query i sees j <= i + d
+    LENGTH = 6  # query i sees j <= i + length - Sq, no key is padding, and the length stands on the device
 
 
-_WINDOWED = 4
-_LARGEST = Diagonal.GIVEN.value
+_WINDOWED = 5  # one query sees to its window by itself, so no two cases have as many rows
+_LARGEST = Diagonal.LENGTH.value
+MAX_DRAFTS = 32  # queries of a draft_mask of attention_with_kv_cache
 
 
 class MaskFacts(NamedTuple):
@@ -50,6 +53,17 @@ class MaskFacts(NamedTuple):
     def offset(self) -> Tensor:
         """0-dim int32: d, where the diagonal is given."""
         return self.tensor[0, 0, 1, 0]
+
+    @property
+    def lengths(self) -> Tensor:
+        """(B,) int32, expanded: keys in use with those of the queries, where they are given as a length."""
+        return self.tensor[:, 0, 0, 0]
+
+    def key_by_key(self, q_length: int, window: int | None) -> "MaskFacts":
+        """What a length says, as a mask that documents can be laid over."""
+        keys, offset = torch.zeros_like(self.keys, memory_format=torch.contiguous_format), self.lengths[0] - q_length
+        diagonal = Diagonal.ONE_QUERY if q_length == 1 else Diagonal.GIVEN
+        return read_mask(_rows(diagonal, keys, offset, window), *keys.shape)
 
 
 _NEEDED = ("causal_mask_function", "and_masks", "sliding_window_overlay", "packed_sequence_mask_function")
@@ -113,13 +127,25 @@ def create_mask(
     if torch.compiler.is_dynamo_compiling() and mask_function.__code__ is _AND:
         _assert_causal(mask_function, batch_size, q_length, device)
 
-    keys = _padding(attention_mask, batch_size, kv_length, kv_offset, device)
     offset = q_offset - kv_offset
-    diagonal = _diagonal(offset, q_length, kv_length, padded=attention_mask is not None)
+    diagonal = _diagonal(offset, q_length, kv_length, attention_mask is not None, window)
+    if diagonal is Diagonal.LENGTH:
+        length = offset + q_length
+        if not isinstance(length, Tensor):
+            length = torch.full((), length, device=device)
+        return length.to(torch.int32).expand(batch_size, 1, _count(diagonal, window), kv_length)
+    return _rows(diagonal, _padding(attention_mask, batch_size, kv_length, kv_offset, device), offset, window)
+
+
+def _count(diagonal: Diagonal, window: int | None) -> int:
+    return diagonal.value + (_WINDOWED if window is not None else 0)
+
+
+def _rows(diagonal: Diagonal, keys: Tensor, offset: int | Tensor, window: int | None) -> Tensor:
     rows = [keys]
     if diagonal is Diagonal.ONE_QUERY:
         # One key for one query: the shape stays while a static cache fills up, as compiled decoding needs.
-        index = torch.arange(kv_length, device=device)
+        index = torch.arange(keys.shape[1], device=keys.device)
         seen = index <= offset
         if window is not None:
             seen = seen & (index > offset - window)
@@ -127,8 +153,7 @@ def create_mask(
         window = None
     elif diagonal is Diagonal.GIVEN:
         rows.append(torch.zeros_like(keys) + offset)
-    count = diagonal.value + (_WINDOWED if window is not None else 0)
-    rows += [keys] * (count - len(rows))
+    rows += [keys] * (_count(diagonal, window) - len(rows))
     return torch.stack(rows, dim=1).to(torch.int32)[:, None]
 
 
@@ -162,7 +187,7 @@ def read_mask(mask: Tensor, batch_size: int, kv_length: int) -> MaskFacts:
     return MaskFacts(diagonal, windowed, mask)
 
 
-def _diagonal(offset: int | Tensor, q_length: int, kv_length: int, padded: bool) -> Diagonal:
+def _diagonal(offset: int | Tensor, q_length: int, kv_length: int, padded: bool, window: int | None) -> Diagonal:
     known = not isinstance(offset, Tensor)
     if known and offset + q_length > kv_length:
         raise ValueError(
@@ -170,10 +195,15 @@ def _diagonal(offset: int | Tensor, q_length: int, kv_length: int, padded: bool)
             "keys that the cache gives"
         )
     if known and offset + q_length == kv_length:
-        return Diagonal.BOTTOM_RIGHT if padded else Diagonal.UNPADDED
-    if q_length == 1:
-        return Diagonal.ONE_QUERY
-    return Diagonal.TOP_LEFT if known and offset == 0 else Diagonal.GIVEN
+        if padded:
+            return Diagonal.BOTTOM_RIGHT
+        # One token into a full sliding cache, static ones among them: the same case as while it was filling up.
+        return Diagonal.LENGTH if q_length == 1 and kv_length == window else Diagonal.UNPADDED
+    if known and offset == 0 and q_length > 1:
+        return Diagonal.TOP_LEFT
+    if not padded and q_length <= MAX_DRAFTS:
+        return Diagonal.LENGTH
+    return Diagonal.ONE_QUERY if q_length == 1 else Diagonal.GIVEN
 
 
 def _padding(
