@@ -1,0 +1,138 @@
+// Host side of one kernel instantiation: params -> grid, stages, scratch -> launches.
+#pragma once
+#include <algorithm>
+
+#include "flash/tile/element.h"
+#include "host/device.h"
+#include "kernel.cuh"
+#include "launcher.h"
+#include "prepare.cuh"
+
+namespace selfattn::cuda::kv_cache {
+
+// Hands out 256-byte-aligned arrays one after the other.
+struct Carver {
+  char* base;
+  int64_t used = 0;
+
+  template <class T>
+  T* take(int64_t count) {
+    T* array = reinterpret_cast<T*>(base + used);
+    used += (count * int64_t(sizeof(T)) + 255) / 256 * 256;
+    return array;
+  }
+};
+
+// How many thread blocks an SM holds, and the stages of each: as deep as shared memory allows.
+struct Residency {
+  int blocks, stages;
+};
+
+inline int ceil_div(int64_t count, int64_t size) { return static_cast<int>((count + size - 1) / size); }
+
+template <class Config>
+Residency find_residency(int bytes_of_block) {
+  constexpr int kOwnBytes = 1024;  // an SM has so much more than a thread block may have, and each costs it so much
+  const auto stages_of = [&](int blocks) {
+    const int bytes = (bytes_of_block + kOwnBytes) / blocks - kOwnBytes;
+    return std::min((bytes - Config::shared_bytes(0)) / Config::kStageBytes, Config::kStages);
+  };
+  for (int blocks = Config::kBlocksAtOnce; blocks > 1; blocks--)
+    if (const int stages = stages_of(blocks); stages >= Config::kLeastStages) return {blocks, stages};
+  return {1, stages_of(1)};
+}
+
+template <class Config>
+KernelParams make_kernel_params(const KvCacheParams& call, int sms, int shared_memory, Carver& carver) {
+  KernelParams p{};
+  p.call = call;
+  p.softcap = Softcap::of(call.scale, call.softcap);
+  const Residency residency = find_residency<Config>(shared_memory);
+  p.stages = residency.stages;
+  ScheduleParams& schedule = p.schedule;
+  const int64_t tokens = int64_t(call.batch) * call.queries, capacity = int64_t(call.page_size) * call.pages_per_row;
+  schedule.tile_rows = Config::kTileRows;
+  schedule.group = call.group();
+  schedule.tiles_per_row = ceil_div(int64_t(call.queries) * schedule.group, Config::kTileRows);
+  // Each row with ids may have one tile that is not full.
+  schedule.tiles = call.segment_ids ? static_cast<int>(tokens * schedule.group / Config::kTileRows +
+                                                       std::min<int64_t>(tokens, call.rows + 1))
+                                    : call.rows * schedule.tiles_per_row;
+  schedule.unit_keys = call.split_keys ? call.split_keys : kUnitKeys;
+  schedule.overhead = call.split_keys ? 0 : kTileOverhead;
+  const int units = std::max(ceil_div(capacity, schedule.unit_keys), 1);
+  const int64_t most_units = int64_t(schedule.tiles) * call.num_kv_heads * (units + schedule.overhead);
+  schedule.thread_blocks = static_cast<int>(std::min<int64_t>(int64_t(residency.blocks) * sms, most_units));
+  schedule.splits_per_segment = call.split_keys ? units : 0;
+  schedule.is_prepared = call.segment_ids || schedule.tiles > kMaxTilesOfWarp;
+
+  schedule.counters = carver.take<int>(schedule.thread_blocks);
+  if (schedule.is_prepared) {
+    schedule.total = carver.take<int>(1);
+    schedule.starts = carver.take<ShareStart>(schedule.thread_blocks);
+    schedule.tile_counts_before = carver.take<int>(schedule.tiles);
+  }
+  if (call.segment_ids) {
+    schedule.entries = carver.take<TileEntry>(schedule.tiles);
+    schedule.token_order = carver.take<int>(tokens);
+    schedule.token_counts = carver.take<int>(call.rows + 1);
+    schedule.token_starts = carver.take<int>(call.rows + 1);
+  }
+  const int64_t parts = call.split_keys ? int64_t(schedule.tiles) * call.num_kv_heads * units
+                                        : 2 * int64_t(schedule.thread_blocks);
+  p.partial_stats = carver.take<SplitStats>(parts * Config::kTileRows);
+  p.partial_out = carver.take<float>(parts * Config::kTileRows * Config::kDim);
+  return p;
+}
+
+template <class Config>
+cudaError_t make_kernel_params(const KvCacheParams& call, Carver& carver, int& device, KernelParams& p) {
+  int sms = 0, shared_memory = 0;
+  if (const cudaError_t status = find_device(device, sms)) return status;
+  if (const cudaError_t status = find_shared_memory(device, shared_memory)) return status;
+  p = make_kernel_params<Config>(call, sms, shared_memory, carver);
+  return cudaSuccess;
+}
+
+template <ElementType kElement, int kDim, TileKind kKind>
+struct ConfigOf {
+  using Tiles = std::conditional_t<kKind == TileKind::kDecode, DecodeTiles<kDim>, ChunkTiles<kDim>>;
+  using Type = Config<typename ElementOf<kElement>::Type, kDim, Tiles>;
+};
+
+template <ElementType kElement, int kDim, TileKind kKind>
+int64_t Launcher<kElement, kDim, kKind>::workspace_bytes(const KvCacheParams& params) {
+  Carver carver{nullptr};
+  int device = 0;
+  KernelParams p;
+  const cudaError_t status =
+      make_kernel_params<typename ConfigOf<kElement, kDim, kKind>::Type>(params, carver, device, p);
+  return status == cudaSuccess ? carver.used : 0;
+}
+
+template <ElementType kElement, int kDim, TileKind kKind>
+cudaError_t Launcher<kElement, kDim, kKind>::launch(const KvCacheParams& params, cudaStream_t stream) {
+  using Config = typename ConfigOf<kElement, kDim, kKind>::Type;
+  constexpr int kClearThreads = 256;
+  Carver carver{static_cast<char*>(params.workspace)};
+  int device = 0;
+  KernelParams p;
+  if (const cudaError_t status = make_kernel_params<Config>(params, carver, device, p)) return status;
+  const auto kernel = flash_attention_kv_cache_kernel<Config>;
+  // As much as any call takes on this card.
+  if (const cudaError_t status = allow_shared_memory<Config>(kernel, Config::shared_bytes(p.stages), device))
+    return status;
+  prepare_kv_cache_kernel<<<1, p.schedule.is_prepared ? kPrepareThreads : kClearThreads, 0, stream>>>(p);
+  if (const cudaError_t status = cudaGetLastError()) return status;
+  cudaLaunchAttribute early_start = dependent_launch();
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(p.schedule.thread_blocks);
+  config.blockDim = dim3(Config::kThreads);
+  config.dynamicSmemBytes = Config::shared_bytes(p.stages);
+  config.stream = stream;
+  config.attrs = &early_start;
+  config.numAttrs = has_dependent_launch<flash_attention_kv_cache_kernel<Config>>(device);
+  return cudaLaunchKernelEx(&config, kernel, p);
+}
+
+}  // namespace selfattn::cuda::kv_cache
