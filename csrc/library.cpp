@@ -14,6 +14,17 @@
 #define SELFATTN_CALL                                                              \
   SELFATTN_QKV ", " SELFATTN_PAIRS ", str backend=\"auto\", *, " SELFATTN_KEYWORDS \
                ", Tensor? sinks=None, " SELFATTN_POSITIONS
+// Attention over a KV cache
+#define SELFATTN_CACHES "Tensor k_cache, Tensor v_cache"
+#define SELFATTN_WRITTEN_CACHES "Tensor(a!) k_cache, Tensor(b!) v_cache"
+#define SELFATTN_CACHE_ROWS "Tensor? page_table=None, Tensor? segment_ids=None"
+#define SELFATTN_CACHE_SCALES "Tensor? k_scale=None, Tensor? v_scale=None"
+#define SELFATTN_CACHE_PAIRS \
+  "Tensor q, " SELFATTN_CACHES ", Tensor lengths, " SELFATTN_CACHE_ROWS ", bool causal=True, float? qk_scale=None"
+#define SELFATTN_CACHE_KEYWORDS                                                                              \
+  "Tensor? positions=None, int window_left=-1, int window_right=-1, float softcap=0.0, Tensor? sinks=None, " \
+  "Tensor? draft_mask=None, " SELFATTN_CACHE_SCALES ", int split_keys=0"
+#define SELFATTN_CACHE_CALL SELFATTN_CACHE_PAIRS ", str backend=\"auto\", *, " SELFATTN_CACHE_KEYWORDS
 #define SELFATTN_NORM_ROPE \
   "Tensor? q_weight=None, Tensor? k_weight=None, Tensor? freqs_sin=None, Tensor? freqs_cos=None"
 #define SELFATTN_NORM_ROPE_CALL                                                                                     \
@@ -30,6 +41,12 @@
   "rope_pairing=\"interleaved\", bool causal=True, float? qk_scale=None, str backend=\"auto\", int window_left=-1, " \
   "int "                                                                                                             \
   "window_right=-1, float softcap=0.0"
+
+// A layer's cache: `lengths` are those before the call.
+#define SELFATTN_LAYER_CACHE                                   \
+  SELFATTN_LAYER ", bool rope=True, " SELFATTN_WRITTEN_CACHES  \
+                 ", Tensor lengths, Tensor? page_table=None, " \
+                 "Tensor? positions=None, Tensor? draft_mask=None, int split_keys=0, " SELFATTN_CACHE_SCALES
 
 #define SELFATTN_ROPE_TYPE                                                                                  \
   "str rope_type=\"default\", float rope_theta=10000.0, SymInt? length=None, float? factor=None, "          \
@@ -57,6 +74,28 @@ TORCH_LIBRARY(selfattn, m) {
         ", Tensor out, Tensor lse, " SELFATTN_PAIRS ", *, " SELFATTN_KEYWORDS
         ", Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, " SELFATTN_POSITIONS ") -> ()",
         tags);
+  // Attention over a KV cache
+  m.def("attention_with_kv_cache(" SELFATTN_CACHE_CALL ") -> Tensor", tags);
+  m.def("attention_with_kv_cache_lse(" SELFATTN_CACHE_CALL ") -> (Tensor out, Tensor lse)", tags);
+  m.def("explain_kv_cache_backend(" SELFATTN_CACHE_CALL ") -> str", tags);
+  m.def("flash_attention_kv_cache(" SELFATTN_CACHE_PAIRS ", *, " SELFATTN_CACHE_KEYWORDS
+        ") -> (Tensor out, Tensor lse)",
+        tags);
+  m.def("append_kv_cache(Tensor k, Tensor v, Tensor positions, " SELFATTN_CACHE_ROWS ", *, " SELFATTN_WRITTEN_CACHES
+        ", " SELFATTN_CACHE_SCALES ") -> ()",
+        tags);
+  m.def("qk_norm_rope_append(" SELFATTN_QKV ", Tensor positions, " SELFATTN_CACHE_ROWS ", " SELFATTN_NORM_ROPE
+        ", *, " SELFATTN_WRITTEN_CACHES
+        ", bool norm=True, float eps=1e-06, bool rope=True, float theta=10000.0, str "
+        "pairing=\"interleaved\", " SELFATTN_CACHE_SCALES ") -> Tensor",
+        tags);
+  // What reads a cache's integers, with the checks of their values: the slot of each token, and the pages in use.
+  m.def(
+      "kv_cache_positions(Tensor lengths, Tensor? segment_ids, SymInt num_queries, SymInt capacity, "
+      "Tensor? positions=None) -> Tensor",
+      tags);
+  m.def("kv_cache_pages(Tensor page_table, Tensor is_used, SymInt pages) -> Tensor", tags);
+  m.def("lengths_after_append(Tensor lengths, Tensor? segment_ids, SymInt num_tokens) -> Tensor", tags);
   // Segments
   m.def("segment_mask(Tensor segment_ids, Tensor? kv_segment_ids=None) -> Tensor", tags);
   m.def("segment_ids_from_positions(Tensor positions) -> Tensor", tags);
@@ -106,6 +145,14 @@ TORCH_LIBRARY(selfattn, m) {
       "Tensor? k_bias=None, Tensor? v_bias=None) -> (Tensor q, Tensor k, Tensor v)",
       tags);
   m.def("projected_attention(" SELFATTN_QKV ", " SELFATTN_LAYER ", bool rope=True) -> Tensor", tags);
+  // Both over a KV cache, to which the tokens of x are appended. Operators of their own: a packet of two overloads
+  // would no longer say what is wrong with a call of one of them.
+  m.def(
+      "self_attention_kv_cache(Tensor x, Tensor q_weight, Tensor k_weight, Tensor v_weight, Tensor out_weight, "
+      "Tensor? q_bias=None, Tensor? k_bias=None, Tensor? v_bias=None, Tensor? out_bias=None, " SELFATTN_LAYER_CACHE
+      ") -> Tensor",
+      tags);
+  m.def("projected_attention_kv_cache(" SELFATTN_QKV ", " SELFATTN_LAYER_CACHE ") -> Tensor", tags);
 }
 
 // Tensors that no kernel reads. Below the schemas, whose operators each of these lines goes through.

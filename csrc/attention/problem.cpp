@@ -20,12 +20,6 @@ constexpr double kLargestScale = 1e37;
 /// Beyond these float32 would turn a cap, or a logit over it, into 0 or infinity.
 constexpr double kLeastSoftcap = 1e-30, kLargestSoftcap = 1e30;
 
-/// The scale as float32 can hold it, and over the cap too.
-double usable_scale(double scale, double softcap) {
-  const double largest = softcap > 0.0 ? kLargestScale * std::min(softcap, 1.0) : kLargestScale;
-  return std::clamp(scale, -largest, largest);
-}
-
 void check_tensor_like_query(const at::Tensor& query, const at::Tensor& tensor, const char* name) {
   check_dtype(tensor, name, query.scalar_type(), "q");
   check_device(tensor, name, query.device(), "q");
@@ -101,6 +95,15 @@ void add_positions(const AttentionArguments& arguments, AttentionProblem& proble
 
 }  // namespace
 
+double scale_of(const at::Tensor& query, std::optional<double> qk_scale, double softcap) {
+  if (!qk_scale) qk_scale = 1.0 / std::sqrt(static_cast<double>(query.sym_size(3).guard_int(__FILE__, __LINE__)));
+  if (query.scalar_type() == at::kDouble) return *qk_scale;
+  const double largest = softcap > 0.0 ? kLargestScale * std::min(softcap, 1.0) : kLargestScale;  // over the cap, too
+  return std::clamp(*qk_scale, -largest, largest);
+}
+
+int64_t window_of(int64_t window) { return std::min(window, kWidestWindow); }
+
 void check_attention_numbers(const AttentionArguments& arguments) {
   TORCH_CHECK_VALUE(!arguments.qk_scale || std::isfinite(*arguments.qk_scale),
                     "selfattn: qk_scale must be finite; got ", *arguments.qk_scale);
@@ -173,12 +176,9 @@ AttentionProblem make_attention_problem(const at::Tensor& q, const at::Tensor& k
   if (arguments.sinks) check_sinks(*arguments.sinks, problem.query_heads(), q.device(), "q");
   problem.sinks = arguments.sinks;
   problem.is_causal = arguments.is_causal;
-  problem.scale = arguments.qk_scale
-                      ? *arguments.qk_scale
-                      : 1.0 / std::sqrt(static_cast<double>(q.sym_size(3).guard_int(__FILE__, __LINE__)));
-  if (q.scalar_type() != at::kDouble) problem.scale = usable_scale(problem.scale, arguments.softcap);
-  problem.window_left = std::min(arguments.window_left, kWidestWindow);
-  problem.window_right = std::min(arguments.window_right, kWidestWindow);
+  problem.scale = scale_of(q, arguments.qk_scale, arguments.softcap);
+  problem.window_left = window_of(arguments.window_left);
+  problem.window_right = window_of(arguments.window_right);
   problem.softcap = arguments.softcap;
   problem.needs_lse = needs_lse;
   add_positions(arguments, problem);

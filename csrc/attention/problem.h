@@ -78,6 +78,12 @@ struct AttentionArguments {
   OptionalTensor kv_positions;
 };
 
+// What a problem holds of the numbers that a caller gives: those that are far beyond any effect are brought to ones
+// that every rule and float32 can hold.
+/// 1 / sqrt(DQK) where not given. query (B, Sq, NH, DQK).
+double scale_of(const at::Tensor& query, std::optional<double> qk_scale, double softcap);
+int64_t window_of(int64_t window);
+
 // The checks of make_attention_problem that need no q, k and v yet. `owner` is the argument that the caller knows the
 // tokens and the device by, for the message.
 void check_attention_numbers(const AttentionArguments& arguments);

@@ -9,22 +9,6 @@
 namespace selfattn {
 namespace {
 
-const AttentionBackend& find_backend(Backend name) {
-  static const AttentionBackend* const backends[] = {&flash_backend(), &cudnn_backend(), &aten_backend(),
-                                                     &reference_backend()};
-  for (const AttentionBackend* backend : backends) {
-    if (backend->name == name) return *backend;
-  }
-  TORCH_INTERNAL_ASSERT(false, "auto names no single backend");
-}
-
-std::optional<Backend> first_able(const AttentionProblem& problem) {
-  for (const Backend name : kBackendsByPreference) {
-    if (reasons_against(find_backend(name), problem).empty()) return name;
-  }
-  return std::nullopt;
-}
-
 struct BackendName {
   std::string_view text;
   Backend backend;
@@ -56,27 +40,25 @@ Backend parse_backend(std::string_view name) {
   return found->backend;
 }
 
-const AttentionBackend& select_backend(Backend name, const AttentionProblem& problem) {
-  if (name == Backend::kAuto) {
-    const auto able = first_able(problem);
-    TORCH_INTERNAL_ASSERT(able, "reference serves every valid call");
-    return find_backend(*able);
-  }
-  const AttentionBackend& backend = find_backend(name);
-  const auto reasons = reasons_against(backend, problem);
-  TORCH_CHECK_NOT_IMPLEMENTED(reasons.empty(), "selfattn: backend '", to_string(name),
-                              "' cannot serve this call: ", c10::Join("; ", reasons));
-  return backend;
+const AttentionBackend& find_backend(Backend name, const AttentionProblem&) {
+  static const AttentionBackend* const backends[] = {&flash_backend(), &cudnn_backend(), &aten_backend(),
+                                                     &reference_backend()};
+  return find_by_name<AttentionProblem>(name, backends);
 }
 
-std::string explain_selection(Backend name, const AttentionProblem& problem) {
-  const auto chosen = name == Backend::kAuto ? first_able(problem) : std::optional<Backend>(name);
+void check_can_serve(Backend name, const std::vector<std::string>& reasons) {
+  TORCH_CHECK_NOT_IMPLEMENTED(reasons.empty(), "selfattn: backend '", to_string(name),
+                              "' cannot serve this call: ", c10::Join("; ", reasons));
+}
+
+std::string explain_selection(std::optional<Backend> chosen,
+                              const std::array<std::vector<std::string>, kBackendsByPreference.size()>& reasons) {
   std::ostringstream text;
-  for (const Backend candidate : kBackendsByPreference) {
-    const auto reasons = reasons_against(find_backend(candidate), problem);
-    text << (candidate == kBackendsByPreference.front() ? "" : "\n") << to_string(candidate) << ": ";
-    if (!reasons.empty()) {
-      text << "cannot serve this call: " << c10::Join("; ", reasons);
+  for (size_t i = 0; i < reasons.size(); ++i) {
+    const Backend candidate = kBackendsByPreference[i];
+    text << (i == 0 ? "" : "\n") << to_string(candidate) << ": ";
+    if (!reasons[i].empty()) {
+      text << "cannot serve this call: " << c10::Join("; ", reasons[i]);
     } else {
       text << (chosen == candidate ? "chosen" : "can serve this call");
     }

@@ -24,7 +24,8 @@ void write_without_gradient(const c10::OperatorHandle& op, torch::jit::Stack* st
     TORCH_CHECK_NOT_IMPLEMENTED(!at::GradMode::is_enabled() || !tensor.requires_grad(),
                                 "selfattn: ", arguments[i].name(), " must not require a gradient, since ",
                                 c10::toString(op.schema().operator_name()), " is not differentiable; call ",
-                                op.schema().name(), ", or this one under torch.no_grad()");
+                                op.schema().overload_name().empty() ? "it" : op.schema().name() + ", or this one",
+                                " under torch.no_grad()");
     if (is_written(arguments[i])) written.push_back(tensor);
   }
   {
@@ -40,8 +41,8 @@ void write_without_gradient(const c10::OperatorHandle& op, torch::jit::Stack* st
 }  // namespace selfattn
 
 TORCH_LIBRARY_IMPL(selfattn, Autograd, m) {
-  m.impl("flash_attention_backward.into",
-         torch::CppFunction::makeFromBoxedFunction<&selfattn::write_without_gradient>());
-  m.impl("qk_norm_rope_backward.in_place",
-         torch::CppFunction::makeFromBoxedFunction<&selfattn::write_without_gradient>());
+  for (const char* name :
+       {"flash_attention_backward.into", "qk_norm_rope_backward.in_place", "append_kv_cache", "qk_norm_rope_append"}) {
+    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&selfattn::write_without_gradient>());
+  }
 }

@@ -13,12 +13,23 @@
 #include "attention/select_backend.h"
 #include "backend/kernel_inputs.h"
 #include "common/device.h"
+#include "kv_cache/attention_op.h"
+#include "kv_cache/gather.h"
 
 namespace selfattn {
 namespace {
 
 constexpr Constraint kConstraints[] = {no_function_transform, no_forward_mode_ad, scaled_products, no_sinks,
                                        no_lse_output,         no_empty_tensor};
+
+Reason no_fixed_splits(const KvCacheProblem& problem) {
+  if (problem.split_keys == 0) return std::nullopt;
+  return c10::str("split_keys must be 0; got ", problem.split_keys);
+}
+
+constexpr ConstraintOn<KvCacheProblem> kKvCacheConstraints[] = {
+    no_function_transform, no_forward_mode_ad, scaled_products, no_sinks,
+    no_lse_output,         no_empty_tensor,    no_fixed_splits};
 
 /// 0 where a pair is allowed, -inf elsewhere, in q's dtype.
 at::Tensor bias_of(const AttentionProblem& problem, const at::Tensor& allowed) {
@@ -87,23 +98,37 @@ at::Tensor masked_attention(const AttentionProblem& problem, const at::Tensor& a
       /*is_causal=*/false, problem.scale));
 }
 
-std::tuple<at::Tensor, at::Tensor> call(const AttentionProblem& original) {
+/// Attention under any mask: a row without an allowed pair attends to every key and is cleared afterwards. Kernels
+/// differ on what they make of such a row, and a cleared output sends back a zero gradient.
+AttentionResults attend_allowed(const AttentionProblem& problem, const at::Tensor& allowed) {
+  const at::Tensor is_empty = allowed.any(-1, /*keepdim=*/true).logical_not();
+  const at::Tensor out = masked_attention(problem, allowed.logical_or(is_empty));
+  return {out.masked_fill(is_empty, 0.0).transpose(1, 2), at::Tensor()};
+}
+
+AttentionResults call(const AttentionProblem& original) {
   const AttentionProblem problem = adapted_to_pytorch_kernels(original);
   const bool is_plain_causal = problem.is_causal && !problem.has_segments() && !problem.has_window() &&
                                !problem.has_positions() && problem.query_length() == problem.key_length();
   const auto mask = is_plain_causal ? std::nullopt : attention_mask(problem);
   if (!mask) return {plain_attention(problem, std::nullopt, is_plain_causal).transpose(1, 2), at::Tensor()};
-  // A row without an allowed pair attends to every key and is cleared afterwards: kernels differ on what they make of
-  // such a row, and a cleared output sends back a zero gradient.
-  const at::Tensor is_empty = mask->any(-1, /*keepdim=*/true).logical_not();
-  const at::Tensor out = masked_attention(problem, mask->logical_or(is_empty));
-  return {out.masked_fill(is_empty, 0.0).transpose(1, 2), at::Tensor()};
+  return attend_allowed(problem, *mask);
+}
+
+AttentionResults attend_gathered(const KvCacheProblem& problem) {
+  const GatheredProblem gathered = gather(problem);
+  return scatter_results(problem, attend_allowed(adapted_to_pytorch_kernels(gathered.attention), gathered.allowed));
 }
 
 }  // namespace
 
 const AttentionBackend& aten_backend() {
   static const AttentionBackend backend{Backend::kAten, kConstraints, call};
+  return backend;
+}
+
+const KvCacheBackend& aten_kv_cache_backend() {
+  static const KvCacheBackend backend{Backend::kAten, kKvCacheConstraints, attend_gathered};
   return backend;
 }
 

@@ -8,6 +8,7 @@
 #include "backend/kernel_inputs.h"
 #include "common/device.h"
 #include "common/kernel_limits.h"
+#include "kv_cache/attention_op.h"
 
 namespace selfattn {
 namespace {
@@ -74,6 +75,8 @@ Reason not_deterministic(const AttentionProblem& problem) {
   return "its backward is not deterministic, and torch.use_deterministic_algorithms is on";
 }
 
+Reason reads_no_cache(const KvCacheProblem&) { return "it does not read a KV cache"; }
+
 constexpr Constraint kConstraints[] = {
     on_cuda,          has_cudnn,       half_precision,      supported_head_dim,    dense_pairs,
     square_if_causal, no_empty_tensor, more_than_one_token, scaled_products,       no_sinks,
@@ -92,6 +95,12 @@ std::tuple<at::Tensor, at::Tensor> call(const AttentionProblem& original) {
 
 const AttentionBackend& cudnn_backend() {
   static const AttentionBackend backend{Backend::kCudnn, kConstraints, call};
+  return backend;
+}
+
+const KvCacheBackend& cudnn_kv_cache_backend() {
+  static constexpr ConstraintOn<KvCacheProblem> kNone[] = {reads_no_cache};
+  static const KvCacheBackend backend{Backend::kCudnn, kNone, /*call=*/nullptr};
   return backend;
 }
 

@@ -17,6 +17,8 @@
 #include "attention/masked_matmul.h"
 #include "attention/select_backend.h"
 #include "common/dense_tensor.h"
+#include "kv_cache/attention_op.h"
+#include "kv_cache/gather.h"
 
 namespace selfattn {
 namespace {
@@ -42,9 +44,8 @@ at::Tensor group_rows(const AttentionProblem& problem, const at::Tensor& tensor)
 /// (B, NKV, NH / NKV, S, D) -> (B, S, NH, D).
 at::Tensor ungroup_heads(const at::Tensor& tensor) { return tensor.permute({0, 3, 1, 2, 4}).flatten(2, 3); }
 
-/// The allowed pairs, broadcastable to the scores; nothing where all are allowed.
-OptionalTensor allowed_pairs(const AttentionProblem& problem) {
-  const auto mask = attention_mask(problem);
+/// A mask (1 or B, 1, Sq, Skv) as it broadcasts to the scores.
+OptionalTensor group_pairs(const OptionalTensor& mask) {
   return mask ? OptionalTensor(mask->unsqueeze(2)) : std::nullopt;
 }
 
@@ -71,11 +72,20 @@ at::Tensor finite_sinks(const at::Tensor& sinks) {
   return sinks.masked_fill(sinks == kInfinity, 0.0).masked_fill(sinks == -kInfinity, -kInfinity);  // stops the gradient
 }
 
+AttentionResults attend_gathered(const KvCacheProblem& problem) {
+  const GatheredProblem gathered = gather(problem);
+  return scatter_results(problem, reference_attention(gathered.attention, gathered.allowed));
+}
+
 }  // namespace
 
 AttentionResults reference_attention(const AttentionProblem& problem) {
+  return reference_attention(problem, attention_mask(problem));
+}
+
+AttentionResults reference_attention(const AttentionProblem& problem, const OptionalTensor& mask) {
   const at::Tensor value = group_heads(problem, problem.value);
-  const OptionalTensor allowed = allowed_pairs(problem);
+  const OptionalTensor allowed = group_pairs(mask);
   const at::Tensor score =
       fill_other_pairs(scores(problem, group_heads(problem, problem.query), group_heads(problem, problem.key), allowed),
                        allowed, -kInfinity);
@@ -110,7 +120,7 @@ InputGradients reference_attention_backward(const AttentionProblem& problem, con
   const at::Tensor key = group_heads(problem, problem.key);
   const at::Tensor value = group_heads(problem, problem.value);
   const at::Tensor grad_out = group_heads(problem, gradients.grad_out);
-  const OptionalTensor allowed = allowed_pairs(problem);
+  const OptionalTensor allowed = group_pairs(attention_mask(problem));
   const at::Tensor score = scores(problem, query, key, allowed);
 
   const at::Tensor lse = group_rows(problem, gradients.lse.to(score.scalar_type()));
@@ -153,7 +163,13 @@ at::Tensor sinks_gradient(const at::Tensor& sinks, const AttentionGradients& gra
 }
 
 const AttentionBackend& reference_backend() {
-  static const AttentionBackend backend{Backend::kReference, /*constraints=*/{}, reference_attention};
+  static const AttentionBackend backend{Backend::kReference, /*constraints=*/{},
+                                        [](const AttentionProblem& problem) { return reference_attention(problem); }};
+  return backend;
+}
+
+const KvCacheBackend& reference_kv_cache_backend() {
+  static const KvCacheBackend backend{Backend::kReference, /*constraints=*/{}, attend_gathered};
   return backend;
 }
 

@@ -11,6 +11,10 @@ namespace selfattn {
 /// -> out (B, Sq, NH, DV) in q's dtype; lse (B, NH, Sq) float32, -inf for a row without an allowed pair.
 AttentionResults reference_attention(const AttentionProblem& problem);
 
+/// The same under a mask in the place of the problem's own rules: `allowed` is bool and broadcasts to (B, 1, Sq, Skv);
+/// nothing: every pair is allowed.
+AttentionResults reference_attention(const AttentionProblem& problem, const OptionalTensor& allowed);
+
 /// The gradient of reference_attention from the saved out and lse: P = exp(S - lse), dS = P * (dP - rowsum(dO * O) +
 /// dlse) (FlashAttention-2, arXiv:2307.08691, section 3.1.2), in differentiable ATen operators: the gradient of a
 /// backend without a backward kernel of its own, and what makes kernels twice differentiable.

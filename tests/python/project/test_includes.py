@@ -11,6 +11,7 @@ LEVELS = (
     {"common"},
     {"rotary", "segment"},
     {"attention"},
+    {"kv_cache"},
     {"backend", "norm_rope_attention"},
     {"autocast", "autograd", "cpu", "cuda", "functorch", "meta"},
     {"module", "sdpa"},
