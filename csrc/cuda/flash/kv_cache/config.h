@@ -33,7 +33,7 @@ struct Config : Tiles_ {
   using Element = Element_;
   using Tiles_::kKeyGroups, Tiles_::kRowWarps, Tiles_::kStages, Tiles_::kSubSlices;
   static constexpr int kDim = kDim_;  // of queries and keys, and of values
-  static constexpr int kTileRows = 16 * kRowWarps, kSliceKeys = kPageMultiple * kSubSlices;
+  static constexpr int kTileRows = kCacheTileRows * kRowWarps, kSliceKeys = kPageMultiple * kSubSlices;
   static constexpr int kGroupThreads = kRowWarps * kWarpSize, kThreads = kKeyGroups * kGroupThreads;
 
   using Operand = sm80::OperandTile<kSliceKeys, kDim>;

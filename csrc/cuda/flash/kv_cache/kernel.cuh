@@ -151,7 +151,7 @@ class Results {
 };
 
 template <class Config>
-__global__ void __launch_bounds__(Config::kThreads)
+__global__ void __launch_bounds__(Config::kThreads, Config::kBlocksAtOnce)
     flash_attention_kv_cache_kernel(const __grid_constant__ KernelParams p) {
   extern __shared__ __align__(128) unsigned char s_memory[];
   auto& s_state = *reinterpret_cast<typename Config::SharedState*>(s_memory + p.stages * Config::kStageBytes);
@@ -206,8 +206,7 @@ __global__ void __launch_bounds__(Config::kThreads)
     if constexpr (Config::kKeyGroups == 1) {
       const SplitStats stats[2] = {rows.stats(0), rows.stats(1)};
       rows.give_output([&](int r, int column, const float2& out) {
-        if (rows.tile_row(r) < count)
-          results.template write<2>(rows.tile_row(r), column, stats[r], {out.x, out.y});
+        if (rows.tile_row(r) < count) results.template write<2>(rows.tile_row(r), column, stats[r], {out.x, out.y});
       });
     } else {
       // Each group leaves its results; the columns of a row stand in its slot in groups of 8, swizzled.

@@ -55,10 +55,12 @@ KernelParams make_kernel_params(const KvCacheParams& call, int sms, int shared_m
   schedule.group = call.group();
   schedule.tiles_per_row = ceil_div(int64_t(call.queries) * schedule.group, Config::kTileRows);
   // Each row with ids may have one tile that is not full.
-  schedule.tiles = call.segment_ids ? static_cast<int>(tokens * schedule.group / Config::kTileRows +
-                                                       std::min<int64_t>(tokens, call.rows + 1))
-                                    : call.rows * schedule.tiles_per_row;
-  schedule.unit_keys = call.split_keys ? call.split_keys : kUnitKeys;
+  schedule.tiles =
+      call.segment_ids
+          ? static_cast<int>(tokens * schedule.group / Config::kTileRows + std::min<int64_t>(tokens, call.rows + 1))
+          : call.rows * schedule.tiles_per_row;
+  const int64_t most_keys = std::max<int64_t>(ceil_div(capacity, kUnitKeys), 1) * kUnitKeys;
+  schedule.unit_keys = static_cast<int>(call.split_keys ? std::min(call.split_keys, most_keys) : kUnitKeys);
   schedule.overhead = call.split_keys ? 0 : kTileOverhead;
   const int units = std::max(ceil_div(capacity, schedule.unit_keys), 1);
   const int64_t most_units = int64_t(schedule.tiles) * call.num_kv_heads * (units + schedule.overhead);
@@ -78,8 +80,8 @@ KernelParams make_kernel_params(const KvCacheParams& call, int sms, int shared_m
     schedule.token_counts = carver.take<int>(call.rows + 1);
     schedule.token_starts = carver.take<int>(call.rows + 1);
   }
-  const int64_t parts = call.split_keys ? int64_t(schedule.tiles) * call.num_kv_heads * units
-                                        : 2 * int64_t(schedule.thread_blocks);
+  const int64_t parts =
+      call.split_keys ? int64_t(schedule.tiles) * call.num_kv_heads * units : 2 * int64_t(schedule.thread_blocks);
   p.partial_stats = carver.take<SplitStats>(parts * Config::kTileRows);
   p.partial_out = carver.take<float>(parts * Config::kTileRows * Config::kDim);
   return p;

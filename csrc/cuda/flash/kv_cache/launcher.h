@@ -4,8 +4,9 @@
 
 namespace selfattn::cuda::kv_cache {
 
-// Rows of a call's tiles: kDecode for few rows a kv head, kChunk for many.
+// Rows of a call's tiles: kDecode for up to kDecodeRows queries and heads that share a kv head, kChunk for more.
 enum class TileKind { kDecode, kChunk };
+constexpr int kDecodeRows = 16;
 
 template <ElementType kElement, int kDim, TileKind kKind>
 struct Launcher {

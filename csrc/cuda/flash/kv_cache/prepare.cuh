@@ -42,7 +42,8 @@ __device__ inline int sort_tokens(const KernelParams& p, int* s_sums) {
   };
   for (int row = thread; row <= call.rows; row += kPrepareThreads) schedule.token_counts[row] = 0;
   __syncthreads();
-  for (int token = thread; token < tokens; token += kPrepareThreads) atomicAdd(schedule.token_counts + row_of(token), 1);
+  for (int token = thread; token < tokens; token += kPrepareThreads)
+    atomicAdd(schedule.token_counts + row_of(token), 1);
   __syncthreads();
 
   int tokens_before = 0, tiles = 0;
@@ -51,8 +52,7 @@ __device__ inline int sort_tokens(const KernelParams& p, int* s_sums) {
     const int row_tiles = (count * schedule.group + schedule.tile_rows - 1) / schedule.tile_rows;
     const int start = sum_before(count, tokens_before, s_sums), first_tile = sum_before(row_tiles, tiles, s_sums);
     if (row <= call.rows) schedule.token_starts[row] = start;
-    for (int i = 0; i < row_tiles; i++)
-      schedule.entries[first_tile + i] = {row, i * schedule.tile_rows, start, count};
+    for (int i = 0; i < row_tiles; i++) schedule.entries[first_tile + i] = {row, i * schedule.tile_rows, start, count};
   }
   __syncthreads();
 

@@ -24,9 +24,7 @@ class WarpRows {
   using Operand = typename Config::Operand;
   static constexpr int kSteps = Config::kDim / 16, kSliceKeys = Config::kSliceKeys;
 
-  __device__ __forceinline__ explicit WarpRows(const KernelParams& p) : p_(p) {
-    softmax_.c = logit_scale(p) * kLog2E;
-  }
+  __device__ __forceinline__ explicit WarpRows(const KernelParams& p) : p_(p) { softmax_.c = logit_scale(p) * kLog2E; }
 
   // Of the 16 rows a lane has rows lane / 4 and + 8.
   static __device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x) % kWarpSize; }
@@ -79,9 +77,9 @@ class WarpRows {
     softmax_.template take_sum<false>();
     const uint32_t value_place = Operand::left_place(ptx::shared_address(s_values), 0);
     if (is_cut && !has_finite_values(s_values)) [[unlikely]]
-      multiply_values<false>(value_place, scores);
+      multiply_non_finite_values(value_place, scores);
     else
-      multiply_values<true>(value_place, scores);
+      multiply_values(value_place, scores);
   }
 
   // The lane's row r.
@@ -124,37 +122,57 @@ class WarpRows {
       if (!visible_[i / 2 % 2].has(first_key + i / 4 * 8 + lane() % 4 * 2 + i % 2)) scores[i] = -infinity();
   }
 
-  // kIsFinite: whether all values are. Others must not meet the weight of 0 of a key that is not visible: they are
-  // taken out, and a second product tells who meets them.
-  template <bool kIsFinite>
   __device__ __forceinline__ void multiply_values(uint32_t s_values, const float (&weights)[kSliceKeys / 2]) {
 #pragma unroll
     for (int step = 0; step < kSliceKeys / 16; step++) {
-      uint32_t a[4], is_met[4];
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        const float low = weights[8 * step + 2 * i], high = weights[8 * step + 2 * i + 1];
-        a[i] = ptx::pack<Element>(low, high);
-        if (!kIsFinite) is_met[i] = ptx::pack<Element>(low != 0.f, high != 0.f);
-      }
+      uint32_t a[4];
+      pack_weights(weights, step, a, [](float weight) { return weight; });
 #pragma unroll
       for (int pair = 0; pair < Config::kDim / 16; pair++) {
         uint32_t b[4];
         Operand::load_right_transposed(s_values, step, pair, b);
-        if constexpr (!kIsFinite) {
-          uint32_t kinds[4];
-#pragma unroll
-          for (int i = 0; i < 4; i++) kinds[i] = take_out_non_finite(b[i]);
-#pragma unroll
-          for (int half = 0; half < 2; half++) {
-            float met[4];
-            ptx::multiply_overwrite<Element>(met, is_met, kinds[2 * half], kinds[2 * half + 1]);
-#pragma unroll
-            for (int i = 0; i < 4; i++) out_[8 * pair + 4 * half + i] += sum_of_kinds(met[i]);
-          }
-        }
         ptx::multiply<Element>(out_ + 8 * pair, a, b[0], b[1]);
         ptx::multiply<Element>(out_ + 8 * pair + 4, a, b[2], b[3]);
+      }
+    }
+  }
+
+  template <class Change>
+  static __device__ __forceinline__ void pack_weights(const float (&weights)[kSliceKeys / 2], int step,
+                                                      uint32_t (&a)[4], const Change& change) {
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+      a[i] = ptx::pack<Element>(change(weights[8 * step + 2 * i]), change(weights[8 * step + 2 * i + 1]));
+  }
+
+  // Where NaN or infinity must not meet the weight of 0 of a key that is not visible: they are taken out of the values,
+  // and a second product tells who meets them. The output goes round in a loop: unrolled, what is seldom wanted is more
+  // code than all the rest.
+  __device__ __forceinline__ void multiply_non_finite_values(uint32_t s_values,
+                                                             const float (&weights)[kSliceKeys / 2]) {
+    constexpr int kPairs = Config::kDim / 16, kCount = Config::kDim / 2;
+#pragma unroll
+    for (int step = 0; step < kSliceKeys / 16; step++) {
+      uint32_t a[4], is_met[4];
+      pack_weights(weights, step, a, [](float weight) { return weight; });
+      pack_weights(weights, step, is_met, [](float weight) { return weight != 0.f ? 1.f : 0.f; });
+#pragma unroll 1
+      for (int pair = 0; pair < kPairs; pair++) {
+        uint32_t b[4], kinds[4];
+        float group[8];
+        Operand::load_right_transposed(s_values, step, pair, b);
+#pragma unroll
+        for (int i = 0; i < 4; i++) kinds[i] = take_out_non_finite(b[i]);
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+          float* out = group + 4 * half;
+          ptx::multiply_overwrite<Element>(out, is_met, kinds[2 * half], kinds[2 * half + 1]);
+#pragma unroll
+          for (int i = 0; i < 4; i++) out[i] = out_[4 * half + i] + sum_of_kinds(out[i]);
+          ptx::multiply<Element>(out, a, b[2 * half], b[2 * half + 1]);
+        }
+#pragma unroll
+        for (int i = 0; i < kCount; i++) out_[i] = i < kCount - 8 ? out_[i + 8] : group[i % 8];
       }
     }
   }
@@ -183,8 +201,8 @@ class WarpRows {
     ptx::FiniteTest<Element> finite;
 #pragma unroll 1
     for (int i = lane(); i < kSliceKeys * Operand::kChunks; i += kWarpSize) {
-      const uint4 chunk = *reinterpret_cast<const uint4*>(
-          s_values + Operand::place(i / Operand::kChunks, i % Operand::kChunks));
+      const uint4 chunk =
+          *reinterpret_cast<const uint4*>(s_values + Operand::place(i / Operand::kChunks, i % Operand::kChunks));
       finite.add(chunk.x), finite.add(chunk.y), finite.add(chunk.z), finite.add(chunk.w);
     }
     return __all_sync(~0u, finite.all_finite());

@@ -3,6 +3,8 @@
 // thread block takes an equal share of that count, wherever its ends fall. The count follows from the lengths, which
 // are on the device alone; so each warp finds its thread block's share for itself, or reads what prepare.cu has left.
 #pragma once
+// The range checks of lengths, tables, ids and positions are part of the operator, not a debugging aid.
+#undef NDEBUG
 #include <cassert>
 
 #include "flash/tile/constants.h"
@@ -31,16 +33,16 @@ struct ScheduleParams {
   int tiles;          // at most
   int tiles_per_row;  // without ids
   int unit_keys, overhead;
-  int thread_blocks;  // the grid
+  int thread_blocks;       // the grid
   int splits_per_segment;  // with split_keys: places for partial results of a segment; else 0
 
   // Written by prepare_kv_cache_kernel.
-  int* counters;           // (thread_blocks) zeros
-  bool is_prepared;        // whether what follows is filled, too
-  int* total;              // the count of all tiles
-  ShareStart* starts;      // (thread_blocks)
-  TileEntry* entries;      // (tiles), with ids
-  int* token_order;        // (batch * queries) tokens of all rows, by row, with ids
+  int* counters;                                   // (thread_blocks) zeros
+  bool is_prepared;                                // whether what follows is filled, too
+  int* total;                                      // the count of all tiles
+  ShareStart* starts;                              // (thread_blocks)
+  TileEntry* entries;                              // (tiles), with ids
+  int* token_order;                                // (batch * queries) tokens of all rows, by row, with ids
   int *token_counts, *token_starts, *tile_starts;  // (rows + 1), for prepare alone, with ids
   int* tile_counts_before;                         // (tiles), for prepare alone
 };
@@ -63,8 +65,8 @@ struct Query {
 
 struct Tile {
   TileEntry entry;
-  int count;     // of its rows
-  int length;    // of its keys
+  int count;      // of its rows
+  int length;     // of its keys
   Interval keys;  // in reach of some row
   int units_before, units;
 
@@ -75,8 +77,10 @@ struct Tile {
     return {place / p.call.queries, place % p.call.queries, head, token};
   }
   __device__ __forceinline__ int64_t position(const KernelParams& p, const Query& query) const {
-    return p.call.positions ? p.call.positions.at(query.batch, query.index)
-                            : int64_t(length) - entry.tokens + query.token;
+    if (!p.call.positions) return int64_t(length) - entry.tokens + query.token;
+    const int64_t position = p.call.positions.at(query.batch, query.index);
+    assert(position == static_cast<int>(position) && "positions must fit in int32");
+    return position;
   }
 };
 
@@ -169,9 +173,7 @@ struct Share {
   ShareStart start;
   int total, parts;
 
-  __device__ __forceinline__ int begin_of(int part) const {
-    return static_cast<int>(int64_t(part) * total / parts);
-  }
+  __device__ __forceinline__ int begin_of(int part) const { return static_cast<int>(int64_t(part) * total / parts); }
   // Which thread block has a unit.
   __device__ __forceinline__ int owner(int unit) const {
     return static_cast<int>(((int64_t(unit) + 1) * parts - 1) / total);
