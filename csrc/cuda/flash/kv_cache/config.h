@@ -25,7 +25,7 @@ struct DecodeTiles : Pipeline {
 
 template <int kDim>
 struct ChunkTiles : Pipeline {
-  static constexpr int kRowWarps = 4, kKeyGroups = 1, kSubSlices = kDim == 256 ? 2 : 4;
+  static constexpr int kRowWarps = 4, kKeyGroups = 1, kSubSlices = kDim == 64 ? 4 : 2;
 };
 
 template <class Element_, int kDim_, class Tiles_>

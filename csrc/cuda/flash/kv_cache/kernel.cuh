@@ -127,7 +127,7 @@ class Results {
                                               const float (&out)[kWidth]) const {
     const KvCacheParams& call = p_.call;
     const Query query = tile_.query(p_, tile_row);
-    const int head = piece_.kv_head * p_.schedule.group + query.head;
+    const int head = piece_.kv_head * p_.schedule.group.value + query.head;
     const float scale = logit_scale(p_);
     const RowEnd end = call.sinks ? finish_row_with_sink(stats.x, stats.y, scale, call.sinks[head])
                                   : finish_row(stats.x, stats.y, scale);

@@ -52,17 +52,19 @@ KernelParams make_kernel_params(const KvCacheParams& call, int sms, int shared_m
   ScheduleParams& schedule = p.schedule;
   const int64_t tokens = int64_t(call.batch) * call.queries, capacity = int64_t(call.page_size) * call.pages_per_row;
   schedule.tile_rows = Config::kTileRows;
-  schedule.group = call.group();
-  schedule.tiles_per_row = ceil_div(int64_t(call.queries) * schedule.group, Config::kTileRows);
+  schedule.group = Divisor::of(call.group());
+  schedule.queries = Divisor::of(call.queries), schedule.page_size = Divisor::of(call.page_size);
+  schedule.tiles_per_row = Divisor::of(ceil_div(int64_t(call.queries) * call.group(), Config::kTileRows));
   // Each row with ids may have one tile that is not full.
   schedule.tiles =
       call.segment_ids
-          ? static_cast<int>(tokens * schedule.group / Config::kTileRows + std::min<int64_t>(tokens, call.rows + 1))
-          : call.rows * schedule.tiles_per_row;
+          ? static_cast<int>(tokens * call.group() / Config::kTileRows + std::min<int64_t>(tokens, call.rows + 1))
+          : call.rows * schedule.tiles_per_row.value;
   const int64_t most_keys = std::max<int64_t>(ceil_div(capacity, kUnitKeys), 1) * kUnitKeys;
-  schedule.unit_keys = static_cast<int>(call.split_keys ? std::min(call.split_keys, most_keys) : kUnitKeys);
+  const int unit_keys = static_cast<int>(call.split_keys ? std::min(call.split_keys, most_keys) : kUnitKeys);
+  schedule.unit_keys = Divisor::of(unit_keys);
   schedule.overhead = call.split_keys ? 0 : kTileOverhead;
-  const int units = std::max(ceil_div(capacity, schedule.unit_keys), 1);
+  const int units = std::max(ceil_div(capacity, unit_keys), 1);
   const int64_t most_units = int64_t(schedule.tiles) * call.num_kv_heads * (units + schedule.overhead);
   schedule.thread_blocks = static_cast<int>(std::min<int64_t>(int64_t(residency.blocks) * sms, most_units));
   schedule.splits_per_segment = call.split_keys ? units : 0;

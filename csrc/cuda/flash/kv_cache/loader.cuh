@@ -70,7 +70,7 @@ class Loader {
     first_of_pages_ = slice_;
     if (key >= range_.end || key + kPageMultiple <= range_.begin) return;
     const KvCacheParams& call = p_.call;
-    const int column = key / call.page_size, row = walk_.tile().entry.row;
+    const int column = key / p_.schedule.page_size, row = walk_.tile().entry.row;
     const int64_t page = call.page_table ? call.page_table.at(row, column) : row;
     page_token_ = key - column * call.page_size;
     if (page >= 0 && page < call.pages) {
@@ -91,7 +91,7 @@ class Loader {
       const int key = slice_ * Config::kSliceKeys + sub * kPageMultiple;
       // Rows of the sub-slice in the piece; none without a page.
       Interval rows{range_.begin - key, range_.end - key};
-      if (page == kNoPage) rows.end = 0;
+      if (page == kNoPage) rows.end = rows.begin;
       copy(s_slot, sub, p_.call.k, p_.call.dim_qk, page, page_token, rows);
       copy(s_slot + Operand::kBytes, sub, p_.call.v, p_.call.dim_v, page, page_token, rows);
     }
@@ -107,11 +107,13 @@ class Loader {
                  kv_head_ * cache.stride_head + chunk * sm80::kChunkElements;
     }
     const int64_t step = kRowStep * cache.stride_token;
+    // Of its rows the thread copies those that are neither before the piece nor behind it.
+    const int before = rows.begin - first_row;
+    const unsigned count = is_inside ? rows.end - rows.begin : 0;
     const uint32_t s_first = s_operand + Operand::place(sub * kPageMultiple + first_row, chunk);
 #pragma unroll
     for (int i = 0; i < kCopies; i++, g_chunk += step) {
-      const int row = first_row + i * kRowStep;
-      const bool is_there = is_inside && row >= rows.begin && row < rows.end;
+      const bool is_there = static_cast<unsigned>(i * kRowStep - before) < count;
       const uint32_t s_chunk = (s_first ^ i * kRowStep % 8 * sm80::kChunkBytes) + i * kRowStep * sm80::kPanelRowBytes;
       ptx::copy_async(s_chunk, g_chunk, is_there);
     }

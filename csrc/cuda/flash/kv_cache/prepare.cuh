@@ -36,7 +36,7 @@ __device__ inline int sort_tokens(const KernelParams& p, int* s_sums) {
   const ScheduleParams& schedule = p.schedule;
   const int tokens = call.batch * call.queries, thread = static_cast<int>(threadIdx.x);
   const auto row_of = [&](int token) {
-    const int64_t id = call.segment_ids.at(token / call.queries, token % call.queries);
+    const int64_t id = call.segment_ids.at(token / schedule.queries, token - token / schedule.queries * call.queries);
     assert(id < call.rows && "segment ids must name rows of the cache");
     return id < 0 ? call.rows : static_cast<int>(id);
   };
@@ -49,7 +49,7 @@ __device__ inline int sort_tokens(const KernelParams& p, int* s_sums) {
   int tokens_before = 0, tiles = 0;
   for (int first = 0; first <= call.rows; first += kPrepareThreads) {
     const int row = first + thread, count = row <= call.rows ? schedule.token_counts[row] : 0;
-    const int row_tiles = (count * schedule.group + schedule.tile_rows - 1) / schedule.tile_rows;
+    const int row_tiles = (count * schedule.group.value + schedule.tile_rows - 1) / schedule.tile_rows;
     const int start = sum_before(count, tokens_before, s_sums), first_tile = sum_before(row_tiles, tiles, s_sums);
     if (row <= call.rows) schedule.token_starts[row] = start;
     for (int i = 0; i < row_tiles; i++) schedule.entries[first_tile + i] = {row, i * schedule.tile_rows, start, count};

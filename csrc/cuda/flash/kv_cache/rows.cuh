@@ -46,7 +46,7 @@ class WarpRows {
       visible_[r] = visible_keys(p_, tile, tile_row(r));
       shared = shared & visible_[r].keys;
       const Query query = tile.query(p_, tile_row(r));
-      const int64_t head = int64_t(piece.kv_head) * p_.schedule.group + query.head;
+      const int64_t head = int64_t(piece.kv_head) * p_.schedule.group.value + query.head;
       const uint16_t* g_row = static_cast<const uint16_t*>(call.q.data) + query.batch * call.q.stride_batch +
                               query.index * call.q.stride_token + head * call.q.stride_head;
 #pragma unroll

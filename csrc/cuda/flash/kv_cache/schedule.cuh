@@ -7,6 +7,7 @@
 #undef NDEBUG
 #include <cassert>
 
+#include "divisor.h"
 #include "flash/tile/constants.h"
 #include "flash/tile/softcap.cuh"
 #include "flash/tile/window.h"
@@ -28,11 +29,13 @@ struct ShareStart {
 };
 
 struct ScheduleParams {
-  int tile_rows;      // of kernel
-  int group;          // heads that share a kv head
-  int tiles;          // at most
-  int tiles_per_row;  // without ids
-  int unit_keys, overhead;
+  int tile_rows;               // of kernel
+  Divisor group;               // heads that share a kv head
+  Divisor queries, page_size;  // of the call
+  int tiles;                   // at most
+  Divisor tiles_per_row;       // without ids
+  Divisor unit_keys;
+  int overhead;
   int thread_blocks;       // the grid
   int splits_per_segment;  // with split_keys: places for partial results of a segment; else 0
 
@@ -71,10 +74,11 @@ struct Tile {
   int units_before, units;
 
   __device__ __forceinline__ Query query(const KernelParams& p, int tile_row) const {
-    const int pair = entry.first + tile_row, token = pair / p.schedule.group, head = pair % p.schedule.group;
+    const int pair = entry.first + tile_row, token = pair / p.schedule.group,
+              head = pair - token * p.schedule.group.value;
     if (!p.call.segment_ids) return {entry.row, token, head, token};
-    const int place = p.schedule.token_order[entry.first_token + token];
-    return {place / p.call.queries, place % p.call.queries, head, token};
+    const int place = p.schedule.token_order[entry.first_token + token], batch = place / p.schedule.queries;
+    return {batch, place - batch * p.call.queries, head, token};
   }
   __device__ __forceinline__ int64_t position(const KernelParams& p, const Query& query) const {
     if (!p.call.positions) return int64_t(length) - entry.tokens + query.token;
@@ -129,7 +133,7 @@ __device__ __noinline__ VisibleKeys visible_keys(const KernelParams& p, const Ti
 __device__ __forceinline__ TileEntry find_entry(const KernelParams& p, int tile) {
   if (p.call.segment_ids) return p.schedule.entries[tile];
   const int row = tile / p.schedule.tiles_per_row;
-  return {row, (tile - row * p.schedule.tiles_per_row) * p.schedule.tile_rows, 0, p.call.queries};
+  return {row, (tile - row * p.schedule.tiles_per_row.value) * p.schedule.tile_rows, 0, p.call.queries};
 }
 
 __device__ __forceinline__ int read_length(const KvCacheParams& call, int row) {
@@ -142,24 +146,24 @@ __device__ __noinline__ Tile describe_tile(const KernelParams& p, int index) {
   const KvCacheParams& call = p.call;
   Tile tile;
   tile.entry = find_entry(p, index);
-  tile.count = ::min(p.schedule.tile_rows, tile.entry.tokens * p.schedule.group - tile.entry.first);
+  tile.count = ::min(p.schedule.tile_rows, tile.entry.tokens * p.schedule.group.value - tile.entry.first);
   tile.length = tile.entry.row == call.rows ? 0 : read_length(call, tile.entry.row);
   const int first = tile.entry.first / p.schedule.group, last = (tile.entry.first + tile.count - 1) / p.schedule.group;
   int64_t lowest = int64_t(tile.length) - tile.entry.tokens + first, highest = lowest + last - first;
   if (call.positions) {
     lowest = INT64_MAX / 2, highest = INT64_MIN / 2;
     for (int token = first; token <= last; token++) {
-      const int64_t position = tile.position(p, tile.query(p, token * p.schedule.group - tile.entry.first));
+      const int64_t position = tile.position(p, tile.query(p, token * p.schedule.group.value - tile.entry.first));
       lowest = ::min(lowest, position), highest = ::max(highest, position);
     }
   }
   tile.keys = {visible_interval(call, lowest, tile.length).begin,
                visible_interval(call, highest, tile.length, call.draft_mask != nullptr).end};
   if (tile.keys.end <= tile.keys.begin) tile.keys = {0, 0};
-  const int unit_keys = p.schedule.unit_keys;
+  const Divisor& unit_keys = p.schedule.unit_keys;
   tile.units_before = tile.keys.begin / unit_keys;
   // A tile without keys has one unit, too: somebody must write its zeros.
-  tile.units = ::max((tile.keys.end + unit_keys - 1) / unit_keys - tile.units_before, 1);
+  tile.units = ::max((tile.keys.end + unit_keys.value - 1) / unit_keys - tile.units_before, 1);
   return tile;
 }
 
@@ -167,24 +171,25 @@ __device__ __forceinline__ int count_of(const KernelParams& p, const Tile& tile)
   return (tile.units + p.schedule.overhead) * p.call.num_kv_heads;
 }
 
-// The share of a thread block among `parts`.
+// The share of a thread block. The first `longer` of them have one unit more than `least`.
 struct Share {
   int begin, end;
   ShareStart start;
-  int total, parts;
+  int least, longer;
 
-  __device__ __forceinline__ int begin_of(int part) const { return static_cast<int>(int64_t(part) * total / parts); }
+  __device__ __forceinline__ int begin_of(int part) const { return part * least + ::min(part, longer); }
   // Which thread block has a unit.
   __device__ __forceinline__ int owner(int unit) const {
-    return static_cast<int>(((int64_t(unit) + 1) * parts - 1) / total);
+    const int units_of_longer = longer * (least + 1);
+    return unit < units_of_longer ? unit / (least + 1) : longer + (unit - units_of_longer) / least;
   }
 };
 
 __device__ __forceinline__ Share cut_share(const KernelParams& p, int total, int part) {
   Share share{};
-  share.total = total;
-  share.parts = ::min(p.schedule.thread_blocks, total);
-  if (part < share.parts) share.begin = share.begin_of(part), share.end = share.begin_of(part + 1);
+  const int parts = ::min(p.schedule.thread_blocks, total);
+  share.least = total / parts, share.longer = total - parts * share.least;
+  if (part < parts) share.begin = share.begin_of(part), share.end = share.begin_of(part + 1);
   return share;
 }
 
@@ -264,7 +269,7 @@ class Walk {
       next_ = ::max(end, ::min(begin, part_end));
       if (end <= begin) continue;  // nothing but overhead
       piece.first_unit = begin - units_start, piece.units = end - begin;
-      const int unit_keys = p.schedule.unit_keys, first_key = (tile_.units_before + piece.first_unit) * unit_keys;
+      const int unit_keys = p.schedule.unit_keys.value, first_key = (tile_.units_before + piece.first_unit) * unit_keys;
       piece.keys = tile_.keys & Interval{first_key, first_key + piece.units * unit_keys};
       piece.kv_head = kv_head_;
       piece.is_whole = piece.units == tile_.units;
