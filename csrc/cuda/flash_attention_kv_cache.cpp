@@ -11,15 +11,6 @@
 namespace selfattn::cuda {
 namespace {
 
-// Of a vector, one column.
-IntegerView integers_of(const OptionalTensor& tensor) {
-  if (!tensor) return {};
-  return {.data = tensor->const_data_ptr(),
-          .is_int64 = tensor->scalar_type() == at::kLong,
-          .stride_row = tensor->stride(0),
-          .stride_column = tensor->dim() > 1 ? tensor->stride(1) : 0};
-}
-
 AttentionResults attend(const KvCacheProblem& problem) {
   const at::Tensor &q = problem.query, &k = problem.key, &v = problem.value;
   const c10::cuda::CUDAGuard guard(q.device());

@@ -5,21 +5,9 @@
 #include <cstdint>
 
 #include "flash/params.h"
+#include "integer_view.h"
 
 namespace selfattn::cuda {
-
-// (rows, columns) int32 or int64, any strides (in elements); data null: not given.
-struct IntegerView {
-  const void* data = nullptr;
-  bool is_int64 = false;
-  int64_t stride_row = 0, stride_column = 0;
-
-  __host__ __device__ explicit operator bool() const { return data != nullptr; }
-  __device__ __forceinline__ int64_t at(int64_t row, int64_t column) const {
-    const int64_t i = row * stride_row + column * stride_column;
-    return is_int64 ? static_cast<const int64_t*>(data)[i] : static_cast<const int*>(data)[i];
-  }
-};
 
 // A page holds page_size tokens; columns i of the page table name the pages of tokens i * page_size .. (i + 1) *
 // page_size - 1 of a row. Without a table row r has page r alone. Where a row has several pages, page_size is a
