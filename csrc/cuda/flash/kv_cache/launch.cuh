@@ -6,7 +6,7 @@
 #include "host/device.h"
 #include "kernel.cuh"
 #include "launcher.h"
-#include "prepare.cuh"
+#include "prepare.h"
 
 namespace selfattn::cuda::kv_cache {
 
@@ -117,7 +117,6 @@ int64_t Launcher<kElement, kDim, kKind>::workspace_bytes(const KvCacheParams& pa
 template <ElementType kElement, int kDim, TileKind kKind>
 cudaError_t Launcher<kElement, kDim, kKind>::launch(const KvCacheParams& params, cudaStream_t stream) {
   using Config = typename ConfigOf<kElement, kDim, kKind>::Type;
-  constexpr int kClearThreads = 256;
   Carver carver{static_cast<char*>(params.workspace)};
   int device = 0;
   KernelParams p;
@@ -126,8 +125,7 @@ cudaError_t Launcher<kElement, kDim, kKind>::launch(const KvCacheParams& params,
   // As much as any call takes on this card.
   if (const cudaError_t status = allow_shared_memory<Config>(kernel, Config::shared_bytes(p.stages), device))
     return status;
-  prepare_kv_cache_kernel<<<1, p.schedule.is_prepared ? kPrepareThreads : kClearThreads, 0, stream>>>(p);
-  if (const cudaError_t status = cudaGetLastError()) return status;
+  if (const cudaError_t status = launch_prepare_kv_cache(p, stream)) return status;
   cudaLaunchAttribute early_start = dependent_launch();
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(p.schedule.thread_blocks);

@@ -1,16 +1,17 @@
 // What the kernel cannot find out for itself: zeroed counters, always; the tokens of each row, where ids name the rows;
 // and the shares, where there are many tiles. One thread block, which the kernel need not wait for where it only
 // clears.
-#pragma once
+#include "prepare.h"
+
 #include "ptx/launch.cuh"
-#include "schedule.cuh"
 
 namespace selfattn::cuda::kv_cache {
+namespace {
 
-constexpr int kPrepareThreads = 1024, kPrepareWarps = kPrepareThreads / kWarpSize;
+constexpr int kClearThreads = 256, kPrepareThreads = 1024, kPrepareWarps = kPrepareThreads / kWarpSize;
 
 // By the whole thread block: the sum of the values of the threads before this one, and `total` grows by that of all.
-__device__ inline int sum_before(int value, int& total, int* s_sums) {
+__device__ int sum_before(int value, int& total, int* s_sums) {
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize, warp = static_cast<int>(threadIdx.x) / kWarpSize;
   int up_to = value;
 #pragma unroll
@@ -31,7 +32,7 @@ __device__ inline int sum_before(int value, int& total, int* s_sums) {
 
 // Tokens in the order of their rows, those of a row in the call's order, and the tiles of all rows. The tokens of no
 // row make up one more.
-__device__ inline int sort_tokens(const KernelParams& p, int* s_sums) {
+__device__ int sort_tokens(const KernelParams& p, int* s_sums) {
   const KvCacheParams& call = p.call;
   const ScheduleParams& schedule = p.schedule;
   const int tokens = call.batch * call.queries, thread = static_cast<int>(threadIdx.x);
@@ -107,6 +108,13 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_kv_cache_kernel(const
     }
     schedule.starts[part] = {low, schedule.tile_counts_before[low]};
   }
+}
+
+}  // namespace
+
+cudaError_t launch_prepare_kv_cache(const KernelParams& params, cudaStream_t stream) {
+  prepare_kv_cache_kernel<<<1, params.schedule.is_prepared ? kPrepareThreads : kClearThreads, 0, stream>>>(params);
+  return cudaGetLastError();
 }
 
 }  // namespace selfattn::cuda::kv_cache
