@@ -4,9 +4,30 @@
 
 #include "attention/multihead_attention.h"
 #include "common/dispatch.h"
+#include "kv_cache/append.h"
+#include "kv_cache/attention_op.h"
+#include "kv_cache/positions.h"
 #include "rotary/norm_rope.h"
 
 namespace selfattn {
+namespace {
+
+KvCacheArguments arguments_of(const KVCacheAttentionOptions& options) {
+  return {.page_table = options.page_table(),
+          .segment_ids = options.segment_ids(),
+          .is_causal = options.causal(),
+          .qk_scale = options.qk_scale(),
+          .positions = options.positions(),
+          .window_left = options.window_left(),
+          .window_right = options.window_right(),
+          .softcap = options.softcap(),
+          .sinks = options.sinks(),
+          .draft_mask = options.draft_mask(),
+          .split_keys = options.split_keys()};
+}
+
+}  // namespace
+
 at::Tensor multihead_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                const AttentionOptions& options) {
   return call_multihead<at::Tensor>(q, k, v, options);
@@ -26,6 +47,37 @@ std::tuple<at::Tensor, at::Tensor> merge_attention(const at::Tensor& out, const 
                                                    const at::Tensor& other_out, const at::Tensor& other_lse) {
   static const auto op = find_op<decltype(merge_attention)>("selfattn::merge_attention");
   return op.call(out, lse, other_out, other_lse);
+}
+
+at::Tensor attention_with_kv_cache(const at::Tensor& q, const at::Tensor& k_cache, const at::Tensor& v_cache,
+                                   const at::Tensor& lengths, const KVCacheAttentionOptions& options) {
+  return call_kv_cache<at::Tensor>(q, k_cache, v_cache, lengths, arguments_of(options), options.backend());
+}
+
+std::tuple<at::Tensor, at::Tensor> attention_with_kv_cache_lse(const at::Tensor& q, const at::Tensor& k_cache,
+                                                               const at::Tensor& v_cache, const at::Tensor& lengths,
+                                                               const KVCacheAttentionOptions& options) {
+  return call_kv_cache<std::tuple<at::Tensor, at::Tensor>>(q, k_cache, v_cache, lengths, arguments_of(options),
+                                                           options.backend());
+}
+
+std::string explain_kv_cache_backend(const at::Tensor& q, const at::Tensor& k_cache, const at::Tensor& v_cache,
+                                     const at::Tensor& lengths, const KVCacheAttentionOptions& options) {
+  return call_kv_cache<std::string>(q, k_cache, v_cache, lengths, arguments_of(options), options.backend());
+}
+
+void append_kv_cache(const at::Tensor& k, const at::Tensor& v, const at::Tensor& positions, const at::Tensor& k_cache,
+                     const at::Tensor& v_cache, const OptionalTensor& page_table, const OptionalTensor& segment_ids) {
+  append_kv_cache({k, v, positions, page_table, segment_ids, k_cache, v_cache});
+}
+
+at::Tensor lengths_after_append(const at::Tensor& lengths, const OptionalTensor& segment_ids, int64_t num_tokens) {
+  return lengths_after_append(lengths, segment_ids, c10::SymInt(num_tokens));
+}
+
+at::Tensor kv_cache_positions(const at::Tensor& lengths, const OptionalTensor& segment_ids, int64_t num_tokens,
+                              int64_t capacity) {
+  return kv_cache_positions(lengths, segment_ids, num_tokens, capacity, /*positions=*/std::nullopt);
 }
 
 at::Tensor segment_mask(const at::Tensor& segment_ids, const OptionalTensor& kv_segment_ids) {
@@ -86,6 +138,17 @@ std::tuple<at::Tensor, at::Tensor> qk_norm_rope(const at::Tensor& q, const at::T
   return qk_norm_rope({q, k, options.q_weight(), options.k_weight(), options.freqs_sin(), options.freqs_cos(),
                        options.norm(), options.eps(), options.rope(), options.positions(), options.theta(),
                        parse_pairing(options.pairing(), "pairing")});
+}
+
+at::Tensor qk_norm_rope_append(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                               const at::Tensor& positions, const at::Tensor& k_cache, const at::Tensor& v_cache,
+                               const QkNormRopeOptions& options, const OptionalTensor& page_table,
+                               const OptionalTensor& segment_ids) {
+  TORCH_CHECK_VALUE(!options.positions(), "selfattn: positions of the options must not be given beside positions");
+  return qk_norm_rope_append({{q, k, options.q_weight(), options.k_weight(), options.freqs_sin(), options.freqs_cos(),
+                               options.norm(), options.eps(), options.rope(), /*positions=*/std::nullopt,
+                               options.theta(), parse_pairing(options.pairing(), "pairing")},
+                              {k, v, positions, page_table, segment_ids, k_cache, v_cache}});
 }
 
 }  // namespace selfattn

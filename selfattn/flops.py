@@ -4,7 +4,8 @@ The convention is PyTorch's own for scaled_dot_product_attention (``sdpa_flop`` 
 module): the matrix products that the shapes say, 2 m n k each, and nothing else. Forward these are two, Q K^T and P V;
 backward five, Q K^T once more and those of dP, dV, dQ and dK. Neither causality nor a window halves them, and segment
 ids, which are values, cannot be read: of packed rows the count is that of one document a row, an upper bound. Grouped
-heads count as query heads. What has no matrix product (``qk_norm_rope``, rotary embedding, converters) counts 0.
+heads count as query heads. Over a KV cache every query counts with all slots of its row, since lengths are values, too.
+What has no matrix product (``qk_norm_rope``, rotary embedding, converters) counts 0.
 
 ``multihead_attention``, ``multihead_attention_lse`` and ``self_attention`` are made of other operators and are counted
 as these: projections as matrix products, attention as here, or as PyTorch counts the operators of ``aten``, ``cudnn``
@@ -62,11 +63,27 @@ def _backward_formula(
     return attention_backward_flops(q, k, v)
 
 
+def _kv_cache_formula(
+    q: Shape,
+    k_cache: Shape,
+    v_cache: Shape,
+    lengths: Shape,
+    page_table: Shape | None = None,
+    *arguments: Any,
+    out_shape: Any = None,
+    **options: Any,
+) -> int:
+    """Every query with every slot of its row."""
+    capacity = k_cache[1] * (1 if page_table is None else page_table[1])
+    return attention_flops(q, (q[0], capacity, *k_cache[2:]), (q[0], capacity, *v_cache[2:]))
+
+
 def _register(flop_counter: ModuleType) -> None:
     """The formulas of every operator whose work are matrix products, all overloads together."""
     formulas = {
         torch.ops.selfattn.flash_attention: _forward_formula,
         torch.ops.selfattn.qk_norm_rope_attention: _forward_formula,
+        torch.ops.selfattn.flash_attention_kv_cache: _kv_cache_formula,
         torch.ops.selfattn.flash_attention_backward: _backward_formula,
         torch.ops.selfattn.qk_norm_rope_attention_backward: _backward_formula,
     }

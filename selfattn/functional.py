@@ -4,8 +4,8 @@ Each function is one call of the operator, so it can be scripted, compiled and e
 keyword-only arguments with defaults, so the operators' keyword-only arguments are ordinary ones here.)
 
 Shapes use B batch, S (Sq, Skv) tokens, NH query heads, NKV key/value heads (NH a multiple of NKV), DQK and DV head
-dimensions. Errors are raised by the operator, before any work: TypeError, ValueError or NotImplementedError, with the
-argument's name, what was expected and what came.
+dimensions; of a KV cache R rows and P pages. Errors are raised by the operator, before any work: TypeError, ValueError
+or NotImplementedError, with the argument's name, what was expected and what came.
 """
 
 import torch
@@ -194,6 +194,366 @@ def merge_attention(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tens
         TypeError, ValueError: a bad argument.
     """
     return torch.ops.selfattn.merge_attention(out, lse, other_out, other_lse)
+
+
+def attention_with_kv_cache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    page_table: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    causal: bool = True,
+    qk_scale: float | None = None,
+    backend: str = "auto",
+    positions: Tensor | None = None,
+    window_left: int = -1,
+    window_right: int = -1,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    draft_mask: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    split_keys: int = 0,
+) -> Tensor:
+    """Exact attention of new tokens to a KV cache, dense or in pages, which already holds their keys and values.
+
+    A row of the cache is a sequence. Slot s of row r is slot s % page_size of page ``page_table[r, s // page_size]``,
+    or without a table slot s of page r. A query stands at a slot of its row, its position, and may attend to a slot s
+    of that row if s < lengths[row]; if ``causal``, s <= position; and position - window_left <= s <= position +
+    window_right. A query without such a slot, or at a negative position, gets 0. The host reads no value, and no
+    largest length is asked for: a call can be captured in a CUDA graph and replayed with other lengths, tables and ids.
+
+    Args:
+        q: (B, Sq, NH, DQK), float32, bfloat16 or float16 (float64 in the backends reference and aten).
+        k_cache: (P, page_size, NKV, DQK), of q's dtype and device, with any strides: a (P, NKV, page_size, DQK) tensor
+            is given as its transpose.
+        v_cache: (P, page_size, NKV, DV).
+        lengths: (R,) int32 or int64, slots in use with those of this call's tokens (FlashAttention's ``cache_seqlens``
+            are those before an append). From 0 to the capacity of a row.
+        page_table: (R, pages of a row) int32 or int64. Pages may be shared and may repeat. None is one page a row, P ==
+            R. An entry whose pages hold no slot that a query may attend to may have any value.
+        segment_ids: (B, Sq) int32 or int64, the row of each query, in any order; negative is padding. None is row b for
+            all of batch b, B == R.
+        causal: no query sees a later slot.
+        qk_scale: factor of the logits; None is 1 / sqrt(DQK).
+        backend: as in ``multihead_attention``; "cudnn" serves no cache.
+        positions: (B, Sq) int32 or int64 values that fit in int32, the slot at which each query stands. None is
+            lengths[row] - (queries of that row at or after it), so that a row's last query stands at its last slot.
+        window_left: slots to the left of the position that are allowed; -1 is unbounded.
+        window_right: slots to the right; -1 is unbounded.
+        softcap: c > 0 turns the scaled logits into c * tanh(logits / c).
+        sinks: (NH,) one extra logit a head in the softmax's denominator.
+        draft_mask: (B, Sq, Sq) bool, without ``segment_ids``, Sq <= 32: what each query sees of the last Sq slots of
+            its row, in the place of ``causal`` (trees of drafts).
+        k_scale: reserved for quantised caches; must be None.
+        v_scale: as ``k_scale``.
+        split_keys: slots of a partial result, a multiple of 64: with flash the bits of a row then do not depend on the
+            other rows of the call. 0 leaves the split to the kernel.
+
+    Returns:
+        (B, Sq, NH, DV), of q's dtype.
+
+    Raises:
+        TypeError, ValueError: a bad argument. Lengths, ids and entries of the table that are out of range: ValueError
+            on the CPU, an assertion on a CUDA device.
+        NotImplementedError: an explicit ``backend`` that cannot serve the call; the message gives every reason.
+    """
+    return torch.ops.selfattn.attention_with_kv_cache(
+        q,
+        k_cache,
+        v_cache,
+        lengths,
+        page_table,
+        segment_ids,
+        causal,
+        qk_scale,
+        backend,
+        positions=positions,
+        window_left=window_left,
+        window_right=window_right,
+        softcap=softcap,
+        sinks=sinks,
+        draft_mask=draft_mask,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        split_keys=split_keys,
+    )
+
+
+def attention_with_kv_cache_lse(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    page_table: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    causal: bool = True,
+    qk_scale: float | None = None,
+    backend: str = "auto",
+    positions: Tensor | None = None,
+    window_left: int = -1,
+    window_right: int = -1,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    draft_mask: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    split_keys: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """``attention_with_kv_cache`` that also returns the logarithm of the softmax's denominator.
+
+    Results over disjoint keys (a shared prefix and the rest) are merged by ``merge_attention``.
+
+    Args:
+        As ``attention_with_kv_cache``.
+
+    Returns:
+        out (B, Sq, NH, DV), of q's dtype, and lse (B, NH, Sq) float32, the natural logarithm, with the sink counted;
+        -inf for a query that sees no slot (its sink, where there are sinks).
+
+    Raises:
+        As ``attention_with_kv_cache``.
+    """
+    return torch.ops.selfattn.attention_with_kv_cache_lse(
+        q,
+        k_cache,
+        v_cache,
+        lengths,
+        page_table,
+        segment_ids,
+        causal,
+        qk_scale,
+        backend,
+        positions=positions,
+        window_left=window_left,
+        window_right=window_right,
+        softcap=softcap,
+        sinks=sinks,
+        draft_mask=draft_mask,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        split_keys=split_keys,
+    )
+
+
+def explain_kv_cache_backend(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    page_table: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    causal: bool = True,
+    qk_scale: float | None = None,
+    backend: str = "auto",
+    positions: Tensor | None = None,
+    window_left: int = -1,
+    window_right: int = -1,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    draft_mask: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    split_keys: int = 0,
+) -> str:
+    """Which backend this call of ``attention_with_kv_cache`` would take, and why no other: one line a backend.
+
+    Args:
+        As ``attention_with_kv_cache``; nothing is computed, and no value is read.
+
+    Returns:
+        Text to read, with every reason for which a backend cannot serve.
+
+    Raises:
+        As ``attention_with_kv_cache`` for a bad argument.
+    """
+    return torch.ops.selfattn.explain_kv_cache_backend(
+        q,
+        k_cache,
+        v_cache,
+        lengths,
+        page_table,
+        segment_ids,
+        causal,
+        qk_scale,
+        backend,
+        positions=positions,
+        window_left=window_left,
+        window_right=window_right,
+        softcap=softcap,
+        sinks=sinks,
+        draft_mask=draft_mask,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        split_keys=split_keys,
+    )
+
+
+def append_kv_cache(
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> None:
+    """Writes keys and values of tokens into a KV cache. Not differentiable.
+
+    Args:
+        k: (B, S, NKV, DQK), of the cache's dtype and device (under autocast it is cast).
+        v: (B, S, NKV, DV).
+        positions: (B, S) int32 or int64, the slot of each token in its row (``kv_cache_positions``). No two tokens of a
+            call may have the same slot.
+        k_cache: (P, page_size, NKV, DQK), with any strides; written.
+        v_cache: (P, page_size, NKV, DV); written.
+        page_table: (R, pages of a row), as ``attention_with_kv_cache``.
+        segment_ids: (B, S) the row of each token; one with a negative id is not written. None is row b for batch b.
+        k_scale: reserved for quantised caches; must be None.
+        v_scale: as ``k_scale``.
+
+    Returns:
+        None.
+
+    Raises:
+        TypeError, ValueError: a bad argument. A position, an id or a page out of range: ValueError on the CPU, before
+            anything is written; an assertion on a CUDA device.
+        RuntimeError: an argument requires a gradient outside of ``torch.no_grad()``.
+    """
+    torch.ops.selfattn.append_kv_cache(
+        k,
+        v,
+        positions,
+        page_table,
+        segment_ids,
+        k_cache=k_cache,
+        v_cache=v_cache,
+        k_scale=k_scale,
+        v_scale=v_scale,
+    )
+
+
+def qk_norm_rope_append(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    freqs_sin: Tensor | None = None,
+    freqs_cos: Tensor | None = None,
+    norm: bool = True,
+    eps: float = 1e-6,
+    rope: bool = True,
+    theta: float = 10000.0,
+    pairing: str = "interleaved",
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> Tensor:
+    """``qk_norm_rope`` and ``append_kv_cache`` as one operator: what stands between a layer's projections and
+    ``attention_with_kv_cache``. Not differentiable.
+
+    Args:
+        q: (B, S, NH, DQK), of the cache's dtype and device (under autocast q, k and v are cast).
+        k: (B, S, NKV, DQK).
+        v: (B, S, NKV, DV), written as it is.
+        positions: as ``append_kv_cache``; where there are no tables, also what q and k are rotated by.
+        k_cache: as ``append_kv_cache``.
+        v_cache: as ``append_kv_cache``.
+        page_table: as ``append_kv_cache``.
+        segment_ids: as ``append_kv_cache``.
+        q_weight: (DQK,) scale of the norm of q; None is ones.
+        k_weight: (DQK,) scale of the norm of k; None is ones.
+        freqs_sin: (1 or B, S, R / 2), as ``qk_norm_rope``: the rotation, where it is not that of the slots (the
+            siblings of a tree of drafts share a rotation, and not a slot).
+        freqs_cos: as ``freqs_sin``; both or neither.
+        norm: whether to normalise.
+        eps: added to the mean square.
+        rope: whether to rotate.
+        theta: base of the frequencies where there are no tables.
+        pairing: as ``apply_rotary_emb``.
+        k_scale: reserved for quantised caches; must be None.
+        v_scale: as ``k_scale``.
+
+    Returns:
+        The new q.
+
+    Raises:
+        As ``append_kv_cache``.
+    """
+    return torch.ops.selfattn.qk_norm_rope_append(
+        q,
+        k,
+        v,
+        positions,
+        page_table,
+        segment_ids,
+        q_weight,
+        k_weight,
+        freqs_sin,
+        freqs_cos,
+        k_cache=k_cache,
+        v_cache=v_cache,
+        norm=norm,
+        eps=eps,
+        rope=rope,
+        theta=theta,
+        pairing=pairing,
+        k_scale=k_scale,
+        v_scale=v_scale,
+    )
+
+
+def kv_cache_positions(
+    lengths: Tensor,
+    segment_ids: Tensor | None,
+    num_queries: int,
+    capacity: int,
+    positions: Tensor | None = None,
+) -> Tensor:
+    """The slots of a call's tokens in their rows of a KV cache, for ``append_kv_cache`` and for rotary tables.
+
+    Args:
+        lengths: (R,) int32 or int64, slots in use with those of these tokens (``lengths_after_append``).
+        segment_ids: (B, num_queries) int32 or int64, the row of each token; negative is none. None is R rows of
+            num_queries tokens.
+        num_queries: tokens of a batch row.
+        capacity: slots of a row: page_size times the pages of a row.
+        positions: (B, num_queries) the slots, where they are not the last ones of the row: checked and passed on.
+
+    Returns:
+        (B, num_queries) int64: lengths[row] - (tokens of that row at or after it), and -1 for a token of no row.
+
+    Raises:
+        TypeError, ValueError: a bad argument. A length outside of 0 to ``capacity``, an id that is no row, a position
+            that does not fit in int32: ValueError on the CPU, an assertion on a CUDA device.
+    """
+    return torch.ops.selfattn.kv_cache_positions(lengths, segment_ids, num_queries, capacity, positions)
+
+
+def lengths_after_append(lengths: Tensor, segment_ids: Tensor | None, num_tokens: int) -> Tensor:
+    """Slots of a KV cache in use after a call whose tokens are appended.
+
+    Args:
+        lengths: (R,) int32 or int64, those before.
+        segment_ids: (B, num_tokens) int32 or int64, the row of each token; negative is none. None is ``num_tokens`` in
+            each row.
+        num_tokens: tokens of a batch row.
+
+    Returns:
+        (R,), of the dtype of ``lengths``.
+
+    Raises:
+        TypeError, ValueError: a bad argument.
+    """
+    return torch.ops.selfattn.lengths_after_append(lengths, segment_ids, num_tokens)
 
 
 def segment_mask(segment_ids: Tensor, kv_segment_ids: Tensor | None = None) -> Tensor:

@@ -215,31 +215,75 @@ class SelfAttention(nn.Module):
         x: Tensor,
         freqs: tuple[Tensor, Tensor] | None = None,
         segment_ids: Tensor | None = None,
+        cache: tuple[Tensor, Tensor, Tensor, Tensor | None] | None = None,
     ) -> Tensor:
-        """Attention of every token to the allowed tokens of its document.
+        """Attention of every token to the allowed tokens of its document, or with ``cache`` to those of its row there.
 
         Args:
             x: (B, S, E).
             freqs: (sin, cos) of ``precompute_freqs`` or ``RopeParameters.tables``, each (1 or B, S, R / 2) with
                 R <= head_dim. None takes positions 0..S-1: for packed rows pass those of each document's own positions.
+                With ``cache`` None takes each token's slot.
             segment_ids: (B, S) int32 or int64; equal ids attend to each other, negative ids are padding. None is one
-                document a row.
+                document a row. With ``cache`` they are the rows of the cache, and None is row b for batch b.
+            cache: ``KVCache.layer(i)``. The tokens' keys and values are written behind the ``lengths`` of their rows,
+                before they are read; ``lengths`` stay what they are (``KVCache.advance``). Under ``torch.no_grad()``.
 
         Returns:
             (B, S, E), of x's dtype.
+
+        Raises:
+            TypeError, ValueError: a bad argument; as ``append_kv_cache`` for the values of a cache's integers.
+            RuntimeError: ``cache``, and a weight that requires a gradient outside of ``torch.no_grad()``.
         """
         freqs_sin: Tensor | None = None
         freqs_cos: Tensor | None = None
         if freqs is not None:
             freqs_sin, freqs_cos = freqs
         elif self.makes_tables:
-            freqs_sin, freqs_cos = self._make_tables(x)
+            positions = None if cache is None else self._find_slots(x, segment_ids, cache)
+            freqs_sin, freqs_cos = self._make_tables(x, positions)
         if torch.jit.is_scripting():
             if self._script_calls_parts:
-                return self._compose_in_script(x, freqs_sin, freqs_cos, segment_ids)
+                return self._compose_in_script(x, freqs_sin, freqs_cos, segment_ids, cache)
         elif not self._is_plain():
-            return self._compose(x, freqs_sin, freqs_cos, segment_ids)
+            return self._compose(x, freqs_sin, freqs_cos, segment_ids, cache)
         q_norm_weight, k_norm_weight, norm_eps = self._plain_norms()
+        if cache is not None:
+            keys, values, lengths, page_table = cache
+            out = torch.ops.selfattn.self_attention_kv_cache(
+                x,
+                self.q_proj.weight,
+                self.k_proj.weight,
+                self.v_proj.weight,
+                self.out_proj.weight,
+                self.q_proj.bias,
+                self.k_proj.bias,
+                self.v_proj.bias,
+                self.out_proj.bias,
+                q_norm_weight,
+                k_norm_weight,
+                self.sinks,
+                freqs_sin,
+                freqs_cos,
+                segment_ids,
+                head_dim=self.head_dim,
+                norm_eps=norm_eps,
+                rope_theta=self.rope_theta,
+                rope_pairing=self.rope_pairing,
+                causal=self.causal,
+                qk_scale=self.qk_scale,
+                backend=self.attention_backend,
+                window_left=self.window_left,
+                window_right=self.window_right,
+                softcap=self.softcap,
+                rope=self.rope,
+                k_cache=keys,
+                v_cache=values,
+                lengths=lengths,
+                page_table=page_table,
+            )
+            return nn.functional.dropout(out, self.dropout_rate, self.training)
         return torch.ops.selfattn.self_attention(
             x,
             self.q_proj.weight,
@@ -271,12 +315,26 @@ class SelfAttention(nn.Module):
             training=self.training,
         )
 
-    def _make_tables(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Those of positions 0..S-1: operators without tables rotate whole heads, by ``rope_theta`` alone."""
+    def _find_slots(
+        self, x: Tensor, segment_ids: Tensor | None, cache: tuple[Tensor, Tensor, Tensor, Tensor | None]
+    ) -> Tensor:
+        """The slot (B, S) at which each token is written: the position that its tables are made for."""
+        if self.rope_length is None and (self.rope_type == "dynamic" or self.rope_type == "longrope"):
+            raise ValueError(
+                "SelfAttention: config.rope_length: expected a length, so that all keys of a cache are rotated by the "
+                f"same frequencies of rope_type {self.rope_type}, got None"
+            )
+        keys, _, lengths, page_table = cache
+        capacity = keys.size(1) if page_table is None else keys.size(1) * page_table.size(1)
+        after = torch.ops.selfattn.lengths_after_append(lengths, segment_ids, x.size(1))
+        return torch.ops.selfattn.kv_cache_positions(after, segment_ids, x.size(1), capacity)
+
+    def _make_tables(self, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Of the positions, or of 0..S-1: operators without tables rotate whole heads, by ``rope_theta`` alone."""
         return torch.ops.selfattn.rope_tables(
             self.rotary_dim,
-            None,
-            x.size(1),
+            positions,
+            x.size(1) if positions is None else None,
             rope_type=self.rope_type,
             rope_theta=self.rope_theta,
             length=self.rope_length,
@@ -357,7 +415,14 @@ class SelfAttention(nn.Module):
         return q_norm_weight, k_norm_weight, norm_eps
 
     @torch.jit.unused
-    def _compose(self, x: Tensor, freqs_sin: Tensor | None, freqs_cos: Tensor | None, ids: Tensor | None) -> Tensor:
+    def _compose(
+        self,
+        x: Tensor,
+        freqs_sin: Tensor | None,
+        freqs_cos: Tensor | None,
+        ids: Tensor | None,
+        cache: tuple[Tensor, Tensor, Tensor, Tensor | None] | None,
+    ) -> Tensor:
         """The forward pass by parts: what is plain stays fused, and every other submodule is called."""
         projections = (self.q_proj, self.k_proj, self.v_proj)
         calls_any = _are_all_modules_hooked()
@@ -367,19 +432,24 @@ class SelfAttention(nn.Module):
         else:
             q, k, v = (projection(x) for projection in projections)
         if not calls_any and self._norms_are_plain():
-            return self._attend(q, k, v, self._plain_norms(), freqs_sin, freqs_cos, ids)
+            return self._attend(q, k, v, self._plain_norms(), freqs_sin, freqs_cos, ids, cache)
         q, k = self._call_norms(q, k)
-        return self._attend(q, k, v, (None, None, self.norm_eps), freqs_sin, freqs_cos, ids)
+        return self._attend(q, k, v, (None, None, self.norm_eps), freqs_sin, freqs_cos, ids, cache)
 
     def _compose_in_script(
-        self, x: Tensor, freqs_sin: Tensor | None, freqs_cos: Tensor | None, segment_ids: Tensor | None
+        self,
+        x: Tensor,
+        freqs_sin: Tensor | None,
+        freqs_cos: Tensor | None,
+        segment_ids: Tensor | None,
+        cache: tuple[Tensor, Tensor, Tensor, Tensor | None] | None,
     ) -> Tensor:
         """``_compose`` for TorchScript: what is plain was found out when the layer was scripted."""
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if self._script_fuses_norms:
-            return self._attend(q, k, v, self._plain_norms(), freqs_sin, freqs_cos, segment_ids)
+            return self._attend(q, k, v, self._plain_norms(), freqs_sin, freqs_cos, segment_ids, cache)
         q, k = self._call_norms(q, k)
-        return self._attend(q, k, v, (None, None, self.norm_eps), freqs_sin, freqs_cos, segment_ids)
+        return self._attend(q, k, v, (None, None, self.norm_eps), freqs_sin, freqs_cos, segment_ids, cache)
 
     def _call_norms(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Of heads, or of whole projections; (B, S, heads * head_dim) each."""
@@ -404,31 +474,61 @@ class SelfAttention(nn.Module):
         freqs_sin: Tensor | None,
         freqs_cos: Tensor | None,
         segment_ids: Tensor | None,
+        cache: tuple[Tensor, Tensor, Tensor, Tensor | None] | None,
     ) -> Tensor:
         """Everything behind the projections, with norms of ``_plain_norms`` that are yet to be applied."""
         q_norm_weight, k_norm_weight, norm_eps = norms
-        attended = torch.ops.selfattn.projected_attention(
-            q,
-            k,
-            v,
-            q_norm_weight,
-            k_norm_weight,
-            self.sinks,
-            freqs_sin,
-            freqs_cos,
-            segment_ids,
-            head_dim=self.head_dim,
-            norm_eps=norm_eps,
-            rope_theta=self.rope_theta,
-            rope_pairing=self.rope_pairing,
-            causal=self.causal,
-            qk_scale=self.qk_scale,
-            backend=self.attention_backend,
-            window_left=self.window_left,
-            window_right=self.window_right,
-            softcap=self.softcap,
-            rope=self.rope,
-        )
+        if cache is None:
+            attended = torch.ops.selfattn.projected_attention(
+                q,
+                k,
+                v,
+                q_norm_weight,
+                k_norm_weight,
+                self.sinks,
+                freqs_sin,
+                freqs_cos,
+                segment_ids,
+                head_dim=self.head_dim,
+                norm_eps=norm_eps,
+                rope_theta=self.rope_theta,
+                rope_pairing=self.rope_pairing,
+                causal=self.causal,
+                qk_scale=self.qk_scale,
+                backend=self.attention_backend,
+                window_left=self.window_left,
+                window_right=self.window_right,
+                softcap=self.softcap,
+                rope=self.rope,
+            )
+        else:
+            keys, values, lengths, page_table = cache
+            attended = torch.ops.selfattn.projected_attention_kv_cache(
+                q,
+                k,
+                v,
+                q_norm_weight,
+                k_norm_weight,
+                self.sinks,
+                freqs_sin,
+                freqs_cos,
+                segment_ids,
+                head_dim=self.head_dim,
+                norm_eps=norm_eps,
+                rope_theta=self.rope_theta,
+                rope_pairing=self.rope_pairing,
+                causal=self.causal,
+                qk_scale=self.qk_scale,
+                backend=self.attention_backend,
+                window_left=self.window_left,
+                window_right=self.window_right,
+                softcap=self.softcap,
+                rope=self.rope,
+                k_cache=keys,
+                v_cache=values,
+                lengths=lengths,
+                page_table=page_table,
+            )
         return nn.functional.dropout(self.out_proj(attended), self.dropout_rate, self.training)
 
     def extra_repr(self) -> str:

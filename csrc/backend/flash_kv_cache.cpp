@@ -18,7 +18,7 @@ Reason has_kernel(const KvCacheProblem& problem) {
   const bool serves_cpu = op.hasKernelForDispatchKey(c10::DispatchKey::CPU);
   const bool serves_cuda = op.hasKernelForDispatchKey(c10::DispatchKey::CUDA);
   if (query.is_cuda() ? serves_cuda : serves_cpu || (query.is_meta() && serves_cuda)) return std::nullopt;
-  return c10::str("this build of selfattn has no kernels over a KV cache for ", query.device());
+  return c10::str("q is on ", query.device(), ", for which this build of selfattn has no kernels over a KV cache");
 }
 
 Reason supported_dtype(const KvCacheProblem& problem) {

@@ -41,6 +41,11 @@ AttentionResults attend_lse(const KvCacheProblem& problem, Backend name) {
 
 std::string explain(const KvCacheProblem& problem, Backend name) { return explain_selection(name, problem); }
 
+/// Of a device without kernels: the check before it has said so.
+AttentionResults refuse(const KvCacheProblem&) {
+  TORCH_INTERNAL_ASSERT(false, "a device without kernels serves nothing");
+}
+
 }  // namespace
 }  // namespace selfattn
 
@@ -49,4 +54,8 @@ TORCH_LIBRARY_IMPL(selfattn, CompositeImplicitAutograd, m) {
   m.impl("attention_with_kv_cache", TORCH_FN((kv_cache_from_schema<at::Tensor, attend>)));
   m.impl("attention_with_kv_cache_lse", TORCH_FN((kv_cache_from_schema<AttentionResults, attend_lse>)));
   m.impl("explain_kv_cache_backend", TORCH_FN((kv_cache_from_schema<std::string, explain>)));
+}
+TORCH_LIBRARY_IMPL(selfattn, CompositeExplicitAutograd, m) {
+  using namespace selfattn;
+  m.impl("flash_attention_kv_cache", TORCH_FN(flash_kv_cache_from_schema<checked<refuse>>));
 }

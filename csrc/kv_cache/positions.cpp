@@ -35,11 +35,14 @@ at::Tensor lengths_after_append(const at::Tensor& lengths, const OptionalTensor&
 
 namespace {
 
+constexpr int64_t kMostTokens = int64_t{1} << 30;  // of a batch row
+
 void check_lengths_call(const at::Tensor& lengths, const OptionalTensor& segment_ids, const c10::SymInt& num_tokens,
                         const char* num_tokens_name) {
   check_integers(lengths, "lengths");
   TORCH_CHECK_VALUE(lengths.dim() == 1, "selfattn: lengths must have the shape (R,); got ", lengths.sym_sizes());
-  TORCH_CHECK_VALUE(num_tokens >= 0, "selfattn: ", num_tokens_name, " must be at least 0; got ", num_tokens);
+  TORCH_CHECK_VALUE(num_tokens >= 0 && num_tokens <= kMostTokens, "selfattn: ", num_tokens_name, " must be from 0 to ",
+                    kMostTokens, "; got ", num_tokens);
   if (!segment_ids) return;
   check_integer_rows(*segment_ids, "segment_ids");
   check_device(*segment_ids, "segment_ids", lengths.device(), "lengths");
@@ -89,13 +92,13 @@ void check_ids(const at::Tensor& segment_ids, const c10::SymInt& rows) {
 at::Tensor positions_of_tokens(const at::Tensor& lengths, const OptionalTensor& segment_ids, c10::SymInt num_queries,
                                c10::SymInt capacity, const OptionalTensor& positions) {
   check_positions_call(lengths, segment_ids, num_queries, positions);
-  check_lengths(lengths, capacity);
+  const at::Tensor ends = lengths.to(at::kLong);
+  check_lengths(ends, capacity);
   if (segment_ids) check_ids(*segment_ids, lengths.sym_size(0));
   if (positions) {
     const at::Tensor given = as_int32(*positions, "positions").to(at::kLong, /*non_blocking=*/false, /*copy=*/true);
     return segment_ids ? given.masked_fill(*segment_ids < 0, -1) : given;
   }
-  const at::Tensor ends = lengths.to(at::kLong);
   if (!segment_ids) return ends.unsqueeze(1) - num_queries + at::arange(num_queries, ends.options());
   const at::Tensor ids = segment_ids->reshape({-1}).to(at::kLong);
   const at::Tensor of_rows = ends.index_select(0, ids.clamp(0)) - tokens_from_here(ids, lengths.sym_size(0));

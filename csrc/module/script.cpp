@@ -27,11 +27,23 @@ void add_child(torch::jit::Module& parent, const std::string& name, const char* 
 /// What stands for an optional parameter in the source: its name, or None.
 std::string name_or_none(bool is_present, const char* name) { return is_present ? name : "None"; }
 
-/// 7 and 6: float64 and float32.
+/// Of the tokens' slots, or of positions 0 .. S - 1. 7 and 6: float64 and float32.
 constexpr const char* kMakeTables = R"(
     if sin is None and cos is None:
+        positions: Optional[Tensor] = None
+        max_length: Optional[int] = x.size(1)
+        if cache is not None:
+            if self.rope_length is None and (self.rope_type == "dynamic" or self.rope_type == "longrope"):
+                raise ValueError("selfattn: rope_length must be given for a cache with rope_type " + self.rope_type)
+            page_table = cache[3]
+            capacity = cache[0].size(1)
+            if page_table is not None:
+                capacity = capacity * page_table.size(1)
+            lengths = selfattn.lengths_after_append(cache[2], segment_ids, x.size(1))
+            positions = selfattn.kv_cache_positions(lengths, segment_ids, x.size(1), capacity)
+            max_length = None
         sin, cos = selfattn.rope_tables(
-            self.rotary_dim, None, x.size(1), rope_type=self.rope_type, rope_theta=self.rope_theta,
+            self.rotary_dim, positions, max_length, rope_type=self.rope_type, rope_theta=self.rope_theta,
             length=self.rope_length, factor=self.rope_factor,
             original_max_position_embeddings=self.rope_original_max_position_embeddings,
             low_freq_factor=self.rope_low_freq_factor, high_freq_factor=self.rope_high_freq_factor,
@@ -82,7 +94,8 @@ std::string forward_source(const SelfAttentionOptions& options, bool makes_table
     }
   }
   const std::string begin = R"(
-def forward(self, x, freqs: Optional[Tuple[Tensor, Tensor]] = None, segment_ids: Optional[Tensor] = None) -> Tensor:
+def forward(self, x, freqs: Optional[Tuple[Tensor, Tensor]] = None, segment_ids: Optional[Tensor] = None,
+            cache: Optional[Tuple[Tensor, Tensor, Tensor, Optional[Tensor]]] = None) -> Tensor:
     sin: Optional[Tensor] = None
     cos: Optional[Tensor] = None
     if freqs is not None:
@@ -98,6 +111,8 @@ def forward(self, x, freqs: Optional[Tuple[Tensor, Tensor]] = None, segment_ids:
         head_dim=self.head_dim, norm_eps=self.norm_eps, rope_theta=self.rope_theta, rope_pairing=self.rope_pairing,
         causal=self.causal, qk_scale=self.qk_scale, backend=self.attention_backend, window_left=self.window_left,
         window_right=self.window_right, softcap=self.softcap, rope=self.rope)";
+  const std::string cached_call =
+      call + ", k_cache=cache[0], v_cache=cache[1], lengths=cache[2], page_table=cache[3])\n";
   if (options.qk_norm() && options.qk_norm_scope() == "projection") {
     return begin + R"(
     q, k, v = selfattn.project_query_key_value(
@@ -105,18 +120,26 @@ def forward(self, x, freqs: Optional[Tuple[Tensor, Tensor]] = None, segment_ids:
            qkv_biases + R"()
     q = torch.rms_norm(q.to(q_factor.dtype), q_factor.size(), q_factor, self.norm_eps).to(q.dtype)
     k = torch.rms_norm(k.to(k_factor.dtype), k_factor.size(), k_factor, self.norm_eps).to(k.dtype)
-    heads = selfattn.projected_attention(
-        q, k, v, None, None, )" +
+    if cache is None:
+        heads = selfattn.projected_attention(q, k, v, None, None, )" +
            sinks + call + R"()
+    else:
+        heads = selfattn.projected_attention_kv_cache(q, k, v, None, None, )" +
+           sinks + cached_call + R"(
     return torch.dropout(torch.linear(heads, self.out_proj.weight, )" +
            own_out_bias + "), self.dropout_rate, self.training)\n";
   }
+  const std::string weights = R"(
+            x, self.q_proj.weight, self.k_proj.weight, self.v_proj.weight, self.out_proj.weight, )" +
+                              qkv_biases + ", " + own_out_bias + ", " + name_or_none(options.qk_norm(), "q_factor") +
+                              ", " + name_or_none(options.qk_norm(), "k_factor") + ", " + sinks;
   return begin + R"(
-    return selfattn.self_attention(
-        x, self.q_proj.weight, self.k_proj.weight, self.v_proj.weight, self.out_proj.weight, )" +
-         qkv_biases + ", " + own_out_bias + ", " + name_or_none(options.qk_norm(), "q_factor") + ", " +
-         name_or_none(options.qk_norm(), "k_factor") + ", " + sinks + call +
-         ", dropout_rate=self.dropout_rate, training=self.training)\n";
+    if cache is not None:
+        out = selfattn.self_attention_kv_cache()" +
+         weights + cached_call + R"(
+        return torch.dropout(out, self.dropout_rate, self.training)
+    return selfattn.self_attention()" +
+         weights + call + ", dropout_rate=self.dropout_rate, training=self.training)\n";
 }
 
 }  // namespace

@@ -11,9 +11,10 @@
 #include "attention/multihead_attention.h"
 #include "autograd/buffer_donation.h"
 #include "common/dense_tensor.h"
-#include "common/plain_tensor.h"
+#include "kv_cache/positions.h"
 #include "module/layer_call.h"
 #include "module/projections.h"
+#include "module/self_attention_kv_cache.h"
 #include "norm_rope_attention/call.h"
 
 namespace selfattn {
@@ -99,36 +100,81 @@ at::Tensor self_attention(const at::Tensor& x, const at::Tensor& q_weight, const
 
 torch::Tensor SelfAttentionImpl::forward(const torch::Tensor& x, const torch::Tensor& freqs_sin,
                                          const torch::Tensor& freqs_cos, const torch::Tensor& segment_ids) {
-  if (makes_tables() && !freqs_sin.defined() && !freqs_cos.defined() && x.dim() == 3) {
-    const auto dtype = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-    const auto [sin, cos] = rope_tables(
-        rope_parameters(),
-        RopeTablesOptions().max_length(x.size(1)).length(options.rope_length()).dtype(dtype).device(x.device()));
-    return attend_with(x, sin, cos, segment_ids);
-  }
-  return attend_with(x, freqs_sin, freqs_cos, segment_ids);
+  return forward_at(x, /*positions=*/{}, freqs_sin, freqs_cos, segment_ids, /*cache=*/nullptr);
 }
 
-torch::Tensor SelfAttentionImpl::attend_with(const torch::Tensor& x, const torch::Tensor& freqs_sin,
-                                             const torch::Tensor& freqs_cos, const torch::Tensor& segment_ids) {
-  static const auto op = find_op<decltype(self_attention)>("selfattn::self_attention");
+torch::Tensor SelfAttentionImpl::forward_with_cache(const torch::Tensor& x, const KVCacheLayer& cache,
+                                                    const torch::Tensor& freqs_sin, const torch::Tensor& freqs_cos,
+                                                    const torch::Tensor& segment_ids) {
+  torch::Tensor positions;
+  if (makes_tables() && !freqs_sin.defined() && !freqs_cos.defined() && x.dim() == 3) {
+    const std::string& type = rope_parameters().rope_type();
+    TORCH_CHECK_VALUE(options.rope_length() || (type != "dynamic" && type != "longrope"),
+                      "selfattn: rope_length must be given, so that all keys of a cache are rotated by the same "
+                      "frequencies of rope_type ",
+                      type, "; got none");
+    const OptionalTensor ids = as_optional(segment_ids);
+    const c10::SymInt pages_per_row = cache.page_table ? cache.page_table->sym_size(1) : c10::SymInt(1);
+    positions = kv_cache_positions(lengths_after_append(cache.lengths, ids, x.sym_size(1)), ids, x.sym_size(1),
+                                   pages_per_row * cache.keys.sym_size(1), /*positions=*/std::nullopt);
+  }
+  return forward_at(x, positions, freqs_sin, freqs_cos, segment_ids, &cache);
+}
+
+torch::Tensor SelfAttentionImpl::forward_at(const torch::Tensor& x, const torch::Tensor& positions,
+                                            torch::Tensor freqs_sin, torch::Tensor freqs_cos,
+                                            const torch::Tensor& segment_ids, const KVCacheLayer* cache) {
+  if (makes_tables() && !freqs_sin.defined() && !freqs_cos.defined() && x.dim() == 3) {
+    auto of = RopeTablesOptions()
+                  .length(options.rope_length())
+                  .dtype(x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat)
+                  .device(x.device());
+    if (positions.defined()) {
+      of.positions(positions);
+    } else {
+      of.max_length(x.size(1));
+    }
+    std::tie(freqs_sin, freqs_cos) = rope_tables(rope_parameters(), of);
+  }
   check_children();
-  if (!is_plain()) return compose(x, freqs_sin, freqs_cos, segment_ids);
+  return is_plain() ? call_operator(x, freqs_sin, freqs_cos, segment_ids, cache)
+                    : compose(x, freqs_sin, freqs_cos, segment_ids, cache);
+}
+
+torch::Tensor SelfAttentionImpl::call_operator(const torch::Tensor& x, const torch::Tensor& freqs_sin,
+                                               const torch::Tensor& freqs_cos, const torch::Tensor& segment_ids,
+                                               const KVCacheLayer* cache) {
   TORCH_CHECK_VALUE(x.dim() == 3 && x.sym_size(2) == options.embedding_dim(),
                     "selfattn: x must have the shape (B, S, E) with E ", options.embedding_dim(), "; got ",
                     x.sym_sizes());
+  const OptionalTensor q_factor = q_norm ? OptionalTensor(q_norm->factor()) : std::nullopt;
+  const OptionalTensor k_factor = k_norm ? OptionalTensor(k_norm->factor()) : std::nullopt;
+  if (cache) {
+    static const auto op = find_op<decltype(self_attention_kv_cache)>("selfattn::self_attention_kv_cache");
+    at::Tensor keys = cache->keys, values = cache->values;
+    const at::Tensor out =
+        op.call(x, q_proj->weight, k_proj->weight, v_proj->weight, out_proj->weight, as_optional(q_proj->bias),
+                as_optional(k_proj->bias), as_optional(v_proj->bias), as_optional(out_proj->bias), q_factor, k_factor,
+                as_optional(sinks), as_optional(freqs_sin), as_optional(freqs_cos), as_optional(segment_ids),
+                options.head_dim(), options.norm_eps(), options.rope_theta(), options.rope_pairing(), options.causal(),
+                options.qk_scale(), options.attention_backend(), options.window_left(), options.window_right(),
+                options.softcap(), options.rope(), keys, values, cache->lengths, cache->page_table,
+                /*positions=*/std::nullopt, /*draft_mask=*/std::nullopt, /*split_keys=*/0, /*k_scale=*/std::nullopt,
+                /*v_scale=*/std::nullopt);
+    return at::dropout(out, options.dropout_rate(), is_training());
+  }
+  static const auto op = find_op<decltype(self_attention)>("selfattn::self_attention");
   return op.call(x, q_proj->weight, k_proj->weight, v_proj->weight, out_proj->weight, as_optional(q_proj->bias),
-                 as_optional(k_proj->bias), as_optional(v_proj->bias), as_optional(out_proj->bias),
-                 q_norm ? OptionalTensor(q_norm->factor()) : std::nullopt,
-                 k_norm ? OptionalTensor(k_norm->factor()) : std::nullopt, as_optional(sinks), as_optional(freqs_sin),
-                 as_optional(freqs_cos), as_optional(segment_ids), options.head_dim(), options.norm_eps(),
-                 options.rope_theta(), options.rope_pairing(), options.causal(), options.qk_scale(),
-                 options.attention_backend(), options.window_left(), options.window_right(), options.softcap(),
-                 options.dropout_rate(), is_training(), options.rope());
+                 as_optional(k_proj->bias), as_optional(v_proj->bias), as_optional(out_proj->bias), q_factor, k_factor,
+                 as_optional(sinks), as_optional(freqs_sin), as_optional(freqs_cos), as_optional(segment_ids),
+                 options.head_dim(), options.norm_eps(), options.rope_theta(), options.rope_pairing(), options.causal(),
+                 options.qk_scale(), options.attention_backend(), options.window_left(), options.window_right(),
+                 options.softcap(), options.dropout_rate(), is_training(), options.rope());
 }
 
 torch::Tensor SelfAttentionImpl::compose(const torch::Tensor& x, const torch::Tensor& freqs_sin,
-                                         const torch::Tensor& freqs_cos, const torch::Tensor& segment_ids) {
+                                         const torch::Tensor& freqs_cos, const torch::Tensor& segment_ids,
+                                         const KVCacheLayer* cache) {
   const auto project = [&](const char* name, torch::nn::Linear& projection, const torch::Tensor& input) {
     const auto found = replaced_.find(name);
     return found == replaced_.end() ? projection->forward(input) : found->second.forward(input);
@@ -148,12 +194,23 @@ torch::Tensor SelfAttentionImpl::compose(const torch::Tensor& x, const torch::Te
     q = normalise("q_norm", q_norm, q), k = normalise("k_norm", k_norm, k);
   }
   const bool fuses_norms = q_norm && !calls_norms;
-  const torch::Tensor attended = projected_attention(
-      q, k, v, fuses_norms ? OptionalTensor(q_norm->factor()) : std::nullopt,
-      fuses_norms ? OptionalTensor(k_norm->factor()) : std::nullopt, as_optional(sinks), as_optional(freqs_sin),
-      as_optional(freqs_cos), as_optional(segment_ids), options.head_dim(), options.norm_eps(), options.rope_theta(),
-      options.rope_pairing(), options.causal(), options.qk_scale(), options.attention_backend(), options.window_left(),
-      options.window_right(), options.softcap(), options.rope());
+  const OptionalTensor q_factor = fuses_norms ? OptionalTensor(q_norm->factor()) : std::nullopt;
+  const OptionalTensor k_factor = fuses_norms ? OptionalTensor(k_norm->factor()) : std::nullopt;
+  const auto attend = [&](const auto& attention, auto&&... of_cache) {
+    return attention(q, k, v, q_factor, k_factor, as_optional(sinks), as_optional(freqs_sin), as_optional(freqs_cos),
+                     as_optional(segment_ids), options.head_dim(), options.norm_eps(), options.rope_theta(),
+                     options.rope_pairing(), options.causal(), options.qk_scale(), options.attention_backend(),
+                     options.window_left(), options.window_right(), options.softcap(), options.rope(), of_cache...);
+  };
+  torch::Tensor attended;
+  if (cache) {
+    at::Tensor keys = cache->keys, values = cache->values;
+    attended = attend(projected_attention_kv_cache, keys, values, cache->lengths, cache->page_table,
+                      /*positions=*/OptionalTensor(), /*draft_mask=*/OptionalTensor(), /*split_keys=*/0,
+                      /*k_scale=*/OptionalTensor(), /*v_scale=*/OptionalTensor());
+  } else {
+    attended = attend(projected_attention);
+  }
   return at::dropout(project("out_proj", out_proj, attended), options.dropout_rate(), is_training());
 }
 

@@ -1,5 +1,7 @@
 // self_attention and projected_attention over a KV cache: the tokens of the call are appended to it, and attend to what
 // it then holds.
+#include "module/self_attention_kv_cache.h"
+
 #include <ATen/ops/linear.h>
 #include <torch/library.h>
 
@@ -35,6 +37,10 @@ at::Tensor heads_for_cache(const at::Tensor& projected, const LayerCall& call, c
 at::Tensor append_and_attend(LayerCall call, const LayerCache& cache, const at::Tensor& q, const at::Tensor& k,
                              const at::Tensor& v) {
   check_caches(cache.key, cache.value);
+  TORCH_CHECK(
+      !any_requires_grad({q, k, v, cache.key, cache.value}),
+      "selfattn: k_cache and v_cache are written without a gradient, and what is written requires one; call the "
+      "layer under torch.no_grad()");
   call.norm_rope.q = heads_for_cache(q, call, cache);
   call.norm_rope.k = heads_for_cache(k, call, cache);
   const AttentionArguments& of = call.arguments;
@@ -55,6 +61,8 @@ at::Tensor append_and_attend(LayerCall call, const LayerCache& cache, const at::
   }
   return std::get<0>(backend.call(problem)).flatten(2, 3);
 }
+
+}  // namespace
 
 at::Tensor projected_attention_kv_cache(
     const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const OptionalTensor& q_norm_weight,
@@ -101,7 +109,6 @@ at::Tensor self_attention_kv_cache(const at::Tensor& x, const at::Tensor& q_weig
       out_weight, out_bias);
 }
 
-}  // namespace
 }  // namespace selfattn
 
 TORCH_LIBRARY_IMPL(selfattn, CompositeImplicitAutograd, m) {

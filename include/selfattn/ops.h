@@ -63,6 +63,69 @@ SELFATTN_API std::tuple<at::Tensor, at::Tensor> merge_attention(const at::Tensor
                                                                 const at::Tensor& other_out,
                                                                 const at::Tensor& other_lse);
 
+/// What a call of attention_with_kv_cache may leave out. R rows of the cache, each a sequence.
+struct KVCacheAttentionOptions {
+  /// (R, pages of a row) int32 or int64: slot s of row r is slot s % page_size of page page_table[r, s / page_size].
+  /// Where not given, row r is page r. An entry whose page holds nothing that a query sees may have any value.
+  TORCH_ARG(std::optional<at::Tensor>, page_table);
+  /// (B, Sq) int32 or int64: the row of each query; negative is padding. Row b for batch b where not given.
+  TORCH_ARG(std::optional<at::Tensor>, segment_ids);
+  /// Whether a query sees only slots at or before its position.
+  TORCH_ARG(bool, causal) = true;
+  /// What the scores are multiplied by; 1 / sqrt(DQK) where not given.
+  TORCH_ARG(std::optional<double>, qk_scale);
+  /// "auto", a backend's name or an alias (see parse_backend).
+  TORCH_ARG(std::string, backend) = "auto";
+  /// (B, Sq) int32 or int64: the slot at which each query stands; where not given, lengths[row] - (queries of that row
+  /// at or after it).
+  TORCH_ARG(std::optional<at::Tensor>, positions);
+  /// How many slots to the left and right of its position a query sees; -1: all.
+  TORCH_ARG(int64_t, window_left) = -1;
+  TORCH_ARG(int64_t, window_right) = -1;
+  /// c > 0: a score s becomes c * tanh(s / c). 0: none.
+  TORCH_ARG(double, softcap) = 0.0;
+  /// (NH,): one more logit a head in the softmax's denominator.
+  TORCH_ARG(std::optional<at::Tensor>, sinks);
+  /// (B, Sq, Sq) bool, Sq <= 32: what is seen of the last Sq slots of a row, in the place of causality.
+  TORCH_ARG(std::optional<at::Tensor>, draft_mask);
+  /// Slots of a partial result, a multiple of 64, or 0: the kernel's choice.
+  TORCH_ARG(int64_t, split_keys) = 0;
+};
+
+/// Exact attention to a KV cache that holds the keys and values of the queries already: q (B, Sq, NH, DQK), k_cache (P,
+/// page_size, NKV, DQK), v_cache (P, page_size, NKV, DV), lengths (R,) int32 or int64 with the tokens of this call ->
+/// (B, Sq, NH, DV). Reads no value on the host: ones out of range are c10::ValueError on the CPU, an assertion on CUDA.
+SELFATTN_API at::Tensor attention_with_kv_cache(const at::Tensor& q, const at::Tensor& k_cache,
+                                                const at::Tensor& v_cache, const at::Tensor& lengths,
+                                                const KVCacheAttentionOptions& options = {});
+
+/// The same, and the logsumexp of each row's logits (B, NH, Sq) float32.
+SELFATTN_API std::tuple<at::Tensor, at::Tensor> attention_with_kv_cache_lse(
+    const at::Tensor& q, const at::Tensor& k_cache, const at::Tensor& v_cache, const at::Tensor& lengths,
+    const KVCacheAttentionOptions& options = {});
+
+/// One line a backend: chosen, able, or every reason why it cannot serve this call.
+SELFATTN_API std::string explain_kv_cache_backend(const at::Tensor& q, const at::Tensor& k_cache,
+                                                  const at::Tensor& v_cache, const at::Tensor& lengths,
+                                                  const KVCacheAttentionOptions& options = {});
+
+/// Writes k (B, S, NKV, DQK) and v (B, S, NKV, DV) at the slots positions (B, S) of their rows. page_table and
+/// segment_ids as in KVCacheAttentionOptions; a token of a negative id is not written. Not differentiable: under
+/// torch::NoGradGuard where a tensor requires a gradient.
+SELFATTN_API void append_kv_cache(const at::Tensor& k, const at::Tensor& v, const at::Tensor& positions,
+                                  const at::Tensor& k_cache, const at::Tensor& v_cache,
+                                  const std::optional<at::Tensor>& page_table = std::nullopt,
+                                  const std::optional<at::Tensor>& segment_ids = std::nullopt);
+
+/// lengths (R,) after a call whose tokens, of the rows segment_ids (B, S) or num_tokens of each, are appended.
+SELFATTN_API at::Tensor lengths_after_append(const at::Tensor& lengths, const std::optional<at::Tensor>& segment_ids,
+                                             int64_t num_tokens);
+
+/// The slots (B, S) int64 of a call's tokens, of the rows segment_ids (B, S) or num_tokens of each: the last ones of
+/// lengths (R,), which count them; -1 for a token of no row. `capacity`: slots of a row.
+SELFATTN_API at::Tensor kv_cache_positions(const at::Tensor& lengths, const std::optional<at::Tensor>& segment_ids,
+                                           int64_t num_tokens, int64_t capacity);
+
 /// (B, Sq), (B, Skv) -> bool (B, 1, Sq, Skv): True where ids are equal and not negative.
 SELFATTN_API at::Tensor segment_mask(const at::Tensor& segment_ids,
                                      const std::optional<at::Tensor>& kv_segment_ids = std::nullopt);
@@ -118,5 +181,14 @@ struct QkNormRopeOptions {
 /// RMSNorm over the head dimension of q (B, S, NH, D) and k (B, S, NKV, D), then the rotary embedding.
 SELFATTN_API std::tuple<at::Tensor, at::Tensor> qk_norm_rope(const at::Tensor& q, const at::Tensor& k,
                                                              const QkNormRopeOptions& options = {});
+
+/// qk_norm_rope and append_kv_cache as one: the normalised and rotated k (B, S, NKV, D) and v (B, S, NKV, DV) are
+/// written, and q (B, S, NH, D) is given back. positions (B, S) are slots, and what is rotated by where the options
+/// have no tables; those of the options must not be given.
+SELFATTN_API at::Tensor qk_norm_rope_append(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                            const at::Tensor& positions, const at::Tensor& k_cache,
+                                            const at::Tensor& v_cache, const QkNormRopeOptions& options = {},
+                                            const std::optional<at::Tensor>& page_table = std::nullopt,
+                                            const std::optional<at::Tensor>& segment_ids = std::nullopt);
 
 }  // namespace selfattn

@@ -5,6 +5,7 @@
 #include <string>
 
 #include <selfattn/export.h>
+#include <selfattn/kv_cache.h>
 #include <selfattn/rope.h>
 #include <torch/nn/cloneable.h>
 #include <torch/nn/modules/common.h>
@@ -100,6 +101,14 @@ class SELFATTN_API SelfAttentionImpl : public torch::nn::Cloneable<SelfAttention
   torch::Tensor forward(const torch::Tensor& x, const torch::Tensor& freqs_sin = {},
                         const torch::Tensor& freqs_cos = {}, const torch::Tensor& segment_ids = {});
 
+  /// The same over a KV cache (KVCache::layer), under torch::NoGradGuard: keys and values of the tokens are written
+  /// behind the lengths of their rows, and then read; the lengths stay what they are (KVCache::advance). segment_ids
+  /// are the rows of the cache, row b for batch b where not given; tables those of the tokens' slots where not given.
+  /// Under a name of its own: a Sequential takes modules that have one forward.
+  torch::Tensor forward_with_cache(const torch::Tensor& x, const KVCacheLayer& cache,
+                                   const torch::Tensor& freqs_sin = {}, const torch::Tensor& freqs_cos = {},
+                                   const torch::Tensor& segment_ids = {});
+
   /// Puts `module` in the place of a projection or a norm: "q_proj", "k_proj", "v_proj", "out_proj", "q_norm" or
   /// "k_norm". From then on forward calls it, with a tensor for a tensor: (B, S, features) for a projection, (B, S,
   /// heads, head_dim) for a norm of heads. It may hold what was there before (an adapter). Module::replace_module
@@ -135,10 +144,13 @@ class SELFATTN_API SelfAttentionImpl : public torch::nn::Cloneable<SelfAttention
  private:
   bool normalises_projections() const { return options.qk_norm() && options.qk_norm_scope() == "projection"; }
   void check_children() const;
-  torch::Tensor attend_with(const torch::Tensor& x, const torch::Tensor& freqs_sin, const torch::Tensor& freqs_cos,
-                            const torch::Tensor& segment_ids);
+  /// `cache` may be null. `positions` (B, S) are what tables are made of, where they have to be; undefined: 0 .. S - 1.
+  torch::Tensor forward_at(const torch::Tensor& x, const torch::Tensor& positions, torch::Tensor freqs_sin,
+                           torch::Tensor freqs_cos, const torch::Tensor& segment_ids, const KVCacheLayer* cache);
+  torch::Tensor call_operator(const torch::Tensor& x, const torch::Tensor& freqs_sin, const torch::Tensor& freqs_cos,
+                              const torch::Tensor& segment_ids, const KVCacheLayer* cache);
   torch::Tensor compose(const torch::Tensor& x, const torch::Tensor& freqs_sin, const torch::Tensor& freqs_cos,
-                        const torch::Tensor& segment_ids);
+                        const torch::Tensor& segment_ids, const KVCacheLayer* cache);
 
   std::map<std::string, torch::nn::AnyModule> replaced_;
 };

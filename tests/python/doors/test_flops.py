@@ -62,6 +62,14 @@ def test_attention_counts_as_sdpa_of_the_same_shapes(options: dict, has_lse: boo
     assert counts(step) == {"selfattn.flash_attention": forward, "selfattn.flash_attention_backward": backward}
 
 
+@pytest.mark.parametrize(("table", "capacity"), [(None, 12), (torch.zeros(3, 5, dtype=torch.int32), 60)])
+def test_a_cache_counts_with_all_slots_of_a_row(table: Tensor | None, capacity: int) -> None:
+    q, keys, values = (torch.zeros(3, length, heads, DIM) for length, heads in ((2, 4), (12, 2), (12, 2)))
+    formula = flop_registry[OPS.flash_attention_kv_cache]
+    count = formula(q, keys, values, torch.zeros(3, dtype=torch.int32), table, causal=False, out_val=None)
+    assert count == 2 * 3 * 4 * 2 * capacity * (DIM + DIM)
+
+
 def test_packed_rows_count_as_one_document() -> None:
     q, k, v = make(keys=QUERIES)
     ids = make_ids("packed", BATCH, QUERIES)
@@ -107,20 +115,31 @@ def test_backward_operators_count_under_their_own_names() -> None:
 
 
 COUNTED = {name + way for name in ("flash_attention", "qk_norm_rope_attention") for way in ("", "_backward")}
+COUNTED |= {"flash_attention_kv_cache"}
 MADE_OF_OTHERS = {
+    "attention_with_kv_cache",
+    "attention_with_kv_cache_lse",
     "multihead_attention",
     "multihead_attention_lse",
     "project_query_key_value",
     "projected_attention",
+    "projected_attention_kv_cache",
     "self_attention",
+    "self_attention_kv_cache",
 }
 WITHOUT_PRODUCTS = {
+    "append_kv_cache",
     "apply_rotary_emb",
     "cu_seqlens_from_segment_ids",
     "explain_backend",
+    "explain_kv_cache_backend",
+    "kv_cache_pages",
+    "kv_cache_positions",
+    "lengths_after_append",
     "merge_attention",
     "precompute_freqs",
     "qk_norm_rope",
+    "qk_norm_rope_append",
     "qk_norm_rope_backward",
     "rope_tables",
     "segment_ids_from_cu_seqlens",

@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+from support.kv_cache import CacheCase
 from support.problems import POSITIONS, make_ids, make_positions
+
+import selfattn  # noqa: F401  (registers the operators)
 
 OPS = torch.ops.selfattn
 IDS = make_ids("shuffled", 2, 6)
@@ -125,7 +128,91 @@ def projected_attention_samples() -> list[tuple[tuple, dict]]:
     ]
 
 
+CACHE_CASES = [
+    CacheCase(num_queries=2, index_dtype=torch.int64, window_left=3),
+    CacheCase(num_queries=6, ids="padded", has_sinks=True, softcap=1.0),
+    CacheCase(num_queries=3, has_draft_mask=True, positions="end", layout="hnd"),
+]
+
+
+def cache_samples() -> list[tuple[tuple, dict]]:
+    with_gradient = CacheCase(num_queries=2, table=None).make()
+    for name in ("q", "k_cache", "v_cache"):
+        with_gradient[name].requires_grad_()
+    return [((), case.make()) for case in CACHE_CASES] + [((), with_gradient)]
+
+
+def flash_cache_samples() -> list[tuple[tuple, dict]]:
+    """Where a device has the kernels."""
+    reasons = OPS.explain_kv_cache_backend(**CacheCase().make()).splitlines()[0]
+    return [((), case.make()) for case in CACHE_CASES] if "has no kernels" not in reasons else []
+
+
+def append_samples() -> list[tuple[tuple, dict]]:
+    samples = []
+    for ids in (None, torch.tensor([[1, 0, -1], [1, -1, 0]])):
+        k, v = torch.randn(2, 3, 2, 8), torch.randn(2, 3, 2, 4)
+        positions, table = torch.tensor([[0, 5, 2], [3, 4, 7]]), torch.tensor([[0, 3], [2, 1]], dtype=torch.int32)
+        caches = {"k_cache": torch.zeros(4, 4, 2, 8), "v_cache": torch.zeros(4, 4, 2, 4)}
+        samples.append(((k, v, positions, table, ids), caches))
+    dense = {"k_cache": torch.zeros(2, 8, 2, 8), "v_cache": torch.zeros(2, 8, 2, 4)}
+    return [*samples, ((k, v, positions), dense)]
+
+
+def norm_rope_append_samples() -> list[tuple[tuple, dict]]:
+    q, weights = torch.randn(2, 3, 4, 8), (torch.rand(8), torch.rand(8))
+    freqs = OPS.precompute_freqs(8, None, 3)
+    samples = []
+    for (k, v, *places), caches in append_samples():
+        places += [None] * (3 - len(places))
+        samples.append(((q, k, v, *places, *weights, *freqs), caches))
+        samples.append(((q, k, v, *places), caches | {"norm": False, "pairing": "half"}))
+    return samples
+
+
+def layer_cache_samples() -> list[tuple[tuple, dict]]:
+    """Of self_attention_kv_cache, after x, its weights and its norms."""
+    table = torch.tensor([[0, 3], [2, 1]], dtype=torch.int32)
+    caches = {"k_cache": torch.zeros(4, 4, 2, 8), "v_cache": torch.zeros(4, 4, 2, 8), "head_dim": 8}
+    lengths = torch.tensor([3, 0], dtype=torch.int32)
+    return [
+        ((), caches | {"lengths": lengths, "page_table": table}),
+        ((None, None, None, None, None, torch.tensor([[1, 0, 0], [-1, 1, 1]])),
+         caches | {"lengths": lengths, "page_table": table, "rope_pairing": "half"}),
+    ]  # fmt: skip
+
+
+def self_attention_cache_samples() -> list[tuple[tuple, dict]]:
+    x, wide, narrow = torch.randn(2, 3, 32), torch.randn(32, 32), torch.randn(16, 32)
+    layer = (x, wide, narrow, narrow, wide, torch.randn(32), None, None, None)
+    return [((*layer, *of_cache), options) for of_cache, options in layer_cache_samples()]
+
+
+def projected_cache_samples() -> list[tuple[tuple, dict]]:
+    q, k, v = torch.randn(2, 3, 32), torch.randn(2, 3, 16), torch.randn(2, 3, 16)
+    return [((q, k, v, *of_cache), options) for of_cache, options in layer_cache_samples()]
+
+
+LENGTHS = torch.tensor([3, 8], dtype=torch.int32)
+ROWS_OF_TOKENS = torch.tensor([[1, 0, -1], [1, 1, 0]])
+
 SAMPLES = {
+    "attention_with_kv_cache": cache_samples,
+    "attention_with_kv_cache_lse": cache_samples,
+    "flash_attention_kv_cache": flash_cache_samples,
+    "append_kv_cache": append_samples,
+    "qk_norm_rope_append": norm_rope_append_samples,
+    "kv_cache_positions": lambda: [
+        ((LENGTHS, None, 3, 8), {}),
+        ((LENGTHS, ROWS_OF_TOKENS, 3, 8), {}),
+        ((LENGTHS, ROWS_OF_TOKENS, 3, 8, torch.arange(6).view(2, 3)), {}),
+    ],
+    "kv_cache_pages": lambda: [
+        ((torch.tensor([[0, -1], [2, 9]]), torch.tensor([[True, False], [True, False]]), 3), {}),
+    ],
+    "lengths_after_append": lambda: [((LENGTHS, None, 3), {}), ((LENGTHS, ROWS_OF_TOKENS, 3), {})],
+    "self_attention_kv_cache": self_attention_cache_samples,
+    "projected_attention_kv_cache": projected_cache_samples,
     "multihead_attention": attention_samples,
     "multihead_attention_lse": attention_samples,
     "merge_attention": merge_samples,
@@ -165,7 +252,7 @@ def test_every_operator_with_tensors_has_samples() -> None:
         for schema in torch._C._jit_get_all_schemas()
         if schema.name.startswith("selfattn::")
     }
-    assert registered - {"explain_backend"} == set(SAMPLES)  # that one gives a string
+    assert registered - {"explain_backend", "explain_kv_cache_backend"} == set(SAMPLES)  # those give strings
 
 
 @pytest.mark.parametrize("name", SAMPLES)

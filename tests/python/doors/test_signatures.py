@@ -1,4 +1,5 @@
-"""Every Python function has its operator's arguments, in order, with its defaults, and can be scripted."""
+"""Every Python function has its operator's arguments, in order but required ones first, with its defaults, and can be
+scripted."""
 
 import inspect
 
@@ -8,14 +9,21 @@ import torch
 import selfattn
 
 FUNCTIONS = [
+    "append_kv_cache",
     "apply_rotary_emb",
+    "attention_with_kv_cache",
+    "attention_with_kv_cache_lse",
     "cu_seqlens_from_segment_ids",
     "explain_backend",
+    "explain_kv_cache_backend",
+    "kv_cache_positions",
+    "lengths_after_append",
     "merge_attention",
     "multihead_attention",
     "multihead_attention_lse",
     "precompute_freqs",
     "qk_norm_rope",
+    "qk_norm_rope_append",
     "segment_ids_from_cu_seqlens",
     "segment_ids_from_positions",
     "segment_mask",
@@ -31,7 +39,8 @@ def test_arguments_and_defaults_are_the_operators(name: str) -> None:
     parameters = inspect.signature(getattr(selfattn, name)).parameters.values()
     required = inspect.Parameter.empty
     actual = [(p.name, p.default) for p in parameters]
-    expected = [(a.name, a.default_value if a.has_default_value() else required) for a in schema_of(name).arguments]
+    arguments = sorted(schema_of(name).arguments, key=lambda argument: argument.has_default_value())
+    expected = [(a.name, a.default_value if a.has_default_value() else required) for a in arguments]
     assert actual == expected
 
 
@@ -41,7 +50,8 @@ def test_function_is_documented_and_public(name: str) -> None:
     for section in ("Args:", "Returns:", "Raises:"):
         assert section in text
     for argument in schema_of(name).arguments:
-        assert f"{argument.name}: " in text or "As ``multihead_attention``" in text, argument.name
+        refers = "As ``multihead_attention``" in text or "As ``attention_with_kv_cache``" in text
+        assert f"{argument.name}: " in text or refers, argument.name
     assert name in selfattn.__all__
 
 

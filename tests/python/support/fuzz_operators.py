@@ -67,10 +67,11 @@ def good_tensors(name: str, dtype: torch.dtype, S: int = S, D: int = D) -> dict[
     if name in ("segment_ids_from_positions", "explain_backend") or "attention" in name:
         tensors["positions"] = torch.arange(B * S).view(B, S)
         tensors["kv_positions"] = torch.arange(B * S).view(B, S).flip(1)
-    if name == "projected_attention":
+    tensors |= cache_tensors(name, dtype, S, D)
+    if name in ("projected_attention", "projected_attention_kv_cache"):
         tensors |= {name: tensors[name].flatten(2) for name in "qkv"}
         return tensors | {"q_norm_weight": randn(D), "k_norm_weight": randn(D)}
-    if name in ("self_attention", "project_query_key_value"):
+    if name in ("self_attention", "self_attention_kv_cache", "project_query_key_value"):
         width = NH * D
         tensors |= {"x": randn(B, S, width), "q_weight": randn(width, width), "out_weight": randn(width, width)}
         tensors |= {"k_weight": randn(NKV * D, width), "v_weight": randn(NKV * D, width)}
@@ -85,11 +86,29 @@ def good_tensors(name: str, dtype: torch.dtype, S: int = S, D: int = D) -> dict[
     return tensors | {f"d{name}": torch.empty_like(tensors[name]) for name in "qkv"}
 
 
+def cache_tensors(name: str, dtype: torch.dtype, S: int, D: int) -> dict[str, Tensor]:
+    """Those of the operators over a KV cache: two rows of two pages, which hold the call's S tokens and others."""
+    pages = {"k_cache": (4, S + 1, NKV, D), "v_cache": (4, S + 1, NKV, D)}
+    tensors = {cache: torch.randn(shape, dtype=dtype) for cache, shape in pages.items()}
+    tensors |= {"page_table": torch.tensor([[0, 3], [2, 1]], dtype=torch.int32)}
+    tensors |= {"is_used": torch.ones(2, 2, dtype=torch.bool), "draft_mask": torch.ones(B, S, S, dtype=torch.bool)}
+    tensors |= {"lengths": torch.tensor([0, 2] if name.endswith("attention_kv_cache") else [S, S + 2])}
+    if is_over_cache(name):
+        ids = torch.tensor([0, 1, -1]).repeat(S)[: B * S].view(B, S)
+        tensors |= {"segment_ids": ids, "positions": torch.arange(S).repeat(B, 1)}
+    return tensors
+
+
+def is_over_cache(name: str) -> bool:
+    return "kv_cache" in name or "append" in name
+
+
 def good_arguments(name: str, schema: torch._C.FunctionSchema, generator: random.Random) -> dict:
     dtype = generator.choice([torch.float32, torch.float32, torch.bfloat16, torch.float16])
     length, dim = generator.choice([S, S, 1, 67]), generator.choice([D, D, 2, 24, 70])
     tensors = good_tensors(name, dtype, length, dim)
     numbers = dict.fromkeys(("length", "max_segments", "max_length"), length)
+    numbers |= {"num_queries": length, "num_tokens": length, "capacity": 2 * length + 2, "pages": 4}
     numbers |= dict.fromkeys(("feat_dim", "rotary_dim", "head_dim"), dim)
     arguments = {}
     for argument in schema.arguments:
@@ -112,8 +131,17 @@ def make_consistent(name: str, arguments: dict, tensors: dict[str, Tensor]) -> d
             del arguments[one]
         if other in arguments and one not in arguments and other not in ("segment_ids", "positions"):
             del arguments[other]
-    if "freqs_sin" in arguments:
+    if "freqs_sin" in arguments and not is_over_cache(name):
         arguments.pop("positions", None)
+    if is_over_cache(name):
+        if "page_table" not in arguments and "k_cache" in arguments:  # a page a row
+            arguments |= {cache: arguments[cache][:2] for cache in ("k_cache", "v_cache")}
+            arguments |= {cache: torch.cat([arguments[cache]] * 2, 1) for cache in ("k_cache", "v_cache")}
+        mask = arguments.get("draft_mask")
+        if mask is not None and ("segment_ids" in arguments or mask.shape[1] > 32):
+            del arguments["draft_mask"]
+        for scale in ("k_scale", "v_scale"):
+            arguments.pop(scale, None)
     if name == "rope_tables":  # of the default type, which has no field but these
         kept = ("rotary_dim", "positions", "rope_theta", "length", "dtype", "device")
         arguments = {key: value for key, value in arguments.items() if key in kept}

@@ -243,6 +243,29 @@ def skip_unless_flash_serves(device: str, dtype: torch.dtype, dim: int) -> None:
         pytest.skip(f"by the serving table flash does not serve {dtype} of width {dim} on this {device} device")
 
 
+CACHE_FEATURES: dict[str, Callable[[dict[str, Any]], bool]] = {
+    "softcap": lambda call: call.get("softcap", 0.0) > 0,
+    "sinks": lambda call: call.get("sinks") is not None,
+    "lse": lambda call: call.get("wants_lse", False),
+    "fixed splits": lambda call: call.get("split_keys", 0) > 0,
+    "empty tensors": lambda call: any(call[name].numel() == 0 for name in ("q", "k_cache", "v_cache")),
+}
+"""What a call over a KV cache may ask for."""
+CACHE_TABLE: dict[str, tuple[str, ...]] = {
+    "aten": ("softcap", "sinks", "lse", "fixed splits", "empty tensors"),
+    "reference": (),
+}
+"""backend -> what it refuses over a KV cache, on every device. A backend without a row serves no cache."""
+
+
+def serves_cache(backend: str, call: dict[str, Any], wants_lse: bool = False) -> bool:
+    """Whether ``backend`` must serve these arguments of attention_with_kv_cache, or with ``wants_lse`` of its lse."""
+    if backend == "auto":
+        return True
+    refused = CACHE_TABLE.get(backend)
+    return refused is not None and not any(CACHE_FEATURES[name](call | {"wants_lse": wants_lse}) for name in refused)
+
+
 def render() -> str:
     """TABLE as docs/semantics.md shows it."""
     lines = [
