@@ -1,11 +1,10 @@
 // flash_attention and its backward on CPU: tensors -> problem -> tasks on threads.
-#include <ATen/Parallel.h>
-#include <c10/core/CPUAllocator.h>
 #include <torch/library.h>
 
-#include <atomic>
+#include "cpu/flash_attention.h"
 
 #include "attention/flash_attention_op.h"
+#include "cpu/for_each_task.h"
 #include "cpu/gemm.h"
 #include "cpu/select_kernels.h"
 #include "cpu/token_view.h"
@@ -21,18 +20,6 @@ constexpr int64_t kTasksOfWave = 64;    // and for many waves, each of which end
 // pair where steps take seven.
 constexpr double kMostUnevenForward = 1.1, kMostUnevenBackward = 7.0 / 5.0;
 constexpr int64_t kLeastSplitKeys = 512;
-
-/// run(task, workspace) for each task, on all threads; a thread takes the next task when it is done with one.
-template <typename Run>
-void for_each_task(int64_t tasks, int64_t workspace_bytes, bool uses_matrix_unit, const Run& run) {
-  std::atomic<int64_t> next{0};
-  const int64_t workers = std::min<int64_t>(at::get_num_threads(), tasks);
-  at::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
-    const at::DataPtr workspace = c10::GetCPUAllocator()->allocate(workspace_bytes);
-    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) run(task, workspace.get());
-    if (uses_matrix_unit) release_matrix_unit();
-  });
-}
 
 /// Memory for packed operands, freed at the end of the call.
 class PackedMemory {
@@ -100,8 +87,11 @@ struct Call {
   void run(const Problem& of_call, Kernel kernel, int64_t tasks_per_head, int64_t first, int64_t end,
            int64_t workspace_bytes) const {
     const int64_t last = end * tasks_per_head - 1;
-    for_each_task((end - first) * tasks_per_head, workspace_bytes, choice.matrix_unit != nullptr,
-                  [&](int64_t task, void* workspace) { kernel(of_call, last - task, workspace); });
+    for_each_task((end - first) * tasks_per_head, workspace_bytes,
+                  [&](int64_t task, void* workspace) { kernel(of_call, last - task, workspace); },
+                  [&] {
+                    if (choice.matrix_unit) release_matrix_unit();
+                  });
   }
 
   /// Heads whose tasks, so many each, keep all threads busy.
@@ -175,20 +165,6 @@ void run_forward(Call& call, ForwardProblem& problem) {
   if (problem.parts) call.run(problem, kernels.merge, tiles, 0, heads, workspace_bytes);
 }
 
-AttentionResults attend(const AttentionProblem& attention) {
-  const auto [out, lse] = empty_results(attention);
-  if (lse.numel() == 0) return {out, lse};
-
-  Call call(attention);
-  const at::Tensor sink_floats = contiguous_floats(attention.sinks);
-  ForwardProblem problem{call.problem};
-  problem.sinks = sink_floats.defined() ? sink_floats.const_data_ptr<float>() : nullptr;
-  problem.out = view_of(out);
-  problem.lse = lse.mutable_data_ptr<float>();
-  run_forward(call, problem);
-  return {out, lse};
-}
-
 void run_backward(Call& call, BackwardProblem& problem) {
   const FlashKernels& kernels = call.kernels();
   if (heads_load_evenly(call, kMostUnevenBackward)) {
@@ -235,10 +211,25 @@ InputGradients attend_backward(const AttentionProblem& attention, const Attentio
 }
 
 }  // namespace
+
+AttentionResults cpu::attend(const AttentionProblem& attention) {
+  const auto [out, lse] = empty_results(attention);
+  if (lse.numel() == 0) return {out, lse};
+
+  Call call(attention);
+  const at::Tensor sink_floats = contiguous_floats(attention.sinks);
+  ForwardProblem problem{call.problem};
+  problem.sinks = sink_floats.defined() ? sink_floats.const_data_ptr<float>() : nullptr;
+  problem.out = view_of(out);
+  problem.lse = lse.mutable_data_ptr<float>();
+  run_forward(call, problem);
+  return {out, lse};
+}
+
 }  // namespace selfattn
 
 TORCH_LIBRARY_IMPL(selfattn, CPU, m) {
   using namespace selfattn;
-  m.impl("flash_attention", TORCH_FN(flash_attention_from_schema<checked<attend>>));
+  m.impl("flash_attention", TORCH_FN(flash_attention_from_schema<checked<cpu::attend>>));
   m.impl("flash_attention_backward", TORCH_FN(FlashAttentionBackward::from_schema<checked<attend_backward>>));
 }

@@ -19,7 +19,7 @@ class Backward {
 
  public:
   Backward(const BackwardProblem& problem, void* workspace)
-      : p_(problem), layout_(problem), products_{problem}, rule_(problem), space_(workspace) {
+      : p_(problem), layout_(problem), products_{problem}, rule_(problem.scale, problem.softcap), space_(workspace) {
     const int64_t widest = std::max(layout_.columns, layout_.value_columns);
     staging_ = space_.take<float>(kBackwardSpan * widest);
     scores_ = space_.take<float>(kTileRows * kBackwardSpan);

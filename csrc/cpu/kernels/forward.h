@@ -1,7 +1,6 @@
 #pragma once
 
-// Forward: a tile of queries walks over its keys in spans, with the running maximum and sum of the online softmax
-// (Milakov and Gimelshein, arXiv:1805.02867).
+// Forward: a tile of queries walks over its keys in spans, with the online softmax.
 #include "cpu/kernels/score_tile.h"
 
 namespace selfattn::cpu {
@@ -9,27 +8,18 @@ inline namespace CPU_CAPABILITY {
 
 constexpr int64_t kForwardSpan = 256;  // keys whose scores are held at once
 
-inline void store_operand(const Vec& x, float* dst) { x.store(dst); }
-#if defined(__AVX512BF16__)
-inline void store_operand(const Vec& x, c10::BFloat16* dst) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(dst), (__m256i)_mm512_cvtneps_pbh(x));
-}
-#endif
-
 template <typename T, typename E>
 class Forward {
   static constexpr bool kIsInPlace = std::is_same_v<E, float>;  // weights take the place of the scores
 
  public:
   Forward(const ForwardProblem& problem, void* workspace)
-      : p_(problem), layout_(problem), products_{problem}, rule_(problem), space_(workspace) {
+      : p_(problem), layout_(problem), products_{problem}, rule_(problem.scale, problem.softcap), space_(workspace) {
     staging_ = space_.take<E>(kPanel * std::max(layout_.depth, layout_.value_columns));
     query_ = space_.take<E>(kTileRows * layout_.depth);
     scores_ = space_.take<float>(kTileRows * kForwardSpan);
     weights_ = kIsInPlace ? nullptr : space_.take<E>(kTileRows * kForwardSpan);
-    out_ = space_.take<float>(kTileRows * layout_.value_columns);
-    max_ = space_.take<float>(kTileRows);
-    sum_ = space_.take<float>(kTileRows);
+    state_ = SoftmaxRows::in(space_.take<float>(part_floats(problem)), kTileRows, layout_.value_columns);
     if (!problem.key_transposed) {
       local_nonfinite_ = space_.take<uint64_t>(kForwardSpan / kPanel);
       local_key_ = space_.take<E>(kForwardSpan * layout_.depth);
@@ -55,7 +45,9 @@ class Forward {
     for (int64_t tile = 0; tile < problem.tiles(); ++tile) forward.attend(head * problem.tiles() + tile);
   }
 
-  static int64_t part_floats(const FlashProblem& problem) { return kTileRows * (Layout<E>(problem).value_columns + 2); }
+  static int64_t part_floats(const FlashProblem& problem) {
+    return SoftmaxRows::floats(kTileRows, Layout<E>(problem).value_columns);
+  }
 
   /// Packs one key block.
   void pack(int64_t task) {
@@ -74,21 +66,22 @@ class Forward {
     start(tile, head);
     walk(tile, head, begin + split * length, std::min(begin + (split + 1) * length, end));
     if (!p_.parts) return finish(tile, head);
-    float* part = p_.parts + task * part_floats(p_);
-    std::copy_n(out_, tile.rows * layout_.value_columns, part);
-    std::copy_n(max_, tile.rows, part + kTileRows * layout_.value_columns);
-    std::copy_n(sum_, tile.rows, part + kTileRows * (layout_.value_columns + 1));
+    state_.copy_to(part(task), tile.rows);
   }
 
   /// Merges the parts of a tile.
   void merge(int64_t task) {
     const QueryTile& tile = tile_of(p_, task);
-    const float* parts = p_.parts + task * p_.splits * part_floats(p_);
-    for (int64_t row = 0; row < tile.rows; ++row) merge_row(parts, row);
+    const SoftmaxRows first = part(task * p_.splits);
+    for (int64_t row = 0; row < tile.rows; ++row) state_.merge(rule_, row, first, part_floats(p_), p_.splits);
     finish(tile, task / p_.tiles());
   }
 
  private:
+  SoftmaxRows part(int64_t index) const {
+    return SoftmaxRows::in(p_.parts + index * part_floats(p_), kTileRows, layout_.value_columns);
+  }
+
   /// The problem of one head, with memory that attend_head packs its operands into.
   static ForwardProblem problem_of_head(ForwardProblem problem, int64_t head, Workspace& space) {
     problem.first_head = head;
@@ -136,8 +129,7 @@ class Forward {
       const T* src = p_.query.at<const T>(tile.batch, token, head % p_.key_heads * group + in_group);
       copy_row(src, p_.head_dim, layout_.depth, query_ + row * layout_.depth);
     }
-    std::fill_n(max_, tile.rows, -kInfinity);
-    std::fill_n(sum_, tile.rows, 0.0f);
+    state_.start(tile.rows);
     is_first_ = true;
   }
 
@@ -179,7 +171,7 @@ class Forward {
   /// Scores, their softmax and its product with the values, of some rows and keys.
   void attend_rows(const QueryTile& tile, const TileRows& rows, int64_t head, const KeyOperands& operands, Span group,
                    Span keys, bool is_full) {
-    float* out = out_ + group.first * layout_.value_columns;
+    float* out = state_.out_of(group.first);
     if (keys.is_empty()) {
       if (is_first_) std::fill_n(out, group.count() * layout_.value_columns, 0.0f);
       return;
@@ -190,7 +182,7 @@ class Forward {
     for (int64_t row = group.first; row < group.end; ++row) {
       float* score = scores_ + (row - group.first) * kForwardSpan;
       const Span span = mask_row(rows, row, keys, is_full, rule_, score);
-      add_to_softmax(row, span, keys.count(), score, weights(row - group.first));
+      state_.add(rule_, row, span, keys.count(), score, weights(row - group.first));
     }
     products_.with_rows(group.count(), layout_.value_columns, weights(0), kForwardSpan, operands.value, operands.tokens,
                         local, out, !is_first_);
@@ -201,7 +193,7 @@ class Forward {
         if (!rows.allows(row, key)) continue;
         const float weight = static_cast<float>(weights(row - group.first)[key - keys.first]);
         for (int64_t i = 0; i < p_.value_dim; ++i) {
-          out_[row * layout_.value_columns + i] += weight * static_cast<float>(value[i]);
+          state_.out_of(row)[i] += weight * static_cast<float>(value[i]);
         }
       }
     });
@@ -215,56 +207,6 @@ class Forward {
     }
   }
 
-  /// Scores become weights relative to the row's new maximum; what was summed up before is rescaled to it.
-  void add_to_softmax(int64_t row, Span span, int64_t count, const float* score, E* weight) {
-    Vec r_max(-kInfinity);
-    for (int64_t i = span.first; i < span.end; i += kLanes) r_max = larger(r_max, load(score + i));
-    float new_max = std::max(largest(r_max), max_[row]);  // in this order, NaN wins
-    if (new_max == -kInfinity) {
-      if (std::none_of(score + span.first, score + span.end, [](float x) { return x != x; })) {
-        std::fill_n(weight, count, E(0.0f));
-        return;
-      }
-      new_max = kNaN;  // lost by `larger`, which beside a number only costs a weight
-    }
-    if (new_max != max_[row] && max_[row] != -kInfinity) {
-      const float decay = std::exp2((max_[row] - new_max) * rule_.factor);
-      sum_[row] *= decay;
-      float* out = out_ + row * layout_.value_columns;
-      for (int64_t i = 0; i < layout_.value_columns; i += kLanes) (load(out + i) * Vec(decay)).store(out + i);
-    }
-    max_[row] = new_max;
-    const Vec factor(rule_.factor), r_new_max(new_max);
-    Vec r_sum(0.0f);
-    std::fill_n(weight, span.first, E(0.0f));
-    for (int64_t i = span.first; i < span.end; i += kLanes) {
-      const Vec r_weight = exp2((load(score + i) - r_new_max) * factor);
-      r_sum = r_sum + r_weight;
-      store_operand(r_weight, weight + i);
-    }
-    std::fill(weight + span.end, weight + count, E(0.0f));
-    sum_[row] += sum(r_sum);
-  }
-
-  void merge_row(const float* parts, int64_t row) {
-    const int64_t columns = layout_.value_columns, stride = part_floats(p_);
-    const float* maxima = parts + kTileRows * columns + row;
-    const float* sums = maxima + kTileRows;
-    max_[row] = -kInfinity, sum_[row] = 0.0f;
-    for (int64_t split = 0; split < p_.splits; ++split) max_[row] = std::max(max_[row], maxima[split * stride]);
-    float* out = out_ + row * columns;
-    std::fill_n(out, columns, 0.0f);
-    for (int64_t split = 0; split < p_.splits; ++split) {
-      if (maxima[split * stride] == -kInfinity) continue;  // its output was never written
-      const float decay = std::exp2((maxima[split * stride] - max_[row]) * rule_.factor);  // NaN of a NaN
-      sum_[row] += decay * sums[split * stride];
-      const float* part = parts + split * stride + row * columns;
-      for (int64_t i = 0; i < columns; i += kLanes) {
-        at::vec::fmadd(load(part + i), Vec(decay), load(out + i)).store(out + i);
-      }
-    }
-  }
-
   /// Divides by the sums and writes out and lse. A sink takes part in the sum only.
   void finish(const QueryTile& tile, int64_t head) {
     const int64_t group = p_.group;
@@ -273,20 +215,7 @@ class Forward {
       const int64_t query_head = head % p_.key_heads * group + in_group;
       T* out = p_.out.at<T>(tile.batch, token, query_head);
       float& lse = p_.lse[(tile.batch * p_.query_heads + query_head) * p_.query_length + token];
-      const float sink = p_.sinks ? p_.sinks[query_head] : -kInfinity, max = max_[row];
-      // The sink minus the largest logit, rounded once: the logit itself would be rounded at its own size.
-      const float sink_above = p_.sinks ? std::fma(-max, rule_.unit, sink) : -kInfinity;
-      const bool is_sink_above = sink_above > 0.0f;
-      const float decay = is_sink_above ? std::exp(-sink_above) : 1.0f;
-      const float sum = is_sink_above ? sum_[row] * decay + 1.0f : sum_[row] + std::exp(sink_above);
-      lse = is_sink_above ? sink + std::log(sum) : std::fma(max, rule_.unit, std::log(sum));
-      if (lse == kInfinity && sink != kInfinity) lse = kNaN;  // a logit too large for float is an infinite one
-      if (sum_[row] == 0.0f || std::isinf(lse)) {             // no key, or none with a weight
-        lse = sink;
-        std::fill_n(out, p_.value_dim, T(0.0f));
-      } else {
-        convert_scaled(out_ + row * layout_.value_columns, lse == lse ? decay / sum : kNaN, out, p_.value_dim);
-      }
+      state_.finish(rule_, row, p_.sinks ? p_.sinks + query_head : nullptr, out, p_.value_dim, lse);
     }
   }
 
@@ -298,7 +227,8 @@ class Forward {
   E *staging_, *query_, *weights_;
   E *local_key_ = nullptr, *local_value_ = nullptr;
   uint64_t* local_nonfinite_ = nullptr;
-  float *scores_, *out_, *max_, *sum_;
+  float* scores_;
+  SoftmaxRows state_;
   bool is_first_ = true;
 };
 

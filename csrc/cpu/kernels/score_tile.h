@@ -4,27 +4,11 @@
 #include <algorithm>
 
 #include "cpu/kernels/pack.h"
+#include "cpu/kernels/softmax.h"
+#include "cpu/kernels/workspace.h"
 
 namespace selfattn::cpu {
 inline namespace CPU_CAPABILITY {
-
-/// Hands out pieces of a thread's workspace. With a null base it only counts them.
-class Workspace {
- public:
-  explicit Workspace(void* base) : base_(static_cast<char*>(base)) {}
-
-  template <typename E>
-  E* take(int64_t count) {
-    char* piece = base_ ? base_ + bytes_ : nullptr;
-    bytes_ += round_up(count * static_cast<int64_t>(sizeof(E)), 64);
-    return reinterpret_cast<E*>(piece);
-  }
-  int64_t bytes() const { return bytes_; }
-
- private:
-  char* base_;
-  int64_t bytes_ = 0;
-};
 
 /// The sizes of a problem's operands.
 template <typename E>
@@ -190,57 +174,6 @@ struct TileRows {
       found.end = row + 1;
     }
     return found;
-  }
-};
-
-/// How scores (products of queries and keys) become logits. Scores that are only scaled, by a positive number, stay as
-/// they are: the row's maximum is subtracted first and the difference scaled, so that the weight of the largest is
-/// exactly 1 however large the logits are. Others are prepared: they become logits before the maximum is taken.
-struct LogitRule {
-  explicit LogitRule(const FlashProblem& problem)
-      : scale(problem.scale),
-        softcap(problem.softcap),
-        is_capped(softcap > 0.0),
-        is_wide(!suits_float(scale) || !suits_float(softcap) || (is_capped && !suits_float(scale / softcap))),
-        is_prepared(is_capped || is_wide || !(scale > 0.0)),
-        unit(is_prepared ? 1.0f : static_cast<float>(scale)),
-        factor(static_cast<float>(unit * 1.4426950408889634)) {}
-
-  double scale, softcap;
-  bool is_capped;
-  bool is_wide;  // the numbers, or products with them, may not fit in float: double is used, at its cost
-  bool is_prepared;
-  float unit;    // logit = unit * score, where the score is prepared if it has to be
-  float factor;  // the same in units of log2
-
-  /// Prepares the scores of whole vectors; where slopes are given, also the derivative of the cap, 1 - tanh^2.
-  void prepare(float* score, Span columns, float* slope = nullptr) const {
-    if (is_wide) return prepare_wide(score, columns, slope);
-    if (!is_capped) {
-      for (int64_t i = columns.first; i < columns.end; i += kLanes) {
-        (load(score + i) * Vec(static_cast<float>(scale))).store(score + i);
-      }
-      return;
-    }
-    const Vec inner(static_cast<float>(scale / softcap)), outer(static_cast<float>(softcap));
-    for (int64_t i = columns.first; i < columns.end; i += kLanes) {
-      const Vec tanh = (load(score + i) * inner).tanh();
-      (tanh * outer).store(score + i);
-      if (slope) (Vec(1.0f) - tanh * tanh).store(slope + i);
-    }
-  }
-
- private:
-  /// Whether products with a number are as good in float as they are with 1.
-  static bool suits_float(double x) { return x == 0.0 || (1e-30 <= std::abs(x) && std::abs(x) <= 1e30); }
-
-  void prepare_wide(float* score, Span columns, float* slope) const {
-    for (int64_t i = columns.first; i < columns.end; ++i) {
-      const double logit = score[i] * scale;
-      const double tanh = is_capped ? std::tanh(logit / softcap) : 0.0;
-      score[i] = static_cast<float>(is_capped ? softcap * tanh : logit);
-      if (slope) slope[i] = static_cast<float>(1.0 - tanh * tanh);
-    }
   }
 };
 

@@ -22,6 +22,7 @@ def test_kernels_of_a_capability(capability: str) -> None:
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
     names = ["formula", "extreme_numbers", "huge_logits", "infinities", "isolation"]
     files = [f"flash_cpu/test_{name}.py" for name in names]
+    files += ["kv_cache/test_flash_cpu.py"]
     files += ["qk_norm_rope/test_forward.py", "qk_norm_rope/test_gradients.py"]
     wanted = ["-k", "not threads and not bitwise and (flash_cpu or equal_float64)"]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, *wanted]

@@ -249,9 +249,12 @@ CACHE_FEATURES: dict[str, Callable[[dict[str, Any]], bool]] = {
     "lse": lambda call: call.get("wants_lse", False),
     "fixed splits": lambda call: call.get("split_keys", 0) > 0,
     "empty tensors": lambda call: any(call[name].numel() == 0 for name in ("q", "k_cache", "v_cache")),
+    "float64": lambda call: call["q"].dtype == torch.float64,
+    "CUDA tensors": lambda call: call["q"].is_cuda,
 }
 """What a call over a KV cache may ask for."""
 CACHE_TABLE: dict[str, tuple[str, ...]] = {
+    "flash": ("float64", "CUDA tensors", "empty tensors"),
     "aten": ("softcap", "sinks", "lse", "fixed splits", "empty tensors"),
     "reference": (),
 }
