@@ -45,23 +45,22 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMostBlocks)
       ptx::barrier_sync(1 + group, Config::kGroupThreads);
   };
 
+  // The first piece is found once, for the copies and for the products.
   Share& share = s_state.shares[warp];
-  Walk& walk = s_state.attending[warp];
+  Walk &loading = s_state.loading[warp], &walk = s_state.attending[warp];
   if (p.schedule.is_prepared) ptx::wait_for_previous_kernel();  // its schedule is there
   const Share found = find_share(p);
-  if (Rows::lane() == 0) {
-    share = found;
-    walk = s_state.loading[warp] = begin_walk(found);
-  }
+  if (Rows::lane() == 0) share = found, loading = begin_walk(found);
+  __syncwarp();
+  bool has_piece = find_next(p, share, loading);
+  if (Rows::lane() == 0) walk = loading;
   __syncwarp();
 
-  Loader<Config> loader(p, share, s_state.loading[warp]);
+  Loader<Config> loader(p, share, loading, has_piece);
   Rows rows(p);
-  // While the first slices are on their way, a rehearsal fetches the code: one slice of whatever lies in the last slot,
-  // which is filled after it, for a tile without rows.
-  int to_load = p.stages - 1, load_stage = 0, stage = 0;
-  bool is_rehearsal = true, is_at_begin = false;
-  int slice = 0, last_slice = 1;  // of the piece, for this group
+  int to_load = p.stages, load_stage = 0, stage = 0;
+  int slice = 0, last_slice = 0;  // of the piece, for this group
+  bool is_at_begin = true;
 #pragma unroll 1
   for (;;) {
 #pragma unroll 1
@@ -70,7 +69,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMostBlocks)
       if (++load_stage == p.stages) load_stage = 0;
     }
     if (is_at_begin) {
-      if (!find_next(p, share, walk)) break;
+      if (!has_piece) break;
       Rows::load_query(p, walk, s_state.query);
       __syncthreads();  // the queries are there
       rows.begin(walk, s_state.query);
@@ -80,17 +79,17 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMostBlocks)
     }
     unsigned char* s_read = nullptr;  // the slot that is not filled again yet
     if (slice < last_slice) {
-      s_read = slot(is_rehearsal ? p.stages - 1 : stage);
-      if (!is_rehearsal) wait_for_slice(p.stages);
+      s_read = slot(stage);
+      wait_for_slice(p.stages);
       sync_group();  // all of the group's copies are there
       rows.attend(s_read, slice * Config::kSliceKeys);
       sync_group();  // the slot has been read
       slice += Config::kKeyGroups, to_load = 1;
-      if (!is_rehearsal && ++stage == p.stages) stage = 0;
+      if (++stage == p.stages) stage = 0;
     }
     if (slice < last_slice) continue;
 
-    is_at_begin = true, is_rehearsal = false;
+    is_at_begin = true;
     const int count = walk.tile.count;
     const bool is_whole = walk.is_whole();
     Parts parts{};
@@ -161,6 +160,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMostBlocks)
       }
       if (parts.blocks == 1 || s_state.is_last_arriver) merge_parts<Config>(p, parts, walk);
     }
+    has_piece = find_next(p, share, walk);
   }
   ptx::wait_for_previous_kernel();
 }

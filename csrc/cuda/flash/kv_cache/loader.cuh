@@ -32,13 +32,19 @@ class Loader {
  public:
   using Operand = typename Config::Operand;
 
-  __device__ __forceinline__ Loader(const KernelParams& p, const Share& s_share, Walk& s_walk)
-      : p_(p), s_share_(s_share), s_walk_(s_walk) {}
+  // s_walk is at the first piece, where there is one.
+  __device__ __forceinline__ Loader(const KernelParams& p, const Share& s_share, Walk& s_walk, bool has_piece)
+      : p_(p), s_share_(s_share), s_walk_(s_walk), has_piece_(has_piece) {
+    if (has_piece) begin_piece();
+  }
 
   // Starts the copies of the group's next slice; the share's last one may be behind it. Every call ends a group of
   // copies.
   __device__ __forceinline__ void load_next(uint32_t s_slot) {
-    while (slice_ >= last_slice_ && has_piece_) begin_piece();
+    while (slice_ >= last_slice_ && has_piece_) {
+      has_piece_ = find_next(p_, s_share_, s_walk_);
+      if (has_piece_) begin_piece();
+    }
     if (has_piece_) {
       load(s_slot);
       slice_ += Config::kKeyGroups;
@@ -56,8 +62,6 @@ class Loader {
   static __device__ __forceinline__ int group() { return static_cast<int>(threadIdx.x) / Config::kGroupThreads; }
 
   __device__ __forceinline__ void begin_piece() {
-    has_piece_ = find_next(p_, s_share_, s_walk_);
-    if (!has_piece_) return;
     keys_ = s_walk_.piece.keys, kv_head_ = s_walk_.piece.kv_head;
     slice_ = first_slice_of<Config>(keys_, group());
     last_slice_ = (keys_.end + Config::kSliceKeys - 1) / Config::kSliceKeys;
@@ -129,7 +133,7 @@ class Loader {
   Interval keys_{0, 0};
   int kv_head_ = 0, slice_ = 0, last_slice_ = 0;
   int page_ = kNoPage, page_token_ = 0, first_of_pages_ = 0;  // of this lane's sub-slice, behind the first of pages
-  bool has_piece_ = true;
+  bool has_piece_;
 };
 
 }  // namespace selfattn::cuda::kv_cache

@@ -93,8 +93,8 @@ __device__ __noinline__ FinishedRow finish(const KernelParams& p, const Walk& s_
     end = finish_row_with_sink(stats.x, stats.y, scale, call.sinks[head]);
   else
     end = finish_row(stats.x, stats.y, scale);
-  if (is_first_lane) call.lse[(query.batch * call.num_heads + head) * call.queries + query.index] = end.lse;
-  return {((query.batch * call.queries + query.index) * call.num_heads + head) * call.dim_v, end.factor};
+  if (is_first_lane) call.lse[(int64_t(query.batch) * call.num_heads + head) * call.queries + query.index] = end.lse;
+  return {((int64_t(query.batch) * call.queries + query.index) * call.num_heads + head) * call.dim_v, end.factor};
 }
 
 // Where a row's result goes.

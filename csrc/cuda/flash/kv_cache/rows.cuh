@@ -1,7 +1,5 @@
 // 16 rows of a tile in a warp: their queries, softmax and output, slice of keys after slice.
 #pragma once
-#include <climits>
-
 #include "config.h"
 #include "flash/tile/online_softmax.cuh"
 #include "flash/tile/softcap.cuh"
@@ -80,7 +78,9 @@ class WarpRows {
       count_[r] = __shfl_sync(~0u, own.keys.end, source) - begin_[r];
       drafts_[r] = __shfl_sync(~0u, own.drafts, source);
     }
-    clear();
+    softmax_.state = {{-infinity(), -infinity()}, {0.f, 0.f}};
+#pragma unroll
+    for (int i = 0; i < Config::kDim / 2; i++) out_[i] = 0.f;
   }
 
   // Takes in a slice that lies in shared memory, keys first.
@@ -121,12 +121,6 @@ class WarpRows {
   }
 
  private:
-  __device__ __forceinline__ void clear() {
-    softmax_.state = {{-infinity(), -infinity()}, {0.f, 0.f}};
-#pragma unroll
-    for (int i = 0; i < Config::kDim / 2; i++) out_[i] = 0.f;
-  }
-
   // For a function that is not inlined: what it is given lies in memory, and the values themselves must not.
   template <int kCount, class Call>
   static __device__ __forceinline__ void apart(float (&values)[kCount], const Call& call) {

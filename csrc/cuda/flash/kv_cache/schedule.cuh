@@ -6,6 +6,7 @@
 // The range checks of lengths, tables, ids and positions are part of the operator, not a debugging aid.
 #undef NDEBUG
 #include <cassert>
+#include <climits>
 
 #include "divisor.h"
 #include "flash/tile/constants.h"
@@ -69,9 +70,9 @@ struct KernelParams {
 
 // Of one row of a tile.
 struct QueryRow {
-  int64_t batch, index;  // in q
-  int head;              // of the group
-  int token;             // of the row
+  int batch, index;  // in q
+  int head;          // of the group
+  int token;         // of the row
 };
 
 struct Tile {
@@ -88,17 +89,13 @@ struct Tile {
     const int place = p.schedule.token_order[entry.first_token + token], batch = place / p.schedule.queries;
     return {batch, place - batch * p.call.queries, head, token};
   }
-  __device__ __forceinline__ int64_t position(const KernelParams& p, const QueryRow& query) const {
-    if (!p.call.positions) return int64_t(length) - entry.tokens + query.token;
+  __device__ __forceinline__ int position(const KernelParams& p, const QueryRow& query) const {
+    if (!p.call.positions) return length - entry.tokens + query.token;
     const int64_t position = p.call.positions.at(query.batch, query.index);
     assert(position == static_cast<int>(position) && "positions must fit in int32");
-    return position;
+    return static_cast<int>(position);
   }
 };
-
-__device__ __forceinline__ int clamp_to_length(int64_t key, int length) {
-  return static_cast<int>(::min(::max(key, int64_t(0)), int64_t(length)));
-}
 
 // What a row of a tile may see.
 struct VisibleKeys {
@@ -113,23 +110,26 @@ struct VisibleKeys {
 };
 
 // By causality and the window; `drafts`: by the window alone. A query at a negative position sees nothing.
-__device__ __forceinline__ Interval visible_interval(const KvCacheParams& call, int64_t position, int length,
+__device__ __forceinline__ Interval visible_interval(const KvCacheParams& call, int position, int length,
                                                      bool drafts = false) {
   if (position < 0) return {0, 0};
-  const int right = call.is_causal && !drafts ? 0 : call.window.right;
-  return {clamp_to_length(position - call.window.left, length), clamp_to_length(position + right + 1, length)};
+  // Sides and lengths are 2^30 at most: what is seen from far behind them is seen from here, and no sum overflows.
+  constexpr int kFarthest = 3 << 29;
+  position = ::min(position, kFarthest);
+  const unsigned right = call.is_causal && !drafts ? 0 : call.window.right, end = position + right + 1;
+  return {::min(::max(position - call.window.left, 0), length), static_cast<int>(::min(end, unsigned(length)))};
 }
 
 __device__ __noinline__ VisibleKeys visible_keys(const KernelParams& p, const Tile& tile, int tile_row) {
   const KvCacheParams& call = p.call;
   const QueryRow query = tile.query(p, tile_row);
-  const int64_t position = tile.position(p, query);
+  const int position = tile.position(p, query);
   VisibleKeys visible{visible_interval(call, position, tile.length), 0, tile.length};
   if (call.draft_mask) {
     const Interval reach = visible_interval(call, position, tile.length, true);
     visible.first_draft = tile.length - call.queries;
     visible.keys.end = ::min(visible.keys.end, ::max(visible.first_draft, 0));
-    const bool* g_mask = call.draft_mask + (query.batch * call.queries + query.index) * call.queries;
+    const bool* g_mask = call.draft_mask + (int64_t(query.batch) * call.queries + query.index) * call.queries;
 #pragma unroll 1
     for (int i = 0; i < call.queries; i++) {
       const int key = visible.first_draft + i;
@@ -158,16 +158,16 @@ __device__ __noinline__ Tile describe_tile(const KernelParams& p, int index) {
   tile.count = ::min(p.schedule.tile_rows, tile.entry.tokens * p.schedule.group.value - tile.entry.first);
   tile.length = tile.entry.row == call.rows ? 0 : read_length(call, tile.entry.row);
   const int first = tile.entry.first / p.schedule.group, last = (tile.entry.first + tile.count - 1) / p.schedule.group;
-  int64_t lowest = int64_t(tile.length) - tile.entry.tokens + first, highest = lowest + last - first;
+  int lowest = tile.length - tile.entry.tokens + first, highest = lowest + last - first;
   if (call.positions) {
-    lowest = INT64_MAX / 2, highest = INT64_MIN / 2;
+    lowest = INT_MAX, highest = INT_MIN;
 #pragma unroll 1
     for (int token = first; token <= last; token++) {
-      const int64_t position = tile.position(p, tile.query(p, token * p.schedule.group.value - tile.entry.first));
+      const int position = tile.position(p, tile.query(p, token * p.schedule.group.value - tile.entry.first));
       lowest = ::min(lowest, position), highest = ::max(highest, position);
     }
   }
-  tile.keys = {visible_interval(call, lowest, tile.length).begin,
+  tile.keys = {visible_interval(call, ::max(lowest, 0), tile.length).begin,
                visible_interval(call, highest, tile.length, call.draft_mask != nullptr).end};
   if (tile.keys.end <= tile.keys.begin) tile.keys = {0, 0};
   const Divisor& unit_keys = p.schedule.unit_keys;
