@@ -26,6 +26,7 @@ import torch
 from measure import add_record_options, describe_run, host_time, parse_with_tiny, sm_clock, synchronise
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import selfattn
@@ -136,7 +137,7 @@ def dense_sdpa(data: Data, backend: SDPBackend) -> Call:
     q, k, v = (tensor.transpose(1, 2) for tensor in (data.q, *data.caches))
     mask = None
     if data.case.queries > 1:
-        mask = torch.nn.attention.bias.causal_lower_right(data.case.queries, data.case.length)
+        mask = causal_lower_right(data.case.queries, data.case.length)
 
     def call() -> Tensor:
         with sdpa_kernel(backend):
