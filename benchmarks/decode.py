@@ -245,7 +245,7 @@ def run_case(case: Case, arguments: argparse.Namespace, flush: Tensor) -> list[d
     medians = {name: statistics.median(values) for name, values in times.items()}
     for name, us in medians.items():
         row = {"case": str(case), "impl": name, "us": round(us, 2), "share": round(medians["copy"] / us, 3)}
-        rows.append(row | {"mb": round(case.bytes() / 1e6, 1), "host_us": calls[name][1] and round(calls[name][1], 1)})
+        rows.append(row | {"mb": round(case.bytes() / 1e6, 3), "host_us": calls[name][1] and round(calls[name][1], 1)})
     return rows
 
 
