@@ -4,7 +4,8 @@
 
 Forms: each tile of head dimensions; no ids, documents, ids in any order; finite values, NaN in a row of every tensor
 and logits so large that their rows are repaired; deterministic mode; a negative scale; and, in memcheck alone for its
-length, rows of 1,700 tokens. The tools run at the same time. Only kernels of this library are looked at. --family
+length, rows of 1,700 tokens. Over a KV cache: each tile, dense, pages, ids, drafts, split keys, and the appends. The
+tools run at the same time. Only kernels of this library are looked at. --family
 forces a family of kernels.
 """
 
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import torch
 from measure import add_family_option, add_record_options, describe_run
+from support.kv_cache import CacheCase
 from support.problems import make_ids
 
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
@@ -52,6 +54,34 @@ def call(
     torch.cuda.synchronize()
 
 
+def call_with_cache(**changes: object) -> None:
+    """Attention over a small cache of bf16 rows; what no query sees is NaN, and its pages are not there."""
+    case = CacheCase(rows=2, page_size=16, pages_per_row=12, dtype=torch.bfloat16, lengths="full").with_(**changes)
+    call = case.make("cuda")
+    torch.ops.selfattn.flash_attention_kv_cache(**call)
+    torch.cuda.synchronize()
+
+
+def append_to_cache(dim: int) -> None:
+    """A token of each of three rows, of which one is not written."""
+    q, k, v = (torch.randn(1, 3, heads, dim, device="cuda").bfloat16() for heads in (4, 2, 2))
+    caches = {name: torch.zeros(4, 16, 2, dim, device="cuda", dtype=torch.bfloat16) for name in ("k_cache", "v_cache")}
+    positions, ids = (torch.tensor([values], device="cuda") for values in ([0, 17, 5], [1, 0, -1]))
+    table = torch.tensor([[3, 1], [2, 0]], device="cuda")
+    torch.ops.selfattn.qk_norm_rope_append(q, k, v, positions, table, ids, **caches)
+    torch.ops.selfattn.append_kv_cache(k, v, positions, table, ids, **caches)
+    torch.cuda.synchronize()
+
+
+CACHE_FORMS = [
+    *({"dim": dim, "table": table} for dim in (64, 128, 256) for table in (None, "shuffled")),
+    *({"dim": dim, "num_queries": 40} for dim in (64, 128, 256)),
+    {"dim": 64, "ids": "any_order", "num_queries": 9},
+    {"dim": 64, "num_queries": 5, "has_draft_mask": True, "has_sinks": True, "softcap": 20.0},
+    {"dim": 64, "split_keys": 64, "rows": 300},
+]
+
+
 def run_forms(tool: str) -> int:
     """Every form once; the number of problems."""
     import selfattn  # noqa: F401
@@ -74,10 +104,14 @@ def run_forms(tool: str) -> int:
         problems += [dict(dim=dim, length=1700, values="nan", causal=False) for dim in (64, 128, 256)]
     for problem in problems:
         call(**problem)
+    for form in CACHE_FORMS:
+        call_with_cache(**form)
+    for dim in (64, 128, 256):
+        append_to_cache(dim)
     torch.use_deterministic_algorithms(True)
     for dim in (64, 128, 256):
         call(dim, causal=False)
-    return len(problems) + 3
+    return len(problems) + len(CACHE_FORMS) + 3 + 3
 
 
 def start(tool: str, log: Path) -> subprocess.Popen:

@@ -68,6 +68,14 @@ AttentionShape shape_of(const at::Tensor& query, const at::Tensor& key, const at
           .dim_v = static_cast<int>(value.size(3))};
 }
 
+IntegerView integers_of(const std::optional<at::Tensor>& tensor) {
+  if (!tensor) return {};
+  return {.data = tensor->const_data_ptr(),
+          .is_int64 = tensor->scalar_type() == at::kLong,
+          .stride_row = tensor->stride(0),
+          .stride_column = tensor->dim() > 1 ? tensor->stride(1) : 0};
+}
+
 ElementType element_of(const at::Tensor& tensor) {
   if (tensor.scalar_type() == at::kFloat) return ElementType::kFloat;
   return tensor.scalar_type() == at::kBFloat16 ? ElementType::kBFloat16 : ElementType::kHalf;

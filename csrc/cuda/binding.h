@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 
 #include "flash/kernels.h"
+#include "integer_view.h"
 
 namespace selfattn::cuda {
 
@@ -43,6 +44,9 @@ class ResultMemory {
 TensorView view_of(const at::Tensor& tensor);
 
 AttentionShape shape_of(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value);
+
+/// Integers (rows, columns), or (rows,): one column; of none a view without data.
+IntegerView integers_of(const std::optional<at::Tensor>& tensor);
 
 ElementType element_of(const at::Tensor& tensor);
 

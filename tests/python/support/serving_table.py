@@ -250,11 +250,30 @@ CACHE_FEATURES: dict[str, Callable[[dict[str, Any]], bool]] = {
     "fixed splits": lambda call: call.get("split_keys", 0) > 0,
     "empty tensors": lambda call: any(call[name].numel() == 0 for name in ("q", "k_cache", "v_cache")),
     "float64": lambda call: call["q"].dtype == torch.float64,
-    "CUDA tensors": lambda call: call["q"].is_cuda,
+    "float32 on CUDA": lambda call: call["q"].is_cuda and call["q"].dtype == torch.float32,
+    "unaligned head dimensions on CUDA": lambda call: (
+        call["q"].is_cuda and any(call[name].shape[-1] % 8 for name in ("k_cache", "v_cache"))
+    ),
+    "wide head dimensions on CUDA": lambda call: (
+        call["q"].is_cuda and any(call[name].shape[-1] > 256 for name in ("k_cache", "v_cache"))
+    ),
+    "small pages on CUDA": lambda call: (
+        call["q"].is_cuda
+        and call.get("page_table") is not None
+        and call["page_table"].shape[1] > 1
+        and call["k_cache"].shape[1] % 16 != 0
+    ),
 }
 """What a call over a KV cache may ask for."""
 CACHE_TABLE: dict[str, tuple[str, ...]] = {
-    "flash": ("float64", "CUDA tensors", "empty tensors"),
+    "flash": (
+        "float64",
+        "empty tensors",
+        "float32 on CUDA",
+        "unaligned head dimensions on CUDA",
+        "wide head dimensions on CUDA",
+        "small pages on CUDA",
+    ),
     "aten": ("softcap", "sinks", "lse", "fixed splits", "empty tensors"),
     "reference": (),
 }

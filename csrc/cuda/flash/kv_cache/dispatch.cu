@@ -1,0 +1,58 @@
+// Chooses the kernel for a call: the smallest head dimension that holds the call's. Loads fill the rest with zeros.
+#include <algorithm>
+
+#include "launcher.h"
+
+namespace selfattn::cuda {
+namespace {
+
+using kv_cache::Launcher;
+using kv_cache::TileKind;
+
+struct Kernel {
+  int dim;
+  int64_t (*workspace_bytes)(const KvCacheParams&);
+  cudaError_t (*launch)(const KvCacheParams&, cudaStream_t);
+};
+
+template <ElementType kElement, int kDim, TileKind kKind>
+constexpr Kernel kernel_for() {
+  using From = Launcher<kElement, kDim, kKind>;
+  return {kDim, From::workspace_bytes, From::launch};
+}
+
+// Each is instantiated in instantiations/.
+template <ElementType kElement, TileKind kKind>
+constexpr Kernel kKernels[] = {kernel_for<kElement, 64, kKind>(), kernel_for<kElement, 128, kKind>(),
+                               kernel_for<kElement, 256, kKind>()};
+
+// With ids, how many queries a row has is known on the device alone. The kind must not depend on the other rows where
+// split_keys is given.
+TileKind kind_of(const KvCacheParams& params) {
+  int64_t queries = params.queries;  // of a row
+  if (params.segment_ids) queries = params.split_keys ? 1 : int64_t(params.batch) * params.queries / params.rows;
+  return queries * params.group() <= kv_cache::kDecodeRows ? TileKind::kDecode : TileKind::kChunk;
+}
+
+template <ElementType kElement>
+const Kernel& find_kernel(const KvCacheParams& params) {
+  const auto& kernels = kind_of(params) == TileKind::kDecode ? kKernels<kElement, TileKind::kDecode>
+                                                             : kKernels<kElement, TileKind::kChunk>;
+  return *std::find_if(std::begin(kernels), std::end(kernels) - 1,
+                       [&](const Kernel& kernel) { return params.dim_qk <= kernel.dim && params.dim_v <= kernel.dim; });
+}
+
+const Kernel& find_kernel(const KvCacheParams& params) {
+  return params.element == ElementType::kBFloat16 ? find_kernel<ElementType::kBFloat16>(params)
+                                                  : find_kernel<ElementType::kHalf>(params);
+}
+
+}  // namespace
+
+int64_t kv_cache_workspace_bytes(const KvCacheParams& params) { return find_kernel(params).workspace_bytes(params); }
+
+cudaError_t launch_attend_kv_cache(const KvCacheParams& params, cudaStream_t stream) {
+  return find_kernel(params).launch(params, stream);
+}
+
+}  // namespace selfattn::cuda

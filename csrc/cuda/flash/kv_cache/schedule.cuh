@@ -1,0 +1,300 @@
+// Who does what. Work is counted in units: kUnitKeys keys (split_keys, where they are given) of one tile of rows and
+// one kv head, in the order (tile, kv head, keys), and each segment (tile, kv head) counts `overhead` units more. Every
+// thread block takes an equal share of that count, wherever its ends fall. The count follows from the lengths, which
+// are on the device alone; so each warp finds its thread block's share for itself, or reads what prepare.cu has left.
+#pragma once
+// The range checks of lengths, tables, ids and positions are part of the operator, not a debugging aid.
+#undef NDEBUG
+#include <cassert>
+#include <climits>
+
+#include "divisor.h"
+#include "flash/tile/constants.h"
+#include "flash/tile/softcap.cuh"
+#include "flash/tile/window.h"
+#include "params.h"
+
+namespace selfattn::cuda::kv_cache {
+
+// A tile of a row: pairs (token of the row, head of the group) first .. first + count - 1.
+struct TileEntry {
+  int row;          // of the cache; `rows` of them: queries that belong to none
+  int first;        // a multiple of the tile's rows
+  int first_token;  // where the row's tokens begin in token_order
+  int tokens;       // of the row
+};
+
+// Where a share begins: the tile, and the count up to it.
+struct ShareStart {
+  int tile, count;
+};
+
+struct ScheduleParams {
+  int tile_rows;               // of kernel
+  Divisor group;               // heads that share a kv head
+  Divisor queries, page_size;  // of the call
+  int tiles;                   // at most
+  Divisor tiles_per_row;       // without ids
+  Divisor unit_keys;
+  int overhead;
+  int thread_blocks;       // the grid
+  int splits_per_segment;  // with split_keys: places for partial results of a segment; else 0
+
+  // Written by prepare_kv_cache_kernel.
+  int* counters;                                   // (thread_blocks) zeros
+  bool is_prepared;                                // whether what follows is filled, too
+  int* total;                                      // the count of all tiles
+  ShareStart* starts;                              // (thread_blocks)
+  TileEntry* entries;                              // (tiles), with ids
+  int* token_order;                                // (batch * queries) tokens of all rows, by row, with ids
+  int *token_counts, *token_starts, *tile_starts;  // (rows + 1), for prepare alone, with ids
+  int* tile_counts_before;                         // (tiles), for prepare alone
+};
+
+// Keys or values of the cache, as TensorView.
+struct CacheSource {
+  const uint16_t* data;
+  int64_t stride_page, stride_token, stride_head;
+  int dim;
+};
+
+struct KernelParams {
+  KvCacheParams call;
+  CacheSource caches[2];  // call.k, call.v
+  ScheduleParams schedule;
+  float2* partial_stats;  // (partial results, tile_rows)
+  float* partial_out;     // (partial results, tile_rows, kDim)
+  int stages;             // of the rings
+  Softcap softcap;
+};
+
+// Of one row of a tile.
+struct QueryRow {
+  int batch, index;  // in q
+  int head;          // of the group
+  int token;         // of the row
+};
+
+struct Tile {
+  TileEntry entry;
+  int count;      // of its rows
+  int length;     // of its keys
+  Interval keys;  // in reach of some row
+  int units_before, units;
+
+  __device__ __forceinline__ QueryRow query(const KernelParams& p, int tile_row) const {
+    const int pair = entry.first + tile_row, token = pair / p.schedule.group,
+              head = pair - token * p.schedule.group.value;
+    if (!p.call.segment_ids) return {entry.row, token, head, token};
+    const int place = p.schedule.token_order[entry.first_token + token], batch = place / p.schedule.queries;
+    return {batch, place - batch * p.call.queries, head, token};
+  }
+  __device__ __forceinline__ int position(const KernelParams& p, const QueryRow& query) const {
+    if (!p.call.positions) return length - entry.tokens + query.token;
+    const int64_t position = p.call.positions.at(query.batch, query.index);
+    assert(position == static_cast<int>(position) && "positions must fit in int32");
+    return static_cast<int>(position);
+  }
+};
+
+// What a row of a tile may see.
+struct VisibleKeys {
+  Interval keys;    // without those that the draft mask is about
+  uint32_t drafts;  // bit i: key first_draft + i
+  int first_draft;
+
+  __device__ __forceinline__ bool has(int key) const {
+    const unsigned draft = static_cast<unsigned>(key - first_draft);
+    return (key >= keys.begin && key < keys.end) || (draft < kMaxDraft && (drafts >> draft & 1));
+  }
+};
+
+// By causality and the window; `drafts`: by the window alone. A query at a negative position sees nothing.
+__device__ __forceinline__ Interval visible_interval(const KvCacheParams& call, int position, int length,
+                                                     bool drafts = false) {
+  if (position < 0) return {0, 0};
+  // Sides and lengths are 2^30 at most: what is seen from far behind them is seen from here, and no sum overflows.
+  constexpr int kFarthest = 3 << 29;
+  position = ::min(position, kFarthest);
+  const unsigned right = call.is_causal && !drafts ? 0 : call.window.right, end = position + right + 1;
+  return {::min(::max(position - call.window.left, 0), length), static_cast<int>(::min(end, unsigned(length)))};
+}
+
+__device__ __noinline__ VisibleKeys visible_keys(const KernelParams& p, const Tile& tile, int tile_row) {
+  const KvCacheParams& call = p.call;
+  const QueryRow query = tile.query(p, tile_row);
+  const int position = tile.position(p, query);
+  VisibleKeys visible{visible_interval(call, position, tile.length), 0, tile.length};
+  if (call.draft_mask) {
+    const Interval reach = visible_interval(call, position, tile.length, true);
+    visible.first_draft = tile.length - call.queries;
+    visible.keys.end = ::min(visible.keys.end, ::max(visible.first_draft, 0));
+    const bool* g_mask = call.draft_mask + (int64_t(query.batch) * call.queries + query.index) * call.queries;
+#pragma unroll 1
+    for (int i = 0; i < call.queries; i++) {
+      const int key = visible.first_draft + i;
+      if (g_mask[i] && key >= reach.begin && key < reach.end) visible.drafts |= 1u << i;
+    }
+  }
+  return visible;
+}
+
+__device__ __forceinline__ TileEntry find_entry(const KernelParams& p, int tile) {
+  if (p.call.segment_ids) return p.schedule.entries[tile];
+  const int row = tile / p.schedule.tiles_per_row;
+  return {row, (tile - row * p.schedule.tiles_per_row.value) * p.schedule.tile_rows, 0, p.call.queries};
+}
+
+__device__ __forceinline__ int read_length(const KvCacheParams& call, int row) {
+  const int64_t length = call.lengths.at(row, 0);
+  assert(length >= 0 && length <= int64_t(call.page_size) * call.pages_per_row && "lengths must fit the cache");
+  return static_cast<int>(length);
+}
+
+__device__ __noinline__ Tile describe_tile(const KernelParams& p, int index) {
+  const KvCacheParams& call = p.call;
+  Tile tile;
+  tile.entry = find_entry(p, index);
+  tile.count = ::min(p.schedule.tile_rows, tile.entry.tokens * p.schedule.group.value - tile.entry.first);
+  tile.length = tile.entry.row == call.rows ? 0 : read_length(call, tile.entry.row);
+  const int first = tile.entry.first / p.schedule.group, last = (tile.entry.first + tile.count - 1) / p.schedule.group;
+  int lowest = tile.length - tile.entry.tokens + first, highest = lowest + last - first;
+  if (call.positions) {
+    lowest = INT_MAX, highest = INT_MIN;
+#pragma unroll 1
+    for (int token = first; token <= last; token++) {
+      const int position = tile.position(p, tile.query(p, token * p.schedule.group.value - tile.entry.first));
+      lowest = ::min(lowest, position), highest = ::max(highest, position);
+    }
+  }
+  tile.keys = {visible_interval(call, ::max(lowest, 0), tile.length).begin,
+               visible_interval(call, highest, tile.length, call.draft_mask != nullptr).end};
+  if (tile.keys.end <= tile.keys.begin) tile.keys = {0, 0};
+  const Divisor& unit_keys = p.schedule.unit_keys;
+  tile.units_before = tile.keys.begin / unit_keys;
+  // A tile without keys has one unit, too: somebody must write its zeros.
+  tile.units = ::max((tile.keys.end + unit_keys.value - 1) / unit_keys - tile.units_before, 1);
+  return tile;
+}
+
+__device__ __forceinline__ int count_of(const KernelParams& p, const Tile& tile) {
+  return (tile.units + p.schedule.overhead) * p.call.num_kv_heads;
+}
+
+// The share of a thread block. The first `longer` of them have one unit more than `least`.
+struct Share {
+  int begin, end;
+  ShareStart start;
+  int least, longer;
+
+  __device__ __forceinline__ int begin_of(int part) const { return part * least + ::min(part, longer); }
+  // Which thread block has a unit.
+  __device__ __noinline__ int owner(int unit) const {
+    const int units_of_longer = longer * (least + 1);
+    return unit < units_of_longer ? unit / (least + 1) : longer + (unit - units_of_longer) / least;
+  }
+};
+
+__device__ __forceinline__ Share cut_share(const KernelParams& p, int total, int part) {
+  Share share{};
+  const int parts = ::min(p.schedule.thread_blocks, total);
+  share.least = total / parts, share.longer = total - parts * share.least;
+  if (part < parts) share.begin = share.begin_of(part), share.end = share.begin_of(part + 1);
+  return share;
+}
+
+// So many tiles does each warp count for itself.
+constexpr int kMaxTilesOfWarp = 8 * kWarpSize;
+
+// By a whole warp.
+__device__ __noinline__ Share find_share(const KernelParams& p) {
+  const int part = static_cast<int>(blockIdx.x), lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  if (p.schedule.is_prepared) {
+    Share share = cut_share(p, *p.schedule.total, part);
+    if (share.begin < share.end) share.start = p.schedule.starts[part];
+    return share;
+  }
+  const int per_lane = (p.schedule.tiles + kWarpSize - 1) / kWarpSize;
+  const int first_tile = lane * per_lane, last_tile = ::min(first_tile + per_lane, p.schedule.tiles);
+  int sum = 0;
+#pragma unroll 1
+  for (int tile = first_tile; tile < last_tile; tile++) sum += count_of(p, describe_tile(p, tile));
+  int up_to = sum;  // this lane's tiles included
+#pragma unroll
+  for (int distance = 1; distance < kWarpSize; distance *= 2) {
+    const int before = __shfl_up_sync(~0u, up_to, distance);
+    if (lane >= distance) up_to += before;
+  }
+  Share share = cut_share(p, __shfl_sync(~0u, up_to, kWarpSize - 1), part);
+  // Of the lanes whose tiles end behind the beginning the first has it.
+  const unsigned ends_behind = __ballot_sync(~0u, up_to > share.begin);
+  const int source = ends_behind ? __ffs(ends_behind) - 1 : 0;
+  share.start = {__shfl_sync(~0u, first_tile, source), __shfl_sync(~0u, up_to - sum, source)};
+#pragma unroll 1
+  for (int i = 1; i < per_lane; i++) {
+    const int next = share.start.count + count_of(p, describe_tile(p, share.start.tile));
+    if (next > share.begin) break;
+    share.start = {share.start.tile + 1, next};
+  }
+  return share;
+}
+
+// Keys of one segment that are done in one go.
+struct Piece {
+  Interval keys;
+  int kv_head;
+  int first_unit, units;  // of the segment's
+  bool ends_part;         // the last piece of the segment in this thread block
+};
+
+// Goes through the pieces of a share: in shared memory, one for each warp and purpose, so that its code is there once.
+struct Walk {
+  Tile tile;
+  Piece piece;  // found last
+  int next, tile_index, kv_head;
+  int segment_start;  // what is counted before the segment
+
+  __device__ __forceinline__ bool is_whole() const { return piece.units == tile.units; }
+};
+
+__device__ __forceinline__ Walk begin_walk(const Share& share) {
+  Walk walk{};
+  walk.next = share.begin, walk.tile_index = share.start.tile, walk.segment_start = share.start.count;
+  walk.kv_head = -1;
+  return walk;
+}
+
+// By a whole warp. Whether there is one more piece, which is then walk.piece.
+__device__ __noinline__ bool find_next(const KernelParams& p, const Share& share, Walk& s_walk) {
+  const int overhead = p.schedule.overhead;
+  Walk walk = s_walk;
+  bool is_found = false;
+  while (!is_found && walk.next < share.end) {
+    if (walk.kv_head < 0) {
+      walk.tile = describe_tile(p, walk.tile_index);
+      const int length = walk.tile.units + overhead;
+      walk.kv_head = (walk.next - walk.segment_start) / length;
+      walk.segment_start += walk.kv_head * length;
+    } else if (walk.next == walk.segment_start + walk.tile.units + overhead) {
+      walk.segment_start = walk.next;
+      if (++walk.kv_head == p.call.num_kv_heads) walk.kv_head = 0, walk.tile = describe_tile(p, ++walk.tile_index);
+    }
+    const int units_start = walk.segment_start + overhead, units_end = units_start + walk.tile.units;
+    const int part_end = ::min(share.end, units_end), begin = ::max(walk.next, units_start);
+    const int end = p.call.split_keys ? ::min(begin + 1, part_end) : part_end;
+    walk.next = ::max(end, ::min(begin, part_end));
+    is_found = begin < end;  // else there is nothing but overhead
+    Piece& piece = walk.piece;
+    piece.first_unit = begin - units_start, piece.units = end - begin;
+    const int unit_keys = p.schedule.unit_keys.value;
+    const int first_key = (walk.tile.units_before + piece.first_unit) * unit_keys;
+    piece.keys = walk.tile.keys & Interval{first_key, first_key + piece.units * unit_keys};
+    piece.kv_head = walk.kv_head, piece.ends_part = end == part_end;
+  }
+  __syncwarp();
+  if (threadIdx.x % kWarpSize == 0) s_walk = walk;
+  __syncwarp();
+  return is_found;
+}
+
+}  // namespace selfattn::cuda::kv_cache
