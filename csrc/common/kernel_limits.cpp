@@ -25,4 +25,12 @@ const std::string& forced_flash_family() {
   return family;
 }
 
+bool takes_kv_cache_on_cuda() {
+  static const bool takes = [] {
+    const char* value = std::getenv("SELFATTN_KV_CACHE_CUDA");
+    return value && std::string(value) == "1";
+  }();
+  return takes;
+}
+
 }  // namespace selfattn

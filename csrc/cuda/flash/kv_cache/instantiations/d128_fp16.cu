@@ -1,0 +1,8 @@
+#include "flash/kv_cache/launch.cuh"
+
+namespace selfattn::cuda::kv_cache {
+
+template struct Launcher<ElementType::kHalf, 128, TileKind::kDecode>;
+template struct Launcher<ElementType::kHalf, 128, TileKind::kChunk>;
+
+}  // namespace selfattn::cuda::kv_cache
