@@ -9,8 +9,8 @@ namespace selfattn::cuda::kv_cache {
 // Of a row and some of its keys: the largest score, and the sum of exponentials less it.
 using SplitStats = float2;
 
-// What a segment costs beside its units, in units (schedule.cuh).
-constexpr int kSegmentOverhead = 4;
+// What a head tile costs beside its units, in units (schedule.cuh).
+constexpr int kHeadTileOverhead = 4;
 
 // A thread block takes kTileRows rows, that is pairs of a query and a head of the group, against the keys of one kv
 // head. Its warps stand in kKeyGroups groups of kRowWarps: each group has every kKeyGroups-th slice of the keys to

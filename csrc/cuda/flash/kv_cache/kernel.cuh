@@ -4,7 +4,7 @@
 //   each group of warps, on its own:  wait for a slice | S = Q K^T | softmax | O += P V | start the copies of the slice
 //                                     that is a ring behind it, of whichever piece
 //   at the end of a piece, together:  the groups' O -> shared memory | merge them -> the output, or a partial result
-//   at the end of a split segment:    the thread block that arrives last merges its partial results, in their order
+//   at the end of a split head tile:    the thread block that arrives last merges its partial results, in their order
 //
 // No barrier of the thread block stands between the slices, and while a piece ends, copies of the next ones go on.
 //

@@ -68,11 +68,11 @@ KernelParams make_kernel_params(const KvCacheParams& call, int sms, int shared_m
   const int64_t most_keys = std::max<int64_t>(ceil_div(capacity, kUnitKeys), 1) * kUnitKeys;
   const int unit_keys = static_cast<int>(call.split_keys ? std::min(call.split_keys, most_keys) : kUnitKeys);
   schedule.unit_keys = Divisor::of(unit_keys);
-  schedule.overhead = call.split_keys ? 0 : kSegmentOverhead;
+  schedule.overhead = call.split_keys ? 0 : kHeadTileOverhead;
   const int units = std::max(ceil_div(capacity, unit_keys), 1);
   const int64_t most_units = int64_t(schedule.tiles) * call.num_kv_heads * (units + schedule.overhead);
   schedule.thread_blocks = static_cast<int>(std::min<int64_t>(int64_t(residency.blocks) * sms, most_units));
-  schedule.splits_per_segment = call.split_keys ? units : 0;
+  schedule.splits_per_head_tile = call.split_keys ? units : 0;
   schedule.is_prepared = call.segment_ids || schedule.tiles > kMaxTilesOfWarp;
 
   schedule.counters = carver.take<int>(schedule.thread_blocks);

@@ -1,4 +1,4 @@
-// What becomes of a piece: the output of its segment, or a partial result that is merged with the others.
+// What becomes of a piece: the output of its head tile, or a partial result that is merged with the others.
 #pragma once
 #include "config.h"
 #include "flash/tile/online_softmax.cuh"
@@ -8,7 +8,7 @@
 
 namespace selfattn::cuda::kv_cache {
 
-// The thread blocks that have units of a segment, and where they leave their partial results: in steps, the first one
+// The thread blocks that have units of a head tile, and where they leave their partial results: in steps, the first one
 // shifted.
 struct Parts {
   int first_block, blocks, count, step, shift;
@@ -16,15 +16,16 @@ struct Parts {
 
   Parts() = default;
   __device__ __forceinline__ Parts(const KernelParams& p, const Share& s_share, const Walk& s_walk) {
-    const int first_unit = s_walk.segment_start + p.schedule.overhead;
+    const int first_unit = s_walk.head_tile_start + p.schedule.overhead;
     first_block = s_share.owner(first_unit);
     blocks = s_share.owner(first_unit + s_walk.tile.units - 1) - first_block + 1;
     if (p.call.split_keys) {
       count = s_walk.tile.units, step = 1, shift = 0;
-      base = (int64_t(s_walk.tile_index) * p.call.num_kv_heads + s_walk.piece.kv_head) * p.schedule.splits_per_segment;
+      base =
+          (int64_t(s_walk.tile_index) * p.call.num_kv_heads + s_walk.piece.kv_head) * p.schedule.splits_per_head_tile;
     } else {
-      // A thread block has two places: of the segment that began before it, and of the one that goes on behind it.
-      count = blocks, step = 2, shift = s_share.begin_of(first_block) <= s_walk.segment_start;
+      // A thread block has two places: of the head tile that began before it, and of the one that goes on behind it.
+      count = blocks, step = 2, shift = s_share.begin_of(first_block) <= s_walk.head_tile_start;
       base = 2 * first_block;
     }
   }
@@ -153,7 +154,7 @@ class RowTarget {
   int columns_;
 };
 
-// By the whole thread block, when all partial results of a segment are there: a warp a row.
+// By the whole thread block, when all partial results of a head tile are there: a warp a row.
 template <class Config>
 __device__ __noinline__ void merge_parts(const KernelParams& p, const Parts parts, const Walk& s_walk) {
   constexpr int kWidth = Config::kDim / kWarpSize, kAtOnce = 8;

@@ -1,7 +1,8 @@
 // Who does what. Work is counted in units: kUnitKeys keys (split_keys, where they are given) of one tile of rows and
-// one kv head, in the order (tile, kv head, keys), and each segment (tile, kv head) counts `overhead` units more. Every
-// thread block takes an equal share of that count, wherever its ends fall. The count follows from the lengths, which
-// are on the device alone; so each warp finds its thread block's share for itself, or reads what prepare.cu has left.
+// one kv head, in the order (tile, kv head, keys), and each head tile, a tile with one kv head, counts `overhead` units
+// more. Every thread block takes an equal share of that count, wherever its ends fall. The count follows from the
+// lengths, which are on the device alone; so each warp finds its thread block's share for itself, or reads what
+// prepare.cu has left.
 #pragma once
 // The range checks of lengths, tables, ids and positions are part of the operator, not a debugging aid.
 #undef NDEBUG
@@ -37,8 +38,8 @@ struct ScheduleParams {
   Divisor tiles_per_row;       // without ids
   Divisor unit_keys;
   int overhead;
-  int thread_blocks;       // the grid
-  int splits_per_segment;  // with split_keys: places for partial results of a segment; else 0
+  int thread_blocks;         // the grid
+  int splits_per_head_tile;  // with split_keys: places for partial results of a head tile; else 0
 
   // Written by prepare_kv_cache_kernel.
   int* counters;                                   // (thread_blocks) zeros
@@ -239,12 +240,12 @@ __device__ __noinline__ Share find_share(const KernelParams& p) {
   return share;
 }
 
-// Keys of one segment that are done in one go.
+// Keys of one head tile that are done in one go.
 struct Piece {
   Interval keys;
   int kv_head;
-  int first_unit, units;  // of the segment's
-  bool ends_part;         // the last piece of the segment in this thread block
+  int first_unit, units;  // of the head tile's
+  bool ends_part;         // the last piece of the head tile in this thread block
 };
 
 // Goes through the pieces of a share: in shared memory, one for each warp and purpose, so that its code is there once.
@@ -252,14 +253,14 @@ struct Walk {
   Tile tile;
   Piece piece;  // found last
   int next, tile_index, kv_head;
-  int segment_start;  // what is counted before the segment
+  int head_tile_start;  // what is counted before the head tile
 
   __device__ __forceinline__ bool is_whole() const { return piece.units == tile.units; }
 };
 
 __device__ __forceinline__ Walk begin_walk(const Share& share) {
   Walk walk{};
-  walk.next = share.begin, walk.tile_index = share.start.tile, walk.segment_start = share.start.count;
+  walk.next = share.begin, walk.tile_index = share.start.tile, walk.head_tile_start = share.start.count;
   walk.kv_head = -1;
   return walk;
 }
@@ -273,13 +274,13 @@ __device__ __noinline__ bool find_next(const KernelParams& p, const Share& share
     if (walk.kv_head < 0) {
       walk.tile = describe_tile(p, walk.tile_index);
       const int length = walk.tile.units + overhead;
-      walk.kv_head = (walk.next - walk.segment_start) / length;
-      walk.segment_start += walk.kv_head * length;
-    } else if (walk.next == walk.segment_start + walk.tile.units + overhead) {
-      walk.segment_start = walk.next;
+      walk.kv_head = (walk.next - walk.head_tile_start) / length;
+      walk.head_tile_start += walk.kv_head * length;
+    } else if (walk.next == walk.head_tile_start + walk.tile.units + overhead) {
+      walk.head_tile_start = walk.next;
       if (++walk.kv_head == p.call.num_kv_heads) walk.kv_head = 0, walk.tile = describe_tile(p, ++walk.tile_index);
     }
-    const int units_start = walk.segment_start + overhead, units_end = units_start + walk.tile.units;
+    const int units_start = walk.head_tile_start + overhead, units_end = units_start + walk.tile.units;
     const int part_end = ::min(share.end, units_end), begin = ::max(walk.next, units_start);
     const int end = p.call.split_keys ? ::min(begin + 1, part_end) : part_end;
     walk.next = ::max(end, ::min(begin, part_end));
