@@ -6,11 +6,13 @@
 namespace selfattn {
 namespace {
 
-/// Module::define cannot see torch.ops; this resolves the name `selfattn` to the operators of that namespace.
+/// Module::define cannot see torch.ops; this resolves the name `selfattn` to the operators of that namespace. Nor does
+/// it know Python's exceptions.
 struct OperatorResolver : torch::jit::NativeResolver {
   std::shared_ptr<torch::jit::SugaredValue> resolveValue(const std::string& name, torch::jit::GraphFunction& function,
                                                          const torch::jit::SourceRange& location) override {
     if (name == "selfattn") return std::make_shared<torch::jit::BuiltinModule>("selfattn");
+    if (name == "ValueError") return std::make_shared<torch::jit::ExceptionValue>(name);
     return torch::jit::NativeResolver::resolveValue(name, function, location);
   }
 };

@@ -67,6 +67,19 @@ TEST(KVCache, ServesAScriptedLayer) {
   }
 }
 
+TEST(KVCache, NeedsALengthForFrequenciesThatDependOnOne) {
+  torch::NoGradGuard no_grad;
+  const auto x = torch::randn({kRows, 1, 48}, torch::kDouble);
+  const auto cache = selfattn::KVCache::dense(options(), kRows, kLength).layer(0);
+  auto layer = make_layer([](auto& of) {
+    of.rope_scaling(
+        selfattn::RopeParameters(kHeadDim).rope_type("dynamic").factor(2.0).original_max_position_embeddings(4));
+  });
+  EXPECT_THROW(layer->forward_with_cache(x, cache), c10::ValueError);
+  const auto tensors = c10::ivalue::Tuple::create(cache.keys, cache.values, cache.lengths, c10::IValue());
+  EXPECT_ANY_THROW(selfattn::to_torchscript(layer).forward({x}, {{"cache", tensors}}));
+}
+
 TEST(KVCache, OperatorsWriteAndRead) {
   const auto of = torch::dtype(torch::kDouble);
   const auto q = torch::randn({2, 5, 4, 8}, of), k = torch::randn({2, 5, 2, 8}, of), v = torch::randn({2, 5, 2, 8}, of);
