@@ -5,7 +5,7 @@
 
 namespace selfattn::cuda::kv_cache {
 
-// What a segment costs beside its units, in units (schedule.cuh).
+// What a head tile costs beside its units, in units (schedule.cuh).
 constexpr int kTileOverhead = 1;
 
 // A thread block takes kTileRows rows, that is pairs of a query and a head of the group, against the keys of one kv

@@ -4,7 +4,7 @@
 //   each group of warps, on its own:  wait for a slice | S = Q K^T | softmax | O += P V | start the copies of the slice
 //                                     that is kStages behind it, of whichever piece
 //   at the end of a piece, together:  the groups' O -> shared memory | merge them -> the output, or a partial result
-//   at the end of a split segment:    the thread block that arrives last merges its partial results, in their order
+//   at the end of a split head tile:    the thread block that arrives last merges its partial results, in their order
 //
 // No barrier of the thread block stands between the slices, and while a piece ends, copies of the next ones go on.
 #pragma once
@@ -40,7 +40,7 @@ struct RowMerge {
   }
 };
 
-// Of one segment.
+// Of one head tile.
 template <class Config>
 class Results {
  public:
@@ -48,13 +48,14 @@ class Results {
 
   __device__ __forceinline__ Results(const KernelParams& p, const Share& share, const Walk& walk, const Piece& piece)
       : p_(p), share_(share), tile_(walk.tile()), piece_(piece) {
-    const int first_unit = walk.segment_start() + p.schedule.overhead;
+    const int first_unit = walk.head_tile_start() + p.schedule.overhead;
     first_block_ = share.owner(first_unit), last_block_ = share.owner(first_unit + tile_.units - 1);
     if (p.call.split_keys) {
-      first_part_ = (int64_t(walk.tile_index()) * p.call.num_kv_heads + piece.kv_head) * p.schedule.splits_per_segment;
+      first_part_ =
+          (int64_t(walk.tile_index()) * p.call.num_kv_heads + piece.kv_head) * p.schedule.splits_per_head_tile;
     } else {
-      // A thread block has two places: of the segment that began before it, and of the one that goes on behind it.
-      first_part_ = 2 * first_block_ + (share.begin_of(first_block_) <= walk.segment_start());
+      // A thread block has two places: of the head tile that began before it, and of the one that goes on behind it.
+      first_part_ = 2 * first_block_ + (share.begin_of(first_block_) <= walk.head_tile_start());
       later_parts_ = 2 * (first_block_ + 1);
     }
   }
@@ -101,7 +102,7 @@ class Results {
   }
 
  private:
-  // Where the i-th partial result of the segment is.
+  // Where the i-th partial result of the head tile is.
   __device__ __forceinline__ int64_t part(int i) const {
     if (p_.call.split_keys) return first_part_ + i;
     return i == 0 ? first_part_ : later_parts_ + 2 * (i - 1);

@@ -67,7 +67,7 @@ KernelParams make_kernel_params(const KvCacheParams& call, int sms, int shared_m
   const int units = std::max(ceil_div(capacity, unit_keys), 1);
   const int64_t most_units = int64_t(schedule.tiles) * call.num_kv_heads * (units + schedule.overhead);
   schedule.thread_blocks = static_cast<int>(std::min<int64_t>(int64_t(residency.blocks) * sms, most_units));
-  schedule.splits_per_segment = call.split_keys ? units : 0;
+  schedule.splits_per_head_tile = call.split_keys ? units : 0;
   schedule.is_prepared = call.segment_ids || schedule.tiles > kMaxTilesOfWarp;
 
   schedule.counters = carver.take<int>(schedule.thread_blocks);

@@ -1,7 +1,8 @@
 // Who does what. Work is counted in units: kUnitKeys keys (split_keys, where they are given) of one tile of rows and
-// one kv head, in the order (tile, kv head, keys), and each segment (tile, kv head) counts `overhead` units more. Every
-// thread block takes an equal share of that count, wherever its ends fall. The count follows from the lengths, which
-// are on the device alone; so each warp finds its thread block's share for itself, or reads what prepare.cu has left.
+// one kv head, in the order (tile, kv head, keys), and each head tile (tile, kv head) counts `overhead` units more.
+// Every thread block takes an equal share of that count, wherever its ends fall. The count follows from the lengths,
+// which are on the device alone; so each warp finds its thread block's share for itself, or reads what prepare.cu has
+// left.
 #pragma once
 // The range checks of lengths, tables, ids and positions are part of the operator, not a debugging aid.
 #undef NDEBUG
@@ -36,8 +37,8 @@ struct ScheduleParams {
   Divisor tiles_per_row;       // without ids
   Divisor unit_keys;
   int overhead;
-  int thread_blocks;       // the grid
-  int splits_per_segment;  // with split_keys: places for partial results of a segment; else 0
+  int thread_blocks;         // the grid
+  int splits_per_head_tile;  // with split_keys: places for partial results of a head tile; else 0
 
   // Written by prepare_kv_cache_kernel.
   int* counters;                                   // (thread_blocks) zeros
@@ -229,40 +230,40 @@ inline __device__ __noinline__ Share find_share(const KernelParams& p) {
   return share;
 }
 
-// Keys of one segment that are done in one go.
+// Keys of one head tile that are done in one go.
 struct Piece {
   Interval keys;
   int kv_head;
-  int first_unit, units;  // of the segment's
-  bool is_whole;          // the segment
-  bool ends_part;         // the last piece of the segment in this thread block
+  int first_unit, units;  // of the head tile's
+  bool is_whole;          // the head tile
+  bool ends_part;         // the last piece of the head tile in this thread block
 };
 
 // Goes through the pieces of a share.
 class Walk {
  public:
   __device__ __forceinline__ Walk(const KernelParams& p, const Share& share)
-      : next_(share.begin), segment_start_(share.start.count), tile_index_(share.start.tile) {
+      : next_(share.begin), head_tile_start_(share.start.count), tile_index_(share.start.tile) {
     if (next_ >= share.end) return;
     tile_ = describe_tile(p, tile_index_);
     const int length = tile_.units + p.schedule.overhead;
-    kv_head_ = (next_ - segment_start_) / length;
-    segment_start_ += kv_head_ * length;
+    kv_head_ = (next_ - head_tile_start_) / length;
+    head_tile_start_ += kv_head_ * length;
   }
 
-  // Of the last piece. start: the count before its segment.
+  // Of the last piece. start: the count before its head tile.
   __device__ __forceinline__ const Tile& tile() const { return tile_; }
   __device__ __forceinline__ int tile_index() const { return tile_index_; }
-  __device__ __forceinline__ int segment_start() const { return segment_start_; }
+  __device__ __forceinline__ int head_tile_start() const { return head_tile_start_; }
 
   __device__ __forceinline__ bool find_next(const KernelParams& p, const Share& share, Piece& piece) {
     const int overhead = p.schedule.overhead;
     while (next_ < share.end) {
-      if (next_ == segment_start_ + tile_.units + overhead) {
-        segment_start_ = next_;
+      if (next_ == head_tile_start_ + tile_.units + overhead) {
+        head_tile_start_ = next_;
         if (++kv_head_ == p.call.num_kv_heads) kv_head_ = 0, tile_ = describe_tile(p, ++tile_index_);
       }
-      const int units_start = segment_start_ + overhead, units_end = units_start + tile_.units;
+      const int units_start = head_tile_start_ + overhead, units_end = units_start + tile_.units;
       const int part_end = ::min(share.end, units_end);
       const int begin = ::max(next_, units_start);
       const int end = p.call.split_keys ? ::min(begin + 1, part_end) : part_end;
@@ -281,7 +282,7 @@ class Walk {
 
  private:
   Tile tile_;
-  int next_, segment_start_, tile_index_, kv_head_ = 0;
+  int next_, head_tile_start_, tile_index_, kv_head_ = 0;
 };
 
 }  // namespace selfattn::cuda::kv_cache
