@@ -174,7 +174,7 @@ class HeadsForward(NamedTuple):
         else:
             norms = (None, None, layer.norm_eps)
         if freqs is None and layer.makes_tables:
-            freqs = layer._make_tables(q)
+            freqs = layer._make_tables(q, None)
         attended = layer._attend(q, k, v, norms, _local(layer.sinks), *(freqs or (None, None)), segment_ids, None)
         out = ProjectOutput.apply(self.group, self.shards_sequence, attended, weights[3], biases[3])
         return nn.functional.dropout(out, layer.dropout_rate, layer.training)
