@@ -81,14 +81,15 @@ test-python: install
 test-integrations: build $(VENV)/.integrations
 	$(BIN)/python -m pytest tests/integrations $(PYTEST_ARGS)
 
-# C++ lines that the C++ tests and the quick Python tests reach, on the CPU part. Inner loops run more often than the
-# 2^32 times from which on gcovr suspects an error.
+# C++ lines that the C++ tests and the quick Python tests reach, on the CPU part; those of several processes test Python
+# alone. Inner loops run more often than the 2^32 times from which on gcovr suspects an error.
 coverage: $(VENV)/.packages
 	$(CONFIGURE) -B build-coverage -DSELFATTN_TESTS=ON -DSELFATTN_CUDA=OFF -DSELFATTN_COVERAGE=ON
 	$(BIN)/cmake --build build-coverage -j $(JOBS)
 	find build-coverage -name '*.gcda' -delete
 	$(BIN)/ctest --test-dir build-coverage --output-on-failure
-	SELFATTN_LIBRARY=$(abspath build-coverage/libselfattn.so) $(BIN)/python -m pytest -q -m "not slow" $(PYTEST_ARGS)
+	SELFATTN_LIBRARY=$(abspath build-coverage/libselfattn.so) $(BIN)/python -m pytest -q -m "not slow" \
+	  --ignore=tests/python/distributed $(PYTEST_ARGS)
 	$(BIN)/gcovr --gcov-suspicious-hits-threshold 0 --root . --filter csrc/ --filter include/ --exclude-throw-branches build-coverage
 
 # Python does not link the sanitizers, so the fuzz preloads them, and what they look for when they start: C++'s exceptions.
