@@ -57,6 +57,7 @@ def check_steps(run, layer: SelfAttention, takes_cache: bool, sizes: tuple[int, 
     with torch.no_grad():
         outs = []
         for piece in x.split(sizes, 1):
+            piece = piece.contiguous()  # a package takes the strides that it was made for
             outs.append(run(piece, *cache.layer(0)) if takes_cache else run(piece))
             cache.advance(piece.shape[1])
         assert error(torch.cat(outs, 1), layer(x)) < 1e-5
