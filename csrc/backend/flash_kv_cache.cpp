@@ -28,8 +28,13 @@ Reason supported_dtype(const KvCacheProblem& problem) {
 }
 
 Reason no_gradient(const KvCacheProblem& problem) {
-  if (!problem.requires_grad()) return std::nullopt;
-  return "its kernels over a KV cache are not differentiable, and an argument requires a gradient";
+  const std::tuple<const OptionalTensor&, const char*> arguments[] = {
+      {problem.query, "q"}, {problem.key, "k_cache"}, {problem.value, "v_cache"}, {problem.sinks, "sinks"}};
+  for (const auto& [tensor, name] : arguments) {
+    if (!any_requires_grad({tensor})) continue;
+    return c10::str(name, " must not require a gradient, since its kernels over a KV cache are not differentiable");
+  }
+  return std::nullopt;
 }
 
 // ---------------------------------------------------------------- what the CUDA kernels need
