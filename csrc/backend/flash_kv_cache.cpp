@@ -28,13 +28,12 @@ Reason supported_dtype(const KvCacheProblem& problem) {
 }
 
 Reason no_gradient(const KvCacheProblem& problem) {
-  const std::tuple<const OptionalTensor&, const char*> arguments[] = {
-      {problem.query, "q"}, {problem.key, "k_cache"}, {problem.value, "v_cache"}, {problem.sinks, "sinks"}};
-  for (const auto& [tensor, name] : arguments) {
-    if (!any_requires_grad({tensor})) continue;
-    return c10::str(name, " must not require a gradient, since its kernels over a KV cache are not differentiable");
-  }
-  return std::nullopt;
+  if (!problem.requires_grad()) return std::nullopt;
+  const char* name = any_requires_grad({problem.query})   ? "q"
+                     : any_requires_grad({problem.key})   ? "k_cache"
+                     : any_requires_grad({problem.value}) ? "v_cache"
+                                                          : "sinks";
+  return c10::str(name, " must not require a gradient, since its kernels over a KV cache are not differentiable");
 }
 
 // ---------------------------------------------------------------- what the CUDA kernels need
