@@ -3,25 +3,13 @@
 #include <algorithm>
 
 #include "flash/tile/element.h"
+#include "host/carver.h"
 #include "host/device.h"
 #include "kernel.cuh"
 #include "launcher.h"
 #include "prepare.h"
 
 namespace selfattn::cuda::kv_cache {
-
-// Hands out 256-byte-aligned arrays one after the other.
-struct Carver {
-  char* base;
-  int64_t used = 0;
-
-  template <class T>
-  T* take(int64_t count) {
-    T* array = reinterpret_cast<T*>(base + used);
-    used += (count * int64_t(sizeof(T)) + 255) / 256 * 256;
-    return array;
-  }
-};
 
 // How many thread blocks an SM holds, and the stages of each: as deep as shared memory allows.
 struct Residency {

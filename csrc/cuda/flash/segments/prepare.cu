@@ -8,6 +8,7 @@
 
 #include "flash/params.h"
 #include "flash/tile/window.h"
+#include "host/carver.h"
 #include "host/device.h"
 #include "ptx/launch.cuh"
 #include "run_table.cuh"
@@ -295,19 +296,6 @@ constexpr int kMaxSharedMemory =
     4 * (SegmentRuns::storage_words(kMaxSegmentLength) + std::max(kMaxTiles, RunTable::slots_for(kMaxSegmentLength)));
 static_assert(kMaxSharedMemory + kOwnSharedMemory <= 227 * 1024, "what Hopper has");
 static_assert(4 * kMaxTiles + kOwnSharedMemory <= 99 * 1024, "what every card has, without runs");
-
-// Hands out 256-byte-aligned arrays one after the other.
-struct Carver {
-  char* base;
-  int64_t used = 0;
-
-  template <class T>
-  T* take(int64_t count) {
-    T* array = reinterpret_cast<T*>(base + used);
-    used += (count * int64_t(sizeof(T)) + 255) / 256 * 256;
-    return array;
-  }
-};
 
 SegmentTables carve_tables(const SegmentProblem& p, Carver& carver) {
   SegmentTables t;
