@@ -99,15 +99,13 @@ def multihead_attention_lse(
 
     Results over disjoint keys are merged into the result over all of them by ``merge_attention``.
 
-    Args:
-        As ``multihead_attention``.
+    Arguments are those of ``multihead_attention``.
 
     Returns:
         out (B, Sq, NH, DV), of q's dtype, and lse (B, NH, Sq) float32, the natural logarithm, with the sink counted;
         -inf for a query with no allowed key (its sink, where there are sinks).
 
-    Raises:
-        As ``multihead_attention``.
+    Raises what ``multihead_attention`` raises.
     """
     return torch.ops.selfattn.multihead_attention_lse(
         q,
@@ -145,14 +143,12 @@ def explain_backend(
 ) -> str:
     """Which backend this call would take, and why no other: one line a backend.
 
-    Args:
-        As ``multihead_attention``; nothing is computed.
+    Arguments are those of ``multihead_attention``; nothing is computed.
 
     Returns:
         Text to read, with every reason for which a backend cannot serve.
 
-    Raises:
-        As ``multihead_attention`` for a bad argument.
+    Raises what ``multihead_attention`` raises for a bad argument.
     """
     return torch.ops.selfattn.explain_backend(
         q,
@@ -305,15 +301,13 @@ def attention_with_kv_cache_lse(
 
     Results over disjoint keys (a shared prefix and the rest) are merged by ``merge_attention``.
 
-    Args:
-        As ``attention_with_kv_cache``.
+    Arguments are those of ``attention_with_kv_cache``.
 
     Returns:
         out (B, Sq, NH, DV), of q's dtype, and lse (B, NH, Sq) float32, the natural logarithm, with the sink counted;
         -inf for a query that sees no slot (its sink, where there are sinks).
 
-    Raises:
-        As ``attention_with_kv_cache``.
+    Raises what ``attention_with_kv_cache`` raises.
     """
     return torch.ops.selfattn.attention_with_kv_cache_lse(
         q,
@@ -359,14 +353,12 @@ def explain_kv_cache_backend(
 ) -> str:
     """Which backend this call of ``attention_with_kv_cache`` would take, and why no other: one line a backend.
 
-    Args:
-        As ``attention_with_kv_cache``; nothing is computed, and no value is read.
+    Arguments are those of ``attention_with_kv_cache``; nothing is computed, and no value is read.
 
     Returns:
         Text to read, with every reason for which a backend cannot serve.
 
-    Raises:
-        As ``attention_with_kv_cache`` for a bad argument.
+    Raises what ``attention_with_kv_cache`` raises for a bad argument.
     """
     return torch.ops.selfattn.explain_kv_cache_backend(
         q,
@@ -485,8 +477,7 @@ def qk_norm_rope_append(
     Returns:
         The new q.
 
-    Raises:
-        As ``append_kv_cache``.
+    Raises what ``append_kv_cache`` raises.
     """
     return torch.ops.selfattn.qk_norm_rope_append(
         q,

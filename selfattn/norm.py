@@ -45,7 +45,7 @@ class RMSNorm(nn.RMSNorm):
         return norm_factor(self.weight, self.unit_offset)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., *normalized_shape) -> the same, of x's dtype."""
+        """``(..., *normalized_shape)`` -> the same, of x's dtype."""
         if not self.unit_offset:
             return nn.functional.rms_norm(x, self.normalized_shape, self.weight, self.eps)
         wide = x if x.dtype == torch.float64 else x.float()

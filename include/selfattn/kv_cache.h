@@ -24,15 +24,16 @@ struct KVCacheLayer {
 
 /// What the tensors of a cache are made from.
 struct KVCacheOptions {
+  /// Of so many layers; everything else by default.
   KVCacheOptions(int64_t layers, int64_t num_kv_heads, int64_t head_dim)
       : layers_(layers), num_kv_heads_(num_kv_heads), head_dim_(head_dim) {}
 
-  TORCH_ARG(int64_t, layers);
-  TORCH_ARG(int64_t, num_kv_heads);
+  TORCH_ARG(int64_t, layers);                       ///< of the model
+  TORCH_ARG(int64_t, num_kv_heads);                 ///< NKV
   TORCH_ARG(int64_t, head_dim);                     ///< DQK
   TORCH_ARG(std::optional<int64_t>, value_dim);     ///< DV; head_dim where not given
   TORCH_ARG(std::optional<at::ScalarType>, dtype);  ///< PyTorch's default where not given
-  TORCH_ARG(at::Device, device) = at::kCPU;
+  TORCH_ARG(at::Device, device) = at::kCPU;         ///< of every tensor
 };
 
 class PageAllocator;
@@ -50,18 +51,24 @@ class SELFATTN_API KVCache {
 
   /// The cache of one layer: no copies.
   KVCacheLayer layer(int64_t index) const;
+  /// Of the model.
   int64_t layers() const { return static_cast<int64_t>(keys_.size()); }
+  /// Slots of a page; a dense cache has a page a row.
   int64_t page_size() const { return keys_.front().size(1); }
   /// Slots of a row.
   int64_t capacity() const;
+  /// (R,) int32, slots in use.
   const at::Tensor& lengths() const { return lengths_; }
+  /// (R, pages of a row) int32; none where the cache is dense.
   const std::optional<at::Tensor>& page_table() const { return page_table_; }
 
-  /// After all layers: so many more slots are in use in every row, or (R,) of each.
+  /// After all layers: so many more slots are in use in every row.
   void advance(int64_t count);
+  /// The same, (R,) of each row.
   void advance(const at::Tensor& counts);
-  /// Empties all rows, or some (N,) int64; their pages stay theirs.
+  /// Empties all rows; their pages stay theirs.
   void reset();
+  /// The same of some rows (N,) int64.
   void reset(const at::Tensor& rows);
   /// Row i becomes what row indices[i] is, (R,) int64, in place: of a dense cache. A paged one is reordered by its
   /// PageAllocator.

@@ -1,6 +1,6 @@
 #pragma once
 
-/// The operators as C++ functions. Each calls torch.ops.selfattn.<name> through the dispatcher, so autograd, autocast
+/// The operators as C++ functions. Each calls torch.ops.selfattn.NAME through the dispatcher, so autograd, autocast
 /// and tracing see the same operator as from Python. docs/semantics.md says what they compute.
 ///
 /// Shapes: B batch, S (or Sq, Skv) tokens, NH query heads, NKV key/value heads, DQK and DV head dimensions.
@@ -30,9 +30,9 @@ struct AttentionOptions {
   TORCH_ARG(std::string, backend) = "auto";
   /// (B, Skv) int32 or int64 ids of the keys, where they differ from segment_ids.
   TORCH_ARG(std::optional<at::Tensor>, kv_segment_ids);
-  /// How many keys to the left and right of a query it may attend to; -1: all.
+  /// How many keys to the left of a query it may attend to; -1: all.
   TORCH_ARG(int64_t, window_left) = -1;
-  TORCH_ARG(int64_t, window_right) = -1;
+  TORCH_ARG(int64_t, window_right) = -1;  ///< the same to the right
   /// c > 0: a score s becomes c * tanh(s / c). 0: none.
   TORCH_ARG(double, softcap) = 0.0;
   /// (NH,): one more logit a head in the softmax's denominator.
@@ -79,9 +79,9 @@ struct KVCacheAttentionOptions {
   /// (B, Sq) int32 or int64: the slot at which each query stands; where not given, lengths[row] - (queries of that row
   /// at or after it).
   TORCH_ARG(std::optional<at::Tensor>, positions);
-  /// How many slots to the left and right of its position a query sees; -1: all.
+  /// How many slots to the left of its position a query sees; -1: all.
   TORCH_ARG(int64_t, window_left) = -1;
-  TORCH_ARG(int64_t, window_right) = -1;
+  TORCH_ARG(int64_t, window_right) = -1;  ///< the same to the right
   /// c > 0: a score s becomes c * tanh(s / c). 0: none.
   TORCH_ARG(double, softcap) = 0.0;
   /// (NH,): one more logit a head in the softmax's denominator.
@@ -141,11 +141,11 @@ SELFATTN_API at::Tensor cu_seqlens_from_segment_ids(const at::Tensor& segment_id
 
 /// What a call of precompute_freqs may leave out. Exactly one of pos_idx and max_length is given.
 struct FreqsOptions {
-  TORCH_ARG(std::optional<at::Tensor>, pos_idx);  ///< (S,) or (B, S)
-  TORCH_ARG(std::optional<int64_t>, max_length);  ///< positions 0 .. max_length - 1
-  TORCH_ARG(double, theta) = 10000.0;
+  TORCH_ARG(std::optional<at::Tensor>, pos_idx);    ///< (S,) or (B, S)
+  TORCH_ARG(std::optional<int64_t>, max_length);    ///< positions 0 .. max_length - 1
+  TORCH_ARG(double, theta) = 10000.0;               ///< base of the frequencies
   TORCH_ARG(std::optional<at::ScalarType>, dtype);  ///< float32 where not given
-  TORCH_ARG(std::optional<at::Device>, device);
+  TORCH_ARG(std::optional<at::Device>, device);     ///< that of pos_idx, or the CPU, where not given
 };
 
 /// Rotary tables (sin, cos), each (1 or B, S, feat_dim / 2): angle = position / theta^(2i / feat_dim)
@@ -156,7 +156,7 @@ SELFATTN_API std::tuple<at::Tensor, at::Tensor> precompute_freqs(int64_t feat_di
 struct RotaryOptions {
   TORCH_ARG(std::optional<at::Tensor>, freqs_sin);  ///< (1 or B, S, R / 2): the first R <= D elements of a head rotate
   TORCH_ARG(std::optional<at::Tensor>, freqs_cos);  ///< (1 or B, S, R / 2)
-  TORCH_ARG(double, theta) = 10000.0;
+  TORCH_ARG(double, theta) = 10000.0;               ///< base of the frequencies
   TORCH_ARG(std::string, pairing) = "interleaved";  ///< or "half", as Hugging Face stores its checkpoints
 };
 
@@ -169,13 +169,13 @@ struct QkNormRopeOptions {
   TORCH_ARG(std::optional<at::Tensor>, q_weight);   ///< (D,)
   TORCH_ARG(std::optional<at::Tensor>, k_weight);   ///< (D,)
   TORCH_ARG(std::optional<at::Tensor>, freqs_sin);  ///< as in RotaryOptions
-  TORCH_ARG(std::optional<at::Tensor>, freqs_cos);
-  TORCH_ARG(bool, norm) = true;
-  TORCH_ARG(double, eps) = 1e-6;
-  TORCH_ARG(bool, rope) = true;
+  TORCH_ARG(std::optional<at::Tensor>, freqs_cos);  ///< both or neither
+  TORCH_ARG(bool, norm) = true;                     ///< whether to normalise
+  TORCH_ARG(double, eps) = 1e-6;                    ///< added to the mean square
+  TORCH_ARG(bool, rope) = true;                     ///< whether to rotate
   TORCH_ARG(std::optional<at::Tensor>, positions);  ///< (1 or B, S), where the tables are not given
-  TORCH_ARG(double, theta) = 10000.0;
-  TORCH_ARG(std::string, pairing) = "interleaved";
+  TORCH_ARG(double, theta) = 10000.0;               ///< base of the frequencies
+  TORCH_ARG(std::string, pairing) = "interleaved";  ///< as in RotaryOptions
 };
 
 /// RMSNorm over the head dimension of q (B, S, NH, D) and k (B, S, NKV, D), then the rotary embedding.

@@ -29,7 +29,9 @@ class SELFATTN_API SdpaOverride {
   /// `dispatch_key`: that of the kernels to replace; another than CUDA is for tests. Throws c10::NotImplementedError,
   /// and changes nothing, where PyTorch has no such kernels (as without CUDA), or operators with other arguments.
   [[nodiscard]] explicit SdpaOverride(c10::DispatchKey dispatch_key = c10::DispatchKey::CUDA);
+  /// Takes the registration over.
   SdpaOverride(SdpaOverride&&) noexcept;
+  /// Restores its own kernels of before, and takes the registration over.
   SdpaOverride& operator=(SdpaOverride&&) noexcept;
   /// Restores the kernels of before.
   ~SdpaOverride();

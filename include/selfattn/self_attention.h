@@ -17,37 +17,38 @@ namespace selfattn {
 
 /// What a SelfAttention is built from; the defaults of selfattn.SelfAttentionConfig in Python.
 struct SELFATTN_API SelfAttentionOptions {
+  /// Of a layer with so many features a token; everything else by default.
   /* implicit */ SelfAttentionOptions(int64_t embedding_dim) : embedding_dim_(embedding_dim) {}
 
   /// E, the features of a token; a multiple of head_dim unless num_heads is given.
   TORCH_ARG(int64_t, embedding_dim);
-  TORCH_ARG(int64_t, head_dim) = 64;
+  TORCH_ARG(int64_t, head_dim) = 64;  ///< D
   /// Key/value heads; as many as query heads where not given.
   TORCH_ARG(std::optional<int64_t>, num_kv_heads);
   /// RMSNorm of each head of q and k, before the rotary embedding.
   TORCH_ARG(bool, qk_norm) = false;
-  TORCH_ARG(double, norm_eps) = 1e-6;
-  TORCH_ARG(bool, use_bias) = false;
+  TORCH_ARG(double, norm_eps) = 1e-6;  ///< added to the mean square
+  TORCH_ARG(bool, use_bias) = false;   ///< biases in the four projections
   /// Dropout of the output, in training.
   TORCH_ARG(double, dropout_rate) = 0.0;
   /// Layers of the whole model: the initial scale of out_proj follows it.
   TORCH_ARG(int64_t, num_layers) = 12;
-  TORCH_ARG(std::string, attention_backend) = "auto";
-  TORCH_ARG(bool, causal) = true;
-  TORCH_ARG(int64_t, window_left) = -1;
-  TORCH_ARG(int64_t, window_right) = -1;
-  TORCH_ARG(double, softcap) = 0.0;
+  TORCH_ARG(std::string, attention_backend) = "auto";  ///< see parse_backend
+  TORCH_ARG(bool, causal) = true;                      ///< whether a token attends only to those at or before it
+  TORCH_ARG(int64_t, window_left) = -1;                ///< tokens to the left that a token sees; -1: all
+  TORCH_ARG(int64_t, window_right) = -1;               ///< the same to the right
+  TORCH_ARG(double, softcap) = 0.0;                    ///< c > 0: a logit s becomes c * tanh(s / c)
   /// One learned logit a head in the softmax's denominator.
   TORCH_ARG(bool, sinks) = false;
-  TORCH_ARG(double, rope_theta) = 10000.0;
-  TORCH_ARG(std::string, rope_pairing) = "interleaved";
+  TORCH_ARG(double, rope_theta) = 10000.0;               ///< base of the frequencies
+  TORCH_ARG(std::string, rope_pairing) = "interleaved";  ///< or "half", as Hugging Face stores its checkpoints
   /// Query heads; E / head_dim where not given. Given, embedding_dim need not be a multiple of head_dim.
   TORCH_ARG(std::optional<int64_t>, num_heads);
   /// Factor of the logits; 1 / sqrt(head_dim) where not given.
   TORCH_ARG(std::optional<double>, qk_scale);
-  /// Biases of the query, key and value projections, and of the output projection; use_bias where not given.
+  /// Biases of the query, key and value projections; use_bias where not given.
   TORCH_ARG(std::optional<bool>, qkv_bias);
-  TORCH_ARG(std::optional<bool>, out_bias);
+  TORCH_ARG(std::optional<bool>, out_bias);  ///< of the output projection; use_bias where not given
   /// The norms of q and k multiply by 1 + w, and the initial w is 0 (Gemma); only with qk_norm.
   TORCH_ARG(bool, norm_unit_offset) = false;
   /// What qk_norm normalises: each "head", or the whole "projection" to all heads, before the split (OLMo 2).
@@ -66,13 +67,16 @@ struct SELFATTN_API SelfAttentionOptions {
 /// Holds the weight (features,) of the RMSNorm of a head, or of a projection; the layer applies it.
 class SELFATTN_API HeadNormImpl : public torch::nn::Cloneable<HeadNormImpl> {
  public:
+  /// `unit_offset`: heads are multiplied by 1 + w, and the initial w is 0.
   explicit HeadNormImpl(int64_t features, bool unit_offset = false);
+  /// Makes the weight anew.
   void reset() override;
+  /// Name and features.
   void pretty_print(std::ostream& stream) const override;
   /// What normalised heads are multiplied by: the weights, or 1 + w in at least float32.
   torch::Tensor factor() const;
 
-  torch::Tensor weight;
+  torch::Tensor weight;  ///< (features,)
 
  private:
   int64_t features_;
@@ -121,6 +125,7 @@ class SELFATTN_API SelfAttentionImpl : public torch::nn::Cloneable<SelfAttention
   /// Whether a projection or norm has been replaced.
   bool is_replaced() const { return !replaced_.empty(); }
 
+  /// Name and options.
   void pretty_print(std::ostream& stream) const override;
 
   /// How q and k are rotated where forward is not given tables: for tables of other positions.
@@ -129,13 +134,19 @@ class SELFATTN_API SelfAttentionImpl : public torch::nn::Cloneable<SelfAttention
   /// Whether tables are made for a call without them: operators rotate whole heads by rope_theta alone.
   bool makes_tables() const { return options.rope() && (options.rotary_dim() || options.rope_scaling()); }
 
+  /// NH, query heads.
   int64_t num_heads() const { return options.num_heads().value_or(options.embedding_dim() / options.head_dim()); }
+  /// NKV, key and value heads.
   int64_t num_kv_heads() const { return options.num_kv_heads().value_or(num_heads()); }
 
-  SelfAttentionOptions options;
-  torch::nn::Linear q_proj{nullptr}, k_proj{nullptr}, v_proj{nullptr}, out_proj{nullptr};
-  HeadNorm q_norm{nullptr}, k_norm{nullptr};  // null without qk_norm
-  torch::Tensor sinks;                        // (NH,), undefined without sinks
+  SelfAttentionOptions options;         ///< what it was built from
+  torch::nn::Linear q_proj{nullptr};    ///< weight (NH D, E)
+  torch::nn::Linear k_proj{nullptr};    ///< weight (NKV D, E)
+  torch::nn::Linear v_proj{nullptr};    ///< weight (NKV D, E)
+  torch::nn::Linear out_proj{nullptr};  ///< weight (E, NH D)
+  HeadNorm q_norm{nullptr};             ///< null without qk_norm
+  HeadNorm k_norm{nullptr};             ///< null without qk_norm
+  torch::Tensor sinks;                  ///< (NH,), undefined without sinks
 
  protected:
   FORWARD_HAS_DEFAULT_ARGS({1, torch::nn::AnyValue(torch::Tensor())}, {2, torch::nn::AnyValue(torch::Tensor())},

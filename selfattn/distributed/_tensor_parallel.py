@@ -28,14 +28,14 @@ class TensorParallel(ParallelStyle):
     pass.
 
     Segment ids and ``freqs`` are those of the whole row on every rank. Every rank of the axis needs the same input;
-    with dropout the same seed, too, unless ``sequence_parallel``.
+    with dropout the same seed, too, unless ``sequence_parallel``. Errors come when the plan is applied.
 
     Args:
         sequence_parallel: the layer takes and gives (B, S / n, E), of n ranks the one's shard of the sequence, in the
             order of ranks.
         overlap: collectives run beside the products that do not need their results; False ends each where it starts.
 
-    Raises (when applied):
+    Raises:
         TypeError: the module is no ``SelfAttention``, or something is wrapped around its projections or norms.
         ValueError: a mesh of several dimensions; n does not divide the query heads; key heads and n do not divide each
             other; the layer is parallel already, or its ``config.parallel`` asks for what ``parallelize`` does.

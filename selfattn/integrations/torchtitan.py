@@ -19,6 +19,8 @@ from torchtitan.protocols.model_converter import register_model_converter
 from selfattn.checkpointing import attention_operators
 from selfattn.functional import multihead_attention, segment_ids_from_positions
 
+__all__ = ["Converter", "DocumentAttention", "DocumentIds", "get_attention_masks"]
+
 
 class DocumentIds(VarlenMetadata):
     """Which tokens attend to each other, as ids: what the models hand to ``DocumentAttention`` for a mask.
