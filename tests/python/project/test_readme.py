@@ -6,13 +6,14 @@ Those of other libraries run in tests/integrations/test_readme_integrations.py.
 import re
 
 from support import ROOT
+from support.pages import programs_of
 
 
 def test_python_lines_run() -> None:
     text = (ROOT / "README.md").read_text()
     own, cuts = re.subn(r"^## Use it in other libraries\n.*?(?=^### A plain loop)", "", text, flags=re.DOTALL | re.M)
     assert cuts == 1
-    blocks = re.findall(r"```python\n(.*?)```", own, re.DOTALL)
+    blocks = programs_of(own)
     assert blocks
     for block in blocks:
         exec(compile(block, "README.md", "exec"), {})

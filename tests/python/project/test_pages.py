@@ -1,0 +1,37 @@
+"""Promise: the blocks of the documents run as they stand, or are parts of files that other tests build and run.
+
+docs/scale_out.md runs in tests/python/distributed, what needs other libraries in tests/integrations.
+"""
+
+from pathlib import Path
+
+import pytest
+from support import ROOT
+from support.pages import blocks_of, check_parts, run
+
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
+ELSEWHERE = {"scale_out", "integrations", "pretrained_layers", "semantics"}
+PROGRAMS = [page for page in PAGES if page.stem not in ELSEWHERE and "```python\n" in page.read_text()]
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("page", PROGRAMS, ids=name_of)
+def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run(page)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if "cpp" in page.read_text()], ids=name_of)
+def test_parts_are_parts(page: Path) -> None:
+    check_parts(page)
+
+
+def test_every_guide_in_cpp_is_held_to_a_program() -> None:
+    assert not [
+        block.code
+        for block in blocks_of((ROOT / "docs" / "libtorch.md").read_text())
+        if block.language == "cpp" and not block.file
+    ]

@@ -1,0 +1,54 @@
+"""The fenced blocks of the documents.
+
+A Python block runs. A block of any language that names a file (```cpp examples/serve_cpp/serve.cpp) is a part of that
+file, which another test builds or runs; the blocks of one file stand in its order.
+"""
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+from support import ROOT
+
+
+@dataclass(frozen=True)
+class Block:
+    language: str
+    file: str
+    """From the repository's root, or empty."""
+    code: str
+
+
+def blocks_of(text: str) -> list[Block]:
+    return [Block(*found) for found in re.findall(r"^```(\w+) ?(\S*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)]
+
+
+def programs_of(text: str) -> list[str]:
+    """The Python blocks that run."""
+    return [block.code for block in blocks_of(text) if block.language == "python" and not block.file]
+
+
+def run(page: Path, names: dict[str, object] | None = None) -> dict[str, object]:
+    """Runs a page's Python blocks as one program; gives its names."""
+    names = {"__name__": "__main__", **(names or {})}
+    blocks = programs_of(page.read_text())
+    assert blocks, f"{page} has no Python"
+    for block in blocks:
+        exec(compile(block, str(page), "exec"), names)
+    return names
+
+
+def check_parts(page: Path) -> None:
+    """Blocks that name a file are parts of it, in its order."""
+    begins: dict[str, int] = defaultdict(int)
+    for block in blocks_of(page.read_text()):
+        if block.file:
+            source, part = (_without_indentation(text) for text in ((ROOT / block.file).read_text(), block.code))
+            begin = source.find(part, begins[block.file])
+            assert begin >= 0, f"{page.name}: no part of {block.file}, or out of order:\n{block.code}"
+            begins[block.file] = begin
+
+
+def _without_indentation(source: str) -> str:
+    return "\n".join(line.strip() for line in source.strip().splitlines())
