@@ -1,4 +1,4 @@
-# make demo | test | test-integrations | lint | bench-cpu | sanitize | coverage | install | clean     (see CONTRIBUTING.md)
+# make demo | test | test-integrations | lint | docs | bench-cpu | sanitize | coverage | install | clean     (see CONTRIBUTING.md)
 # Everything lies in this folder: .venv (Python packages), build (CMake), build/install (the C++ package).
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
@@ -22,12 +22,12 @@ SPILLS = sm90+backward=496 sm90+backward_dkdv=832 sm90+forward=272 \
   flash_attention_kv_cache=88
 SOURCES = $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
-.PHONY: all build install demo test test-cpp test-python test-integrations coverage sanitize lint format bench-cpu clean
+.PHONY: all build install demo test test-cpp test-python test-integrations coverage sanitize lint format docs bench-cpu clean
 
 all: build
 
 # ---------------------------------------------------------------- set-up
-$(VENV)/.debian:
+$(VENV)/.debian: .ci/debian_packages
 	@sh .ci/debian_packages
 	@mkdir -p $(VENV) && touch $@
 
@@ -45,6 +45,11 @@ $(VENV)/.packages: $(VENV)/.python pyproject.toml
 $(VENV)/.integrations: $(VENV)/.packages pyproject.toml
 	$(BIN)/python .ci/requirements.py integrations > $(VENV)/requirements-integrations.txt
 	$(BIN)/python -m pip install --quiet --requirement $(VENV)/requirements-integrations.txt
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.packages pyproject.toml
+	$(BIN)/python .ci/requirements.py docs > $(VENV)/requirements-docs.txt
+	$(BIN)/python -m pip install --quiet --requirement $(VENV)/requirements-docs.txt
 	touch $@
 
 # ---------------------------------------------------------------- build
@@ -67,6 +72,10 @@ demo: install
 
 bench-cpu: build
 	$(BIN)/python benchmarks/attention_cpu.py $(BENCH_ARGS)
+
+# The site, in build/docs. What is read anew (-E) is warned of again, and a warning is an error.
+docs: build $(VENV)/.docs
+	$(BIN)/python -m sphinx -q -E -W --keep-going -c docs/site -d build/docs_work/doctrees docs build/docs
 
 # ---------------------------------------------------------------- check
 test: test-cpp test-python
