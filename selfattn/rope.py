@@ -140,7 +140,7 @@ class RopeParameters(_ValidatedConfig):
         Args:
             rope_parameters: ``config.rope_parameters``, or its entry for the layer's type where it has one a type. The
                 older key ``type`` serves where there is no ``rope_type``. Keys that are None count as absent.
-            head_dim: D. R is int(D * partial_rotary_factor), and must be even.
+            head_dim: D, of which int(D * partial_rotary_factor) elements rotate, an even number.
             max_position_embeddings: ``config.max_position_embeddings``: the original length of "dynamic", and where
                 ``original_max_position_embeddings`` is absent; with that length it gives an absent ``factor`` of "yarn"
                 and "longrope". None where nothing of this is absent.

@@ -37,7 +37,8 @@ extensions = [
 ]
 exclude_patterns = ["site"]
 nitpicky = True
-smartquotes = False
+smartquotes_action = "De"  # dashes; quotes and primes stay
+toc_object_entries_show_parents = "hide"
 nitpick_ignore_regex = [
     ("cpp:identifier", r"(?!selfattn::).*"),  # ATen's, torch's and the standard library's
     ("py:.*", r"(?!selfattn\.).*"),  # torch's, and the words of a docstring's types
@@ -50,8 +51,9 @@ myst_heading_anchors = 4
 # ---------------------------------------------------------------- Python
 autodoc_mock_imports = ["torchtitan", "transformers"]
 autodoc_typehints = "none"
+autodoc_preserve_defaults = True
 autodoc_member_order = "bysource"
-autodoc_default_options = {"members": True, "undoc-members": True}
+autodoc_default_options = {"members": True, "undoc-members": True, "exclude-members": "extra_repr"}
 python_use_unqualified_type_names = True
 napoleon_use_ivar = True
 napoleon_use_rtype = False
@@ -62,6 +64,10 @@ breathe_default_project = "selfattn"
 breathe_default_members = ("members",)
 breathe_show_include = False
 cpp_index_common_prefix = ["selfattn::"]
+rst_prolog = """
+.. |options| replace:: A field ``T name`` of a struct of options is set by ``.name(value)``, which gives the struct
+   back, and read by ``.name()``.
+"""
 DOXYGEN = f"""
 INPUT = {ROOT / "include"}
 STRIP_FROM_INC_PATH = {ROOT / "include"}
@@ -113,6 +119,8 @@ def link_names(app: Sphinx, what: str, name: str, thing: object, options: object
     if what in ("class", "function", "method") and not any(lines):
         log.warning("%s has no docstring", name)
     names = "|".join(selfattn.__all__)
+    if what in ("attribute", "property"):
+        lines.insert(0, "")  # or napoleon takes what stands before a colon for a type
     for i, line in enumerate(lines):
         lines[i] = re.sub(rf"``({names})``", r":py:obj:`\1 <selfattn.\1>`", line)
 
@@ -140,5 +148,5 @@ def setup(app: Sphinx) -> None:
         raise ConfigError("a public header lacks comments, see above")
     records.write(WORK / "records")
     app.connect("doctree-read", point_to_pages)
-    app.connect("autodoc-process-docstring", link_names)
+    app.connect("autodoc-process-docstring", link_names, priority=400)  # before napoleon
     app.connect("env-check-consistency", check_completeness)
