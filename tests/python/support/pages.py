@@ -6,6 +6,7 @@ file, which another test builds or runs; the blocks of one file stand in its ord
 
 import re
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,10 +30,13 @@ def programs_of(text: str) -> list[str]:
     return [block.code for block in blocks_of(text) if block.language == "python" and not block.file]
 
 
-def run(page: Path, names: dict[str, object] | None = None) -> dict[str, object]:
-    """Runs a page's Python blocks as one program; gives its names."""
+def run(page: Path, names: dict[str, object] | None = None, only: Callable[[str], bool] = bool) -> dict[str, object]:
+    """Runs a page's Python blocks as one program, given names that it takes for granted; gives all names then.
+
+    ``only``: which of the blocks.
+    """
     names = {"__name__": "__main__", **(names or {})}
-    blocks = programs_of(page.read_text())
+    blocks = [block for block in programs_of(page.read_text()) if only(block)]
     assert blocks, f"{page} has no Python"
     for block in blocks:
         exec(compile(block, str(page), "exec"), names)
