@@ -53,6 +53,18 @@ TEST(KVCache, PiecesEqualTheWhole) {
   }
 }
 
+TEST(KVCache, RunsTheGuide) {
+  selfattn::SelfAttention layer(selfattn::SelfAttentionOptions(64).head_dim(16).num_kv_heads(2));
+  const auto x = torch::randn({3, 5, 64});
+  auto cache = selfattn::KVCache::dense(selfattn::KVCacheOptions(/*layers=*/2, /*num_kv_heads=*/2, /*head_dim=*/16),
+                                        /*batch=*/3, /*max_length=*/32);
+  torch::NoGradGuard no_grad;
+  torch::Tensor y = layer->forward_with_cache(x, cache.layer(0));
+  cache.advance(x.size(1));
+  EXPECT_TRUE(torch::allclose(y, layer->forward(x), 1e-4, 1e-5));
+  EXPECT_TRUE(cache.lengths().eq(5).all().item<bool>());
+}
+
 TEST(KVCache, ServesAScriptedLayer) {
   const auto x = torch::randn({kRows, kLength, 48}, torch::kDouble);
   for (auto layer : {make_layer(), make_layer([](auto& of) { of.rotary_dim(4); }),

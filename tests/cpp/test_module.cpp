@@ -1,8 +1,10 @@
 // Promise: SelfAttention behaves as a LibTorch module: registered names, initialisation, reset, clone, save and load.
 #include <gtest/gtest.h>
 #include <selfattn/selfattn.h>
+#include <torch/script.h>
 #include <torch/torch.h>
 
+#include <filesystem>
 #include <sstream>
 
 namespace {
@@ -22,6 +24,18 @@ TEST(Module, RegistersTheNamesOfThePythonModule) {
                                              "sinks",           "v_proj.bias",   "v_proj.weight"};
   EXPECT_EQ(names, expected);
   EXPECT_EQ(SelfAttention(SelfAttentionOptions(64))->parameters().size(), 4u);
+}
+
+TEST(Module, RunsTheReadme) {
+  std::filesystem::current_path(testing::TempDir());
+  const auto x = torch::randn({1, 8, 256}), segment_ids = torch::tensor({{0, 0, 0, 1, 1, 1, 1, -1}});
+  torch::nn::Identity adapter;
+  selfattn::SelfAttention layer(selfattn::SelfAttentionOptions(256).head_dim(64).qk_norm(true));
+  torch::Tensor y = layer->forward(x, /*freqs_sin=*/{}, /*freqs_cos=*/{}, segment_ids);
+  selfattn::to_torchscript(layer).save("layer.pt");         // loads wherever LibTorch and libselfattn.so are
+  layer->replace("q_proj", torch::nn::AnyModule(adapter));  // from then on called in its place
+  EXPECT_TRUE(torch::equal(y, torch::jit::load("layer.pt").forward({x, torch::IValue(), segment_ids}).toTensor()));
+  EXPECT_FALSE(torch::allclose(y, layer->forward(x, {}, {}, segment_ids)));
 }
 
 TEST(Module, HasTheHeadsAndBiasesThatAreGiven) {

@@ -265,7 +265,9 @@ TEST(SdpaOverride, ReplacesKernelsForCuda) {
   const auto kernel = [&] { return op.getComputedKernelForDispatchKey(c10::DispatchKey::CUDA).debug(); };
   const std::string before = kernel();
   {
-    const SdpaOverride active;
+    const torch::Tensor q = heads(4, 9), k = heads(4, 9), v = heads(4, 9);
+    selfattn::SdpaOverride active;  // until it is destroyed
+    at::scaled_dot_product_attention(q, k, v, {}, 0.0, /*is_causal=*/true);
     EXPECT_NE(kernel().find("SdpaOverride"), std::string::npos) << kernel();
   }
   EXPECT_EQ(kernel(), before);

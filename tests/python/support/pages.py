@@ -1,7 +1,7 @@
 """The fenced blocks of the documents.
 
 A Python block runs. A block of any language that names a file (```cpp examples/serve_cpp/serve.cpp) is a part of that
-file, which another test builds or runs; the blocks of one file stand in its order.
+file, which another test builds or runs; the parts of one file, between empty lines, stand in its order.
 """
 
 import re
@@ -48,10 +48,11 @@ def check_parts(page: Path) -> None:
     begins: dict[str, int] = defaultdict(int)
     for block in blocks_of(page.read_text()):
         if block.file:
-            source, part = (_without_indentation(text) for text in ((ROOT / block.file).read_text(), block.code))
-            begin = source.find(part, begins[block.file])
-            assert begin >= 0, f"{page.name}: no part of {block.file}, or out of order:\n{block.code}"
-            begins[block.file] = begin
+            source = _without_indentation((ROOT / block.file).read_text())
+            for part in block.code.split("\n\n"):
+                begin = source.find(_without_indentation(part), begins[block.file])
+                assert begin >= 0, f"{page.name}: no part of {block.file}, or out of order:\n{part}"
+                begins[block.file] = begin
 
 
 def _without_indentation(source: str) -> str:
