@@ -10,7 +10,6 @@ from docutils import nodes
 from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
-from sphinx.errors import ConfigError
 from sphinx.util import logging
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -145,7 +144,7 @@ def check_completeness(app: Sphinx, env: BuildEnvironment) -> None:
 def setup(app: Sphinx) -> None:
     WORK.mkdir(parents=True, exist_ok=True)
     if subprocess.run(["doxygen", "-"], input=DOXYGEN, text=True, check=False).returncode:
-        raise ConfigError("a public header lacks comments, see above")
+        raise SystemExit("a public header lacks comments, see above")
     records.write(WORK / "records")
     app.connect("doctree-read", point_to_pages)
     app.connect("autodoc-process-docstring", link_names, priority=400)  # before napoleon
