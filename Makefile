@@ -18,7 +18,6 @@ SPILLS = sm90+backward=496 sm90+backward_dkdv=832 sm90+forward=272 \
   sm80+forward_kernel=320 sm80+forward_kernel+sm_80=368 sm80+backward_kernel=192 sm80+backward_dq_kernel=104 \
   sm80+backward_dkdv_kernel=144 sm80+repair=352 \
   float32+forward_kernel=256 float32+backward_dq_kernel=400 float32+backward_dkdv_kernel=432 float32+repair=288 \
-  kv_cache+attention_kv_cache_kernel=2560 \
   flash_attention_kv_cache=88
 SOURCES = $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
