@@ -5,7 +5,8 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# The compilations at a time. A CUDA unit takes up to 2 GB.
+PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+# Compilations and test processes at a time. A CUDA unit takes up to 2 GB.
 JOBS ?= $(shell nproc)
 CMAKE_ARGS ?=
 CONFIGURE = $(BIN)/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
@@ -74,11 +75,11 @@ test-cpp: build
 	$(BIN)/ctest --test-dir build --output-on-failure
 
 test-python: install
-	$(BIN)/python -m pytest --cov --cov-report=term $(PYTEST_ARGS)
+	$(PYTEST) --cov --cov-report=term $(PYTEST_ARGS)
 
 # With the libraries that selfattn plugs into, which nothing else needs.
 test-integrations: build $(VENV)/.integrations
-	$(BIN)/python -m pytest tests/integrations $(PYTEST_ARGS)
+	$(PYTEST) tests/integrations $(PYTEST_ARGS)
 
 # C++ lines that the C++ tests and the quick Python tests reach, on the CPU part; those of several processes test Python
 # alone. Inner loops run more often than the 2^32 times from which on gcovr suspects an error.
@@ -87,7 +88,7 @@ coverage: $(VENV)/.packages
 	$(BIN)/cmake --build build-coverage -j $(JOBS)
 	find build-coverage -name '*.gcda' -delete
 	$(BIN)/ctest --test-dir build-coverage --output-on-failure
-	SELFATTN_LIBRARY=$(abspath build-coverage/libselfattn.so) $(BIN)/python -m pytest -q -m "not slow" \
+	SELFATTN_LIBRARY=$(abspath build-coverage/libselfattn.so) $(PYTEST) -q -m "not slow" \
 	  --ignore=tests/python/distributed $(PYTEST_ARGS)
 	$(BIN)/gcovr --gcov-suspicious-hits-threshold 0 --root . --filter csrc/ --filter include/ --exclude-throw-branches build-coverage
 
