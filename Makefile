@@ -75,20 +75,20 @@ test-cpp: build
 	$(BIN)/ctest --test-dir build --output-on-failure
 
 test-python: install
-	$(PYTEST) --cov --cov-report=term $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 # With the libraries that selfattn plugs into, which nothing else needs.
 test-integrations: build $(VENV)/.integrations
 	$(PYTEST) tests/integrations $(PYTEST_ARGS)
 
-# C++ lines that the C++ tests and the quick Python tests reach, on the CPU part; those of several processes test Python
-# alone. Inner loops run more often than the 2^32 times from which on gcovr suspects an error.
+# Python's lines, and C++'s of the CPU part, that the C++ tests and the quick Python tests reach; those of several processes
+# test Python alone. Inner loops run more often than the 2^32 times from which on gcovr suspects an error.
 coverage: $(VENV)/.packages
 	$(CONFIGURE) -B build-coverage -DSELFATTN_TESTS=ON -DSELFATTN_CUDA=OFF -DSELFATTN_COVERAGE=ON
 	$(BIN)/cmake --build build-coverage -j $(JOBS)
 	find build-coverage -name '*.gcda' -delete
 	$(BIN)/ctest --test-dir build-coverage --output-on-failure
-	SELFATTN_LIBRARY=$(abspath build-coverage/libselfattn.so) $(PYTEST) -q -m "not slow" \
+	SELFATTN_LIBRARY=$(abspath build-coverage/libselfattn.so) $(PYTEST) -q --cov --cov-report=term -m "not slow" \
 	  --ignore=tests/python/distributed $(PYTEST_ARGS)
 	$(BIN)/gcovr --gcov-suspicious-hits-threshold 0 --root . --filter csrc/ --filter include/ --exclude-throw-branches build-coverage
 
