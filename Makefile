@@ -5,7 +5,8 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# The compilations at a time. A CUDA unit takes up to 2 GB.
+PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+# Compilations and test processes at a time. A CUDA unit takes up to 2 GB.
 JOBS ?= $(shell nproc)
 CMAKE_ARGS ?=
 CONFIGURE = $(BIN)/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
@@ -18,7 +19,6 @@ SPILLS = sm90+backward=496 sm90+backward_dkdv=832 sm90+forward=272 \
   sm80+forward_kernel=320 sm80+forward_kernel+sm_80=368 sm80+backward_kernel=192 sm80+backward_dq_kernel=104 \
   sm80+backward_dkdv_kernel=144 sm80+repair=352 \
   float32+forward_kernel=256 float32+backward_dq_kernel=400 float32+backward_dkdv_kernel=432 float32+repair=288 \
-  kv_cache+attention_kv_cache_kernel=2560 \
   flash_attention_kv_cache=88
 SOURCES = $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
@@ -84,20 +84,20 @@ test-cpp: build
 	$(BIN)/ctest --test-dir build --output-on-failure
 
 test-python: install
-	$(BIN)/python -m pytest --cov --cov-report=term $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 # With the libraries that selfattn plugs into, which nothing else needs.
 test-integrations: build $(VENV)/.integrations
-	$(BIN)/python -m pytest tests/integrations $(PYTEST_ARGS)
+	$(PYTEST) tests/integrations $(PYTEST_ARGS)
 
-# C++ lines that the C++ tests and the quick Python tests reach, on the CPU part; those of several processes test Python
-# alone. Inner loops run more often than the 2^32 times from which on gcovr suspects an error.
+# Python's lines, and C++'s of the CPU part, that the C++ tests and the quick Python tests reach; those of several processes
+# test Python alone. Inner loops run more often than the 2^32 times from which on gcovr suspects an error.
 coverage: $(VENV)/.packages
 	$(CONFIGURE) -B build-coverage -DSELFATTN_TESTS=ON -DSELFATTN_CUDA=OFF -DSELFATTN_COVERAGE=ON
 	$(BIN)/cmake --build build-coverage -j $(JOBS)
 	find build-coverage -name '*.gcda' -delete
 	$(BIN)/ctest --test-dir build-coverage --output-on-failure
-	SELFATTN_LIBRARY=$(abspath build-coverage/libselfattn.so) $(BIN)/python -m pytest -q -m "not slow" \
+	SELFATTN_LIBRARY=$(abspath build-coverage/libselfattn.so) $(PYTEST) -q --cov --cov-report=term -m "not slow" \
 	  --ignore=tests/python/distributed $(PYTEST_ARGS)
 	$(BIN)/gcovr --gcov-suspicious-hits-threshold 0 --root . --filter csrc/ --filter include/ --exclude-throw-branches build-coverage
 
