@@ -114,14 +114,15 @@ def point_to_pages(app: Sphinx, doctree: nodes.document) -> None:
 
 
 def link_names(app: Sphinx, what: str, name: str, thing: object, options: object, lines: list[str]) -> None:
-    """Public names between double backquotes become links; a function or class without a docstring is an error."""
+    """Names between double backquotes, and of documents, become links; what has no docstring is an error."""
     if what in ("class", "function", "method") and not any(lines):
         log.warning("%s has no docstring", name)
     names = "|".join(selfattn.__all__)
     if what in ("attribute", "property"):
         lines.insert(0, "")  # or napoleon takes what stands before a colon for a type
     for i, line in enumerate(lines):
-        lines[i] = re.sub(rf"``({names})``", r":py:obj:`\1 <.\1>`", line)
+        line = re.sub(rf"``({names})``", r":py:obj:`\1 <.\1>`", line)
+        lines[i] = re.sub(r"docs/([\w/]+)\.md", r":doc:`/\1`", line)
 
 
 def check_completeness(app: Sphinx, env: BuildEnvironment) -> None:
