@@ -42,7 +42,7 @@ def _check_sizes(**sizes: int) -> None:
 
 
 class KVCache:
-    """Keys and values of every layer of a model, for a batch of sequences; made by ``dense`` or ``paged``::
+    """Keys and values of every layer of a model, for a batch of sequences; made by ``dense`` or ``paged``.
 
         cache = selfattn.KVCache.dense(layers, batch, max_length, num_kv_heads, head_dim)
         with torch.no_grad():

@@ -113,16 +113,16 @@ def point_to_pages(app: Sphinx, doctree: nodes.document) -> None:
                 link["reftargetid"] = folders[0] if folders else link.get("reftargetid")
 
 
-def link_names(app: Sphinx, what: str, name: str, thing: object, options: object, lines: list[str]) -> None:
-    """Names between double backquotes, and of documents, become links; what has no docstring is an error."""
+def read_docstring(app: Sphinx, what: str, name: str, thing: object, options: object, lines: list[str]) -> None:
+    """An indented paragraph is code, as in Markdown; names between double backquotes, and of documents, are links."""
     if what in ("class", "function", "method") and not any(lines):
         log.warning("%s has no docstring", name)
-    names = "|".join(selfattn.__all__)
+    text = re.sub(r"^(\S.*\n\n)(?=    )", r"\1::\n\n", "\n".join(lines), flags=re.MULTILINE)
+    text = re.sub(rf"``({'|'.join(selfattn.__all__)})``", r":py:obj:`\1 <.\1>`", text)
+    text = re.sub(r"docs/([\w/]+)\.md", r":doc:`/\1`", text)
     if what in ("attribute", "property"):
-        lines.insert(0, "")  # or napoleon takes what stands before a colon for a type
-    for i, line in enumerate(lines):
-        line = re.sub(rf"``({names})``", r":py:obj:`\1 <.\1>`", line)
-        lines[i] = re.sub(r"docs/([\w/]+)\.md", r":doc:`/\1`", line)
+        text = f"..\n\n{text}"  # an empty comment, or napoleon takes what stands before a colon for a type
+    lines[:] = text.splitlines()
 
 
 def check_completeness(app: Sphinx, env: BuildEnvironment) -> None:
@@ -148,5 +148,5 @@ def setup(app: Sphinx) -> None:
         raise SystemExit("a public header lacks comments, see above")
     records.write(WORK / "records")
     app.connect("doctree-read", point_to_pages)
-    app.connect("autodoc-process-docstring", link_names, priority=400)  # before napoleon
+    app.connect("autodoc-process-docstring", read_docstring, priority=400)  # before napoleon
     app.connect("env-check-consistency", check_completeness)

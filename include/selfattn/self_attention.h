@@ -22,7 +22,7 @@ struct SELFATTN_API SelfAttentionOptions {
 
   /// E, the features of a token; a multiple of head_dim unless num_heads is given.
   TORCH_ARG(int64_t, embedding_dim);
-  TORCH_ARG(int64_t, head_dim) = 64;  ///< D
+  TORCH_ARG(int64_t, head_dim) = 64;  ///< D, the features of a head
   /// Key/value heads; as many as query heads where not given.
   TORCH_ARG(std::optional<int64_t>, num_kv_heads);
   /// RMSNorm of each head of q and k, before the rotary embedding.
