@@ -29,10 +29,15 @@ class AttentionBackend(str, Enum):
     """
 
     AUTO = "auto"
+    """The first of the others, in this order, that can serve a call."""
     FLASH = "flash"
+    """This project's kernels, on the CPU and on CUDA."""
     CUDNN = "cudnn"
+    """ATen's cuDNN attention."""
     ATEN = "aten"
+    """``F.scaled_dot_product_attention``, with a mask where one is needed."""
     REFERENCE = "reference"
+    """The formula in ATen operators."""
 
     PALLAS_TRITON = "flash"
     TRITON = "flash"
@@ -198,20 +203,25 @@ class SelfAttentionConfig(_ValidatedConfig):
     attention_backend: str = "auto"
     """See ``AttentionBackend``."""
     causal: bool = True
+    """No token sees a later one."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """How the layer is spread over devices, or its dictionary."""
     num_kv_heads: int | None = None
     """Key and value heads for grouped queries; None has as many as query heads."""
     window_left: int = -1
     """Tokens to the left that a query sees besides itself; -1 is unbounded."""
     window_right: int = -1
+    """The same to the right."""
     softcap: float = 0.0
     """c > 0 turns the logits into c * tanh(logits / c)."""
     sinks: bool = False
     """A learned logit a head in the softmax's denominator."""
     rope_theta: float = 10000.0
+    """Base of the frequencies of the rotary embedding."""
     rope_pairing: str = "interleaved"
     """"interleaved" rotates the pairs (2i, 2i + 1); "half" the pairs (i, i + head_dim / 2), as Hugging Face does."""
     norm_eps: float = 1e-6
+    """Added to the mean square."""
     num_heads: int | None = None
     """Query heads; None is embedding_dim / head_dim. Given, embedding_dim need not be a multiple of head_dim, nor equal
     to num_heads * head_dim."""

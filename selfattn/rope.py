@@ -50,13 +50,17 @@ class RopeParameters(_ValidatedConfig):
     rotary_dim: int
     """R, the first elements of a head, those that rotate; even."""
     rope_type: str = "default"
+    """"default", "linear", "dynamic", "llama3", "yarn" or "longrope"."""
     rope_theta: float = 10000.0
+    """Base of the frequencies."""
     factor: float | None = None
     """By how much the context is longer than the original one."""
     original_max_position_embeddings: int | None = None
     """The original length, in tokens."""
     low_freq_factor: float | None = None
+    """Pairs of fewer turns in the original length slow down."""
     high_freq_factor: float | None = None
+    """Pairs of more turns stay as they are."""
     attention_factor: float | None = None
     """Of sines and cosines alike. None follows the other fields: 0.1 ln(factor) + 1 for yarn (section 3.4), or the
     quotient of that with ``mscale`` and with ``mscale_all_dim`` as weights of the logarithm; for longrope
@@ -68,11 +72,13 @@ class RopeParameters(_ValidatedConfig):
     mscale: float | None = None
     """None or 0 leaves the attention factor to ``factor`` alone, as one of the two without the other does."""
     mscale_all_dim: float | None = None
+    """As ``mscale``."""
     truncate: bool | None = None
     """Whether yarn's blend begins and ends at whole pairs; None is True."""
     short_factor: Sequence[float] | None = None
     """R / 2 divisors of the frequencies."""
     long_factor: Sequence[float] | None = None
+    """The same beyond the original length."""
 
     def __post_init__(self) -> None:
         self._check_int("rotary_dim", 2, "a positive even integer")

@@ -64,20 +64,20 @@ class PackingReport:
     rows: int
     query_length: int
     key_length: int
-    documents: Spread  # a row
-    lengths: Spread | None  # tokens a document; None: there is no document
-    length_histogram: tuple[tuple[int, int, int], ...]  # (least length, largest length, documents), by powers of two
-    fill: Spread  # the share of a row's tokens that is not padding
-    padding: int  # tokens
-    key_padding: int  # tokens; those of `padding` where the keys have no ids of their own
-    contiguous_rows: int  # rows that the kernels take as intervals; in the others they compare ids
-    pairs: int  # the score square
+    documents: Spread  #: a row
+    lengths: Spread | None  #: tokens a document; None: there is no document
+    length_histogram: tuple[tuple[int, int, int], ...]  #: (least length, largest length, documents), by powers of two
+    fill: Spread  #: the share of a row's tokens that is not padding
+    padding: int  #: tokens
+    key_padding: int  #: tokens; those of `padding` where the keys have no ids of their own
+    contiguous_rows: int  #: rows that the kernels take as intervals; in the others they compare ids
+    pairs: int  #: the score square
     allowed_pairs: int
-    blocks: int  # of the score square
+    blocks: int  #: of the score square
     visited_blocks: int
-    dense_allowed_pairs: int  # the same without ids: one document a row, no padding
+    dense_allowed_pairs: int  #: the same without ids: one document a row, no padding
     dense_visited_blocks: int
-    notes: tuple[str, ...]  # what looks wrong
+    notes: tuple[str, ...]  #: what looks wrong
     packing: Packing = field(repr=False, compare=False)
 
     @property
