@@ -13,7 +13,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Table:
-    """What is told of a record: ``field`` of the newest row of each case and implementation."""
+    """What is told of a record: ``field`` of the newest run of each case."""
 
     name: str
     title: str
@@ -64,10 +64,13 @@ def sources_of(rows: list[Row]) -> str:
 
 
 def newest(rows: list[Row], field: str) -> dict[str, dict[str, dict[str, Row]]]:
-    """pass -> case -> implementation -> row."""
+    """pass -> case -> implementation -> row, of the newest run of the case."""
     found: dict[str, dict[str, dict[str, Row]]] = defaultdict(lambda: defaultdict(dict))
     for row in sorted((row for row in rows if row.get(field) is not None), key=lambda row: row["date"]):
-        found[row.get("pass", "")][kind_of(row)][row["impl"]] = row
+        case = found[row.get("pass", "")][kind_of(row)]
+        if any(other["commit"] != row["commit"] for other in case.values()):
+            case.clear()
+        case[row["impl"]] = row
     return found
 
 

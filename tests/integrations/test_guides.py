@@ -8,7 +8,7 @@ import torch
 import transformers as hf
 from conftest import ROOT
 from models import build, tokens
-from support.pages import programs_of, run
+from support.guides import programs_of, run
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 import selfattn
@@ -72,8 +72,8 @@ def test_onnx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_sdpa_is_the_readme_s() -> None:
     (own,), (readme,) = (
-        [block for block in programs_of(page.read_text()) if SDPA in block]
-        for page in (DOCS / "integrations.md", ROOT / "README.md")
+        [block for block in programs_of(guide.read_text()) if SDPA in block]
+        for guide in (DOCS / "integrations.md", ROOT / "README.md")
     )
     assert own == readme
 

@@ -1,7 +1,7 @@
 """Promise: the program of docs/scale_out.md runs as it stands."""
 
 from support import ROOT
-from support.pages import run
+from support.guides import run
 from support.ranks import Ranks
 
 

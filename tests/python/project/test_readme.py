@@ -6,7 +6,7 @@ Those of other libraries run in tests/integrations/test_readme_integrations.py.
 import re
 
 from support import ROOT
-from support.pages import programs_of
+from support.guides import programs_of
 
 
 def test_python_lines_run() -> None:

@@ -1,4 +1,4 @@
-"""The fenced blocks of the documents.
+"""The fenced blocks of README.md and docs/**.md.
 
 A Python block runs. A block of any language that names a file (```cpp examples/serve_cpp/serve.cpp) is a part of that
 file, which another test builds or runs; the parts of one file, between empty lines, stand in its order.
@@ -30,28 +30,28 @@ def programs_of(text: str) -> list[str]:
     return [block.code for block in blocks_of(text) if block.language == "python" and not block.file]
 
 
-def run(page: Path, names: dict[str, object] | None = None, only: Callable[[str], bool] = bool) -> dict[str, object]:
-    """Runs a page's Python blocks as one program, given names that it takes for granted; gives all names then.
+def run(guide: Path, names: dict[str, object] | None = None, only: Callable[[str], bool] = bool) -> dict[str, object]:
+    """Runs a guide's Python blocks as one program, given names that it takes for granted; gives all names then.
 
     ``only``: which of the blocks.
     """
     names = {"__name__": "__main__", **(names or {})}
-    blocks = [block for block in programs_of(page.read_text()) if only(block)]
-    assert blocks, f"{page} has no Python"
+    blocks = [block for block in programs_of(guide.read_text()) if only(block)]
+    assert blocks, f"{guide} has no Python"
     for block in blocks:
-        exec(compile(block, str(page), "exec"), names)
+        exec(compile(block, str(guide), "exec"), names)
     return names
 
 
-def check_parts(page: Path) -> None:
+def check_parts(guide: Path) -> None:
     """Blocks that name a file are parts of it, in its order."""
     begins: dict[str, int] = defaultdict(int)
-    for block in blocks_of(page.read_text()):
+    for block in blocks_of(guide.read_text()):
         if block.file:
             source = _without_indentation((ROOT / block.file).read_text())
             for part in block.code.split("\n\n"):
                 begin = source.find(_without_indentation(part), begins[block.file])
-                assert begin >= 0, f"{page.name}: no part of {block.file}, or out of order:\n{part}"
+                assert begin >= 0, f"{guide.name}: no part of {block.file}, or out of order:\n{part}"
                 begins[block.file] = begin
 
 
