@@ -1,8 +1,10 @@
 """Finds libselfattn.so, checks that it fits the installed torch, and loads it once."""
 
 import contextlib
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nested._internal.nested_tensor import NestedTensor
@@ -38,7 +40,7 @@ def load() -> None:
             message says what to do.
     """
     chosen_by_user = os.environ.get(ENVIRONMENT_VARIABLE)
-    path = Path(chosen_by_user) if chosen_by_user else PACKAGED_LIBRARY
+    path = library_path()
     if hasattr(torch.ops.selfattn, "multihead_attention"):
         _check_loaded(path)
     else:
@@ -48,6 +50,19 @@ def load() -> None:
             torch.library.register_torch_dispatch(f"selfattn::{name}", NestedTensor, _refuse_jagged)
 
 
+def library_path() -> Path:
+    """The library that the package loads."""
+    return Path(os.environ.get(ENVIRONMENT_VARIABLE) or PACKAGED_LIBRARY)
+
+
+def build_of(library: Path) -> dict[str, Any]:
+    """What the build wrote beside the library (CMakeLists.txt): the ``version``, the ``torch`` and the ``cuda`` (None:
+    without) that it was compiled for, and the ``kernels``, by family the instruction sets or architectures. Empty where
+    the file was moved without it."""
+    path = library.with_suffix(".json")
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
 def _load(path: Path, chosen_by_user: str | None) -> None:
     if not path.is_file():
         where = f"the environment variable {ENVIRONMENT_VARIABLE} names" if chosen_by_user else "the package expects"
@@ -55,8 +70,7 @@ def _load(path: Path, chosen_by_user: str | None) -> None:
             f"selfattn: {where} {path}, but there is no such file. Build and install it with `pip install .` in the "
             f"project's folder, or set {ENVIRONMENT_VARIABLE} to a libselfattn.so."
         )
-    # _build_info.py describes the packaged library only; one that the user names is his own affair.
-    built_for = None if chosen_by_user else _torch_version_of_build()
+    built_for = build_of(path).get("torch")
     if built_for is not None and _major_minor(built_for) != _major_minor(torch.__version__):
         raise ImportError(_mismatch(built_for))
     try:
@@ -108,14 +122,6 @@ def _defines_operators(file: str) -> bool:
         return False
 
 
-def _torch_version_of_build() -> str | None:
-    try:
-        from selfattn._build_info import TORCH_VERSION
-    except ModuleNotFoundError:
-        return None
-    return TORCH_VERSION
-
-
 def _major_minor(version: str) -> tuple[str, ...]:
     return tuple(version.split(".")[:2])
 
@@ -124,7 +130,7 @@ def _mismatch(built_for: str | None) -> str:
     built = f"torch {built_for}" if built_for else "another torch"
     cure = "build it again with `pip install --no-build-isolation --force-reinstall --no-deps .`"
     if built_for:
-        cure += f", or install torch {built_for.split('+')[0]}"
+        cure += f", or install torch {built_for}, or the wheel of selfattn for this torch"
     return (
         f"selfattn: the library was built for {built}, and the installed torch is {torch.__version__}; a compiled "
         f"extension serves one version of torch only. To cure it, {cure}."
