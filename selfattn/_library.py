@@ -4,10 +4,12 @@ import contextlib
 import json
 import os
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
-from torch.nested._internal.nested_tensor import NestedTensor
+
+from selfattn._when_imported import when_imported
 
 ENVIRONMENT_VARIABLE = "SELFATTN_LIBRARY"
 PACKAGED_LIBRARY = Path(__file__).parent / "lib" / "libselfattn.so"
@@ -45,9 +47,8 @@ def load() -> None:
         _check_loaded(path)
     else:
         _load(path, chosen_by_user)
-    for name in KERNEL_OPERATORS:
-        with contextlib.suppress(RuntimeError):  # an earlier import in this process has done it
-            torch.library.register_torch_dispatch(f"selfattn::{name}", NestedTensor, _refuse_jagged)
+    # torch 2.11 imports the module itself, 2.15 with the first jagged tensor.
+    when_imported("torch.nested._internal.nested_tensor", _register_refusals)
 
 
 def library_path() -> Path:
@@ -79,14 +80,18 @@ def _load(path: Path, chosen_by_user: str | None) -> None:
         raise ImportError(f"{_mismatch(built_for)} The loader said: {error}") from error
 
 
-def _refuse_jagged(
-    _cls: type, operator: torch._ops.OpOverload, _types: tuple, args: tuple, kwargs: dict | None
-) -> None:
+def _register_refusals(nested_tensor: ModuleType) -> None:
+    for name in KERNEL_OPERATORS:
+        with contextlib.suppress(RuntimeError):  # an earlier import in this process has done it
+            torch.library.register_torch_dispatch(f"selfattn::{name}", nested_tensor.NestedTensor, _refuse_jagged)
+
+
+def _refuse_jagged(cls: type, operator: torch._ops.OpOverload, _types: tuple, args: tuple, kwargs: dict | None) -> None:
     """In inference mode the Python class of jagged tensors comes before the kernels that refuse them by name."""
     arguments = dict(zip((argument.name for argument in operator._schema.arguments), args, strict=False)) | (
         kwargs or {}
     )
-    name = next(name for name, value in arguments.items() if isinstance(value, NestedTensor))
+    name = next(name for name, value in arguments.items() if isinstance(value, cls))
     raise TypeError(
         f"selfattn: {name} must be a dense tensor; got a nested one; pack the documents into rows and give segment_ids "
         "(segment_ids_from_cu_seqlens makes them of the offsets)"
