@@ -82,6 +82,7 @@ class CMakeBuild(build_ext):
             str(build),
             "-G",
             "Ninja",
+            "-ULibTorch_*",  # an earlier build in this folder may have found another torch
             "-DCMAKE_INSTALL_LIBDIR=lib",
             "-DSELFATTN_SITE_PACKAGES=ON",
             f"-DLibTorch_ROOT={torch}",
