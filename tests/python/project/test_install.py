@@ -130,7 +130,7 @@ INCLUDES_SOURCES = {
 @pytest.mark.parametrize("finds", INCLUDES_SOURCES.values(), ids=INCLUDES_SOURCES.keys())
 def test_project_around_the_sources_configures(finds: str, tmp_path: Path) -> None:
     build = configure(tmp_path, finds, Path(torch.__file__).parent, "-DSELFATTN_CUDA=OFF")
-    needed = run(tool("ninja"), "-C", build, "-n", "application")
+    needed = run(tool("ninja"), "-C", build, "-t", "commands", "application")
     assert "csrc/library.cpp" in needed and "main.cpp" in needed
 
 
