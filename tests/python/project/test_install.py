@@ -109,10 +109,11 @@ def configure(folder: Path, finds: str, torch_root: Path, *options: str) -> Path
 
 def test_cpp_program_is_built_with_the_package(site: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "selfattn.cmake_prefix"]
-    environment = environment_of(site)
-    prefix = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
+    asked = subprocess.run(command, env=environment_of(site), cwd=tmp_path, capture_output=True, text=True, check=True)
     torch_root = Path(torch.__file__).parent
-    build = configure(tmp_path, "find_package(SelfAttn REQUIRED)", torch_root, f"-DCMAKE_PREFIX_PATH={prefix}")
+    build = configure(
+        tmp_path, "find_package(SelfAttn REQUIRED)", torch_root, f"-DCMAKE_PREFIX_PATH={asked.stdout.strip()}"
+    )
     run(tool("cmake"), "--build", build)
     run(build / "application")
 
