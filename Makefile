@@ -111,7 +111,7 @@ test-integrations: build $(VENV)/.integrations
 	$(BIN)/python -m pytest tests/integrations $(PYTEST_ARGS)
 
 # The quick tests with the oldest and the newest torch that pyproject.toml takes, on the CPU, in fresh environments:
-# gigabytes to download, and a build each. Not in CI, whose time is short; benchmarks/results/test_matrix.md is its record.
+# gigabytes to download, and a build each. Not in CI, whose time is short.
 TORCHES ?= 2.11 2.15
 PYTHONS ?= $(PYTHON)
 test-matrix: $(VENV)/.debian
