@@ -6,7 +6,8 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# The compilations at a time. A CUDA unit takes up to 2 GB.
+PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+# Compilations and test processes at a time. A CUDA unit takes up to 2 GB.
 JOBS ?= $(shell nproc)
 CMAKE_ARGS ?=
 CONFIGURE = $(BIN)/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
@@ -19,7 +20,6 @@ SPILLS = sm90+backward=496 sm90+backward_dkdv=832 sm90+forward=272 \
   sm80+forward_kernel=320 sm80+forward_kernel+sm_80=368 sm80+backward_kernel=192 sm80+backward_dq_kernel=104 \
   sm80+backward_dkdv_kernel=144 sm80+repair=352 \
   float32+forward_kernel=256 float32+backward_dq_kernel=400 float32+backward_dkdv_kernel=432 float32+repair=288 \
-  kv_cache+attention_kv_cache_kernel=2560 \
   flash_attention_kv_cache=88
 SOURCES = $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
@@ -78,7 +78,7 @@ wheel: $(VENV)/.debian
 	$(WHEEL)/bin/python -m pip install --quiet --requirement $(WHEEL)/requirements.txt 'torch==$(TORCH).*'
 	rm -rf $(WHEEL)/linux $(WHEEL)/manylinux build/lib.*
 	export PATH=$(abspath $(WHEEL)/bin):$$PATH && \
-	  MAX_JOBS=$(JOBS) SELFATTN_CMAKE_ARGS="-DSELFATTN_CUDA=ON $(CMAKE_ARGS)" \
+	  MAX_JOBS=$(JOBS) SELFATTN_CMAKE_ARGS="-DSELFATTN_CUDA=ON -DSELFATTN_COMPUTE_CAPABILITIES=all $(CMAKE_ARGS)" \
 	  SELFATTN_LOCAL_VERSION=torch$(TORCH)$(if $(findstring SELFATTN_CUDA=OFF,$(CMAKE_ARGS)),.cpu) \
 	  python -m pip wheel --no-build-isolation --no-deps --wheel-dir $(WHEEL)/linux . && \
 	  auditwheel repair $(EXCLUDED) --wheel-dir $(WHEEL)/manylinux $(WHEEL)/linux/*.whl
@@ -104,11 +104,11 @@ test-cpp: build
 	$(BIN)/ctest --test-dir build --output-on-failure
 
 test-python: install
-	$(BIN)/python -m pytest --cov --cov-report=term $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 # With the libraries that selfattn plugs into, which nothing else needs.
 test-integrations: build $(VENV)/.integrations
-	$(BIN)/python -m pytest tests/integrations $(PYTEST_ARGS)
+	$(PYTEST) tests/integrations $(PYTEST_ARGS)
 
 # The quick tests with the oldest and the newest torch that pyproject.toml takes, on the CPU, in fresh environments:
 # gigabytes to download, and a build each. Not in CI, whose time is short.
@@ -117,14 +117,14 @@ PYTHONS ?= $(PYTHON)
 test-matrix: $(VENV)/.debian
 	$(PYTHON) .ci/test_matrix.py --torch $(TORCHES) --python $(PYTHONS) --jobs $(JOBS)
 
-# C++ lines that the C++ tests and the quick Python tests reach, on the CPU part; those of several processes test Python
-# alone. Inner loops run more often than the 2^32 times from which on gcovr suspects an error.
+# Python's lines, and C++'s of the CPU part, that the C++ tests and the quick Python tests reach; those of several processes
+# test Python alone. Inner loops run more often than the 2^32 times from which on gcovr suspects an error.
 coverage: $(VENV)/.packages
 	$(CONFIGURE) -B build-coverage -DSELFATTN_TESTS=ON -DSELFATTN_CUDA=OFF -DSELFATTN_COVERAGE=ON
 	$(BIN)/cmake --build build-coverage -j $(JOBS)
 	find build-coverage -name '*.gcda' -delete
 	$(BIN)/ctest --test-dir build-coverage --output-on-failure
-	SELFATTN_LIBRARY=$(abspath build-coverage/libselfattn.so) $(BIN)/python -m pytest -q -m "not slow" \
+	SELFATTN_LIBRARY=$(abspath build-coverage/libselfattn.so) $(PYTEST) -q --cov --cov-report=term -m "not slow" \
 	  --ignore=tests/python/distributed $(PYTEST_ARGS)
 	$(BIN)/gcovr --gcov-suspicious-hits-threshold 0 --root . --filter csrc/ --filter include/ --exclude-throw-branches build-coverage
 

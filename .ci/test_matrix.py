@@ -51,12 +51,13 @@ def build(folder: Path, python: Path, jobs: int) -> Path:
     return folder / "libselfattn.so"
 
 
-def test(python: Path, library: Path, log: Path) -> dict[str, int]:
+def test(python: Path, library: Path, log: Path, jobs: int) -> dict[str, int]:
     """How many tests ended how."""
     own = {"SELFATTN_LIBRARY": str(library), "PYTHONPATH": str(ROOT)}
     if run(python, "-m", "selfattn", **own).returncode:
         sys.exit(f"python -m selfattn fails with {library}")
-    command = [python, "-m", "pytest", "-q", "-m", "not slow", *(ROOT / "tests/python" / name for name in TESTS)]
+    command = [python, "-m", "pytest", "-q", "-n", jobs, "--dist", "worksteal", "-m", "not slow"]
+    command += [ROOT / "tests/python" / name for name in TESTS]
     with log.open("w") as file:
         subprocess.run([*map(str, command)], cwd=ROOT, env={**os.environ, **own}, stdout=file, check=False)
     last = log.read_text().splitlines()[-1]
@@ -69,7 +70,7 @@ def main() -> int:
     parser.add_argument("--torch", nargs="+", required=True, metavar="MINOR", help="e.g. 2.15")
     parser.add_argument("--python", nargs="+", required=True, help="interpreters")
     parser.add_argument("--folder", type=Path, default=ROOT / "build-matrix")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="the compilations at a time")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilations and tests at a time")
     arguments = parser.parse_args()
     rows = []
     for torch in arguments.torch:
@@ -78,7 +79,7 @@ def main() -> int:
             name = f"torch{torch}-{Path(python).name}"
             own = make_environment(arguments.folder / name, python, torch)
             library = library or build(arguments.folder / f"torch{torch}", own, arguments.jobs)
-            counts = test(own, library, arguments.folder / f"{name}.log")
+            counts = test(own, library, arguments.folder / f"{name}.log", arguments.jobs)
             versions = "import platform, torch; print(torch.__version__, platform.python_version())"
             found = subprocess.run([own, "-c", versions], check=True, capture_output=True, text=True).stdout.split()
             rows.append((found, counts))

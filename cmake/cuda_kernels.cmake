@@ -1,5 +1,4 @@
-# The CUDA kernels, which know no torch header: objects for the architectures that can run them. A family of flash kernels
-# has its own; what every card runs is compiled for SELFATTN_CUDA_ARCHITECTURES.
+# The CUDA kernels, which know no torch header: objects for the architectures that can run them.
 function(add_cuda_kernels name)
   cmake_parse_arguments(PARSE_ARGV 1 arg "" "" "ARCHITECTURES;SOURCES")
   add_library(${name} OBJECT ${arg_SOURCES})
@@ -18,8 +17,10 @@ function(add_cuda_kernels name)
   set(SELFATTN_KERNELS ${SELFATTN_KERNELS} PARENT_SCOPE)
 endfunction()
 
+include(cmake/cuda_architectures.cmake)
+
 file(GLOB_RECURSE sm90_sources CONFIGURE_DEPENDS csrc/cuda/flash/sm90/*.cu)
-add_cuda_kernels(selfattn_flash_sm90 ARCHITECTURES 90a SOURCES ${sm90_sources})
+add_cuda_kernels(selfattn_flash_sm90 ARCHITECTURES ${SELFATTN_SM90_ARCHITECTURES} SOURCES ${sm90_sources})
 
 # Every card from 8.0 on but Hopper.
 file(GLOB_RECURSE sm80_sources CONFIGURE_DEPENDS csrc/cuda/flash/sm80/*.cu)
@@ -27,25 +28,15 @@ set(unaligned_sources ${sm80_sources})
 list(FILTER sm80_sources EXCLUDE REGEX "/unaligned_[^/]*$")
 add_cuda_kernels(selfattn_flash_sm80 ARCHITECTURES ${SELFATTN_SM80_ARCHITECTURES} SOURCES ${sm80_sources})
 
-# Head dimensions that are no multiple of 16 bytes take kernels of the sm80 family on Hopper, too, as does float32, which
-# has kernels of its own.
-set(every_architecture ${SELFATTN_SM80_ARCHITECTURES} 90-real)
-list(REMOVE_DUPLICATES every_architecture)
+# Head dimensions that are no multiple of 16 bytes take kernels of the sm80 family on Hopper, too; float32, the cache and
+# the tables of segments have one set of kernels for all cards.
 list(FILTER unaligned_sources INCLUDE REGEX "/unaligned_[^/]*$")
-add_cuda_kernels(selfattn_flash_unaligned ARCHITECTURES ${every_architecture} SOURCES ${unaligned_sources})
-
 file(GLOB_RECURSE float32_sources CONFIGURE_DEPENDS csrc/cuda/flash/float32/*.cu)
-add_cuda_kernels(selfattn_flash_float32 ARCHITECTURES ${every_architecture} SOURCES ${float32_sources})
-
-# The tables of segments are made for flash kernels alone, of which there are none below 8.0.
-set(flash_architectures ${SELFATTN_CUDA_ARCHITECTURES})
-list(FILTER flash_architectures EXCLUDE REGEX "^[5-7][0-9]")
-file(GLOB segments_sources CONFIGURE_DEPENDS csrc/cuda/flash/*.cu csrc/cuda/flash/segments/*.cu)
-add_cuda_kernels(selfattn_segments ARCHITECTURES ${flash_architectures} SOURCES ${segments_sources})
-
-# One kernel over a KV cache serves every card: while it is on trial, cards of other architectures compile its PTX.
 file(GLOB_RECURSE kv_cache_sources CONFIGURE_DEPENDS csrc/cuda/flash/kv_cache/*.cu)
-add_cuda_kernels(selfattn_flash_kv_cache ARCHITECTURES 80 90-real SOURCES ${kv_cache_sources})
+file(GLOB segments_sources CONFIGURE_DEPENDS csrc/cuda/flash/*.cu csrc/cuda/flash/segments/*.cu)
+foreach(name IN ITEMS unaligned float32 kv_cache segments)
+  add_cuda_kernels(selfattn_flash_${name} ARCHITECTURES ${SELFATTN_FLASH_ARCHITECTURES} SOURCES ${${name}_sources})
+endforeach()
 
 file(GLOB_RECURSE qk_norm_rope_sources CONFIGURE_DEPENDS csrc/cuda/qk_norm_rope/*.cu)
 add_cuda_kernels(selfattn_qk_norm_rope ARCHITECTURES ${SELFATTN_CUDA_ARCHITECTURES} SOURCES ${qk_norm_rope_sources})

@@ -45,7 +45,7 @@ std::string reason_against_all(int capability, const Rows& rows) {
     if (!is_asked_for(**family, rows)) continue;
     if (suits(**family, capability)) {
       return "this build of selfattn holds no flash kernels for compute capability " + got +
-             " (SELFATTN_SM80_ARCHITECTURES, SELFATTN_CUDA_ARCHITECTURES)";
+             " (TORCH_CUDA_ARCH_LIST says at build time what it is compiled for)";
     }
     last = *family;
   }

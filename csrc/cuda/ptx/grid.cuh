@@ -25,4 +25,11 @@ __device__ __forceinline__ void add_release(int* g_counter, int count) {
   asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(g_counter), "r"(count) : "memory");
 }
 
+// Both at once: what was there before, and what others have released with it is visible to this thread.
+__device__ __forceinline__ int add_acquire_release(int* g_counter, int count) {
+  int before;
+  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;" : "=r"(before) : "l"(g_counter), "r"(count) : "memory");
+  return before;
+}
+
 }  // namespace selfattn::ptx

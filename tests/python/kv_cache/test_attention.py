@@ -19,6 +19,7 @@ CASES = {
     "drafts": CacheCase(num_queries=4),
     "tree": CacheCase(num_queries=5, has_draft_mask=True),
     "tree_not_causal": CacheCase(num_queries=5, has_draft_mask=True, causal=False, window_left=6),
+    "window_begins_in_tree": CacheCase(num_queries=8, has_draft_mask=True, lengths="full", window_left=2),
     "tree_fills_row": CacheCase(num_queries=8, has_draft_mask=True, lengths="full", page_size=4, pages_per_row=2),
     "ragged": CacheCase(num_queries=9, ids="chunks", lengths="full"),
     "padded": CacheCase(num_queries=9, ids="padded"),

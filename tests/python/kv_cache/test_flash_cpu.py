@@ -23,6 +23,7 @@ CASES = {
     "int64": LONG.with_(index_dtype=torch.int64, lengths="mixed"),
     "drafts": LONG.with_(num_queries=4),
     "tree": LONG.with_(num_queries=7, has_draft_mask=True),
+    "window_begins_in_tree": LONG.with_(num_queries=7, has_draft_mask=True, window_left=2),
     "tree_across_spans": LONG.with_(num_queries=31, pages_per_row=5, has_draft_mask=True, window_left=40),
     "window": LONG.with_(num_queries=3, window_left=100, window_right=0, causal=False),
     "narrow_window": LONG.with_(window_left=3),

@@ -95,7 +95,7 @@ def test_more_tokens_than_a_tile(num_queries: int) -> None:
         check(CacheCase(**shape, page_size=16, pages_per_row=4, ids=ids, dtype=torch.bfloat16))
 
 
-@pytest.mark.parametrize("options", [{}, {"window_left": 30}, {"softcap": 20.0, "has_sinks": True}])
+@pytest.mark.parametrize("options", [{}, {"window_left": 30}, {"window_left": 3}, {"softcap": 20.0, "has_sinks": True}])
 def test_tree_drafts_across_two_blocks_of_keys(options: dict[str, Any]) -> None:
     for seed in range(10):
         check(

@@ -2,55 +2,70 @@
 #pragma once
 #include "flash/sm80/operand.cuh"
 #include "params.h"
+#include "schedule.cuh"
 
 namespace selfattn::cuda::kv_cache {
 
+// Of a row and some of its keys: the largest score, and the sum of exponentials less it.
+using SplitStats = float2;
+
 // What a head tile costs beside its units, in units (schedule.cuh).
-constexpr int kTileOverhead = 1;
+constexpr int kHeadTileOverhead = 4;
 
 // A thread block takes kTileRows rows, that is pairs of a query and a head of the group, against the keys of one kv
 // head. Its warps stand in kKeyGroups groups of kRowWarps: each group has every kKeyGroups-th slice of the keys to
 // itself, with a ring of its own in shared memory, and each of its warps 16 rows.
 //   kSubSlices: of kPageMultiple keys, in a slice
-//   kStages: slices in the ring of a group, at most
-//   kBlocksAtOnce: thread blocks an SM, where each has kLeastStages
+//   kMostBlocks: thread blocks an SM
 struct Pipeline {
-  static constexpr int kStages = 6, kLeastStages = 3, kBlocksAtOnce = 2;
+  static constexpr int kMostStages = 3, kLeastStages = 2;  // slices in the ring of a group
 };
 
-template <int kDim>
+// kSmall: for cards that have less than two stages of the others: 99 KB.
+template <int kDim, bool kIsSmall>
 struct DecodeTiles : Pipeline {
-  static constexpr int kRowWarps = 1, kKeyGroups = kDim == 256 ? 2 : 4, kSubSlices = kDim == 64 ? 2 : 1;
+  static constexpr int kRowWarps = 1, kKeyGroups = 4, kSubSlices = 256 / kDim, kMostBlocks = 1;
+};
+template <int kDim>
+struct DecodeTiles<kDim, true> : Pipeline {
+  static constexpr int kRowWarps = 1, kKeyGroups = kDim == 256 ? 2 : 4, kSubSlices = kDim == 64 ? 2 : 1,
+                       kMostBlocks = 1;
 };
 
 template <int kDim>
 struct ChunkTiles : Pipeline {
-  static constexpr int kRowWarps = 4, kKeyGroups = 1, kSubSlices = kDim == 64 ? 4 : 2;
+  static constexpr int kRowWarps = 4, kKeyGroups = 1, kSubSlices = kDim == 64 ? 4 : 2, kMostBlocks = 2;
 };
 
-template <class Element_, int kDim_, class Tiles_>
-struct Config : Tiles_ {
+template <class Element_, int kDim_, class Tiles>
+struct Config : Tiles {
   using Element = Element_;
-  using Tiles_::kKeyGroups, Tiles_::kRowWarps, Tiles_::kStages, Tiles_::kSubSlices;
+  using Tiles::kKeyGroups, Tiles::kRowWarps, Tiles::kSubSlices, Tiles::kLeastStages, Tiles::kMostStages;
   static constexpr int kDim = kDim_;  // of queries and keys, and of values
   static constexpr int kTileRows = kCacheTileRows * kRowWarps, kSliceKeys = kPageMultiple * kSubSlices;
-  static constexpr int kGroupThreads = kRowWarps * kWarpSize, kThreads = kKeyGroups * kGroupThreads;
+  static constexpr int kWarps = kKeyGroups * kRowWarps, kThreads = kWarps * kWarpSize;
+  static constexpr int kGroupThreads = kRowWarps * kWarpSize;
+  static constexpr bool kHoldsQuery = kDim <= 128;  // in registers
 
+  using Query = sm80::OperandTile<kTileRows, kDim>;
   using Operand = sm80::OperandTile<kSliceKeys, kDim>;
   static constexpr int kSlotBytes = 2 * Operand::kBytes;  // a slice of keys, and of values
   static constexpr int kStageBytes = kKeyGroups * kSlotBytes;
 
   // Behind the rings.
   struct SharedState {
-    float2 stats[kKeyGroups][kTileRows];  // SplitStats of the groups
-    const float* outputs[kKeyGroups];     // of the groups, in their slots; null: the group had no slice
+    alignas(128) unsigned char query[Query::kBytes];
+    SplitStats stats[kKeyGroups][kTileRows];  // of the groups
+    const float* outputs[kKeyGroups];         // of the groups, in their slots; null: the group had no slice
+    Share shares[kWarps];                     // the same in all
+    Walk loading[kWarps], attending[kWarps];
     int is_last_arriver;
   };
   static constexpr int shared_bytes(int stages) { return stages * kStageBytes + int(sizeof(SharedState)); }
 
-  static constexpr int kOutputBytes = 16 * kDim * int(sizeof(float));  // of a warp, which leaves them in a slot
+  static constexpr int kOutputBytes =
+      kCacheTileRows * kDim * int(sizeof(float));  // of a warp, which leaves them in a slot
   static_assert(kKeyGroups == 1 || kRowWarps * kOutputBytes <= kSlotBytes);
-  static_assert(shared_bytes(3) <= 99 * 1024, "what every card has");
   static_assert(kUnitKeys % kSliceKeys == 0);
 };
 

@@ -11,21 +11,21 @@
 
 namespace selfattn::cuda::kv_cache {
 
+inline int ceil_div(int64_t count, int64_t size) { return static_cast<int>((count + size - 1) / size); }
+
 // How many thread blocks an SM holds, and the stages of each: as deep as shared memory allows.
 struct Residency {
   int blocks, stages;
 };
-
-inline int ceil_div(int64_t count, int64_t size) { return static_cast<int>((count + size - 1) / size); }
 
 template <class Config>
 Residency find_residency(int bytes_of_block) {
   constexpr int kOwnBytes = 1024;  // an SM has so much more than a thread block may have, and each costs it so much
   const auto stages_of = [&](int blocks) {
     const int bytes = (bytes_of_block + kOwnBytes) / blocks - kOwnBytes;
-    return std::min((bytes - Config::shared_bytes(0)) / Config::kStageBytes, Config::kStages);
+    return std::min((bytes - Config::shared_bytes(0)) / Config::kStageBytes, Config::kMostStages);
   };
-  for (int blocks = Config::kBlocksAtOnce; blocks > 1; blocks--)
+  for (int blocks = Config::kMostBlocks; blocks > 1; blocks--)
     if (const int stages = stages_of(blocks); stages >= Config::kLeastStages) return {blocks, stages};
   return {1, stages_of(1)};
 }
@@ -34,6 +34,11 @@ template <class Config>
 KernelParams make_kernel_params(const KvCacheParams& call, int sms, int shared_memory, Carver& carver) {
   KernelParams p{};
   p.call = call;
+  const auto source_of = [](const TensorView& cache, int dim) {
+    return CacheSource{static_cast<const uint16_t*>(cache.data), cache.stride_batch, cache.stride_token,
+                       cache.stride_head, dim};
+  };
+  p.caches[0] = source_of(call.k, call.dim_qk), p.caches[1] = source_of(call.v, call.dim_v);
   p.softcap = Softcap::of(call.scale, call.softcap);
   const Residency residency = find_residency<Config>(shared_memory);
   p.stages = residency.stages;
@@ -51,7 +56,7 @@ KernelParams make_kernel_params(const KvCacheParams& call, int sms, int shared_m
   const int64_t most_keys = std::max<int64_t>(ceil_div(capacity, kUnitKeys), 1) * kUnitKeys;
   const int unit_keys = static_cast<int>(call.split_keys ? std::min(call.split_keys, most_keys) : kUnitKeys);
   schedule.unit_keys = Divisor::of(unit_keys);
-  schedule.overhead = call.split_keys ? 0 : kTileOverhead;
+  schedule.overhead = call.split_keys ? 0 : kHeadTileOverhead;
   const int units = std::max(ceil_div(capacity, unit_keys), 1);
   const int64_t most_units = int64_t(schedule.tiles) * call.num_kv_heads * (units + schedule.overhead);
   schedule.thread_blocks = static_cast<int>(std::min<int64_t>(int64_t(residency.blocks) * sms, most_units));
@@ -86,43 +91,58 @@ cudaError_t make_kernel_params(const KvCacheParams& call, Carver& carver, int& d
   return cudaSuccess;
 }
 
-template <ElementType kElement, int kDim, TileKind kKind>
-struct ConfigOf {
-  using Tiles = std::conditional_t<kKind == TileKind::kDecode, DecodeTiles<kDim>, ChunkTiles<kDim>>;
-  using Type = Config<typename ElementOf<kElement>::Type, kDim, Tiles>;
-};
+// call(Config()) of the kernel for the card.
+template <ElementType kElement, int kDim, TileKind kKind, class Call>
+cudaError_t with_config(const Call& call) {
+  using Element = typename ElementOf<kElement>::Type;
+  if constexpr (kKind == TileKind::kChunk) {
+    return call(Config<Element, kDim, ChunkTiles<kDim>>());
+  } else {
+    using Large = Config<Element, kDim, DecodeTiles<kDim, false>>;
+    using Small = Config<Element, kDim, DecodeTiles<kDim, true>>;
+    static_assert(Small::shared_bytes(Small::kLeastStages) <= 99 * 1024, "what every card has");
+    int device = 0, sms = 0, shared_memory = 0;
+    if (const cudaError_t status = find_device(device, sms)) return status;
+    if (const cudaError_t status = find_shared_memory(device, shared_memory)) return status;
+    return Large::shared_bytes(Large::kLeastStages) <= shared_memory ? call(Large()) : call(Small());
+  }
+}
 
 template <ElementType kElement, int kDim, TileKind kKind>
 int64_t Launcher<kElement, kDim, kKind>::workspace_bytes(const KvCacheParams& params) {
   Carver carver{nullptr};
   int device = 0;
   KernelParams p;
-  const cudaError_t status =
-      make_kernel_params<typename ConfigOf<kElement, kDim, kKind>::Type>(params, carver, device, p);
+  const cudaError_t status = with_config<kElement, kDim, kKind>(
+      [&](auto config) { return make_kernel_params<decltype(config)>(params, carver, device, p); });
   return status == cudaSuccess ? carver.used : 0;
 }
 
-template <ElementType kElement, int kDim, TileKind kKind>
-cudaError_t Launcher<kElement, kDim, kKind>::launch(const KvCacheParams& params, cudaStream_t stream) {
-  using Config = typename ConfigOf<kElement, kDim, kKind>::Type;
+template <class Config>
+cudaError_t launch_kernels(const KvCacheParams& params, cudaStream_t stream) {
   Carver carver{static_cast<char*>(params.workspace)};
   int device = 0;
   KernelParams p;
   if (const cudaError_t status = make_kernel_params<Config>(params, carver, device, p)) return status;
   const auto kernel = flash_attention_kv_cache_kernel<Config>;
-  // As much as any call takes on this card.
-  if (const cudaError_t status = allow_shared_memory<Config>(kernel, Config::shared_bytes(p.stages), device))
-    return status;
+  const int bytes = Config::shared_bytes(p.stages);  // the same for all calls on this card
+  if (const cudaError_t status = allow_shared_memory<Config>(kernel, bytes, device)) return status;
   if (const cudaError_t status = launch_prepare_kv_cache(p, stream)) return status;
   cudaLaunchAttribute early_start = dependent_launch();
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(p.schedule.thread_blocks);
   config.blockDim = dim3(Config::kThreads);
-  config.dynamicSmemBytes = Config::shared_bytes(p.stages);
+  config.dynamicSmemBytes = bytes;
   config.stream = stream;
   config.attrs = &early_start;
   config.numAttrs = has_dependent_launch<flash_attention_kv_cache_kernel<Config>>(device);
   return cudaLaunchKernelEx(&config, kernel, p);
+}
+
+template <ElementType kElement, int kDim, TileKind kKind>
+cudaError_t Launcher<kElement, kDim, kKind>::launch(const KvCacheParams& params, cudaStream_t stream) {
+  return with_config<kElement, kDim, kKind>(
+      [&](auto config) { return launch_kernels<decltype(config)>(params, stream); });
 }
 
 }  // namespace selfattn::cuda::kv_cache

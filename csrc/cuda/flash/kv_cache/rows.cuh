@@ -3,18 +3,23 @@
 #include "config.h"
 #include "flash/tile/online_softmax.cuh"
 #include "flash/tile/softcap.cuh"
+#include "non_finite.cuh"
 #include "ptx/arithmetic.cuh"
 #include "ptx/mma.cuh"
+#include "ptx/register.cuh"
 #include "schedule.cuh"
 
 namespace selfattn::cuda::kv_cache {
 
-// Of a row and some of its keys: the largest score, and the sum of exponentials less it.
-using SplitStats = float2;
-
 // What the logits are of scores, which softcap leaves between -1 and 1 (softcap.cuh).
 __device__ __forceinline__ float logit_scale(const KernelParams& p) {
   return p.call.softcap > 0.f ? p.call.softcap : p.call.scale;
+}
+
+// Apart, like all that few calls want: the code of a first slice comes from cold memory.
+template <int kCount>
+__device__ __noinline__ void apply_softcap(const Softcap& softcap, float (&scores)[kCount]) {
+  softcap.apply(scores);
 }
 
 template <class Config>
@@ -22,42 +27,57 @@ class WarpRows {
  public:
   using Element = typename Config::Element;
   using Operand = typename Config::Operand;
+  using Query = typename Config::Query;
   static constexpr int kSteps = Config::kDim / 16, kSliceKeys = Config::kSliceKeys;
 
   __device__ __forceinline__ explicit WarpRows(const KernelParams& p) : p_(p) { softmax_.c = logit_scale(p) * kLog2E; }
 
   // Of the 16 rows a lane has rows lane / 4 and + 8.
   static __device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x) % kWarpSize; }
-  static __device__ __forceinline__ int tile_row(int r) {
-    return static_cast<int>(threadIdx.x) / kWarpSize % Config::kRowWarps * 16 + lane() / 4 + 8 * r;
+  static __device__ __forceinline__ int first_row() {
+    return static_cast<int>(threadIdx.x) / kWarpSize % Config::kRowWarps * kCacheTileRows;
+  }
+  static __device__ __forceinline__ int tile_row(int r) { return first_row() + lane() / 4 + 8 * r; }
+
+  // The tile's queries into shared memory, by the whole thread block.
+  static __device__ __forceinline__ void load_query(const KernelParams& p, const Walk& s_walk, unsigned char* s_query) {
+    const KvCacheParams& call = p.call;
+#pragma unroll 1
+    for (int i = ptx::forget(static_cast<int>(threadIdx.x)); i < s_walk.tile.count * Query::kChunks;
+         i += Config::kThreads) {
+      const int row = i / Query::kChunks, chunk = i % Query::kChunks;
+      const QueryRow query = s_walk.tile.query(p, row);
+      const int64_t head = int64_t(s_walk.piece.kv_head) * p.schedule.group.value + query.head;
+      const auto* g_chunk = static_cast<const uint16_t*>(call.q.data) + query.batch * call.q.stride_batch +
+                            query.index * call.q.stride_token + head * call.q.stride_head +
+                            chunk * sm80::kChunkElements;
+      uint4 columns{};
+      if (chunk * sm80::kChunkElements < call.dim_qk) columns = *reinterpret_cast<const uint4*>(g_chunk);
+      *reinterpret_cast<uint4*>(s_query + Query::place(row, chunk)) = columns;
+    }
   }
 
-  __device__ __forceinline__ void begin(const Tile& tile, const Piece& piece) {
-    const KvCacheParams& call = p_.call;
+  // Once the queries are there.
+  __device__ __forceinline__ void begin(const Walk& s_walk, const unsigned char* s_query) {
+    query_place_ = Query::left_place(ptx::shared_address(s_query), first_row());
+    if constexpr (Config::kHoldsQuery) {
 #pragma unroll
-    for (int step = 0; step < kSteps; step++)
-#pragma unroll
-      for (int i = 0; i < 4; i++) query_[step][i] = 0;
-    Interval shared = piece.keys;
+      for (int step = 0; step < kSteps; step++) Query::load_left(query_place_, step, query_[step]);
+    }
+    // Each lane finds what one row may see.
+    const int own_row = first_row() + lane() % kCacheTileRows;
+    VisibleKeys own{s_walk.piece.keys, 0, 0};  // rows past the last one see all, which concerns nobody
+    if (own_row < s_walk.tile.count) own = visible_keys(p_, s_walk.tile, own_row);
+    shared_ =
+        s_walk.piece.keys & Interval{__reduce_max_sync(~0u, own.keys.begin), __reduce_min_sync(~0u, own.keys.end)};
+    first_draft_ = s_walk.tile.length - p_.call.queries;
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-      visible_[r] = {piece.keys, 0, 0};
-      if (tile_row(r) >= tile.count) continue;
-      visible_[r] = visible_keys(p_, tile, tile_row(r));
-      shared = shared & visible_[r].keys;
-      const Query query = tile.query(p_, tile_row(r));
-      const int64_t head = int64_t(piece.kv_head) * p_.schedule.group.value + query.head;
-      const uint16_t* g_row = static_cast<const uint16_t*>(call.q.data) + query.batch * call.q.stride_batch +
-                              query.index * call.q.stride_token + head * call.q.stride_head;
-#pragma unroll
-      for (int step = 0; step < kSteps; step++)
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-          const int column = step * 16 + half * 8 + lane() % 4 * 2;
-          if (column < call.dim_qk) query_[step][2 * half + r] = *reinterpret_cast<const uint32_t*>(g_row + column);
-        }
+      const int source = lane() / 4 + 8 * r;
+      begin_[r] = __shfl_sync(~0u, own.keys.begin, source);
+      count_[r] = __shfl_sync(~0u, own.keys.end, source) - begin_[r];
+      drafts_[r] = __shfl_sync(~0u, own.drafts, source);
     }
-    shared_ = {__reduce_max_sync(~0u, shared.begin), __reduce_min_sync(~0u, shared.end)};
     softmax_.state = {{-infinity(), -infinity()}, {0.f, 0.f}};
 #pragma unroll
     for (int i = 0; i < Config::kDim / 2; i++) out_[i] = 0.f;
@@ -68,7 +88,7 @@ class WarpRows {
     const unsigned char* s_values = s_slot + Operand::kBytes;
     float scores[kSliceKeys / 2];
     multiply_scores(Operand::right_place(ptx::shared_address(s_slot)), scores);
-    if (p_.call.softcap > 0.f) p_.softcap.apply(scores);
+    if (p_.call.softcap > 0.f) apart(scores, [&](auto& copy) { apply_softcap(p_.softcap, copy); });
     const bool is_cut = first_key < shared_.begin || first_key + kSliceKeys > shared_.end;
     if (is_cut) mask(first_key, scores);
     softmax_.template take_max<false, true>(scores);
@@ -76,8 +96,10 @@ class WarpRows {
     softmax_.template exponentiate<0, kSliceKeys / 8>(scores);
     softmax_.template take_sum<false>();
     const uint32_t value_place = Operand::left_place(ptx::shared_address(s_values), 0);
-    if (is_cut && !has_finite_values(s_values)) [[unlikely]]
-      multiply_non_finite_values(value_place, scores);
+    if (is_cut && !has_finite_values<Element, Operand>(s_values)) [[unlikely]]
+      apart(out_, [&](auto& out) {
+        apart(scores, [&](auto& weights) { multiply_non_finite_values<Element, Operand>(value_place, weights, out); });
+      });
     else
       multiply_values(value_place, scores);
   }
@@ -93,40 +115,66 @@ class WarpRows {
   // take(row r of the lane, column, two neighbours of the output).
   template <class Take>
   __device__ __forceinline__ void give_output(const Take& take) const {
+    const int column = ptx::forget(lane()) % 4 * 2;  // what depends on it is wanted here alone
 #pragma unroll
-    for (int i = 0; i < Config::kDim / 4; i++)
-      take(i % 2, i / 2 * 8 + lane() % 4 * 2, float2{out_[2 * i], out_[2 * i + 1]});
+    for (int i = 0; i < Config::kDim / 4; i++) take(i % 2, i / 2 * 8 + column, float2{out_[2 * i], out_[2 * i + 1]});
   }
 
  private:
+  // For a function that is not inlined: what it is given lies in memory, and the values themselves must not.
+  template <int kCount, class Call>
+  static __device__ __forceinline__ void apart(float (&values)[kCount], const Call& call) {
+    float copy[kCount];
+#pragma unroll
+    for (int i = 0; i < kCount; i++) copy[i] = values[i];
+    call(copy);
+#pragma unroll
+    for (int i = 0; i < kCount; i++) values[i] = copy[i];
+  }
+
   __device__ __forceinline__ void multiply_scores(uint32_t s_keys, float (&scores)[kSliceKeys / 2]) const {
 #pragma unroll
-    for (int step = 0; step < kSteps; step++)
+    for (int step = 0; step < kSteps; step++) {
+      uint32_t a[4];
+      if constexpr (Config::kHoldsQuery) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) a[i] = query_[step][i];
+      } else {
+        Query::load_left(query_place_, step, a);
+      }
 #pragma unroll
       for (int pair = 0; pair < kSliceKeys / 16; pair++) {
         uint32_t b[4];
         Operand::load_right(s_keys, pair, step, b);
         if (step == 0) {
-          ptx::multiply_overwrite<Element>(scores + 8 * pair, query_[step], b[0], b[1]);
-          ptx::multiply_overwrite<Element>(scores + 8 * pair + 4, query_[step], b[2], b[3]);
+          ptx::multiply_overwrite<Element>(scores + 8 * pair, a, b[0], b[1]);
+          ptx::multiply_overwrite<Element>(scores + 8 * pair + 4, a, b[2], b[3]);
         } else {
-          ptx::multiply<Element>(scores + 8 * pair, query_[step], b[0], b[1]);
-          ptx::multiply<Element>(scores + 8 * pair + 4, query_[step], b[2], b[3]);
+          ptx::multiply<Element>(scores + 8 * pair, a, b[0], b[1]);
+          ptx::multiply<Element>(scores + 8 * pair + 4, a, b[2], b[3]);
         }
       }
+    }
   }
 
   __device__ __forceinline__ void mask(int first_key, float (&scores)[kSliceKeys / 2]) const {
+    const int first_column = first_key + ptx::forget(lane()) % 4 * 2;
 #pragma unroll
-    for (int i = 0; i < kSliceKeys / 2; i++)
-      if (!visible_[i / 2 % 2].has(first_key + i / 4 * 8 + lane() % 4 * 2 + i % 2)) scores[i] = -infinity();
+    for (int i = 0; i < kSliceKeys / 2; i++) {
+      const int r = i / 2 % 2, key = first_column + i / 4 * 8 + i % 2;
+      const unsigned draft = static_cast<unsigned>(key - first_draft_);
+      const bool is_draft = draft < kMaxDraft && (drafts_[r] >> draft & 1);
+      if (static_cast<unsigned>(key - begin_[r]) >= static_cast<unsigned>(count_[r]) && !is_draft)
+        scores[i] = -infinity();
+    }
   }
 
   __device__ __forceinline__ void multiply_values(uint32_t s_values, const float (&weights)[kSliceKeys / 2]) {
 #pragma unroll
     for (int step = 0; step < kSliceKeys / 16; step++) {
       uint32_t a[4];
-      pack_weights(weights, step, a, [](float weight) { return weight; });
+#pragma unroll
+      for (int i = 0; i < 4; i++) a[i] = ptx::pack<Element>(weights[8 * step + 2 * i], weights[8 * step + 2 * i + 1]);
 #pragma unroll
       for (int pair = 0; pair < Config::kDim / 16; pair++) {
         uint32_t b[4];
@@ -137,80 +185,11 @@ class WarpRows {
     }
   }
 
-  template <class Change>
-  static __device__ __forceinline__ void pack_weights(const float (&weights)[kSliceKeys / 2], int step,
-                                                      uint32_t (&a)[4], const Change& change) {
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-      a[i] = ptx::pack<Element>(change(weights[8 * step + 2 * i]), change(weights[8 * step + 2 * i + 1]));
-  }
-
-  // Where NaN or infinity must not meet the weight of 0 of a key that is not visible: they are taken out of the values,
-  // and a second product tells who meets them. The output goes round in a loop: unrolled, what is seldom wanted is more
-  // code than all the rest.
-  __device__ __forceinline__ void multiply_non_finite_values(uint32_t s_values,
-                                                             const float (&weights)[kSliceKeys / 2]) {
-    constexpr int kPairs = Config::kDim / 16, kCount = Config::kDim / 2;
-#pragma unroll
-    for (int step = 0; step < kSliceKeys / 16; step++) {
-      uint32_t a[4], is_met[4];
-      pack_weights(weights, step, a, [](float weight) { return weight; });
-      pack_weights(weights, step, is_met, [](float weight) { return weight != 0.f ? 1.f : 0.f; });
-#pragma unroll 1
-      for (int pair = 0; pair < kPairs; pair++) {
-        uint32_t b[4], kinds[4];
-        float group[8];
-        Operand::load_right_transposed(s_values, step, pair, b);
-#pragma unroll
-        for (int i = 0; i < 4; i++) kinds[i] = take_out_non_finite(b[i]);
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-          float* out = group + 4 * half;
-          ptx::multiply_overwrite<Element>(out, is_met, kinds[2 * half], kinds[2 * half + 1]);
-#pragma unroll
-          for (int i = 0; i < 4; i++) out[i] = out_[4 * half + i] + sum_of_kinds(out[i]);
-          ptx::multiply<Element>(out, a, b[2 * half], b[2 * half + 1]);
-        }
-#pragma unroll
-        for (int i = 0; i < kCount; i++) out_[i] = i < kCount - 8 ? out_[i + 8] : group[i % 8];
-      }
-    }
-  }
-
-  // Kinds of values as numbers, of which those of 16 keys can be added up: each is more than so many of the one before.
-  static constexpr float kPlusInfinity = 1.f, kMinusInfinity = 128.f, kNaN = 16384.f;
-
-  static __device__ __forceinline__ float kind_of(float value) {
-    if (fabsf(value) < infinity()) return 0.f;
-    return value == infinity() ? kPlusInfinity : value == -infinity() ? kMinusInfinity : kNaN;
-  }
-  static __device__ __forceinline__ uint32_t take_out_non_finite(uint32_t& packed) {
-    const float2 values = ptx::unpack<Element>(packed), kinds = {kind_of(values.x), kind_of(values.y)};
-    if (kinds.x != 0.f) packed &= 0xffff0000u;
-    if (kinds.y != 0.f) packed &= 0x0000ffffu;
-    return ptx::pack<Element>(kinds.x, kinds.y);
-  }
-  static __device__ __forceinline__ float sum_of_kinds(float kinds) {
-    if (kinds == 0.f) return 0.f;
-    if (kinds >= kNaN) return infinity() - infinity();
-    const bool has_minus = kinds >= kMinusInfinity, has_plus = static_cast<int>(kinds) % int(kMinusInfinity) != 0;
-    return (has_plus ? infinity() : 0.f) - (has_minus ? infinity() : 0.f);
-  }
-
-  __device__ __forceinline__ bool has_finite_values(const unsigned char* s_values) const {
-    ptx::FiniteTest<Element> finite;
-#pragma unroll 1
-    for (int i = lane(); i < kSliceKeys * Operand::kChunks; i += kWarpSize) {
-      const uint4 chunk =
-          *reinterpret_cast<const uint4*>(s_values + Operand::place(i / Operand::kChunks, i % Operand::kChunks));
-      finite.add(chunk.x), finite.add(chunk.y), finite.add(chunk.z), finite.add(chunk.w);
-    }
-    return __all_sync(~0u, finite.all_finite());
-  }
-
   const KernelParams& p_;
-  uint32_t query_[kSteps][4];
-  VisibleKeys visible_[2];
+  uint32_t query_place_, query_[Config::kHoldsQuery ? kSteps : 1][4];
+  int begin_[2], count_[2];  // the keys of the lane's rows
+  uint32_t drafts_[2];       // and drafts, from the first on
+  int first_draft_;
   Interval shared_;  // keys of the piece that all rows of the warp see
   OnlineSoftmax<kSliceKeys> softmax_;
   float out_[Config::kDim / 2];

@@ -1,12 +1,13 @@
 // Who does what. Work is counted in units: kUnitKeys keys (split_keys, where they are given) of one tile of rows and
-// one kv head, in the order (tile, kv head, keys), and each head tile (tile, kv head) counts `overhead` units more.
-// Every thread block takes an equal share of that count, wherever its ends fall. The count follows from the lengths,
-// which are on the device alone; so each warp finds its thread block's share for itself, or reads what prepare.cu has
-// left.
+// one kv head, in the order (tile, kv head, keys), and each head tile, a tile with one kv head, counts `overhead` units
+// more. Every thread block takes an equal share of that count, wherever its ends fall. The count follows from the
+// lengths, which are on the device alone; so each warp finds its thread block's share for itself, or reads what
+// prepare.cu has left.
 #pragma once
 // The range checks of lengths, tables, ids and positions are part of the operator, not a debugging aid.
 #undef NDEBUG
 #include <cassert>
+#include <climits>
 
 #include "divisor.h"
 #include "flash/tile/constants.h"
@@ -51,8 +52,16 @@ struct ScheduleParams {
   int* tile_counts_before;                         // (tiles), for prepare alone
 };
 
+// Keys or values of the cache, as TensorView.
+struct CacheSource {
+  const uint16_t* data;
+  int64_t stride_page, stride_token, stride_head;
+  int dim;
+};
+
 struct KernelParams {
   KvCacheParams call;
+  CacheSource caches[2];  // call.k, call.v
   ScheduleParams schedule;
   float2* partial_stats;  // (partial results, tile_rows)
   float* partial_out;     // (partial results, tile_rows, kDim)
@@ -61,10 +70,10 @@ struct KernelParams {
 };
 
 // Of one row of a tile.
-struct Query {
-  int64_t batch, index;  // in q
-  int head;              // of the group
-  int token;             // of the row
+struct QueryRow {
+  int batch, index;  // in q
+  int head;          // of the group
+  int token;         // of the row
 };
 
 struct Tile {
@@ -74,24 +83,20 @@ struct Tile {
   Interval keys;  // in reach of some row
   int units_before, units;
 
-  __device__ __forceinline__ Query query(const KernelParams& p, int tile_row) const {
+  __device__ __forceinline__ QueryRow query(const KernelParams& p, int tile_row) const {
     const int pair = entry.first + tile_row, token = pair / p.schedule.group,
               head = pair - token * p.schedule.group.value;
     if (!p.call.segment_ids) return {entry.row, token, head, token};
     const int place = p.schedule.token_order[entry.first_token + token], batch = place / p.schedule.queries;
     return {batch, place - batch * p.call.queries, head, token};
   }
-  __device__ __forceinline__ int64_t position(const KernelParams& p, const Query& query) const {
-    if (!p.call.positions) return int64_t(length) - entry.tokens + query.token;
+  __device__ __forceinline__ int position(const KernelParams& p, const QueryRow& query) const {
+    if (!p.call.positions) return length - entry.tokens + query.token;
     const int64_t position = p.call.positions.at(query.batch, query.index);
     assert(position == static_cast<int>(position) && "positions must fit in int32");
-    return position;
+    return static_cast<int>(position);
   }
 };
-
-__device__ __forceinline__ int clamp_to_length(int64_t key, int length) {
-  return static_cast<int>(::min(::max(key, int64_t(0)), int64_t(length)));
-}
 
 // What a row of a tile may see.
 struct VisibleKeys {
@@ -106,23 +111,28 @@ struct VisibleKeys {
 };
 
 // By causality and the window; `drafts`: by the window alone. A query at a negative position sees nothing.
-__device__ __forceinline__ Interval visible_interval(const KvCacheParams& call, int64_t position, int length,
+__device__ __forceinline__ Interval visible_interval(const KvCacheParams& call, int position, int length,
                                                      bool drafts = false) {
   if (position < 0) return {0, 0};
-  const int right = call.is_causal && !drafts ? 0 : call.window.right;
-  return {clamp_to_length(position - call.window.left, length), clamp_to_length(position + right + 1, length)};
+  // Sides and lengths are 2^30 at most: what is seen from far behind them is seen from here, and no sum overflows.
+  constexpr int kFarthest = 3 << 29;
+  position = ::min(position, kFarthest);
+  const unsigned right = call.is_causal && !drafts ? 0 : call.window.right, end = position + right + 1;
+  return {::min(::max(position - call.window.left, 0), length), static_cast<int>(::min(end, unsigned(length)))};
 }
 
 inline __device__ __noinline__ VisibleKeys visible_keys(const KernelParams& p, const Tile& tile, int tile_row) {
   const KvCacheParams& call = p.call;
-  const Query query = tile.query(p, tile_row);
-  const int64_t position = tile.position(p, query);
+  const QueryRow query = tile.query(p, tile_row);
+  const int position = tile.position(p, query);
   VisibleKeys visible{visible_interval(call, position, tile.length), 0, tile.length};
   if (call.draft_mask) {
     const Interval reach = visible_interval(call, position, tile.length, true);
     visible.first_draft = tile.length - call.queries;
-    visible.keys.end = ::min(visible.keys.end, ::max(visible.first_draft, 0));
-    const bool* g_mask = call.draft_mask + (query.batch * call.queries + query.index) * call.queries;
+    // A window may begin behind the first draft; what is left is empty then, and no less.
+    visible.keys.end = ::max(visible.keys.begin, ::min(visible.keys.end, visible.first_draft));
+    const bool* g_mask = call.draft_mask + (int64_t(query.batch) * call.queries + query.index) * call.queries;
+#pragma unroll 1
     for (int i = 0; i < call.queries; i++) {
       const int key = visible.first_draft + i;
       if (g_mask[i] && key >= reach.begin && key < reach.end) visible.drafts |= 1u << i;
@@ -150,15 +160,16 @@ inline __device__ __noinline__ Tile describe_tile(const KernelParams& p, int ind
   tile.count = ::min(p.schedule.tile_rows, tile.entry.tokens * p.schedule.group.value - tile.entry.first);
   tile.length = tile.entry.row == call.rows ? 0 : read_length(call, tile.entry.row);
   const int first = tile.entry.first / p.schedule.group, last = (tile.entry.first + tile.count - 1) / p.schedule.group;
-  int64_t lowest = int64_t(tile.length) - tile.entry.tokens + first, highest = lowest + last - first;
+  int lowest = tile.length - tile.entry.tokens + first, highest = lowest + last - first;
   if (call.positions) {
-    lowest = INT64_MAX / 2, highest = INT64_MIN / 2;
+    lowest = INT_MAX, highest = INT_MIN;
+#pragma unroll 1
     for (int token = first; token <= last; token++) {
-      const int64_t position = tile.position(p, tile.query(p, token * p.schedule.group.value - tile.entry.first));
+      const int position = tile.position(p, tile.query(p, token * p.schedule.group.value - tile.entry.first));
       lowest = ::min(lowest, position), highest = ::max(highest, position);
     }
   }
-  tile.keys = {visible_interval(call, lowest, tile.length).begin,
+  tile.keys = {visible_interval(call, ::max(lowest, 0), tile.length).begin,
                visible_interval(call, highest, tile.length, call.draft_mask != nullptr).end};
   if (tile.keys.end <= tile.keys.begin) tile.keys = {0, 0};
   const Divisor& unit_keys = p.schedule.unit_keys;
@@ -180,7 +191,7 @@ struct Share {
 
   __device__ __forceinline__ int begin_of(int part) const { return part * least + ::min(part, longer); }
   // Which thread block has a unit.
-  __device__ __forceinline__ int owner(int unit) const {
+  __device__ __noinline__ int owner(int unit) const {
     const int units_of_longer = longer * (least + 1);
     return unit < units_of_longer ? unit / (least + 1) : longer + (unit - units_of_longer) / least;
   }
@@ -235,54 +246,57 @@ struct Piece {
   Interval keys;
   int kv_head;
   int first_unit, units;  // of the head tile's
-  bool is_whole;          // the head tile
   bool ends_part;         // the last piece of the head tile in this thread block
 };
 
-// Goes through the pieces of a share.
-class Walk {
- public:
-  __device__ __forceinline__ Walk(const KernelParams& p, const Share& share)
-      : next_(share.begin), head_tile_start_(share.start.count), tile_index_(share.start.tile) {
-    if (next_ >= share.end) return;
-    tile_ = describe_tile(p, tile_index_);
-    const int length = tile_.units + p.schedule.overhead;
-    kv_head_ = (next_ - head_tile_start_) / length;
-    head_tile_start_ += kv_head_ * length;
-  }
+// Goes through the pieces of a share: in shared memory, one for each warp and purpose, so that its code is there once.
+struct Walk {
+  Tile tile;
+  Piece piece;  // found last
+  int next, tile_index, kv_head;
+  int head_tile_start;  // what is counted before the head tile
 
-  // Of the last piece. start: the count before its head tile.
-  __device__ __forceinline__ const Tile& tile() const { return tile_; }
-  __device__ __forceinline__ int tile_index() const { return tile_index_; }
-  __device__ __forceinline__ int head_tile_start() const { return head_tile_start_; }
-
-  __device__ __forceinline__ bool find_next(const KernelParams& p, const Share& share, Piece& piece) {
-    const int overhead = p.schedule.overhead;
-    while (next_ < share.end) {
-      if (next_ == head_tile_start_ + tile_.units + overhead) {
-        head_tile_start_ = next_;
-        if (++kv_head_ == p.call.num_kv_heads) kv_head_ = 0, tile_ = describe_tile(p, ++tile_index_);
-      }
-      const int units_start = head_tile_start_ + overhead, units_end = units_start + tile_.units;
-      const int part_end = ::min(share.end, units_end);
-      const int begin = ::max(next_, units_start);
-      const int end = p.call.split_keys ? ::min(begin + 1, part_end) : part_end;
-      next_ = ::max(end, ::min(begin, part_end));
-      if (end <= begin) continue;  // nothing but overhead
-      piece.first_unit = begin - units_start, piece.units = end - begin;
-      const int unit_keys = p.schedule.unit_keys.value, first_key = (tile_.units_before + piece.first_unit) * unit_keys;
-      piece.keys = tile_.keys & Interval{first_key, first_key + piece.units * unit_keys};
-      piece.kv_head = kv_head_;
-      piece.is_whole = piece.units == tile_.units;
-      piece.ends_part = end == part_end;
-      return true;
-    }
-    return false;
-  }
-
- private:
-  Tile tile_;
-  int next_, head_tile_start_, tile_index_, kv_head_ = 0;
+  __device__ __forceinline__ bool is_whole() const { return piece.units == tile.units; }
 };
+
+__device__ __forceinline__ Walk begin_walk(const Share& share) {
+  Walk walk{};
+  walk.next = share.begin, walk.tile_index = share.start.tile, walk.head_tile_start = share.start.count;
+  walk.kv_head = -1;
+  return walk;
+}
+
+// By a whole warp. Whether there is one more piece, which is then walk.piece.
+inline __device__ __noinline__ bool find_next(const KernelParams& p, const Share& share, Walk& s_walk) {
+  const int overhead = p.schedule.overhead;
+  Walk walk = s_walk;
+  bool is_found = false;
+  while (!is_found && walk.next < share.end) {
+    if (walk.kv_head < 0) {
+      walk.tile = describe_tile(p, walk.tile_index);
+      const int length = walk.tile.units + overhead;
+      walk.kv_head = (walk.next - walk.head_tile_start) / length;
+      walk.head_tile_start += walk.kv_head * length;
+    } else if (walk.next == walk.head_tile_start + walk.tile.units + overhead) {
+      walk.head_tile_start = walk.next;
+      if (++walk.kv_head == p.call.num_kv_heads) walk.kv_head = 0, walk.tile = describe_tile(p, ++walk.tile_index);
+    }
+    const int units_start = walk.head_tile_start + overhead, units_end = units_start + walk.tile.units;
+    const int part_end = ::min(share.end, units_end), begin = ::max(walk.next, units_start);
+    const int end = p.call.split_keys ? ::min(begin + 1, part_end) : part_end;
+    walk.next = ::max(end, ::min(begin, part_end));
+    is_found = begin < end;  // else there is nothing but overhead
+    Piece& piece = walk.piece;
+    piece.first_unit = begin - units_start, piece.units = end - begin;
+    const int unit_keys = p.schedule.unit_keys.value;
+    const int first_key = (walk.tile.units_before + piece.first_unit) * unit_keys;
+    piece.keys = walk.tile.keys & Interval{first_key, first_key + piece.units * unit_keys};
+    piece.kv_head = walk.kv_head, piece.ends_part = end == part_end;
+  }
+  __syncwarp();
+  if (threadIdx.x % kWarpSize == 0) s_walk = walk;
+  __syncwarp();
+  return is_found;
+}
 
 }  // namespace selfattn::cuda::kv_cache

@@ -1,0 +1,13 @@
+// In one file: compressed together they take half the room.
+#include "flash/kv_cache/launch.cuh"
+
+namespace selfattn::cuda::kv_cache {
+
+template struct Launcher<ElementType::kBFloat16, 64, TileKind::kDecode>;
+template struct Launcher<ElementType::kBFloat16, 64, TileKind::kChunk>;
+template struct Launcher<ElementType::kBFloat16, 128, TileKind::kDecode>;
+template struct Launcher<ElementType::kBFloat16, 128, TileKind::kChunk>;
+template struct Launcher<ElementType::kBFloat16, 256, TileKind::kDecode>;
+template struct Launcher<ElementType::kBFloat16, 256, TileKind::kChunk>;
+
+}  // namespace selfattn::cuda::kv_cache

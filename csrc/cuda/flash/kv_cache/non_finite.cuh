@@ -1,0 +1,78 @@
+// Products with values of which some are NaN or infinite. The tensor cores take a key that is not visible as one of
+// weight 0, and 0 times NaN is NaN. So what is not finite is taken out of the values, and a second product tells who
+// meets it.
+#pragma once
+#include "flash/tile/constants.h"
+#include "flash/tile/online_softmax.cuh"
+#include "ptx/arithmetic.cuh"
+#include "ptx/mma.cuh"
+
+namespace selfattn::cuda::kv_cache {
+
+template <class Element, class Operand>
+__device__ __forceinline__ bool has_finite_values(const unsigned char* s_values) {
+  ptx::FiniteTest<Element> finite;
+#pragma unroll 1
+  for (int i = threadIdx.x % kWarpSize; i < Operand::kRows * Operand::kChunks; i += kWarpSize) {
+    const uint4 chunk =
+        *reinterpret_cast<const uint4*>(s_values + Operand::place(i / Operand::kChunks, i % Operand::kChunks));
+    finite.add(chunk.x), finite.add(chunk.y), finite.add(chunk.z), finite.add(chunk.w);
+  }
+  return __all_sync(~0u, finite.all_finite());
+}
+
+// Kinds of values as numbers, of which those of 16 keys can be added up: each is more than so many of the one before.
+constexpr float kPlusInfinity = 1.f, kMinusInfinity = 128.f, kNaN = 16384.f;
+
+__device__ __forceinline__ float kind_of(float value) {
+  if (fabsf(value) < infinity()) return 0.f;
+  return value == infinity() ? kPlusInfinity : value == -infinity() ? kMinusInfinity : kNaN;
+}
+
+template <class Element>
+__device__ __forceinline__ uint32_t take_out_non_finite(uint32_t& packed) {
+  const float2 values = ptx::unpack<Element>(packed), kinds = {kind_of(values.x), kind_of(values.y)};
+  if (kinds.x != 0.f) packed &= 0xffff0000u;
+  if (kinds.y != 0.f) packed &= 0x0000ffffu;
+  return ptx::pack<Element>(kinds.x, kinds.y);
+}
+
+__device__ __forceinline__ float sum_of_kinds(float kinds) {
+  if (kinds == 0.f) return 0.f;
+  if (kinds >= kNaN) return infinity() - infinity();
+  const bool has_minus = kinds >= kMinusInfinity, has_plus = static_cast<int>(kinds) % int(kMinusInfinity) != 0;
+  return (has_plus ? infinity() : 0.f) - (has_minus ? infinity() : 0.f);
+}
+
+// out += P V of 16 rows; `weights` and `out` as mma's results are laid out. From OperandTile::left_place(values, 0).
+template <class Element, class Operand, int kCount, int kOut>
+__device__ __noinline__ void multiply_non_finite_values(uint32_t s_values, const float (&weights)[kCount],
+                                                        float (&out)[kOut]) {
+#pragma unroll 1
+  for (int step = 0; step < kCount / 8; step++) {
+    uint32_t a[4], is_met[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const float low = weights[8 * step + 2 * i], high = weights[8 * step + 2 * i + 1];
+      a[i] = ptx::pack<Element>(low, high);
+      is_met[i] = ptx::pack<Element>(low != 0.f, high != 0.f);
+    }
+#pragma unroll 1
+    for (int pair = 0; pair < kOut / 8; pair++) {
+      uint32_t b[4], kinds[4];
+      Operand::load_right_transposed(s_values, step, pair, b);
+#pragma unroll
+      for (int i = 0; i < 4; i++) kinds[i] = take_out_non_finite<Element>(b[i]);
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        float met[4], sum[4];
+        ptx::multiply_overwrite<Element>(met, is_met, kinds[2 * half], kinds[2 * half + 1]);
+        ptx::multiply_overwrite<Element>(sum, a, b[2 * half], b[2 * half + 1]);
+#pragma unroll
+        for (int i = 0; i < 4; i++) out[8 * pair + 4 * half + i] += sum[i] + sum_of_kinds(met[i]);
+      }
+    }
+  }
+}
+
+}  // namespace selfattn::cuda::kv_cache

@@ -1,0 +1,196 @@
+// What becomes of a piece: the output of its head tile, or a partial result that is merged with the others.
+#pragma once
+#include "config.h"
+#include "flash/tile/online_softmax.cuh"
+#include "ptx/arithmetic.cuh"
+#include "rows.cuh"
+#include "schedule.cuh"
+
+namespace selfattn::cuda::kv_cache {
+
+// The thread blocks that have units of a head tile, and where they leave their partial results: in steps, the first one
+// shifted.
+struct Parts {
+  int first_block, blocks, count, step, shift;
+  int64_t base;
+
+  Parts() = default;
+  __device__ __forceinline__ Parts(const KernelParams& p, const Share& s_share, const Walk& s_walk) {
+    const int first_unit = s_walk.head_tile_start + p.schedule.overhead;
+    first_block = s_share.owner(first_unit);
+    blocks = s_share.owner(first_unit + s_walk.tile.units - 1) - first_block + 1;
+    if (p.call.split_keys) {
+      count = s_walk.tile.units, step = 1, shift = 0;
+      base =
+          (int64_t(s_walk.tile_index) * p.call.num_kv_heads + s_walk.piece.kv_head) * p.schedule.splits_per_head_tile;
+    } else {
+      // A thread block has two places: of the head tile that began before it, and of the one that goes on behind it.
+      count = blocks, step = 2, shift = s_share.begin_of(first_block) <= s_walk.head_tile_start;
+      base = 2 * first_block;
+    }
+  }
+
+  // Where the i-th partial result is.
+  __device__ __forceinline__ int64_t place(int i) const { return base + int64_t(step) * i + (i == 0 ? shift : 0); }
+  __device__ __forceinline__ int64_t place_of(const KernelParams& p, const Piece& piece) const {
+    return place(p.call.split_keys ? piece.first_unit : static_cast<int>(blockIdx.x) - first_block);
+  }
+};
+
+// Results of parts of a row's keys become one, part after part.
+template <int kWidth>
+struct RowMerge {
+  float max = -infinity(), sum = 0.f, out[kWidth] = {};
+
+  // Before the parts of a batch whose largest score is `top`. c: scale * log2(e).
+  __device__ __forceinline__ void raise(float top, float c) {
+    top = fmaxf(max, top);
+    base_ = top == -infinity() ? 0.f : top;
+    const float before = ptx::exp2_approx((max - base_) * c);
+    max = top, sum *= before;
+#pragma unroll
+    for (int i = 0; i < kWidth; i++) out[i] *= before;
+  }
+  __device__ __forceinline__ void add(const SplitStats& part, const float (&part_out)[kWidth], float c) {
+    const float weight = ptx::exp2_approx((part.x - base_) * c);
+    sum += part.y * weight;
+#pragma unroll
+    for (int i = 0; i < kWidth; i++) out[i] += part_out[i] * weight;
+  }
+
+ private:
+  float base_ = 0.f;
+};
+
+// kWidth neighbours, aligned to their size or to 16 bytes, from any memory.
+template <int kWidth, class Load>
+__device__ __forceinline__ void load_columns(const float* columns, float (&out)[kWidth], const Load& load) {
+  if constexpr (kWidth == 2) {
+    const float2 pair = load(reinterpret_cast<const float2*>(columns));
+    out[0] = pair.x, out[1] = pair.y;
+  } else {
+#pragma unroll
+    for (int i = 0; i < kWidth; i += 4) {
+      const float4 four = load(reinterpret_cast<const float4*>(columns + i));
+      out[i] = four.x, out[i + 1] = four.y, out[i + 2] = four.z, out[i + 3] = four.w;
+    }
+  }
+}
+
+struct FinishedRow {
+  int64_t offset;  // in out
+  float factor;    // of what has been added up
+};
+
+// Writes lse.
+inline __device__ __noinline__ FinishedRow finish(const KernelParams& p, const Walk& s_walk, int tile_row,
+                                                  SplitStats stats, bool is_first_lane) {
+  const KvCacheParams& call = p.call;
+  const QueryRow query = s_walk.tile.query(p, tile_row);
+  const int head = s_walk.piece.kv_head * p.schedule.group.value + query.head;
+  const float scale = logit_scale(p);
+  RowEnd end;
+  if (call.sinks)
+    end = finish_row_with_sink(stats.x, stats.y, scale, call.sinks[head]);
+  else
+    end = finish_row(stats.x, stats.y, scale);
+  if (is_first_lane) call.lse[(int64_t(query.batch) * call.num_heads + head) * call.queries + query.index] = end.lse;
+  return {((int64_t(query.batch) * call.queries + query.index) * call.num_heads + head) * call.dim_v, end.factor};
+}
+
+// Where a row's result goes.
+template <class Config>
+class RowTarget {
+ public:
+  using Element = typename Config::Element;
+
+  // A partial result.
+  __device__ __forceinline__ RowTarget(const KernelParams& p, int64_t part, int tile_row, const SplitStats& stats,
+                                       bool is_first_lane)
+      : columns_(Config::kDim) {
+    const int64_t place = part * Config::kTileRows + tile_row;
+    if (is_first_lane) p.partial_stats[place] = stats;
+    g_partial_ = p.partial_out + place * Config::kDim;
+  }
+
+  // The output.
+  __device__ __forceinline__ RowTarget(const KernelParams& p, const Walk& s_walk, int tile_row, const SplitStats& stats,
+                                       bool is_first_lane)
+      : columns_(p.call.dim_v) {
+    const FinishedRow row = finish(p, s_walk, tile_row, stats, is_first_lane);
+    factor_ = row.factor;
+    g_out_ = static_cast<Element*>(p.call.out) + row.offset;
+  }
+
+  // column: a multiple of kWidth.
+  template <int kWidth>
+  __device__ __forceinline__ void store(int column, const float (&out)[kWidth]) const {
+    if (column >= columns_) return;
+    if (g_partial_) {
+      if constexpr (kWidth == 2) {
+        *reinterpret_cast<float2*>(g_partial_ + column) = {out[0], out[1]};
+      } else {
+#pragma unroll
+        for (int i = 0; i < kWidth; i += 4)
+          *reinterpret_cast<float4*>(g_partial_ + column + i) = {out[i], out[i + 1], out[i + 2], out[i + 3]};
+      }
+      return;
+    }
+    uint32_t packed[kWidth / 2];
+#pragma unroll
+    for (int i = 0; i < kWidth / 2; i++) packed[i] = ptx::pack<Element>(out[2 * i] * factor_, out[2 * i + 1] * factor_);
+    if constexpr (kWidth == 2)
+      *reinterpret_cast<uint32_t*>(g_out_ + column) = packed[0];
+    else if constexpr (kWidth == 4)
+      *reinterpret_cast<uint2*>(g_out_ + column) = {packed[0], packed[1]};
+    else
+      *reinterpret_cast<uint4*>(g_out_ + column) = {packed[0], packed[1], packed[2], packed[3]};
+  }
+
+ private:
+  float* g_partial_ = nullptr;
+  Element* g_out_ = nullptr;
+  float factor_ = 1.f;
+  int columns_;
+};
+
+// By the whole thread block, when all partial results of a head tile are there: a warp a row.
+template <class Config>
+__device__ __noinline__ void merge_parts(const KernelParams& p, const Parts parts, const Walk& s_walk) {
+  constexpr int kWidth = Config::kDim / kWarpSize, kAtOnce = 8;
+  const float c = logit_scale(p) * kLog2E;
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize, column = lane * kWidth;
+#pragma unroll 1
+  for (int row = static_cast<int>(threadIdx.x) / kWarpSize; row < s_walk.tile.count; row += Config::kWarps) {
+    RowMerge<kWidth> merge;
+    const int64_t first_place = parts.base * Config::kTileRows + row;
+    const SplitStats* g_stats = p.partial_stats + first_place;
+    const float* g_out = p.partial_out + first_place * Config::kDim + column;
+    int shift = parts.shift * Config::kTileRows;
+#pragma unroll 1
+    for (int left = parts.count; left > 0; left -= kAtOnce) {
+      SplitStats stats[kAtOnce];
+      float out[kAtOnce][kWidth], top = -infinity();
+#pragma unroll
+      for (int j = 0; j < kAtOnce; j++) {
+        stats[j] = {-infinity(), 0.f};
+#pragma unroll
+        for (int i = 0; i < kWidth; i++) out[j][i] = 0.f;
+        if (j < left) {
+          stats[j] = __ldcg(g_stats + shift);
+          load_columns(g_out + shift * Config::kDim, out[j], [](const auto* g) { return __ldcg(g); });
+        }
+        shift = 0;
+        g_stats += parts.step * Config::kTileRows, g_out += parts.step * Config::kTileRows * Config::kDim;
+      }
+#pragma unroll
+      for (int j = 0; j < kAtOnce; j++) top = fmaxf(top, stats[j].x);
+      merge.raise(top, c);
+#pragma unroll
+      for (int j = 0; j < kAtOnce; j++) merge.add(stats[j], out[j], c);
+    }
+    RowTarget<Config>(p, s_walk, row, {merge.max, merge.sum}, lane == 0).store(column, merge.out);
+  }
+}
+
+}  // namespace selfattn::cuda::kv_cache
