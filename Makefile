@@ -1,4 +1,5 @@
-# make demo | test | test-integrations | lint | docs | bench-cpu | sanitize | coverage | install | clean     (see CONTRIBUTING.md)
+# make demo | test | test-integrations | test-matrix | lint | docs | bench-cpu | sanitize | coverage | install | wheel | clean
+# (see CONTRIBUTING.md)
 # Everything lies in this folder: .venv (Python packages), build (CMake), build/install (the C++ package).
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
@@ -22,7 +23,8 @@ SPILLS = sm90+backward=496 sm90+backward_dkdv=832 sm90+forward=272 \
   flash_attention_kv_cache=88
 SOURCES = $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
-.PHONY: all build install demo test test-cpp test-python test-integrations coverage sanitize lint format docs bench-cpu clean
+.PHONY: all build install demo test test-cpp test-python test-integrations test-matrix coverage sanitize lint format docs \
+  bench-cpu wheel sdist clean
 
 all: build
 
@@ -38,7 +40,7 @@ $(VENV)/.python: $(VENV)/.debian
 
 # The lists of packages stand in pyproject.toml alone.
 $(VENV)/.packages: $(VENV)/.python pyproject.toml
-	$(BIN)/python .ci/requirements.py torch demo test lint dev > $(VENV)/requirements.txt
+	$(BIN)/python .ci/requirements.py build demo test lint dev > $(VENV)/requirements.txt
 	$(BIN)/python -m pip install --quiet --requirement $(VENV)/requirements.txt
 	touch $@
 
@@ -66,6 +68,33 @@ build: build/build.ninja
 install: build
 	$(BIN)/cmake --install build --prefix build/install > /dev/null
 
+# ---------------------------------------------------------------- packages
+# A wheel in dist/ for every Python 3 and one minor version of torch, which its version names: a folder may hold those
+# of several. CMAKE_ARGS=-DSELFATTN_CUDA=OFF makes one without CUDA kernels.
+TORCH ?= 2.11
+WHEEL = build-wheel/torch$(TORCH)
+# What torch brings; auditwheel takes every other library that manylinux does not promise into the wheel.
+EXCLUDED = $(addprefix --exclude ,libtorch.so libtorch_cpu.so libtorch_cuda.so libc10.so libc10_cuda.so 'libcudart.so.*')
+
+# build/lib.* may hold files of an earlier build.
+wheel: $(VENV)/.debian
+	$(PYTHON) -m venv $(WHEEL)
+	$(WHEEL)/bin/python .ci/requirements.py build wheel > $(WHEEL)/requirements.txt
+	$(WHEEL)/bin/python -m pip install --quiet --requirement $(WHEEL)/requirements.txt 'torch==$(TORCH).*'
+	rm -rf $(WHEEL)/linux $(WHEEL)/manylinux build/lib.*
+	export PATH=$(abspath $(WHEEL)/bin):$$PATH && \
+	  MAX_JOBS=$(JOBS) SELFATTN_CMAKE_ARGS="-DSELFATTN_CUDA=ON -DSELFATTN_COMPUTE_CAPABILITIES=all $(CMAKE_ARGS)" \
+	  SELFATTN_LOCAL_VERSION=torch$(TORCH)$(if $(findstring SELFATTN_CUDA=OFF,$(CMAKE_ARGS)),.cpu) \
+	  python -m pip wheel --no-build-isolation --no-deps --wheel-dir $(WHEEL)/linux . && \
+	  auditwheel repair $(EXCLUDED) --wheel-dir $(WHEEL)/manylinux $(WHEEL)/linux/*.whl
+	$(WHEEL)/bin/python .ci/check_wheel.py $(WHEEL)/manylinux/*.whl
+	$(WHEEL)/bin/python -m pip install --quiet --force-reinstall --no-deps $(WHEEL)/manylinux/*.whl
+	cd $(WHEEL) && env -u PYTHONPATH -u SELFATTN_LIBRARY bin/python -m selfattn
+	mkdir -p dist && cp $(WHEEL)/manylinux/*.whl dist
+
+sdist: $(VENV)/.packages
+	$(BIN)/python -c "from setuptools import build_meta; build_meta.build_sdist('dist')"
+
 # ---------------------------------------------------------------- use
 demo: install
 	$(BIN)/python examples/train_packed/demo.py $(DEMO_ARGS)
@@ -89,6 +118,13 @@ test-python: install
 # With the libraries that selfattn plugs into, which nothing else needs.
 test-integrations: build $(VENV)/.integrations
 	$(PYTEST) tests/integrations $(PYTEST_ARGS)
+
+# The quick tests with the oldest and the newest torch that pyproject.toml takes, on the CPU, in fresh environments:
+# gigabytes to download, and a build each. Not in CI, whose time is short.
+TORCHES ?= 2.11 2.15
+PYTHONS ?= $(PYTHON)
+test-matrix: $(VENV)/.debian
+	$(PYTHON) .ci/test_matrix.py --torch $(TORCHES) --python $(PYTHONS) --jobs $(JOBS)
 
 # Python's lines, and C++'s of the CPU part, that the C++ tests and the quick Python tests reach; those of several processes
 # test Python alone. Inner loops run more often than the 2^32 times from which on gcovr suspects an error.
@@ -124,4 +160,4 @@ format: $(VENV)/.packages
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf build build-coverage build-sanitize
+	rm -rf build build-coverage build-sanitize build-wheel build-matrix

@@ -7,7 +7,8 @@
 #
 # Searched: LibTorch_ROOT, TORCH_INSTALL_PREFIX, CMAKE_PREFIX_PATH (also torch.utils.cmake_prefix_path), and at last the
 # package that `python3 -c "import torch"` finds.
-# Sets: LibTorch_FOUND, LibTorch_VERSION, LibTorch_ROOT_DIR, LibTorch_CUDA (the package holds libtorch_cuda).
+# Sets: LibTorch_FOUND, LibTorch_VERSION, LibTorch_ROOT_DIR, LibTorch_CUDA (the package holds libtorch_cuda),
+# LibTorch_CUDA_VERSION (that it was built with, of a Python package).
 
 set(_libtorch_hints ${LibTorch_ROOT} ${TORCH_INSTALL_PREFIX} $ENV{TORCH_INSTALL_PREFIX})
 foreach(_prefix IN LISTS CMAKE_PREFIX_PATH)
@@ -55,8 +56,13 @@ if(LibTorch_FOUND)
   if(LibTorch_torch_cuda_LIBRARY AND LibTorch_c10_cuda_LIBRARY)
     set(LibTorch_CUDA ON)
   endif()
+  set(LibTorch_CUDA_VERSION "")
+  if(EXISTS "${LibTorch_ROOT_DIR}/version.py")
+    file(STRINGS "${LibTorch_ROOT_DIR}/version.py" _libtorch_lines REGEX "^cuda.*= *'[0-9.]+'")
+    string(REGEX MATCH "[0-9]+[0-9.]*" LibTorch_CUDA_VERSION "${_libtorch_lines}")
+  endif()
   if(NOT TARGET LibTorch::LibTorch)
-    add_library(LibTorch::LibTorch INTERFACE IMPORTED)
+    add_library(LibTorch::LibTorch INTERFACE IMPORTED GLOBAL)  # for projects around this one, too
     target_include_directories(LibTorch::LibTorch SYSTEM INTERFACE
       "${LibTorch_INCLUDE_DIR}" "${LibTorch_INCLUDE_DIR}/torch/csrc/api/include")
     target_link_libraries(LibTorch::LibTorch INTERFACE

@@ -11,6 +11,10 @@ function(add_cuda_kernels name)
   set_target_properties(${name} PROPERTIES CUDA_ARCHITECTURES "${arg_ARCHITECTURES}" POSITION_INDEPENDENT_CODE ON
                                            CUDA_VISIBILITY_PRESET hidden)
   target_sources(selfattn PRIVATE $<TARGET_OBJECTS:${name}>)
+  string(REGEX REPLACE "^selfattn_" "" family ${name})
+  list(JOIN arg_ARCHITECTURES " " architectures)
+  list(APPEND SELFATTN_KERNELS "\"${family}\": \"${architectures}\"")
+  set(SELFATTN_KERNELS ${SELFATTN_KERNELS} PARENT_SCOPE)
 endfunction()
 
 include(cmake/cuda_architectures.cmake)

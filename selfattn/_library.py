@@ -1,11 +1,15 @@
 """Finds libselfattn.so, checks that it fits the installed torch, and loads it once."""
 
 import contextlib
+import json
 import os
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
-from torch.nested._internal.nested_tensor import NestedTensor
+
+from selfattn._when_imported import when_imported
 
 ENVIRONMENT_VARIABLE = "SELFATTN_LIBRARY"
 PACKAGED_LIBRARY = Path(__file__).parent / "lib" / "libselfattn.so"
@@ -38,14 +42,26 @@ def load() -> None:
             message says what to do.
     """
     chosen_by_user = os.environ.get(ENVIRONMENT_VARIABLE)
-    path = Path(chosen_by_user) if chosen_by_user else PACKAGED_LIBRARY
+    path = library_path()
     if hasattr(torch.ops.selfattn, "multihead_attention"):
         _check_loaded(path)
     else:
         _load(path, chosen_by_user)
-    for name in KERNEL_OPERATORS:
-        with contextlib.suppress(RuntimeError):  # an earlier import in this process has done it
-            torch.library.register_torch_dispatch(f"selfattn::{name}", NestedTensor, _refuse_jagged)
+    # torch 2.11 imports the module itself, 2.15 with the first jagged tensor.
+    when_imported("torch.nested._internal.nested_tensor", _register_refusals)
+
+
+def library_path() -> Path:
+    """The library that the package loads."""
+    return Path(os.environ.get(ENVIRONMENT_VARIABLE) or PACKAGED_LIBRARY)
+
+
+def build_of(library: Path) -> dict[str, Any]:
+    """What the build wrote beside the library (CMakeLists.txt): the ``version``, the ``torch`` and the ``cuda`` (None:
+    without) that it was compiled for, and the ``kernels``, by family the instruction sets or architectures. Empty where
+    the file was moved without it."""
+    path = library.with_suffix(".json")
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def _load(path: Path, chosen_by_user: str | None) -> None:
@@ -55,8 +71,7 @@ def _load(path: Path, chosen_by_user: str | None) -> None:
             f"selfattn: {where} {path}, but there is no such file. Build and install it with `pip install .` in the "
             f"project's folder, or set {ENVIRONMENT_VARIABLE} to a libselfattn.so."
         )
-    # _build_info.py describes the packaged library only; one that the user names is his own affair.
-    built_for = None if chosen_by_user else _torch_version_of_build()
+    built_for = build_of(path).get("torch")
     if built_for is not None and _major_minor(built_for) != _major_minor(torch.__version__):
         raise ImportError(_mismatch(built_for))
     try:
@@ -65,14 +80,18 @@ def _load(path: Path, chosen_by_user: str | None) -> None:
         raise ImportError(f"{_mismatch(built_for)} The loader said: {error}") from error
 
 
-def _refuse_jagged(
-    _cls: type, operator: torch._ops.OpOverload, _types: tuple, args: tuple, kwargs: dict | None
-) -> None:
+def _register_refusals(nested_tensor: ModuleType) -> None:
+    for name in KERNEL_OPERATORS:
+        with contextlib.suppress(RuntimeError):  # an earlier import in this process has done it
+            torch.library.register_torch_dispatch(f"selfattn::{name}", nested_tensor.NestedTensor, _refuse_jagged)
+
+
+def _refuse_jagged(cls: type, operator: torch._ops.OpOverload, _types: tuple, args: tuple, kwargs: dict | None) -> None:
     """In inference mode the Python class of jagged tensors comes before the kernels that refuse them by name."""
     arguments = dict(zip((argument.name for argument in operator._schema.arguments), args, strict=False)) | (
         kwargs or {}
     )
-    name = next(name for name, value in arguments.items() if isinstance(value, NestedTensor))
+    name = next(name for name, value in arguments.items() if isinstance(value, cls))
     raise TypeError(
         f"selfattn: {name} must be a dense tensor; got a nested one; pack the documents into rows and give segment_ids "
         "(segment_ids_from_cu_seqlens makes them of the offsets)"
@@ -108,14 +127,6 @@ def _defines_operators(file: str) -> bool:
         return False
 
 
-def _torch_version_of_build() -> str | None:
-    try:
-        from selfattn._build_info import TORCH_VERSION
-    except ModuleNotFoundError:
-        return None
-    return TORCH_VERSION
-
-
 def _major_minor(version: str) -> tuple[str, ...]:
     return tuple(version.split(".")[:2])
 
@@ -124,7 +135,7 @@ def _mismatch(built_for: str | None) -> str:
     built = f"torch {built_for}" if built_for else "another torch"
     cure = "build it again with `pip install --no-build-isolation --force-reinstall --no-deps .`"
     if built_for:
-        cure += f", or install torch {built_for.split('+')[0]}"
+        cure += f", or install torch {built_for}, or the wheel of selfattn for this torch"
     return (
         f"selfattn: the library was built for {built}, and the installed torch is {torch.__version__}; a compiled "
         f"extension serves one version of torch only. To cure it, {cure}."

@@ -16,17 +16,13 @@ Importing ``selfattn`` is enough. ``torch.utils.flop_counter`` imports Triton, s
 program imports it, and at once where it has done so before.
 """
 
-import importlib.abc
-import importlib.util
-import sys
 from collections.abc import Sequence
-from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
 import torch
 
-FLOP_COUNTER = "torch.utils.flop_counter"
+from selfattn._when_imported import when_imported
 
 Shape = Sequence[int]
 
@@ -92,29 +88,6 @@ def _register(flop_counter: ModuleType) -> None:
             flop_counter.register_flop_formula(operator)(formula)
 
 
-class _RegisterOnImport(importlib.abc.MetaPathFinder):
-    """Registers the formulas after the flop counter's own code has run, once."""
-
-    def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name != FLOP_COUNTER:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        if spec is None or spec.loader is None:
-            return spec
-        run = spec.loader.exec_module
-
-        def run_and_register(module: ModuleType) -> None:
-            run(module)
-            _register(module)
-
-        spec.loader.exec_module = run_and_register
-        return spec
-
-
 def register() -> None:
     """Registers the formulas now, or when ``torch.utils.flop_counter`` is imported."""
-    if FLOP_COUNTER in sys.modules:
-        _register(sys.modules[FLOP_COUNTER])
-    elif not any(isinstance(finder, _RegisterOnImport) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _RegisterOnImport())
+    when_imported("torch.utils.flop_counter", _register)

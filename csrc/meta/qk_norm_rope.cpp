@@ -6,16 +6,17 @@
 namespace selfattn {
 namespace {
 
-at::Tensor empty_like(const at::Tensor& tensor) { return at::empty_symint(tensor.sym_sizes(), tensor.options()); }
+at::Tensor contiguous_like(const at::Tensor& tensor) { return at::empty_symint(tensor.sym_sizes(), tensor.options()); }
 
-NormRopeHeads qk_norm_rope_meta(const NormRopeCall& call) { return {empty_like(call.q), empty_like(call.k)}; }
+NormRopeHeads qk_norm_rope_meta(const NormRopeCall& call) { return {contiguous_like(call.q), contiguous_like(call.k)}; }
 
 NormRopeGradients qk_norm_rope_backward_meta(const NormRopeCall& call, const at::Tensor& grad_q,
                                              const at::Tensor& grad_k) {
   const auto of_weight = [](const OptionalTensor& weight, const at::Tensor& grad) {
-    return weight ? empty_like(*weight) : at::empty({0}, grad.options());
+    return weight ? contiguous_like(*weight) : at::empty({0}, grad.options());
   };
-  return {empty_like(grad_q), empty_like(grad_k), of_weight(call.q_weight, grad_q), of_weight(call.k_weight, grad_k)};
+  return {contiguous_like(grad_q), contiguous_like(grad_k), of_weight(call.q_weight, grad_q),
+          of_weight(call.k_weight, grad_k)};
 }
 
 }  // namespace

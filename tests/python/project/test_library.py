@@ -18,7 +18,7 @@ def run(program: str, tmp_path: Path, **environment: str) -> subprocess.Complete
     """A fresh process with a copy of the package that has no library of its own."""
     copy = tmp_path / "selfattn"
     if not copy.exists():
-        shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("_build_info.py", "lib", "__pycache__"))
+        shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("lib", "__pycache__"))
     clean = {k: v for k, v in os.environ.items() if k not in ("SELFATTN_LIBRARY", "PYTHONPATH")}
     return subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path, env={**clean, **environment}, capture_output=True, text=True
@@ -97,13 +97,13 @@ def test_package_is_imported_twice(tmp_path: Path) -> None:
 
 def test_library_of_another_torch_is_refused_with_both_versions(tmp_path: Path) -> None:
     run("", tmp_path)
-    (tmp_path / "selfattn" / "_build_info.py").write_text('TORCH_VERSION = "1.13.1+cu117"\n')
     (tmp_path / "selfattn" / "lib").mkdir()
+    (tmp_path / "selfattn" / "lib" / "libselfattn.json").write_text('{"torch": "1.13.1"}')
     (tmp_path / "selfattn" / "lib" / "libselfattn.so").write_bytes(b"")
     done = run("import selfattn", tmp_path)
     for part in (
         "ImportError",
-        "torch 1.13.1+cu117",
+        "built for torch 1.13.1",
         f"installed torch is {torch.__version__}",
         "install torch 1.13.1",
     ):
