@@ -1,6 +1,6 @@
-"""Writes torchscript_<version>.pt and exported_<version>.pt2: calls of the operators with their arguments and results,
-as a script and as an exported program, saved by the library of that version. Later libraries must load them and give
-the same (tests/python/doors/test_saved_calls.py).
+"""Writes torchscript_<version>.pt, exported_<version>.pt2 and aotinductor_<version>.pt2: calls of the operators with
+their arguments and results, as a script, an exported program and a compiled package, saved by the library of that
+version. Later libraries must load them and give the same (tests/python/doors/test_saved_calls.py).
 
     SELFATTN_LIBRARY=<the library of that version> python tests/data/make_saved_calls.py <version>
 
@@ -11,9 +11,11 @@ written: this program is for those of later versions.
 import os
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import Tensor
+from torch._inductor import config, cpp_builder
 
 torch.ops.load_library(os.environ["SELFATTN_LIBRARY"])
 
@@ -134,10 +136,45 @@ class Calls(torch.nn.Module):
         return results
 
 
-if __name__ == "__main__":
-    calls = Calls()
-    for index, expected in enumerate(calls()):
+class FewCalls(Calls):
+    """What AOTInductor compiles. A package shows no buffers: the results are followed by the expected ones."""
+
+    def forward(self) -> list[Tensor]:
+        return [*self.results(), self.expected_0.clone(), self.expected_1.clone()]
+
+    def results(self) -> list[Tensor]:
+        ops, w = torch.ops.selfattn, self.weight
+        out = ops.multihead_attention(self.q, self.k, self.v, self.ids, window_left=3, sinks=self.sinks)
+        return [out, ops.self_attention(self.x, w, w, w, w, segment_ids=self.ids, head_dim=8)]
+
+
+def write_package(calls: FewCalls, path: Path) -> None:
+    """For every x86-64 processor: AOTInductor compiles for the one that it runs on."""
+    right = cpp_builder._get_optimization_cflags
+
+    def portable(*arguments: object, **options: object) -> tuple[list[str], list[str]]:
+        compiler_flags, linker_flags = right(*arguments, **options)
+        return [flag.replace("march=native", "march=x86-64-v2") for flag in compiler_flags], linker_flags
+
+    with mock.patch.object(cpp_builder, "_get_optimization_cflags", portable), config.patch({"cpp.simdlen": 1}):
+        torch._inductor.aoti_compile_and_package(torch.export.export(calls, ()), package_path=str(path))
+
+
+def with_expected(calls: Calls, results: list[Tensor]) -> Calls:
+    for index, expected in enumerate(results):
         calls.register_buffer(f"expected_{index}", expected)
-    path = Path(__file__).parent
-    torch.jit.script(calls).save(str(path / f"torchscript_{sys.argv[1]}.pt"))
-    torch.export.save(torch.export.export(calls, ()), path / f"exported_{sys.argv[1]}.pt2")
+    return calls
+
+
+@torch.no_grad()
+def main(version: str) -> None:
+    calls, few = Calls(), FewCalls()
+    folder = Path(__file__).parent
+    with_expected(calls, calls())
+    torch.jit.script(calls).save(str(folder / f"torchscript_{version}.pt"))
+    torch.export.save(torch.export.export(calls, ()), folder / f"exported_{version}.pt2")
+    write_package(with_expected(few, few.results()), folder / f"aotinductor_{version}.pt2")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
