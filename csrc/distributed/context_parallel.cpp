@@ -1,14 +1,19 @@
 #include "distributed/context_parallel.h"
 
 #include <ATen/TensorOperators.h>
+#include <ATen/ops/arange.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 #include <selfattn/context_parallel.h>
 #include <torch/library.h>
 
 #include <algorithm>
+#include <limits>
 
 #include "distributed/context_parallel_op.h"
 #include "distributed/context_part.h"
@@ -194,15 +199,40 @@ Tensor start_exchanging_heads(const ContextProblem& problem) {
               -1));
 }
 
-/// All shared tokens, and the heads of this rank.
-AttentionProblem shared_part_by_heads(const ContextProblem& problem, const Tensor& exchanged) {
+/// The order of shared tokens in which their indices say what their positions say: split documents by position, side by
+/// side, and the rest behind. As indices of B * n * s tokens; undefined where positions stay what is compared, since a
+/// window counts what lay between, or nothing is.
+Tensor order_of_rows(const ContextProblem& problem) {
+  if (!problem.own.has_positions()) return {};
+  if (problem.own.has_window() && !problem.documents_are_runs) return {};
+  const Tensor last = at::full({}, std::numeric_limits<int32_t>::max(), problem.kv_ids.options());
+  const Tensor by_position =
+      at::where(problem.kv_ids < 0, last, *problem.kv_positions).argsort(int64_t{1}, /*descending=*/false);
+  const Tensor begins = at::arange(by_position.size(0), by_position.options()) * by_position.size(1);
+  return (by_position + begins.unsqueeze(1)).flatten();
+}
+
+Tensor inverse_of(const Tensor& order) {
+  return order.defined() ? at::empty_like(order).scatter_(0, order, at::arange(order.numel(), order.options())) : order;
+}
+
+/// (B, N, ...) in an order; as it is without one.
+Tensor reorder(const Tensor& rows, const Tensor& order) {
+  if (!order.defined()) return rows;
+  return rows.flatten(0, 1).index_select(0, order).unflatten(0, {rows.size(0), -1});
+}
+
+/// All shared tokens in that order, and the heads of this rank.
+AttentionProblem shared_part_by_heads(const ContextProblem& problem, const Tensor& exchanged, const Tensor& order) {
   const HeadsOfRank heads(problem);
   const auto tensors =
       split_features(exchanged, {{heads.query, heads.width}, {heads.key, heads.width}, {heads.key, heads.value_width}});
   AttentionProblem part = problem.own;
-  part.query = as_rows(tensors[0]), part.key = as_rows(tensors[1]), part.value = as_rows(tensors[2]);
-  part.query_segment_ids = part.key_segment_ids = problem.kv_ids;
-  part.query_positions = part.key_positions = problem.kv_positions;
+  part.query = reorder(as_rows(tensors[0]), order);
+  part.key = reorder(as_rows(tensors[1]), order);
+  part.value = reorder(as_rows(tensors[2]), order);
+  part.query_segment_ids = part.key_segment_ids = reorder(problem.kv_ids, order);
+  part.query_positions = part.key_positions = order.defined() ? std::nullopt : problem.kv_positions;
   if (part.sinks) part.sinks = part.sinks->narrow(0, problem.group.rank() * heads.query, heads.query);
   return part;
 }
@@ -214,13 +244,14 @@ Tensor exchange_back(const RankGroup& group, const Tensor& rows) {
 }
 
 PartGradients backward_by_heads(const ContextProblem& problem, const AttentionProblem& part,
-                                const AttentionGradients& gradients) {
+                                const AttentionGradients& gradients, const Tensor& order) {
   const HeadsOfRank heads(problem);
   const int64_t ranks = problem.group.size(), key_heads = problem.own.key.size(2);
   const PartGradients own = attend_part_backward(part, problem.backend, gradients);
+  const Tensor inverse = inverse_of(order);
   std::vector<Tensor> sent;
   for (const Tensor* gradient : {&own.query, &own.key, &own.value}) {
-    sent.push_back(by_rank(*gradient, ranks).flatten(3));
+    sent.push_back(by_rank(reorder(*gradient, inverse), ranks).flatten(3));
   }
   const Tensor received = RankGroup::finish(problem.group.start_exchange(at::cat(sent, -1)));
   const auto tensors =
@@ -253,9 +284,10 @@ ContextResults context_parallel_forward(const ContextProblem& problem) {
   if (problem.has_shared_part()) {
     const Tensor received = RankGroup::finish(started);
     if (by_heads) {
-      std::tie(shared, shared_lse) = attend_part(shared_part_by_heads(problem, received), problem.backend);
+      const Tensor order = order_of_rows(problem);
+      std::tie(shared, shared_lse) = attend_part(shared_part_by_heads(problem, received, order), problem.backend);
       exchanged = {received, shared};
-      shared = exchange_back(problem.group, shared);
+      shared = exchange_back(problem.group, reorder(shared, inverse_of(order)));
     } else {
       std::tie(shared, shared_lse) = attend_part(shared_part_by_keys(problem, received), problem.backend);
     }
@@ -285,9 +317,10 @@ ContextGradients context_parallel_backward(const ContextProblem& problem, const 
   if (problem.has_shared_part()) {
     const Tensor received = RankGroup::finish(started);
     if (by_heads) {
-      const Tensor of_rows = as_rows(received.unflatten(3, {-1, out.size(3)}));
-      shared = backward_by_heads(problem, shared_part_by_heads(problem, exchanged[0]),
-                                 {.grad_out = of_rows, .out = exchanged[1], .lse = shared_lse});
+      const Tensor order = order_of_rows(problem);
+      const Tensor grad_rows = reorder(as_rows(received.unflatten(3, {-1, out.size(3)})), order);
+      shared = backward_by_heads(problem, shared_part_by_heads(problem, exchanged[0], order),
+                                 {.grad_out = grad_rows, .out = exchanged[1], .lse = shared_lse}, order);
     } else {
       shared =
           backward_by_keys(problem, shared_part_by_keys(problem, received),
