@@ -91,10 +91,12 @@ ContextResults attend(const ContextCall& call) {
 
 ContextGradients attend_backward(const at::Tensor& grad_out, const at::Tensor& out, const at::Tensor& lse,
                                  const at::Tensor& shared_lse, at::TensorList exchanged, const ContextCall& call) {
+  check_dense(grad_out, "grad_out"), check_dense(out, "out");
+  check_dense(lse, "lse"), check_dense(shared_lse, "shared_lse");
   TORCH_CHECK_NOT_IMPLEMENTED(
       !any_requires_grad({grad_out, out, call.q, call.k, call.v, call.attention.sinks}),
-      "selfattn: context_parallel_attention has no gradient of its gradient (create_graph=True); gather the rows, and "
-      "call multihead_attention");
+      "selfattn: context_parallel_attention has no gradient of its gradient: grad_out, out, q, k, v and sinks must not "
+      "require one (create_graph=True); gather the rows, and call multihead_attention");
   at::AutoDispatchBelowADInplaceOrView guard;
   return ContextParallelBackward::call(kContextParallelBackward, grad_out, out, lse, shared_lse, exchanged, call);
 }

@@ -1,5 +1,6 @@
 #pragma once
 
+#include "common/dense_tensor.h"
 #include "common/dispatch.h"
 #include "distributed/context_problem.h"
 
@@ -11,7 +12,7 @@ namespace selfattn {
 /// `Leading`: what stands before q in a schema.
 template <typename Result, typename... Leading>
 struct ContextParallelOp {
-  /// An implementation, as a function that can be registered. Nothing is validated yet.
+  /// An implementation, as a function that can be registered. Only that tensors are dense is checked yet.
   template <Result (*kImplementation)(Leading..., const ContextCall&)>
   static Result from_schema(Leading... leading, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                             const at::Tensor& segment_ids, const at::Tensor& kv_segment_ids,
@@ -20,6 +21,9 @@ struct ContextParallelOp {
                             std::optional<double> qk_scale, c10::string_view backend, int64_t window_left,
                             int64_t window_right, double softcap, const OptionalTensor& sinks, int64_t local_start,
                             bool documents_are_runs) {
+    check_dense(q, "q"), check_dense(k, "k"), check_dense(v, "v");
+    check_dense(segment_ids, "segment_ids"), check_dense(kv_segment_ids, "kv_segment_ids");
+    check_dense(positions, "positions"), check_dense(kv_positions, "kv_positions"), check_dense(sinks, "sinks");
     return kImplementation(leading..., {.q = q,
                                         .k = k,
                                         .v = v,
