@@ -82,12 +82,10 @@ AttentionProblem local_part(const ContextProblem& problem) {
     ids = at::cat({masked, ids.narrow(1, shared - begin, end - shared)}, 1);
   }
   part.query_segment_ids = part.key_segment_ids = ids.contiguous();
-  // The tokens of a document lie in their order, and side by side: their indices say what their positions say, unless
-  // other documents lay between them and a window counts those.
-  const bool needs_positions = problem.own.has_positions() && problem.own.has_window() && !problem.documents_are_runs;
   part.query_positions = part.key_positions =
-      needs_positions ? OptionalTensor(problem.own.query_positions->narrow(1, begin, end - begin).contiguous())
-                      : std::nullopt;
+      problem.needs_positions()
+          ? OptionalTensor(problem.own.query_positions->narrow(1, begin, end - begin).contiguous())
+          : std::nullopt;
   return part;
 }
 
@@ -203,8 +201,7 @@ Tensor start_exchanging_heads(const ContextProblem& problem) {
 /// side, and the rest behind. As indices of B * n * s tokens; undefined where positions stay what is compared, since a
 /// window counts what lay between, or nothing is.
 Tensor order_of_rows(const ContextProblem& problem) {
-  if (!problem.own.has_positions()) return {};
-  if (problem.own.has_window() && !problem.documents_are_runs) return {};
+  if (!problem.own.has_positions() || problem.needs_positions()) return {};
   const Tensor last = at::full({}, std::numeric_limits<int32_t>::max(), problem.kv_ids.options());
   const Tensor by_position =
       at::where(problem.kv_ids < 0, last, *problem.kv_positions).argsort(int64_t{1}, /*descending=*/false);
@@ -338,8 +335,11 @@ ContextGradients context_parallel_backward(const ContextProblem& problem, const 
 
 namespace {
 
+/// Chooses the method here, where the device is known, as it is not to the operators on meta tensors.
 Tensor attend(const ContextCall& call) {
-  return std::get<0>(ContextParallelForward::call(kContextParallelForward, call));
+  ContextCall chosen = call;
+  chosen.method = make_context_problem(call).method == ContextMethod::kHeads ? "heads" : "keys";
+  return std::get<0>(ContextParallelForward::call(kContextParallelForward, chosen));
 }
 
 ContextResults forward(const ContextCall& call) { return context_parallel_forward(make_context_problem(call)); }

@@ -22,18 +22,23 @@ std::string reason_against_heads(const AttentionProblem& own, int64_t ranks) {
 }
 
 /// The one that moves fewer bytes in both passes. Keys and values are gathered twice and their gradients summed once,
-/// whole shards of every rank; of heads a rank receives and gives its share.
-ContextMethod choose_method(const AttentionProblem& own, int64_t ranks) {
+/// whole shards of every rank; of heads a rank receives and gives its share. Queries that meet gathered keys need
+/// positions, which no kernel on CUDA takes, so there heads travel where they can.
+ContextMethod choose_method(const ContextProblem& problem) {
+  const AttentionProblem& own = problem.own;
+  const int64_t ranks = problem.group.size();
+  const bool fits = reason_against_heads(own, ranks).empty();
+  if (own.query.is_cuda() && own.has_positions() && !problem.needs_positions() && fits) return ContextMethod::kHeads;
   const c10::SymInt keys = 3 * own.key_heads() * ranks;
   const c10::SymInt heads = 2 * (own.query_heads() + std::max(own.key_heads(), c10::SymInt(ranks)));
-  return heads < keys && reason_against_heads(own, ranks).empty() ? ContextMethod::kHeads : ContextMethod::kKeys;
+  return heads < keys && fits ? ContextMethod::kHeads : ContextMethod::kKeys;
 }
 
-ContextMethod parse_method(const std::string& name, const AttentionProblem& own, int64_t ranks) {
-  if (name == "auto") return choose_method(own, ranks);
+ContextMethod parse_method(const std::string& name, const ContextProblem& problem) {
+  if (name == "auto") return choose_method(problem);
   if (name == "keys") return ContextMethod::kKeys;
   TORCH_CHECK_VALUE(name == "heads", "selfattn: method must be one of auto, heads, keys; got '", name, "'");
-  const std::string reason = reason_against_heads(own, ranks);
+  const std::string reason = reason_against_heads(problem.own, problem.group.size());
   TORCH_CHECK_VALUE(reason.empty(), "selfattn: method 'heads' needs ", reason);
   return ContextMethod::kHeads;
 }
@@ -86,7 +91,7 @@ ContextProblem make_context_problem(const ContextCall& call) {
                          .group = RankGroup(call.group_name, call.group_size)};
   problem.own.query_segment_ids = problem.own.key_segment_ids = as_int32(*problem.own.query_segment_ids, "segment_ids");
   if (problem.own.has_positions()) problem.kv_positions = as_int32(call.kv_positions, "kv_positions");
-  problem.method = parse_method(call.method, problem.own, call.group_size);
+  problem.method = parse_method(call.method, problem);
   return problem;
 }
 

@@ -52,6 +52,9 @@ struct ContextProblem {
   /// Whether tokens of this rank lie in a part.
   bool has_local_part() const { return length() > local_start; }
   bool has_shared_part() const { return shared > 0; }
+  /// Whether indices cannot stand for positions where the tokens of a document lie in their order, and side by side:
+  /// other documents lay between them, and a window counts those.
+  bool needs_positions() const { return own.has_positions() && own.has_window() && !documents_are_runs; }
   /// Of the query heads, and of the key heads, which are repeated where there are fewer than ranks, those that a rank
   /// computes by the method kHeads.
   c10::SymInt query_heads_of_rank() const { return own.query_heads() / group.size(); }
