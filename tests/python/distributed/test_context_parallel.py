@@ -1,6 +1,7 @@
 """Promise: attention whose rows are spread over ranks is attention of one process, forward and backward, for every
 method, layout, kind of ids and option; only split documents travel, and a traced graph sees one operator."""
 
+import dataclasses
 import itertools
 from typing import Any
 
@@ -319,6 +320,24 @@ def check_thousand_ranks() -> None:
 
 def test_a_thousand_ranks() -> None:
     in_fake_job(1024, check_thousand_ranks)
+
+
+def check_chosen_method() -> None:
+    layout = ContextLayout.from_segment_ids(torch.zeros(1, 256, dtype=torch.int32), init_device_mesh("cpu", (2,)))
+    for device, heads, expected in (("cpu", 2, "keys"), ("cuda", 2, "heads"), ("cuda", 3, "keys")):
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            q, k = (torch.empty(1, 128, number, DIM, device=device) for number in (3 * heads, heads))
+            names = ("segment_ids", "kv_segment_ids", "positions", "kv_positions")
+            of_layout = {name: getattr(layout, name).to(device) for name in names}
+            here = dataclasses.replace(layout, **of_layout)
+            graph = make_fx(lambda q, k: context_parallel_attention(q, k, k, here))(q, k).graph  # noqa: B023
+        (call,) = (node for node in graph.nodes if "context_parallel" in str(node.target))
+        assert call.kwargs["method"] == expected
+
+
+def test_auto_exchanges_heads_on_cuda_where_they_fit() -> None:
+    """No kernel on CUDA takes positions yet, which "keys" needs."""
+    in_fake_job(2, check_chosen_method)
 
 
 def check_refusals() -> None:
