@@ -48,6 +48,15 @@
                  ", Tensor lengths, Tensor? page_table=None, " \
                  "Tensor? positions=None, Tensor? draft_mask=None, int split_keys=0, " SELFATTN_CACHE_SCALES
 
+// Rows spread over ranks
+#define SELFATTN_CONTEXT_CALL                                                                                       \
+  SELFATTN_QKV                                                                                                      \
+  ", Tensor segment_ids, Tensor kv_segment_ids, *, Tensor positions, Tensor kv_positions, int shared, int "         \
+  "group_size, str group_name, str method=\"auto\", bool causal=True, float? qk_scale=None, str backend=\"auto\", " \
+  "int "                                                                                                            \
+  "window_left=-1, int window_right=-1, float softcap=0.0, Tensor? sinks=None, int local_start=0, bool "            \
+  "documents_are_runs=False"
+
 #define SELFATTN_ROPE_TYPE                                                                                  \
   "str rope_type=\"default\", float rope_theta=10000.0, SymInt? length=None, float? factor=None, "          \
   "int? original_max_position_embeddings=None, float? low_freq_factor=None, float? high_freq_factor=None, " \
@@ -101,6 +110,21 @@ TORCH_LIBRARY(selfattn, m) {
   m.def("segment_ids_from_positions(Tensor positions) -> Tensor", tags);
   m.def("segment_ids_from_cu_seqlens(Tensor cu_seqlens, int length) -> Tensor", tags);
   m.def("cu_seqlens_from_segment_ids(Tensor segment_ids, int max_segments) -> Tensor", tags);
+  // Rows spread over ranks
+  m.def(
+      "context_layout(Tensor segment_ids, int group_rank, int group_size, str balance=\"documents\", int bucket=128) "
+      "-> "
+      "(Tensor indices, Tensor segment_ids, Tensor positions, Tensor document_positions, Tensor kv_segment_ids, Tensor "
+      "kv_positions, Tensor slots, int shared, int local_start, bool documents_are_runs)",
+      tags);
+  m.def("context_parallel_attention(" SELFATTN_CONTEXT_CALL ") -> Tensor", tags);
+  m.def("context_parallel_attention_forward(" SELFATTN_CONTEXT_CALL
+        ") -> (Tensor out, Tensor lse, Tensor shared_lse, Tensor[] exchanged)",
+        tags);
+  m.def(
+      "context_parallel_attention_backward(Tensor grad_out, Tensor out, Tensor lse, Tensor shared_lse, "
+      "Tensor[] exchanged, " SELFATTN_CONTEXT_CALL ") -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)",
+      tags);
   // Rotary embedding and query-key norm
   m.def(
       "precompute_freqs(int feat_dim, Tensor? pos_idx=None, int? max_length=None, float theta=10000.0, *, "

@@ -45,6 +45,10 @@ def __getattr__(name: str) -> object:
         from selfattn._decompositions import decompositions
 
         return decompositions
+    if name == "context_parallel_attention":  # torch.distributed takes long to import
+        from selfattn.distributed import context_parallel_attention
+
+        return context_parallel_attention
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -63,6 +67,7 @@ __all__ = [
     "attention_operators",
     "attention_with_kv_cache",
     "attention_with_kv_cache_lse",
+    "context_parallel_attention",
     "cu_seqlens_from_segment_ids",
     "decompositions",
     "explain_backend",

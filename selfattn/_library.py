@@ -22,6 +22,8 @@ KERNEL_OPERATORS = (
     "qk_norm_rope_backward.in_place",
     "qk_norm_rope_attention",
     "qk_norm_rope_attention_backward",
+    "context_parallel_attention_forward",
+    "context_parallel_attention_backward",
     "flash_attention_kv_cache",
     "append_kv_cache",
     "qk_norm_rope_append",

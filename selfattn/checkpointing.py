@@ -22,6 +22,7 @@ def attention_operators() -> list[torch._ops.OpOverload]:
     return [
         torch.ops.selfattn.flash_attention.default,
         torch.ops.selfattn.qk_norm_rope_attention.default,
+        torch.ops.selfattn.context_parallel_attention_forward.default,
         aten._scaled_dot_product_cudnn_attention.default,
         aten._scaled_dot_product_efficient_attention.default,
         aten._scaled_dot_product_flash_attention.default,

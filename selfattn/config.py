@@ -13,7 +13,10 @@ from selfattn._validated_config import _ValidatedConfig
 from selfattn.rope import RopeParameters
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from torch.distributed.device_mesh import DeviceMesh
+
+    from selfattn.distributed import ContextLayout
 
 _AXES = ("pipeline", "data", "fsdp", "context", "model")
 """Of the device mesh, as the fields of ``ParallelConfig`` name them."""
@@ -78,7 +81,7 @@ class ParallelConfig(_ValidatedConfig):
     """Above 1 for the mesh alone: pipelines of whole models are built with torch.distributed.pipelining."""
     model_axis_size: int = 1
     context_axis_size: int = 1
-    """Above 1 for the mesh alone: rows are not spread over ranks yet."""
+    """Ranks that share the rows of a batch, each with some tokens of every row (``context_layout``)."""
     remat: Sequence[str] = ()
     """Class names of the modules whose activations are computed again in the backward pass."""
     fsdp_modules: Sequence[str] = ()
@@ -92,6 +95,11 @@ class ParallelConfig(_ValidatedConfig):
     """In which their gradients are added up and scattered; None is that of the gradients."""
     tp_async_dense: bool = False
     """Whether communication of the model axis runs beside the matrix products."""
+    context_method: str = "auto"
+    """How keys and values of documents on several ranks of the context axis meet their queries: "keys", "heads" or
+    "auto", as ``context_parallel_attention`` has them."""
+    context_balance: str = "documents"
+    """Which tokens a rank of the context axis has: "documents", "head_tail" or "contiguous" (``ContextLayout``)."""
 
     def __post_init__(self) -> None:
         for axis in _AXES:
@@ -120,6 +128,8 @@ class ParallelConfig(_ValidatedConfig):
             if getattr(self, name) is not None:
                 self._check_choice(name, list(_DTYPES))
         self._check_bool("tp_async_dense")
+        self._check_choice("context_method", ["auto", "keys", "heads"])
+        self._check_choice("context_balance", ["documents", "head_tail", "contiguous"])
 
     def request_to(self, module_name: str) -> str | None:
         """The first field that asks something of ``module_name``, with its value, or None: an axis over several
@@ -138,6 +148,20 @@ class ParallelConfig(_ValidatedConfig):
 
     def _field(self, name: str) -> str:
         return f"{name} {getattr(self, name)!r}"
+
+    def context_layout(self, segment_ids: "Tensor", mesh: "DeviceMesh", **options: Any) -> "ContextLayout":
+        """``ContextLayout.from_segment_ids`` over the context axis of ``device_mesh``, with ``context_balance``.
+
+        Args:
+            segment_ids: (B, S), of whole rows, the same on every rank of the axis.
+            mesh: of ``device_mesh``.
+            options: of ``from_segment_ids``.
+        """
+        from selfattn.distributed import ContextLayout  # takes seconds to import
+
+        return ContextLayout.from_segment_ids(
+            segment_ids, mesh[self.context_axis_name], self.context_balance, **options
+        )
 
     @property
     def axis_names(self) -> tuple[str, ...]:

@@ -59,6 +59,40 @@ def _backward_formula(
     return attention_backward_flops(q, k, v)
 
 
+def _context_formula(
+    q: Shape, k: Shape, v: Shape, *arguments: Any, shared: int, group_size: int, local_start: int = 0, **options: Any
+) -> int:
+    """Of this rank: its tokens from ``local_start`` on with each other, and shared queries with those keys of all."""
+    batch, length, heads, width = q
+    of_own = attention_flops((batch, length - local_start, heads, width), *_with_length(length - local_start, k, v))
+    return of_own + attention_flops((batch, shared, heads, width), *_with_length(group_size * shared, k, v))
+
+
+def _context_backward_formula(
+    grad_out: Shape,
+    out: Shape,
+    lse: Shape,
+    shared_lse: Shape,
+    exchanged: Sequence[Shape],
+    q: Shape,
+    k: Shape,
+    v: Shape,
+    *arguments: Any,
+    shared: int,
+    group_size: int,
+    local_start: int = 0,
+    **options: Any,
+) -> int:
+    batch, length, heads, width = q
+    own = (batch, length - local_start, heads, width)
+    of_own = attention_backward_flops(own, *_with_length(length - local_start, k, v))
+    return of_own + attention_backward_flops((batch, shared, heads, width), *_with_length(group_size * shared, k, v))
+
+
+def _with_length(length: int, *shapes: Shape) -> list[Shape]:
+    return [(shape[0], length, *shape[2:]) for shape in shapes]
+
+
 def _kv_cache_formula(
     q: Shape,
     k_cache: Shape,
@@ -82,6 +116,8 @@ def _register(flop_counter: ModuleType) -> None:
         torch.ops.selfattn.flash_attention_kv_cache: _kv_cache_formula,
         torch.ops.selfattn.flash_attention_backward: _backward_formula,
         torch.ops.selfattn.qk_norm_rope_attention_backward: _backward_formula,
+        torch.ops.selfattn.context_parallel_attention_forward: _context_formula,
+        torch.ops.selfattn.context_parallel_attention_backward: _context_backward_formula,
     }
     for operator, formula in formulas.items():
         if operator not in flop_counter.flop_registry:

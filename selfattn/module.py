@@ -3,6 +3,7 @@ around its projections and norms is called instead."""
 
 import functools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -146,6 +147,9 @@ class SelfAttention(nn.Module):
         request = config.parallel.request_to("SelfAttention")
         # Called in the place of the forward pass; selfattn.distributed sets it, and takes the refusal away.
         self._parallel_forward = None if request is None else functools.partial(_refuse_forward, request)
+        # selfattn.distributed sets both: whether calls without a context are refused, and how keys travel.
+        self.needs_context = False
+        self.context_method = config.parallel.context_method
         self.embedding_dim = embedding_dim
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
@@ -246,6 +250,7 @@ class SelfAttention(nn.Module):
         freqs: tuple[Tensor, Tensor] | None = None,
         segment_ids: Tensor | None = None,
         cache: tuple[Tensor, Tensor, Tensor, Tensor | None] | None = None,
+        context: Any | None = None,
     ) -> Tensor:
         """Attention of every token to the allowed tokens of its document, or with ``cache`` to those of its row there.
 
@@ -258,6 +263,9 @@ class SelfAttention(nn.Module):
                 document a row. With ``cache`` they are the rows of the cache, and None is row b for batch b.
             cache: ``KVCache.layer(i)``. The tokens' keys and values are written behind the ``lengths`` of their rows,
                 before they are read; ``lengths`` stay what they are (``KVCache.advance``). Under ``torch.no_grad()``.
+            context: ``selfattn.distributed.ContextLayout`` of rows whose tokens are spread over ranks: x holds this
+                rank's, (B, L, E), and so do ``freqs``, (1 or B, L, R / 2). Then ``freqs`` None takes positions in the
+                whole row (``ContextLayout.freqs`` has those of documents), ``segment_ids`` None or the layout's own.
 
         Returns:
             (B, S, E), of x's dtype.
@@ -265,10 +273,23 @@ class SelfAttention(nn.Module):
         Raises:
             TypeError, ValueError: a bad argument; as ``append_kv_cache`` for the values of a cache's integers.
             RuntimeError: ``cache``, and a weight that requires a gradient outside of ``torch.no_grad()``.
+            NotImplementedError: ``context`` beside a cache, or in TorchScript.
         """
-        if not torch.jit.is_scripting() and self._parallel_forward is not None:
-            _refuse_cache_of_shares(cache)
-            return self._parallel_forward(self, x, freqs, segment_ids)
+        if torch.jit.is_scripting():
+            if context is not None:
+                raise NotImplementedError("SelfAttention: context: expected None in TorchScript, got a layout")
+        else:
+            if context is not None:
+                freqs = self._check_context(x, freqs, segment_ids, cache, context)
+                segment_ids = context.segment_ids
+            elif self.needs_context:
+                raise ValueError(
+                    "SelfAttention: context: expected a ContextLayout in a layer whose rows are spread over ranks "
+                    f"(context_axis_size {self.parallel.context_axis_size}), got None"
+                )
+            if self._parallel_forward is not None:
+                _refuse_cache_of_shares(cache)
+                return self._parallel_forward(self, x, freqs, segment_ids, context)
         freqs_sin: Tensor | None = None
         freqs_cos: Tensor | None = None
         if freqs is not None:
@@ -279,8 +300,8 @@ class SelfAttention(nn.Module):
         if torch.jit.is_scripting():
             if self._script_calls_parts:
                 return self._compose_in_script(x, freqs_sin, freqs_cos, segment_ids, cache)
-        elif not self._is_plain():
-            return self._compose(x, freqs_sin, freqs_cos, segment_ids, cache)
+        elif context is not None or not self._is_plain():
+            return self._compose(x, freqs_sin, freqs_cos, segment_ids, cache, context)
         q_norm_weight, k_norm_weight, norm_eps = self._plain_norms()
         if cache is not None:
             keys, values, lengths, page_table = cache
@@ -361,6 +382,28 @@ class SelfAttention(nn.Module):
         capacity = keys.size(1) if page_table is None else keys.size(1) * page_table.size(1)
         after = torch.ops.selfattn.lengths_after_append(lengths, segment_ids, x.size(1))
         return torch.ops.selfattn.kv_cache_positions(after, segment_ids, x.size(1), capacity)
+
+    @torch.jit.unused
+    def _check_context(
+        self, x: Tensor, freqs: tuple[Tensor, Tensor] | None, segment_ids: Tensor | None, cache: Any, context: Any
+    ) -> tuple[Tensor, Tensor] | None:
+        """The tables: those of the layout's positions where none are given."""
+        from selfattn.distributed import ContextLayout
+
+        if not isinstance(context, ContextLayout):
+            raise TypeError(f"SelfAttention: context: expected a ContextLayout, got {type(context).__name__}")
+        if cache is not None:
+            raise NotImplementedError("SelfAttention: cache: expected None beside a context, got a KV cache")
+        if segment_ids is not None and segment_ids.shape != context.segment_ids.shape:
+            raise ValueError(
+                "SelfAttention: segment_ids: expected None or those of the context's layout, "
+                f"{tuple(context.segment_ids.shape)}, got shape {tuple(segment_ids.shape)}"
+            )
+        if freqs is not None or not self.rope:
+            return freqs
+        length = self.rope_length or context.slots.shape[1]
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        return self.rope_parameters().tables(context.positions, length, dtype=dtype)
 
     def _make_tables(self, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
         """Of the positions, or of 0..S-1: operators without tables rotate whole heads, by ``rope_theta`` alone."""
@@ -457,6 +500,7 @@ class SelfAttention(nn.Module):
         freqs_cos: Tensor | None,
         ids: Tensor | None,
         cache: tuple[Tensor, Tensor, Tensor, Tensor | None] | None,
+        context: Any,
     ) -> Tensor:
         """The forward pass by parts: what is plain stays fused, and every other submodule is called."""
         projections = (self.q_proj, self.k_proj, self.v_proj)
@@ -479,12 +523,20 @@ class SelfAttention(nn.Module):
         sinks = self.sinks
         if _is_dtensor(q):
             _refuse_cache_of_shares(cache)
+            if context is not None:
+                raise NotImplementedError(
+                    "SelfAttention: context: expected None in a layer spread by ColwiseParallel and RowwiseParallel, "
+                    "got a layout; selfattn.distributed.TensorParallel takes one"
+                )
             from selfattn.distributed._dtensor import replicated, sinks_of
 
             shared = (*norms[:2], freqs_sin, freqs_cos, ids)
             *weights, freqs_sin, freqs_cos, ids = (replicated(tensor, q.device_mesh) for tensor in shared)
             norms, sinks = (*weights, norms[2]), sinks_of(sinks, q)
-        attended = self._attend(q, k, v, norms, sinks, freqs_sin, freqs_cos, ids, cache)
+        if context is None:
+            attended = self._attend(q, k, v, norms, sinks, freqs_sin, freqs_cos, ids, cache)
+        else:
+            attended = self._attend_in_context(q, k, v, norms, sinks, freqs_sin, freqs_cos, context)
         return nn.functional.dropout(self.out_proj(attended), self.dropout_rate, self.training)
 
     def _check_sharded(self, x: Tensor) -> None:
@@ -596,6 +648,52 @@ class SelfAttention(nn.Module):
             lengths=lengths,
             page_table=page_table,
         )
+
+    @torch.jit.unused
+    def _attend_in_context(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        norms: tuple[Tensor | None, Tensor | None, float],
+        sinks: Tensor | None,
+        freqs_sin: Tensor | None,
+        freqs_cos: Tensor | None,
+        context: Any,
+    ) -> Tensor:
+        """``_attend`` over the ranks of a layout."""
+        from selfattn.distributed import context_parallel_attention
+
+        q_norm_weight, k_norm_weight, norm_eps = norms
+        q, k, v = (tensor.unflatten(-1, (-1, self.head_dim)) for tensor in (q, k, v))
+        if q_norm_weight is not None or self.rope:
+            q, k = torch.ops.selfattn.qk_norm_rope(
+                q,
+                k,
+                q_norm_weight,
+                k_norm_weight,
+                freqs_sin,
+                freqs_cos,
+                norm=q_norm_weight is not None,
+                eps=norm_eps,
+                rope=self.rope,
+                pairing=self.rope_pairing,
+            )
+        out = context_parallel_attention(
+            q,
+            k,
+            v,
+            context,
+            method=self.context_method,
+            causal=self.causal,
+            qk_scale=self.qk_scale,
+            backend=self.attention_backend,
+            window_left=self.window_left,
+            window_right=self.window_right,
+            softcap=self.softcap,
+            sinks=sinks,
+        )
+        return out.flatten(2)
 
     def extra_repr(self) -> str:
         parts = [f"{self.embedding_dim}, num_heads={self.num_heads}, head_dim={self.head_dim}"]

@@ -21,7 +21,8 @@ void cast_query_key_value(const c10::OperatorHandle& op, torch::jit::Stack* stac
 
 template <at::DeviceType kDevice>
 void register_casts(torch::Library& m) {
-  for (const char* name : {"multihead_attention", "multihead_attention_lse", "explain_backend"}) {
+  for (const char* name :
+       {"multihead_attention", "multihead_attention_lse", "explain_backend", "context_parallel_attention"}) {
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<cast_query_key_value<kDevice>>());
   }
 }

@@ -23,6 +23,8 @@ constexpr const char* kCompositeOperators[] = {"multihead_attention",
                                                "cu_seqlens_from_segment_ids",
                                                "apply_rotary_emb",
                                                "precompute_freqs",
-                                               "rope_tables"};
+                                               "rope_tables",
+                                               "context_layout",
+                                               "context_parallel_attention"};
 
 }  // namespace selfattn

@@ -2,6 +2,7 @@
 
 /// Everything a C++ user may see.
 #include <selfattn/backend.h>
+#include <selfattn/context_parallel.h>
 #include <selfattn/kv_cache.h>
 #include <selfattn/ops.h>
 #include <selfattn/rope.h>

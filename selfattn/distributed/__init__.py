@@ -9,10 +9,18 @@ if not torch.distributed.is_available():
     raise ImportError("selfattn.distributed: expected a PyTorch with torch.distributed, got one that is built without")
 
 from selfattn.distributed import _sharding_rules
+from selfattn.distributed._context import ContextLayout, context_parallel_attention
 from selfattn.distributed._parallelize import parallelize
 from selfattn.distributed._parameters import clip_grad_norm_, parameter_groups
 from selfattn.distributed._tensor_parallel import TensorParallel
 
 _sharding_rules.register()
 
-__all__ = ["TensorParallel", "clip_grad_norm_", "parallelize", "parameter_groups"]
+__all__ = [
+    "ContextLayout",
+    "TensorParallel",
+    "clip_grad_norm_",
+    "context_parallel_attention",
+    "parallelize",
+    "parameter_groups",
+]

@@ -1,10 +1,12 @@
 """Whether ranks agree, asked before collectives that would hang or give garbage where they do not."""
 
+import ctypes
 import hashlib
 from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 
@@ -31,3 +33,10 @@ def check_agreement(mesh: DeviceMesh, facts: Mapping[str, object]) -> None:
             f"selfattn: expected the same {' and '.join(differing)} on the {mesh.size()} ranks of the mesh, "
             f"got others on some; rank {dist.get_rank()} has {own}"
         )
+
+
+def content_of(tensor: Tensor) -> tuple[object, ...]:
+    """What tells a tensor from others, as a fact. Copies it to the host."""
+    data = tensor.detach().cpu().contiguous()
+    content = ctypes.string_at(data.data_ptr(), data.nbytes)
+    return tuple(tensor.shape), tensor.dtype, hashlib.sha256(content).hexdigest()[:12]

@@ -23,7 +23,8 @@ def parallelize(model: nn.Module, mesh: DeviceMesh, config: ParallelConfig) -> n
     """Spreads a model over the ranks of ``mesh`` as ``config`` says: tensor parallelism, then remat, then FSDP2 or DDP.
 
     Every rank calls it with the same model and configuration; the weights of the mesh's first rank count. Optimizers
-    are made afterwards. Gradients are means over the data and fsdp axes of those of each rank's loss.
+    are made afterwards. Gradients are means over the data and fsdp axes of those of each rank's loss, and sums over the
+    context axis, whose ranks have the loss of their own tokens, divided by the tokens of whole rows.
 
     * model axis: ``TensorParallel(overlap=config.tp_async_dense)`` for every ``SelfAttention`` that has no
       ``TensorParallel`` yet. The rest of the model is computed by every rank of the axis.
@@ -32,6 +33,8 @@ def parallelize(model: nn.Module, mesh: DeviceMesh, config: ParallelConfig) -> n
       (HSDP). Inputs are not cast to ``fsdp_gather_dtype``, for rotary tables would be. Weights of fewer than
       ``fsdp_min_weight_size`` elements stay whole, with their dtype; their gradients are averaged when a backward pass
       ends.
+    * context axis: every ``SelfAttention`` then needs the layout of its rows in each call (``context``). Weights are
+      sharded over the ranks of this axis together with those of the fsdp axis.
     * data axis beside no other: ``DistributedDataParallel``.
 
     Args:
@@ -47,7 +50,7 @@ def parallelize(model: nn.Module, mesh: DeviceMesh, config: ParallelConfig) -> n
         ValueError: axes that are not those of ``config``; names in ``remat`` or ``fsdp_modules`` that no module's class
             has; a model axis and no ``SelfAttention``; a layer whose own ``config.parallel`` asks for something else;
             a parameter on another device; ranks that disagree on model or configuration.
-        NotImplementedError: a pipeline or context axis of several ranks.
+        NotImplementedError: a pipeline axis of several ranks.
     """
     _check_types(model, mesh, config)
     sizes = _axis_sizes(mesh, config)
@@ -56,13 +59,17 @@ def parallelize(model: nn.Module, mesh: DeviceMesh, config: ParallelConfig) -> n
     _broadcast_from_first(model, mesh)
 
     for layer in model.modules():
-        if not isinstance(layer, SelfAttention) or isinstance(layer._parallel_forward, HeadsForward):
+        if not isinstance(layer, SelfAttention):
+            continue
+        layer.context_method, layer.needs_context = config.context_method, sizes["context"] > 1
+        if isinstance(layer._parallel_forward, HeadsForward):
             continue
         layer._parallel_forward = None
         if sizes["model"] > 1:
             parallelize_module(layer, mesh[config.model_axis_name], TensorParallel(overlap=config.tp_async_dense))
     model = _recompute(model, config.remat)
-    if sizes["fsdp"] > 1 or _asks_for_fsdp(config) or (sizes["data"] > 1 and sizes["model"] > 1):
+    shards = sizes["fsdp"] * sizes["context"]
+    if shards > 1 or _asks_for_fsdp(config) or (sizes["data"] > 1 and sizes["model"] > 1):
         return _fully_shard(model, mesh, config, sizes)
     if sizes["data"] > 1:
         return DistributedDataParallel(model, process_group=mesh.get_group(config.data_axis_name))
@@ -97,11 +104,6 @@ def _axis_sizes(mesh: DeviceMesh, config: ParallelConfig) -> dict[str, int]:
             f"parallelize: config.pipeline_axis_size: expected 1, got {sizes['pipeline']}: split the whole model with "
             "torch.distributed.pipelining, and parallelize each stage over the other axes"
         )
-    if sizes["context"] > 1:
-        raise NotImplementedError(
-            f"parallelize: config.context_axis_size: expected 1, got {sizes['context']}: rows are not spread over "
-            "ranks yet"
-        )
     return sizes
 
 
@@ -115,10 +117,11 @@ def _check_model(model: nn.Module, mesh: DeviceMesh, config: ParallelConfig, siz
                 f"{', '.join(sorted(classes))}; got {', '.join(unknown)}"
             )
     layers = {name: module for name, module in model.named_modules() if isinstance(module, SelfAttention)}
-    if sizes["model"] > 1 and not layers:
-        raise ValueError(
-            f"parallelize: model: expected a SelfAttention for the model axis of {sizes['model']} ranks, got none"
-        )
+    for axis in ("model", "context"):
+        if sizes[axis] > 1 and not layers:
+            raise ValueError(
+                f"parallelize: model: expected a SelfAttention for the {axis} axis of {sizes[axis]} ranks, got none"
+            )
     for name, layer in layers.items():
         request = layer.parallel.request_to("SelfAttention")
         if request is not None and layer.parallel != config:
@@ -159,6 +162,9 @@ def _recompute(model: nn.Module, names: Iterable[str]) -> nn.Module:
 
 def _fully_shard(model: nn.Module, mesh: DeviceMesh, config: ParallelConfig, sizes: dict[str, int]) -> nn.Module:
     axes = [config.fsdp_axis_name]
+    if sizes["context"] > 1:
+        both = (config.fsdp_axis_name, config.context_axis_name)
+        axes = [mesh[both]._flatten().mesh_dim_names[0]]
     if sizes["data"] > 1:
         axes.insert(0, config.data_axis_name)
     whole = {p for p in model.parameters() if p.numel() < config.fsdp_min_weight_size}
@@ -176,15 +182,21 @@ def _fully_shard(model: nn.Module, mesh: DeviceMesh, config: ParallelConfig, siz
             fully_shard(recomputed.get(module, module), **options)
     if not isinstance(model, FSDPModule):
         fully_shard(model, **options)
-    groups = [mesh.get_group(axis) for axis in axes if mesh[axis].size() > 1]
+    if sizes["context"] > 1:
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_gradient_divide_factor(float(sizes["data"] * sizes["fsdp"]))
+                if mesh.device_type == "cpu":
+                    module.set_force_sum_reduction_for_comms(True)  # Gloo multiplies nothing within a sum
+    groups = [mesh[axis].get_group() for axis in axes if mesh[axis].size() > 1]
     if groups:
-        _average_gradients(model, config.fsdp_min_weight_size, groups)
+        _average_gradients(model, config.fsdp_min_weight_size, groups, sizes["context"])
     return model
 
 
-def _average_gradients(model: nn.Module, least: int, groups: list[dist.ProcessGroup]) -> None:
+def _average_gradients(model: nn.Module, least: int, groups: list[dist.ProcessGroup], factor: int) -> None:
     """Has the gradients of weights below ``least`` elements, which FSDP2 leaves alone, averaged over ranks whenever a
-    backward pass ends.
+    backward pass ends, times ``factor``: of ranks that share rows the sum counts.
 
     A gradient that is averaged already stays what it is: passes that accumulate give what one pass gives.
     """
@@ -196,6 +208,8 @@ def _average_gradients(model: nn.Module, least: int, groups: list[dist.ProcessGr
         handle.remove()
         parameters.extend(p for p in model.parameters() if p.numel() < least and p.requires_grad)
         for parameter in parameters:
+            if factor > 1:
+                parameter.register_hook(lambda grad: grad * factor)
             parameter.register_post_accumulate_grad_hook(hook)
 
     handle = model.register_forward_pre_hook(watch)

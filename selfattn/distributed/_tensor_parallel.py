@@ -1,8 +1,6 @@
 """Tensor parallelism of one layer: each rank holds some of its heads, and computes with plain local tensors."""
 
-import ctypes
-import hashlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -11,7 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
-from selfattn.distributed._agreement import check_agreement
+from selfattn.distributed._agreement import check_agreement, content_of
 from selfattn.distributed._collectives import RankGroup
 from selfattn.distributed._projections import ProjectInput, ProjectOutput, SumOverRanks
 from selfattn.module import SelfAttention, _is_unwrapped
@@ -140,9 +138,15 @@ class HeadsForward(NamedTuple):
     kv_rows: tuple[int, int] | None
 
     def __call__(
-        self, layer: SelfAttention, x: Tensor, freqs: tuple[Tensor, Tensor] | None, segment_ids: Tensor | None
+        self,
+        layer: SelfAttention,
+        x: Tensor,
+        freqs: tuple[Tensor, Tensor] | None,
+        segment_ids: Tensor | None,
+        context: Any,
     ) -> Tensor:
-        """``SelfAttention.forward``, of shards of the sequence where it is sharded."""
+        """``SelfAttention.forward``, of shards of the sequence where it is sharded. With a context every rank has its
+        layout."""
         _check_unwrapped(layer)
         self._check_input(layer, x, segment_ids)
         if not torch.compiler.is_compiling() and dist.get_debug_level() != dist.DebugLevel.OFF:
@@ -175,7 +179,11 @@ class HeadsForward(NamedTuple):
             norms = (None, None, layer.norm_eps)
         if freqs is None and layer.makes_tables:
             freqs = layer._make_tables(q, None)
-        attended = layer._attend(q, k, v, norms, _local(layer.sinks), *(freqs or (None, None)), segment_ids, None)
+        sinks, tables = _local(layer.sinks), freqs or (None, None)
+        if context is None:
+            attended = layer._attend(q, k, v, norms, sinks, *tables, segment_ids, None)
+        else:
+            attended = layer._attend_in_context(q, k, v, norms, sinks, *tables, context)
         out = ProjectOutput.apply(self.group, self.shards_sequence, attended, weights[3], biases[3])
         return nn.functional.dropout(out, layer.dropout_rate, layer.training)
 
@@ -223,20 +231,14 @@ class HeadsForward(NamedTuple):
     ) -> None:
         """Where TORCH_DISTRIBUTED_DEBUG is set: different shapes end a process in Gloo, and hang NCCL."""
         facts = {"x": (tuple(x.shape), x.dtype), "layer": (layer.training, layer.extra_repr())}
-        facts["segment_ids"] = None if segment_ids is None else _content(segment_ids)
-        facts["freqs"] = None if freqs is None else [_content(table) for table in freqs]
+        facts["segment_ids"] = None if segment_ids is None else content_of(segment_ids)
+        facts["freqs"] = None if freqs is None else [content_of(table) for table in freqs]
         if not self.shards_sequence:
-            facts["content of x"] = _content(x)
+            facts["content of x"] = content_of(x)
             if layer.training and layer.dropout_rate:
                 generator = torch.get_device_module(x.device.type) if x.device.type != "cpu" else torch
-                facts["random numbers of dropout"] = _content(generator.get_rng_state())
+                facts["random numbers of dropout"] = content_of(generator.get_rng_state())
         check_agreement(self.mesh, facts)
-
-
-def _content(tensor: Tensor) -> tuple[object, ...]:
-    data = tensor.detach().cpu().contiguous()
-    content = ctypes.string_at(data.data_ptr(), data.nbytes)
-    return tuple(tensor.shape), tensor.dtype, hashlib.sha256(content).hexdigest()[:12]
 
 
 def _local(parameter: Tensor | None) -> Tensor | None:

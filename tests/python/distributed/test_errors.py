@@ -126,9 +126,8 @@ def check_models() -> None:
     refused(ValueError, f"mesh: expected the axes {axes} of config.device_mesh(), got ('tp',)", model, other, config)
     wide = ParallelConfig(fsdp_axis_size=2)
     refused(ValueError, "mesh: expected config.fsdp_axis_size, 2, ranks, got 1", model, mesh, wide)
-    for axis, text in (("pipeline", "torch.distributed.pipelining"), ("context", "rows are not spread over ranks yet")):
-        asked = ParallelConfig(**{f"{axis}_axis_size": 2})
-        refused(NotImplementedError, text, model, asked.device_mesh("cpu"), asked)
+    asked = ParallelConfig(pipeline_axis_size=2)
+    refused(NotImplementedError, "torch.distributed.pipelining", model, asked.device_mesh("cpu"), asked)
     for field in ("remat", "fsdp_modules"):
         asked = ParallelConfig(model_axis_size=2, **{field: ["Block", "Blok", "Atention"]})
         known = "Block, Embedding, LanguageModel, Linear, ModuleList, RMSNorm, SelfAttention"

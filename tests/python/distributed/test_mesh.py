@@ -1,26 +1,13 @@
 """Promise: ``ParallelConfig.device_mesh`` makes the mesh of its axes for any number of ranks, and refuses sizes that do
 not make it."""
 
-from collections.abc import Callable
-
 import pytest
-import torch.distributed as dist
-from support.ranks import Ranks
+from support.ranks import Ranks, in_fake_job
 from support.small_model import make_model
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from selfattn import ParallelConfig
 from selfattn.distributed import parallelize
 from selfattn.distributed._collectives import RankGroup
-
-
-def in_fake_job(world_size: int, function: Callable[[], None]) -> None:
-    """In a group of so many ranks, of which this process is one and the others are not there."""
-    dist.init_process_group("fake", store=FakeStore(), rank=world_size - 1, world_size=world_size)
-    try:
-        function()
-    finally:
-        dist.destroy_process_group()
 
 
 def check_thousand_ranks() -> None:

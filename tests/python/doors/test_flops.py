@@ -114,11 +114,28 @@ def test_backward_operators_count_under_their_own_names() -> None:
     assert OPS.flash_attention_backward.into.overloadpacket in flop_registry
 
 
+def test_context_parallel_attention() -> None:
+    """Of 2 ranks with 6 tokens each: 4 from local_start on, and 3 that travel, whose queries meet the keys of both."""
+    q, k, v = (torch.randn(BATCH, 6, heads, DIM, device="meta", requires_grad=True) for heads in (HEADS, 2, 2))
+    own, gathered = torch.zeros(2, BATCH, 6, dtype=torch.int32, device="meta").unbind()
+    group = {"shared": 3, "local_start": 2, "group_size": 2, "group_name": "", "method": "keys"}
+    with FlopCounterMode(display=False) as counter:
+        OPS.context_parallel_attention(
+            q, k, v, own, gathered, positions=own, kv_positions=gathered, **group
+        ).sum().backward()
+    pairs = BATCH * HEADS * (4 * 4 + 3 * 2 * 3)
+    assert counter.get_flop_counts()["Global"] == {
+        OPS.context_parallel_attention_forward: 2 * pairs * 2 * DIM,
+        OPS.context_parallel_attention_backward: 2 * pairs * 5 * DIM,
+    }
+
+
 COUNTED = {name + way for name in ("flash_attention", "qk_norm_rope_attention") for way in ("", "_backward")}
-COUNTED |= {"flash_attention_kv_cache"}
+COUNTED |= {"flash_attention_kv_cache", "context_parallel_attention_forward", "context_parallel_attention_backward"}
 MADE_OF_OTHERS = {
     "attention_with_kv_cache",
     "attention_with_kv_cache_lse",
+    "context_parallel_attention",
     "multihead_attention",
     "multihead_attention_lse",
     "project_query_key_value",
@@ -130,6 +147,7 @@ MADE_OF_OTHERS = {
 WITHOUT_PRODUCTS = {
     "append_kv_cache",
     "apply_rotary_emb",
+    "context_layout",
     "cu_seqlens_from_segment_ids",
     "explain_backend",
     "explain_kv_cache_backend",

@@ -196,6 +196,28 @@ def projected_cache_samples() -> list[tuple[tuple, dict]]:
 LENGTHS = torch.tensor([3, 8], dtype=torch.int32)
 ROWS_OF_TOKENS = torch.tensor([[1, 0, -1], [1, 1, 0]])
 
+
+def context_parallel_samples() -> list[tuple[tuple, dict]]:
+    """Without a group, and so without split documents: those are in distributed/test_context_parallel.py."""
+    nothing = torch.zeros(2, 0, dtype=torch.int32)
+    group = {"shared": 0, "group_size": 2, "group_name": "", "positions": torch.arange(6).repeat(2, 1)}
+    qkv = random(2, 6, 4, 8), random(2, 6, 2, 8), random(2, 6, 2, 8)
+    return [
+        ((*qkv, IDS, nothing), {**group, "kv_positions": nothing}),
+        ((*qkv, IDS, nothing), {**group, "kv_positions": nothing, "window_left": 2, "sinks": random(4)}),
+    ]
+
+
+def context_parallel_backward_samples() -> list[tuple[tuple, dict]]:
+    samples = []
+    for (q, k, v, *ids), kwargs in context_parallel_samples():
+        leaves = [tensor.detach() for tensor in (q, k, v)]
+        call = {name: value.detach() if name == "sinks" else value for name, value in kwargs.items()}
+        out, lse, shared_lse, exchanged = OPS.context_parallel_attention_forward(*leaves, *ids, **call)
+        samples.append(((torch.randn_like(out), out, lse, shared_lse, exchanged, *leaves, *ids), call))
+    return samples
+
+
 SAMPLES = {
     "attention_with_kv_cache": cache_samples,
     "attention_with_kv_cache_lse": cache_samples,
@@ -240,6 +262,9 @@ SAMPLES = {
     "qk_norm_rope_backward.in_place": norm_rope_backward_samples,
     "qk_norm_rope_attention": norm_rope_attention_samples,
     "qk_norm_rope_attention_backward": norm_rope_attention_backward_samples,
+    "context_parallel_attention": context_parallel_samples,
+    "context_parallel_attention_forward": context_parallel_samples,
+    "context_parallel_attention_backward": context_parallel_backward_samples,
     "project_query_key_value": projection_samples,
     "projected_attention": projected_attention_samples,
     "self_attention": self_attention_samples,
@@ -252,7 +277,8 @@ def test_every_operator_with_tensors_has_samples() -> None:
         for schema in torch._C._jit_get_all_schemas()
         if schema.name.startswith("selfattn::")
     }
-    assert registered - {"explain_backend", "explain_kv_cache_backend"} == set(SAMPLES)  # those give strings
+    of_the_host = {"explain_backend", "explain_kv_cache_backend", "context_layout"}  # strings, and values that are read
+    assert registered - of_the_host == set(SAMPLES)
 
 
 @pytest.mark.parametrize("name", SAMPLES)

@@ -12,6 +12,7 @@ import selfattn  # noqa: F401 - loads the operators
 OPERATORS = operators()
 REQUIRED = {"length": 7, "max_segments": 7, "feat_dim": 8, "rotary_dim": 8, "head_dim": 8, "grad_lse": None}
 REQUIRED |= {"segment_ids": None, "num_queries": 7, "num_tokens": 7, "capacity": 16, "pages": 4}
+REQUIRED |= {"group_rank": 0, "group_size": 2, "group_name": "", "shared": 0, "exchanged": []}
 RESERVED = ("k_scale", "v_scale")
 """Refused whatever they are."""
 
@@ -64,7 +65,8 @@ def arguments_with(name: str, bad_name: str, bad: Tensor) -> dict:
 @pytest.mark.parametrize("name", OPERATORS)
 def test_tensor_that_is_not_dense_is_named(name: str, kind: str) -> None:
     make, detail = KINDS[kind]
-    tensor_arguments = [a.name for a in OPERATORS[name].arguments if "Tensor" in str(a.type) and a.name not in RESERVED]
+    arguments = [argument for argument in OPERATORS[name].arguments if "List" not in str(argument.type)]
+    tensor_arguments = [a.name for a in arguments if "Tensor" in str(a.type) and a.name not in RESERVED]
     for bad in tensor_arguments:
         for mode in (torch.enable_grad(), torch.inference_mode()):
             with warnings.catch_warnings(), mode:

@@ -34,6 +34,8 @@ DEFAULTS = {
         "fsdp_gather_dtype": None,
         "fsdp_grad_scatter_dtype": None,
         "tp_async_dense": False,
+        "context_method": "auto",
+        "context_balance": "documents",
     },
     "num_kv_heads": None,
     "window_left": -1,
@@ -63,6 +65,8 @@ parallel_configs = st.builds(
     fsdp_modules=st.lists(st.text(max_size=5), max_size=3),
     fsdp_gather_dtype=st.sampled_from([None, "bfloat16"]),
     tp_async_dense=st.booleans(),
+    context_method=st.sampled_from(["auto", "heads", "keys"]),
+    context_balance=st.sampled_from(["documents", "head_tail", "contiguous"]),
 )
 configs = st.builds(
     SelfAttentionConfig,

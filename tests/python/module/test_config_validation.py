@@ -63,6 +63,8 @@ BAD_PARALLEL_VALUES = [
     ("fsdp_gather_dtype", "int8", ValueError),
     ("fsdp_grad_scatter_dtype", torch.bfloat16, TypeError),
     ("tp_async_dense", 1, TypeError),
+    ("context_method", "ring", ValueError),
+    ("context_balance", None, TypeError),
 ]
 
 

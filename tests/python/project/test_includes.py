@@ -13,6 +13,7 @@ LEVELS = (
     {"attention"},
     {"kv_cache"},
     {"backend", "norm_rope_attention"},
+    {"distributed"},
     {"autocast", "autograd", "cpu", "cuda", "functorch", "meta"},
     {"module", "sdpa"},
     {"."},  # library.cpp and ops.cpp: the schemas and the C++ fronts

@@ -20,11 +20,21 @@ import torch.distributed as dist
 import torch.distributed.checkpoint
 from torch.distributed.tensor._redistribute import clear_redistribute_planner_cache
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import selfattn.distributed  # noqa: F401 -- these take long: once, before processes are forked off
 
 _TIMEOUT = 60
 """Seconds after which a collective gives up, and with it a test that hangs."""
+
+
+def in_fake_job(world_size: int, function: Callable[[], None]) -> None:
+    """In a group of so many ranks, of which this process is one and the others are not there."""
+    dist.init_process_group("fake", store=FakeStore(), rank=world_size - 1, world_size=world_size)
+    try:
+        function()
+    finally:
+        dist.destroy_process_group()
 
 
 class Ranks:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from selfattn import ParallelConfig, SelfAttention, SelfAttentionConfig
-from selfattn.distributed import parameter_groups
+from selfattn.distributed import ContextLayout, parameter_groups
 
 VOCABULARY, WIDTH, HEAD_DIM, BATCH, LENGTH = 11, 32, 8, 2, 10
 
@@ -19,8 +19,8 @@ class Block(nn.Module):
         self.attn = SelfAttention(WIDTH, config)
         self.feed_forward = nn.Linear(WIDTH, WIDTH, dtype=config._dtype)
 
-    def forward(self, x: Tensor, segment_ids: Tensor) -> Tensor:
-        x = x + self.attn(self.norm(x), segment_ids=segment_ids)
+    def forward(self, x: Tensor, segment_ids: Tensor | None, context: ContextLayout | None) -> Tensor:
+        x = x + self.attn(self.norm(x), segment_ids=segment_ids, context=context)
         return x + self.feed_forward(x).tanh()
 
 
@@ -31,10 +31,10 @@ class LanguageModel(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(2))
         self.head = nn.Linear(WIDTH, VOCABULARY, dtype=config._dtype)
 
-    def forward(self, tokens: Tensor, segment_ids: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, segment_ids: Tensor | None, context: ContextLayout | None = None) -> Tensor:
         x = self.embedding(tokens)
         for block in self.blocks:
-            x = block(x, segment_ids)
+            x = block(x, segment_ids, context)
         return self.head(x)
 
 
@@ -54,6 +54,15 @@ def make_batch(number: int) -> tuple[Tensor, Tensor]:
 def loss_of(model: nn.Module, number: int) -> Tensor:
     tokens, segment_ids = make_batch(number)
     return nn.functional.cross_entropy(model(tokens, segment_ids).flatten(0, 1).double(), tokens.flatten())
+
+
+def loss_in_context(model: nn.Module, number: int, mesh: DeviceMesh, config: ParallelConfig) -> Tensor:
+    """This rank's part of ``loss_of``: of its tokens, divided by the tokens of all."""
+    tokens, segment_ids = make_batch(number)
+    layout = config.context_layout(segment_ids, mesh, bucket=1)
+    logits, labels = model(layout.shard(tokens), None, layout), layout.shard(tokens, -100)
+    losses = nn.functional.cross_entropy(logits.flatten(0, 1).double(), labels.flatten(), reduction="sum")
+    return losses / tokens.numel()
 
 
 def data_rank(mesh: DeviceMesh, config: ParallelConfig) -> int:

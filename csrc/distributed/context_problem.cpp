@@ -1,0 +1,133 @@
+#include "distributed/context_problem.h"
+
+#include <ATen/ops/empty.h>
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+
+#include "common/dense_tensor.h"
+#include "segment/segment_ids.h"
+
+namespace selfattn {
+namespace {
+
+using at::Tensor;
+
+/// Why the query and key heads cannot be spread over the ranks; empty where they can.
+std::string reason_against_heads(const AttentionProblem& own, int64_t ranks) {
+  const c10::SymInt heads = own.query_heads(), key_heads = own.key_heads();
+  if (heads % ranks == 0 && (key_heads % ranks == 0 || ranks % key_heads == 0)) return {};
+  return c10::str("a group_size that divides the ", heads, " query heads, and divides the ", key_heads,
+                  " key heads or is a multiple of them; got ", ranks);
+}
+
+/// The one that moves fewer bytes in both passes. Keys and values are gathered twice and their gradients summed once,
+/// whole shards of every rank; of heads a rank receives and gives its share. Queries that meet gathered keys need
+/// positions, which no kernel on CUDA takes, so there heads travel where they can.
+ContextMethod choose_method(const ContextProblem& problem) {
+  const AttentionProblem& own = problem.own;
+  const int64_t ranks = problem.group.size();
+  const bool fits = reason_against_heads(own, ranks).empty();
+  if (own.query.is_cuda() && own.has_positions() && !problem.needs_positions() && fits) return ContextMethod::kHeads;
+  const c10::SymInt keys = 3 * own.key_heads() * ranks;
+  const c10::SymInt heads = 2 * (own.query_heads() + std::max(own.key_heads(), c10::SymInt(ranks)));
+  return heads < keys && fits ? ContextMethod::kHeads : ContextMethod::kKeys;
+}
+
+ContextMethod parse_method(const std::string& name, const ContextProblem& problem) {
+  if (name == "auto") return choose_method(problem);
+  if (name == "keys") return ContextMethod::kKeys;
+  TORCH_CHECK_VALUE(name == "heads", "selfattn: method must be one of auto, heads, keys; got '", name, "'");
+  const std::string reason = reason_against_heads(problem.own, problem.group.size());
+  TORCH_CHECK_VALUE(reason.empty(), "selfattn: method 'heads' needs ", reason);
+  return ContextMethod::kHeads;
+}
+
+void check_gathered(const Tensor& integers, const char* name, const Tensor& q, const c10::SymInt& length) {
+  check_integer_rows(integers, name);
+  check_device(integers, name, q.device(), "q");
+  TORCH_CHECK_VALUE(integers.sym_size(0) == q.sym_size(0) && integers.sym_size(1) == length, "selfattn: ", name,
+                    " must have the shape (B, group_size * shared) = [", q.sym_size(0), ", ", length, "]; got ",
+                    integers.sym_sizes());
+}
+
+void check_shape(const Tensor& tensor, const char* name, const Tensor& q, at::ScalarType dtype,
+                 const std::vector<c10::SymInt>& shape) {
+  check_dense(tensor, name);
+  TORCH_CHECK_TYPE(tensor.scalar_type() == dtype, "selfattn: ", name, " must be ", dtype, "; got ",
+                   tensor.scalar_type());
+  check_device(tensor, name, q.device(), "q");
+  TORCH_CHECK_VALUE(tensor.sym_sizes() == c10::SymIntArrayRef(shape), "selfattn: ", name, " must have the shape ",
+                    c10::SymIntArrayRef(shape), "; got ", tensor.sym_sizes());
+}
+
+}  // namespace
+
+c10::SymInt ContextProblem::key_heads_of_rank() const {
+  return std::max(own.key_heads(), c10::SymInt(group.size())) / group.size();
+}
+
+ContextProblem make_context_problem(const ContextCall& call) {
+  const Backend backend = parse_backend(call.backend);
+  AttentionProblem own = make_attention_problem(call.q, call.k, call.v, call.attention);
+  TORCH_CHECK_VALUE(own.query_length() == own.key_length(),
+                    "selfattn: q and k must hold the same tokens of a shard; got lengths ", own.query_length(), " and ",
+                    own.key_length());
+  check_group_size(call.group_size);
+  TORCH_CHECK_VALUE(call.shared >= 0 && call.shared <= own.query_length(),
+                    "selfattn: shared must be from 0 to the length of q, ", own.query_length(), "; got ", call.shared);
+  TORCH_CHECK_VALUE(call.local_start >= 0 && call.local_start <= call.shared,
+                    "selfattn: local_start must be from 0 to shared, ", call.shared, "; got ", call.local_start);
+  const c10::SymInt gathered = c10::SymInt(call.group_size) * call.shared;
+  check_gathered(call.kv_segment_ids, "kv_segment_ids", call.q, gathered);
+  check_gathered(call.kv_positions, "kv_positions", call.q, gathered);
+  ContextProblem problem{.own = std::move(own),
+                         .kv_ids = as_int32(call.kv_segment_ids, "kv_segment_ids"),
+                         .shared = call.shared,
+                         .local_start = call.local_start,
+                         .documents_are_runs = call.documents_are_runs,
+                         .method = ContextMethod::kKeys,
+                         .backend = backend,
+                         .group = RankGroup(call.group_name, call.group_size)};
+  problem.own.query_segment_ids = problem.own.key_segment_ids = as_int32(*problem.own.query_segment_ids, "segment_ids");
+  if (problem.own.has_positions()) problem.kv_positions = as_int32(call.kv_positions, "kv_positions");
+  problem.method = parse_method(call.method, problem);
+  return problem;
+}
+
+void check_context_gradients(const ContextProblem& problem, const Tensor& grad_out, const Tensor& out,
+                             const Tensor& lse, const Tensor& shared_lse, at::TensorList exchanged) {
+  const auto [empty_out, empty_lse, empty_shared_lse, empty_exchanged] = empty_context_results(problem, at::kMeta);
+  const auto check_like = [&](const Tensor& tensor, const char* name, const Tensor& expected) {
+    check_shape(tensor, name, problem.own.query, expected.scalar_type(), expected.sym_sizes().vec());
+  };
+  check_like(grad_out, "grad_out", empty_out);
+  check_like(out, "out", empty_out);
+  check_like(lse, "lse", empty_lse);
+  check_like(shared_lse, "shared_lse", empty_shared_lse);
+  TORCH_CHECK_VALUE(exchanged.size() == empty_exchanged.size(), "selfattn: exchanged must hold ",
+                    empty_exchanged.size(), " tensors; got ", exchanged.size());
+  for (size_t i = 0; i < exchanged.size(); ++i) check_like(exchanged[i], "exchanged", empty_exchanged[i]);
+}
+
+ContextResults empty_context_results(const ContextProblem& problem, at::Device device) {
+  const AttentionProblem& own = problem.own;
+  const c10::SymInt batch = own.batch(), heads = own.query_heads(), width = own.value_head_dim();
+  const auto options = own.query.options().device(device);
+  const auto of_lse = options.dtype(at::kFloat);
+  const Tensor out = at::empty_symint({batch, problem.length(), heads, width}, options);
+  const Tensor lse = at::empty_symint({batch, heads, problem.length() - problem.local_start}, of_lse);
+  if (problem.method == ContextMethod::kKeys || !problem.has_shared_part()) {
+    return {out, lse, at::empty_symint({batch, heads, problem.shared}, of_lse), {}};
+  }
+  const c10::SymInt ranks = problem.group.size(), gathered = ranks * problem.shared;
+  const c10::SymInt own_heads = problem.query_heads_of_rank(), key_heads = problem.key_heads_of_rank();
+  const c10::SymInt features = own_heads * own.head_dim() + key_heads * (own.head_dim() + width);
+  return {out,
+          lse,
+          at::empty_symint({batch, own_heads, gathered}, of_lse),
+          {at::empty_symint({ranks, batch, problem.shared, features}, options),
+           at::empty_symint({batch, gathered, own_heads, width}, options)}};
+}
+
+}  // namespace selfattn

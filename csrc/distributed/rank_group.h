@@ -1,0 +1,42 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <string>
+#include <utility>
+
+namespace selfattn {
+
+/// Throws c10::ValueError where a group cannot have so many ranks.
+void check_group_size(int64_t group_size);
+
+/// The ranks of a process group by its name, and their collectives, those of `_c10d_functional`. They are looked up at
+/// the first call: a PyTorch without torch.distributed has none.
+///
+/// What a start_... gives may be read after finish() alone: until then the collective runs beside what is computed.
+class RankGroup {
+ public:
+  /// Of nothing but what was said; nothing is looked up.
+  RankGroup(std::string name, int64_t size) : name_(std::move(name)), size_(size) {}
+
+  const std::string& name() const { return name_; }
+  int64_t size() const { return size_; }
+
+  /// Of this process. Throws c10::ValueError where the group has not `size` ranks.
+  int64_t rank() const;
+
+  /// (...) contiguous of each rank -> (n, ...)
+  at::Tensor start_gather(const at::Tensor& own) const;
+  /// (n, ...) contiguous, of which [i] goes to rank i -> (n, ...), of which [i] came from rank i
+  at::Tensor start_exchange(const at::Tensor& by_rank) const;
+  /// (n, ...) contiguous of each rank -> (1, ...), the sum over ranks of what each has for this one
+  at::Tensor start_sum(const at::Tensor& by_rank) const;
+  static at::Tensor finish(const at::Tensor& started);
+
+ private:
+  std::string name_;
+  int64_t size_;
+};
+
+}  // namespace selfattn
