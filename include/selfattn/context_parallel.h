@@ -68,25 +68,38 @@ struct ContextParallelOptions {
         local_start_(layout.local_start),
         documents_are_runs_(layout.documents_are_runs) {}
 
+  /// (B, L) int32 or int64, of this rank's tokens. This and what follows up to documents_are_runs: as in ContextLayout.
   TORCH_ARG(at::Tensor, segment_ids);
+  /// (B, n * shared), of segment_ids' dtype.
   TORCH_ARG(at::Tensor, kv_segment_ids);
+  /// (B, L) int32 or int64.
   TORCH_ARG(at::Tensor, positions);
+  /// (B, n * shared), of positions' dtype.
   TORCH_ARG(at::Tensor, kv_positions);
+  /// The slots of each shard that travel, from 0 to L.
   TORCH_ARG(int64_t, shared) = 0;
+  /// The first slot of a whole document, from 0 to shared.
   TORCH_ARG(int64_t, local_start) = 0;
+  /// Whether windows may count slots in the place of positions.
   TORCH_ARG(bool, documents_are_runs) = false;
   /// As c10d::register_process_group knows it.
   TORCH_ARG(std::string, group_name);
+  /// The number of its ranks.
   TORCH_ARG(int64_t, group_size) = 1;
   /// "keys" gathers the keys and values of split documents, "heads" gives every rank all shared tokens and some of the
-  /// heads, which group_size must divide; "auto" takes what moves fewer bytes.
+  /// heads, which group_size must divide; "auto" takes what moves fewer bytes, on CUDA "heads" where they fit.
   TORCH_ARG(std::string, method) = "auto";
-  /// As in AttentionOptions.
+  /// Whether a token sees none behind it in its document.
   TORCH_ARG(bool, causal) = true;
+  /// Unset: 1 / sqrt(DQK).
   TORCH_ARG(std::optional<double>, qk_scale);
+  /// As in AttentionOptions, for either part.
   TORCH_ARG(std::string, backend) = "auto";
+  /// The farthest position before its own that a token sees; -1: any.
   TORCH_ARG(int64_t, window_left) = -1;
+  /// The farthest behind it; -1: any.
   TORCH_ARG(int64_t, window_right) = -1;
+  /// Logits x become softcap * tanh(x / softcap); 0: no cap.
   TORCH_ARG(double, softcap) = 0.0;
   /// (NH,), the same on every rank; its gradient is a rank's share, and their sum the whole.
   TORCH_ARG(std::optional<at::Tensor>, sinks);
