@@ -21,7 +21,7 @@ bool has_kernel(const at::Tensor& x) {
   return dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf;
 }
 
-at::Tensor empty_like(const at::Tensor& tensor) { return at::empty(tensor.sizes(), tensor.options()); }
+at::Tensor contiguous_like(const at::Tensor& tensor) { return at::empty(tensor.sizes(), tensor.options()); }
 
 /// One of q and k, with the tensors that its problem points into.
 struct Side {
@@ -91,8 +91,8 @@ void for_each_range(const Side& q, const Side& k, const Run& run) {
 
 NormRopeHeads qk_norm_rope_cpu(const NormRopeCall& call) {
   if (!has_kernel(call.q) || !has_kernel(call.k)) return compose_norm_rope(call);
-  const Side q = make_side(call, call.q, /*grad=*/{}, call.q_weight, empty_like(call.q));
-  const Side k = make_side(call, call.k, /*grad=*/{}, call.k_weight, empty_like(call.k));
+  const Side q = make_side(call, call.q, /*grad=*/{}, call.q_weight, contiguous_like(call.q));
+  const Side k = make_side(call, call.k, /*grad=*/{}, call.k_weight, contiguous_like(call.k));
   for_each_range(q, k, [](const Side& side, int64_t, int64_t first_token, int64_t last_token) {
     side.kernels->forward(side.problem, first_token, last_token);
   });
@@ -134,7 +134,7 @@ NormRopeWeightGradients run_backward(const NormRopeCall& call, const at::Tensor&
 NormRopeGradients qk_norm_rope_backward_cpu(const NormRopeCall& call, const at::Tensor& grad_q,
                                             const at::Tensor& grad_k) {
   if (!has_kernel(grad_q) || !has_kernel(grad_k)) return compose_norm_rope_backward(call, grad_q, grad_k);
-  const at::Tensor dq = empty_like(grad_q), dk = empty_like(grad_k);
+  const at::Tensor dq = contiguous_like(grad_q), dk = contiguous_like(grad_k);
   const auto [dq_weight, dk_weight] = run_backward(call, grad_q, grad_k, dq, dk);
   return {dq, dk, dq_weight, dk_weight};
 }
