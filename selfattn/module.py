@@ -394,10 +394,10 @@ class SelfAttention(nn.Module):
             raise TypeError(f"SelfAttention: context: expected a ContextLayout, got {type(context).__name__}")
         if cache is not None:
             raise NotImplementedError("SelfAttention: cache: expected None beside a context, got a KV cache")
-        if segment_ids is not None and segment_ids.shape != context.segment_ids.shape:
+        if segment_ids is not None and segment_ids is not context.segment_ids:
             raise ValueError(
-                "SelfAttention: segment_ids: expected None or those of the context's layout, "
-                f"{tuple(context.segment_ids.shape)}, got shape {tuple(segment_ids.shape)}"
+                "SelfAttention: segment_ids: expected None or the context's own tensor, which its documents are dealt "
+                f"by, got another of shape {tuple(segment_ids.shape)}"
             )
         if freqs is not None or not self.rope:
             return freqs
