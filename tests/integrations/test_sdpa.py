@@ -3,7 +3,8 @@
 import functools
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from unittest.mock import Mock
 
 import pytest
@@ -277,18 +278,31 @@ LATER_ARGUMENTS = {
 }
 
 
+@contextmanager
+def operators_like_atens(namespace: str, change: Callable[[str, str], str], kernel: Callable) -> Iterator[None]:
+    """Under ``namespace``, with the schemas that ``change(name, schema)`` gives: gone afterwards, for exporters look at
+    every operator that there is."""
+    with torch.library._scoped_library(namespace, "DEF") as library:
+        for name in OPERATORS:
+            library.define(change(name, str(getattr(aten, name).default._schema).removeprefix("aten::")))
+            library.impl(name, kernel, "CPU")
+        yield
+
+
 @pytest.fixture
 def later() -> Iterator[list[tuple]]:
     """The operators of a version of PyTorch that has more arguments, first among those with a keyword."""
     calls = []
-    library = torch.library.Library(LATER, "DEF")
-    for name in OPERATORS:
-        schema = str(getattr(aten, name).default._schema).removeprefix("aten::")
-        library.define(schema.replace("*, ", LATER_ARGUMENTS.get(name, "*, ")))
-        library.impl(name, lambda *args, **kwargs: calls.append((args, kwargs)) or (torch.zeros(()),) * 5, "CPU")
-    activation = sdpa._override("CPU", LATER)
-    yield calls
-    activation.remove()
+
+    def grow(name: str, schema: str) -> str:
+        return schema.replace("*, ", LATER_ARGUMENTS.get(name, "*, "))
+
+    with operators_like_atens(
+        LATER, grow, lambda *args, **kwargs: calls.append((args, kwargs)) or (torch.zeros(()),) * 5
+    ):
+        activation = sdpa._override("CPU", LATER)
+        yield calls
+        activation.remove()
 
 
 class TestLaterVersions:
@@ -316,20 +330,20 @@ class TestLaterVersions:
 
     def test_another_order_of_arguments(self) -> None:
         """They are read by name."""
-        library, calls = torch.library.Library("selfattn_turned_aten", "DEF"), []
-        for name in OPERATORS:
-            schema = str(getattr(aten, name).default._schema).removeprefix("aten::")
-            schema = schema.replace("float dropout_p, bool is_causal", "bool is_causal, float dropout_p")
-            library.define(schema)
-            library.impl(name, lambda *args, **kwargs: calls.append(args), "CPU")
-        activation = sdpa._override("CPU", "selfattn_turned_aten")
+        calls = []
+
+        def turn(_name: str, schema: str) -> str:
+            return schema.replace("float dropout_p, bool is_causal", "bool is_causal, float dropout_p")
+
         q = torch.randn(1, 5, 2, 16)
-        turned = torch.ops.selfattn_turned_aten
-        out = turned._flash_attention_forward(q, q, q, None, None, 5, 5, True, 0.0, False)[0]
+        with operators_like_atens("selfattn_turned_aten", turn, lambda *args, **kwargs: calls.append(args)):
+            activation = sdpa._override("CPU", "selfattn_turned_aten")
+            turned = torch.ops.selfattn_turned_aten
+            out = turned._flash_attention_forward(q, q, q, None, None, 5, 5, True, 0.0, False)[0]
+            activation.remove()
         expected = reference(*(x.transpose(1, 2) for x in (q, q, q)), bottom_right(5, 5, right=0)).transpose(1, 2)
         torch.testing.assert_close(out, expected, **TOLERANCE[torch.float32])
         assert not calls
-        activation.remove()
 
     @pytest.mark.parametrize(
         ("old", "new", "message"),
@@ -340,11 +354,10 @@ class TestLaterVersions:
     )
     def test_schemas_that_mean_something_else_are_refused(self, old, new, message) -> None:
         namespace = f"selfattn_other_{old.split()[0]}"
-        library = torch.library.Library(namespace, "DEF")
-        for name in OPERATORS:
-            library.define(str(getattr(aten, name).default._schema).removeprefix("aten::").replace(old, new))
-            library.impl(name, lambda *args, **kwargs: None, "CPU")
-        with pytest.raises(NotImplementedError, match=message):
+        other = operators_like_atens(
+            namespace, lambda _, schema: schema.replace(old, new), lambda *args, **kwargs: None
+        )
+        with other, pytest.raises(NotImplementedError, match=message):
             sdpa._override("CPU", namespace)
 
 
