@@ -107,7 +107,7 @@ torch::Tensor SelfAttentionImpl::forward_with_cache(const torch::Tensor& x, cons
                                                     const torch::Tensor& segment_ids) {
   torch::Tensor positions;
   if (makes_tables() && !freqs_sin.defined() && !freqs_cos.defined() && x.dim() == 3) {
-    const std::string& type = rope_parameters().rope_type();
+    const std::string type = rope_parameters().rope_type();
     TORCH_CHECK_VALUE(options.rope_length() || (type != "dynamic" && type != "longrope"),
                       "selfattn: rope_length must be given, so that all keys of a cache are rotated by the same "
                       "frequencies of rope_type ",
