@@ -338,7 +338,9 @@ namespace {
 /// Chooses the method here, where the device is known, as it is not to the operators on meta tensors.
 Tensor attend(const ContextCall& call) {
   ContextCall chosen = call;
-  chosen.method = make_context_problem(call).method == ContextMethod::kHeads ? "heads" : "keys";
+  if (call.method == "auto") {
+    chosen.method = make_context_problem(call).method == ContextMethod::kHeads ? "heads" : "keys";
+  }
   return std::get<0>(ContextParallelForward::call(kContextParallelForward, chosen));
 }
 
