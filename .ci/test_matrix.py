@@ -1,15 +1,24 @@
-"""Builds the CPU part for several versions of torch, runs the quick tests for each under several Pythons, and prints a
-table. Environments and builds are made anew, each in a folder of --folder.
+"""Builds the CPU part for several versions of torch, runs the quick tests for each under several Pythons, prints a
+table, and appends a record of each run to --record. Environments and builds are made anew, each in a folder of
+--folder.
 
     python .ci/test_matrix.py --torch 2.11 2.15 --python python3.10 python3.13
+
+What stands already, such as a wheel's environment, is tested by its Python and its library:
+
+    python .ci/test_matrix.py --built bin/python lib/python3.11/site-packages/selfattn/lib/libselfattn.so
 """
 
 import argparse
+import datetime
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,43 +60,72 @@ def build(folder: Path, python: Path, jobs: int) -> Path:
     return folder / "libselfattn.so"
 
 
-def test(python: Path, library: Path, log: Path, jobs: int) -> dict[str, int]:
-    """How many tests ended how."""
+def test(python: Path, library: Path, tests: list[str], log: Path, jobs: int) -> dict[str, object]:
+    """A record: software, what was tested, how many tests ended how."""
     own = {"SELFATTN_LIBRARY": str(library), "PYTHONPATH": str(ROOT)}
     if run(python, "-m", "selfattn", **own).returncode:
         sys.exit(f"python -m selfattn fails with {library}")
     command = [python, "-m", "pytest", "-q", "-n", jobs, "--dist", "worksteal", "-m", "not slow"]
-    command += [ROOT / "tests/python" / name for name in TESTS]
+    command += [ROOT / "tests/python" / name for name in tests]
+    start = time.monotonic()
     with log.open("w") as file:
         subprocess.run([*map(str, command)], cwd=ROOT, env={**os.environ, **own}, stdout=file, check=False)
+    seconds = round(time.monotonic() - start)
     last = log.read_text().splitlines()[-1]
     counts = {outcome.rstrip("s"): int(number) for number, outcome in re.findall(r"(\d+) (\w+)", last)}
-    return {outcome: counts.get(outcome.rstrip("s"), 0) for outcome in OUTCOMES}
+    versions = "import platform, torch; print(torch.__version__, platform.python_version(), platform.machine())"
+    found = subprocess.run([python, "-c", versions], check=True, capture_output=True, text=True).stdout.split()
+    return {
+        **dict(zip(("torch", "python", "machine"), found, strict=True)),
+        **{outcome: counts.get(outcome.rstrip("s"), 0) for outcome in OUTCOMES},
+        "tests": tests,
+        "seconds": seconds,
+        "commit": subprocess.run(
+            ["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+        ).stdout.strip(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--torch", nargs="+", required=True, metavar="MINOR", help="e.g. 2.15")
-    parser.add_argument("--python", nargs="+", required=True, help="interpreters")
-    parser.add_argument("--folder", type=Path, default=ROOT / "build-matrix")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilations and tests at a time")
-    arguments = parser.parse_args()
-    rows = []
+def environments(arguments: argparse.Namespace) -> Iterator[tuple[str, Path, Path]]:
+    """A name, a Python and a library of each run."""
+    if arguments.built:
+        python, library = arguments.built
+        yield "built", Path(python).absolute(), Path(library).resolve()
+        return
     for torch in arguments.torch:
         library = None
         for python in arguments.python:
             name = f"torch{torch}-{Path(python).name}"
             own = make_environment(arguments.folder / name, python, torch)
             library = library or build(arguments.folder / f"torch{torch}", own, arguments.jobs)
-            counts = test(own, library, arguments.folder / f"{name}.log", arguments.jobs)
-            versions = "import platform, torch; print(torch.__version__, platform.python_version())"
-            found = subprocess.run([own, "-c", versions], check=True, capture_output=True, text=True).stdout.split()
-            rows.append((found, counts))
-    print("| torch | Python | " + " | ".join(OUTCOMES) + " |")
-    print("|---" * (2 + len(OUTCOMES)) + "|")
-    for found, counts in rows:
-        print("| " + " | ".join([*found, *map(str, counts.values())]) + " |")
-    return int(any(counts["failed"] or counts["errors"] or not counts["passed"] for _, counts in rows))
+            yield name, own, library
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--torch", nargs="+", default=[], metavar="MINOR", help="e.g. 2.15")
+    parser.add_argument("--python", nargs="+", default=[], help="interpreters")
+    parser.add_argument("--built", nargs=2, metavar=("PYTHON", "LIBRARY"), help="in the place of --torch and --python")
+    parser.add_argument("--tests", nargs="+", default=TESTS, help="in tests/python")
+    parser.add_argument("--folder", type=Path, default=ROOT / "build-matrix")
+    parser.add_argument("--record", type=Path, default=ROOT / "benchmarks/results/torch_matrix.jsonl")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilations and tests at a time")
+    arguments = parser.parse_args()
+    if bool(arguments.built) == bool(arguments.torch and arguments.python):
+        parser.error("either --built, or both --torch and --python, must be given")
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for name, python, library in environments(arguments):
+        rows.append(test(python, library, [*arguments.tests], arguments.folder / f"{name}.log", arguments.jobs))
+        with arguments.record.open("a") as file:
+            file.write(json.dumps(rows[-1]) + "\n")
+    columns = ("torch", "python", *OUTCOMES)
+    print("| " + " | ".join(columns) + " |")
+    print("|---" * len(columns) + "|")
+    for row in rows:
+        print("| " + " | ".join(str(row[column]) for column in columns) + " |")
+    return int(any(row["failed"] or row["errors"] or not row["passed"] for row in rows))
 
 
 if __name__ == "__main__":
