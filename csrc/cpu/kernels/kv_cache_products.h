@@ -181,11 +181,12 @@ void score_rows(const E* query, int64_t query_stride, const T* const* keys, int6
   }
 }
 
-/// apply.template operator()<n>(first) for groups of n = 8, 4, 2 or 1 of `rows` rows.
+/// apply.template operator()<n>(first) for groups of n = 8, 4, 2 or 1 of `rows` rows, no more than a vector has lanes.
 template <typename Apply>
 void for_row_groups(int64_t rows, const Apply& apply) {
+  constexpr int kMost = std::min<int>(8, kLanes);
   int64_t row = 0;
-  for (; row + 8 <= rows; row += 8) apply.template operator()<8>(row);
+  for (; row + kMost <= rows; row += kMost) apply.template operator()<kMost>(row);
   if (row + 4 <= rows) apply.template operator()<4>(row), row += 4;
   if (row + 2 <= rows) apply.template operator()<2>(row), row += 2;
   if (row < rows) apply.template operator()<1>(row);

@@ -23,14 +23,16 @@ inline Vec load(const float* p) { return Vec::loadu(p); }
 
 /// 2^x of x <= 127, within 2 ulp; exactly 0 where x is -inf; NaN stays NaN.
 inline Vec exp2(Vec x) {
-#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2) || defined(__aarch64__)
   // 2^x = 2^n * 2^f, n the nearest integer, 2^f a polynomial (minimax on [-1/2, 1/2] with 2^0 = 1, error 9e-8).
   constexpr float c0 = 1.0f, c1 = 0.693147004f, c2 = 0.240222424f, c3 = 0.0555073359f, c4 = 0.00967151299f,
                   c5 = 0.00132647261f;
 #if defined(CPU_CAPABILITY_AVX512)
   const Vec y = _mm512_max_ps(_mm512_set1_ps(-160.0f), x);  // 2^-160 rounds to 0; a NaN in the second place stays
-#else
+#elif defined(CPU_CAPABILITY_AVX2)
   const Vec y = _mm256_min_ps(_mm256_set1_ps(127.0f), _mm256_max_ps(_mm256_set1_ps(-127.0f), x));
+#else
+  const Vec y = vminq_f32(vmaxq_f32(x, vdupq_n_f32(-127.0f)), vdupq_n_f32(127.0f));  // NEON keeps a NaN in either place
 #endif
   const Vec n = y.round(), f = y - n;
   Vec p = at::vec::fmadd(Vec(c5), f, Vec(c4));
@@ -40,9 +42,12 @@ inline Vec exp2(Vec x) {
   p = at::vec::fmadd(p, f, Vec(c0));
 #if defined(CPU_CAPABILITY_AVX512)
   return _mm512_scalef_ps(p, n);
-#else
+#elif defined(CPU_CAPABILITY_AVX2)
   const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));  // n = -127 gives 0
   return p * Vec(_mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
+#else
+  const int32x4_t exponent = vaddq_s32(vcvtq_s32_f32(n), vdupq_n_s32(127));
+  return p * Vec(vreinterpretq_f32_s32(vshlq_n_s32(exponent, 23)));
 #endif
 #else
   return x.exp2();
