@@ -11,9 +11,10 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-PLATFORM = re.compile(r"manylinux_2_\d+_x86_64$")
+PLATFORM = re.compile(r"manylinux_2_\d+_(x86_64|aarch64)$")
 TORCH = ("libtorch", "libtorch_cpu", "libtorch_cuda", "libc10", "libc10_cuda", "libcudart")
-MANYLINUX = ("libstdc++", "libgcc_s", "libm", "libc", "libdl", "libpthread", "librt", "ld-linux-x86-64")
+MANYLINUX = ("libstdc++", "libgcc_s", "libm", "libc", "libdl", "libpthread", "librt")
+MANYLINUX += ("ld-linux-x86-64", "ld-linux-aarch64")
 LIBRARY = "selfattn/lib/libselfattn.so"
 OTHERS = (
     "selfattn/lib/libselfattn.json",
@@ -33,7 +34,7 @@ def complaints(wheel: Path) -> list[str]:
     name, version, python, abi, platforms = wheel.stem.split("-")
     found = []
     if (name, python, abi) != ("selfattn", "py3", "none") or not all(map(PLATFORM.match, platforms.split("."))):
-        found.append(f"its name must be selfattn-<version>-py3-none-manylinux_2_<n>_x86_64.whl; got {wheel.name}")
+        found.append(f"its name must be selfattn-<version>-py3-none-manylinux_2_<n>_<machine>.whl; got {wheel.name}")
     with zipfile.ZipFile(wheel) as archive:
         files = set(archive.namelist())
         metadata = archive.read(f"selfattn-{version}.dist-info/METADATA").decode()
