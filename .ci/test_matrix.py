@@ -69,7 +69,11 @@ def test(python: Path, library: Path, tests: list[str], log: Path, jobs: int) ->
     command += [ROOT / "tests/python" / name for name in tests]
     start = time.monotonic()
     with log.open("w") as file:
-        subprocess.run([*map(str, command)], cwd=ROOT, env={**os.environ, **own}, stdout=file, check=False)
+        code = subprocess.run(
+            [*map(str, command)], cwd=ROOT, env={**os.environ, **own}, stdout=file, check=False
+        ).returncode
+    if code not in (0, 1):  # all passed, some failed
+        sys.exit(f"pytest ended with {code} before it had run every test: {log}")
     seconds = round(time.monotonic() - start)
     last = log.read_text().splitlines()[-1]
     counts = {outcome.rstrip("s"): int(number) for number, outcome in re.findall(r"(\d+) (\w+)", last)}
