@@ -116,7 +116,8 @@ def main() -> int:
     parser.add_argument("--record", type=Path, default=ROOT / "benchmarks/results/torch_matrix.jsonl")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilations and tests at a time")
     arguments = parser.parse_args()
-    if bool(arguments.built) == bool(arguments.torch and arguments.python):
+    fresh = bool(arguments.torch), bool(arguments.python)
+    if fresh != ((False, False) if arguments.built else (True, True)):
         parser.error("either --built, or both --torch and --python, must be given")
     arguments.folder.mkdir(parents=True, exist_ok=True)
     rows = []
