@@ -4,6 +4,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include "attention/problem.h"
 #include "flash/kernels.h"
 #include "integer_view.h"
 
@@ -65,12 +66,12 @@ struct ScaledQuery {
 };
 ScaledQuery with_positive_scale(const at::Tensor& query, double scale);
 
-/// -1 is unbounded; a causal mask is a window without a right side.
-AttentionWindow window_of(bool is_causal, int64_t window_left, int64_t window_right);
+/// What the kernels apply: a causal mask is a window without a right side. With positions there is none, since the
+/// tables of segments hold it.
+AttentionWindow window_of(const AttentionProblem& problem);
 
-/// The ids (B, Sq) and (B, Skv), and the tiles that a kernel cuts the problem into. `order_of`: the side whose tiles it
-/// takes one after another.
-SegmentProblem segment_problem(const at::Tensor& query_ids, const at::Tensor& key_ids, const AttentionShape& shape,
-                               const AttentionWindow& window, const TileSizes& tiles, SegmentSide order_of);
+/// The ids of a call, its positions, and the tiles that a kernel cuts it into. `order_of`: the side whose tiles it
+/// takes one after another. With positions the tokens must be in order (OrderedCall).
+SegmentProblem segment_problem(const AttentionProblem& problem, const TileSizes& tiles, SegmentSide order_of);
 
 }  // namespace selfattn::cuda

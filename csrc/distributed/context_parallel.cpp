@@ -1,10 +1,8 @@
 #include "distributed/context_parallel.h"
 
 #include <ATen/TensorOperators.h>
-#include <ATen/ops/arange.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
@@ -15,6 +13,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "common/token_order.h"
 #include "distributed/context_parallel_op.h"
 #include "distributed/context_part.h"
 
@@ -198,25 +197,14 @@ Tensor start_exchanging_heads(const ContextProblem& problem) {
 }
 
 /// The order of shared tokens in which their indices say what their positions say: split documents by position, side by
-/// side, and the rest behind. As indices of B * n * s tokens; undefined where positions stay what is compared, since a
-/// window counts what lay between, or nothing is.
+/// side, and the rest behind (flat_order). Undefined where positions stay what is compared, since a window counts what
+/// lay between, or nothing is.
 Tensor order_of_rows(const ContextProblem& problem) {
   if (!problem.own.has_positions() || problem.needs_positions()) return {};
   const Tensor last = at::full({}, std::numeric_limits<int32_t>::max(), problem.kv_ids.options());
   const Tensor by_position =
       at::where(problem.kv_ids < 0, last, *problem.kv_positions).argsort(int64_t{1}, /*descending=*/false);
-  const Tensor begins = at::arange(by_position.size(0), by_position.options()) * by_position.size(1);
-  return (by_position + begins.unsqueeze(1)).flatten();
-}
-
-Tensor inverse_of(const Tensor& order) {
-  return order.defined() ? at::empty_like(order).scatter_(0, order, at::arange(order.numel(), order.options())) : order;
-}
-
-/// (B, N, ...) in an order; as it is without one.
-Tensor reorder(const Tensor& rows, const Tensor& order) {
-  if (!order.defined()) return rows;
-  return rows.flatten(0, 1).index_select(0, order).unflatten(0, {rows.size(0), -1});
+  return flat_order(by_position);
 }
 
 /// All shared tokens in that order, and the heads of this rank.

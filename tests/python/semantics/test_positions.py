@@ -67,7 +67,7 @@ def test_indices_as_positions_change_nothing(device: str, backend: str, windows:
             run = partial(selfattn.multihead_attention, backend=backend)
             plain = with_gradients(lambda *t: run(*t, **windows), tensors)  # noqa: B023
             same = with_gradients(lambda *t: run(*t, **given), tensors)  # noqa: B023
-            if backend == "flash":
+            if backend == "flash" and device == "cpu":
                 assert all(torch.equal(one, other) for one, other in zip(same, plain, strict=True))
             check_same(same, plain, device)
 
