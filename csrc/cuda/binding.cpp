@@ -87,6 +87,8 @@ bool allows_tf32() {
              at::Float32Precision::TF32;
 }
 
+int sms_left_free() { return std::max(at::globalContext()._SMCarveout_EXPERIMENTAL().value_or(0), 0); }
+
 ScaledQuery with_positive_scale(const at::Tensor& query, double scale) {
   constexpr double kLargest = 1e37;
   const auto magnitude = static_cast<float>(std::min(std::abs(scale), kLargest));

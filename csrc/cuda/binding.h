@@ -56,6 +56,10 @@ ElementType element_of(const at::Tensor& tensor);
 /// kernels.
 bool allows_tf32();
 
+/// How many SMs PyTorch asks kernels to leave free, for collectives beside them
+/// (torch._C._set_sm_carveout_experimental).
+int sms_left_free();
+
 /// A query and a scale of the same products for the kernels, whose scale is positive: q' = sign * q, so that dq is
 /// sign * dq'. A scale that is 0, or rounds to 0 in float32, clears the query instead. Magnitudes past 1e37, where a
 /// softmax has one weight only, count as 1e37: the kernels multiply them by log2(e).

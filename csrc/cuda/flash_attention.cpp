@@ -33,6 +33,7 @@ AttentionResults attend_rows(const AttentionProblem& problem) {
   params.allows_tf32 = params.element == ElementType::kFloat && allows_tf32();
   params.scale = scaled.scale;
   params.softcap = static_cast<float>(problem.softcap);
+  params.sms_left_free = sms_left_free();
   params.q = view_of(query), params.k = view_of(key), params.v = view_of(value), params.out = view_of(out);
   params.lse = lse.mutable_data_ptr<float>();
   params.sinks = problem.sinks ? sink_logits.const_data_ptr<float>() : nullptr;

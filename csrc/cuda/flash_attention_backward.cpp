@@ -52,6 +52,7 @@ void attend_rows_backward_into(const AttentionProblem& problem, const AttentionG
   params.allows_tf32 = params.element == ElementType::kFloat && allows_tf32();
   params.scale = scaled.scale;
   params.softcap = static_cast<float>(problem.softcap);
+  params.sms_left_free = sms_left_free();
   params.is_deterministic = at::globalContext().deterministicAlgorithms();
   params.q = view_of(query), params.k = view_of(key), params.v = view_of(value);
   params.out = view_of(out_rows), params.grad_out = view_of(grad_out_rows);
