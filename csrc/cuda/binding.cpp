@@ -97,9 +97,13 @@ ScaledQuery with_positive_scale(const at::Tensor& query, double scale) {
   return {query, magnitude, 1};
 }
 
+AttentionWindow window_of(bool is_causal, int64_t window_left, int64_t window_right) {
+  return {.left = window_side(window_left), .right = is_causal ? 0 : window_side(window_right)};
+}
+
 AttentionWindow window_of(const AttentionProblem& problem) {
   if (problem.has_positions()) return {};
-  return {.left = window_side(problem.window_left), .right = problem.is_causal ? 0 : window_side(problem.window_right)};
+  return window_of(problem.is_causal, problem.window_left, problem.window_right);
 }
 
 SegmentProblem segment_problem(const AttentionProblem& problem, const TileSizes& tiles, SegmentSide order_of) {

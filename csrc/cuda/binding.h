@@ -70,8 +70,10 @@ struct ScaledQuery {
 };
 ScaledQuery with_positive_scale(const at::Tensor& query, double scale);
 
-/// What the kernels apply: a causal mask is a window without a right side. With positions there is none, since the
-/// tables of segments hold it.
+/// -1 is unbounded; a causal mask is a window without a right side.
+AttentionWindow window_of(bool is_causal, int64_t window_left, int64_t window_right);
+
+/// What the kernels apply of a call: with positions nothing, since the tables of segments hold it.
 AttentionWindow window_of(const AttentionProblem& problem);
 
 /// The ids of a call, its positions, and the tiles that a kernel cuts it into. `order_of`: the side whose tiles it
