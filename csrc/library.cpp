@@ -55,7 +55,7 @@
   "group_size, str group_name, str method=\"auto\", bool causal=True, float? qk_scale=None, str backend=\"auto\", " \
   "int "                                                                                                            \
   "window_left=-1, int window_right=-1, float softcap=0.0, Tensor? sinks=None, int local_start=0, bool "            \
-  "documents_are_runs=False"
+  "documents_are_runs=False, str heads_group_name=\"\", int heads_group_size=1"
 
 #define SELFATTN_ROPE_TYPE                                                                                  \
   "str rope_type=\"default\", float rope_theta=10000.0, SymInt? length=None, float? factor=None, "          \

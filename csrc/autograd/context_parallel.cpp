@@ -43,6 +43,8 @@ class ContextParallelNode : public torch::autograd::Function<ContextParallelNode
     numbers["backend"] = call.backend;
     numbers["local_start"] = call.local_start;
     numbers["documents_are_runs"] = call.documents_are_runs;
+    numbers["heads_group_name"] = call.heads_group_name;
+    numbers["heads_group_size"] = call.heads_group_size;
     context->set_materialize_grads(false);
     return results;
   }
@@ -70,7 +72,9 @@ class ContextParallelNode : public torch::autograd::Function<ContextParallelNode
                            .method = numbers["method"].toStringRef(),
                            .backend = numbers["backend"].toStringRef(),
                            .local_start = numbers["local_start"].toInt(),
-                           .documents_are_runs = numbers["documents_are_runs"].toBool()};
+                           .documents_are_runs = numbers["documents_are_runs"].toBool(),
+                           .heads_group_name = numbers["heads_group_name"].toStringRef(),
+                           .heads_group_size = numbers["heads_group_size"].toInt()};
     const auto exchanged = at::TensorList(saved).slice(11);
     const auto [dq, dk, dv, dsinks] = ContextParallelBackward::call(kContextParallelBackward, grads[0], saved[8],
                                                                     saved[9], saved[10], exchanged, call);

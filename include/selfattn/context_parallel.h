@@ -87,8 +87,14 @@ struct ContextParallelOptions {
   /// The number of its ranks.
   TORCH_ARG(int64_t, group_size) = 1;
   /// "keys" gathers the keys and values of split documents, "heads" gives every rank all shared tokens and some of the
-  /// heads, which group_size must divide; "auto" takes what moves fewer bytes, on CUDA "heads" where they fit.
+  /// heads, which group_size must divide; "auto" takes what moves fewer bytes, on CUDA "heads" where they fit. Beside a
+  /// heads group: "keys", which is what "auto" is there.
   TORCH_ARG(std::string, method) = "auto";
+  /// Of ranks near each other, in one node: they exchange tokens for heads first. Rank `r` of n = heads_group_size *
+  /// group_size is rank `r % heads_group_size` of it, and rank `r / heads_group_size` of the group above.
+  TORCH_ARG(std::string, heads_group_name);
+  /// The number of its ranks, which must divide NH, and divide NKV or be a multiple of it; 1: no such group.
+  TORCH_ARG(int64_t, heads_group_size) = 1;
   /// Whether a token sees none behind it in its document.
   TORCH_ARG(bool, causal) = true;
   /// Unset: 1 / sqrt(DQK).
