@@ -95,17 +95,16 @@ def _axis_sizes(mesh: DeviceMesh, config: ParallelConfig) -> dict[str, int]:
             f"parallelize: mesh: expected the axes {config.axis_names} of config.device_mesh(), "
             f"got {mesh.mesh_dim_names}"
         )
-    of_names = dict(zip(mesh.mesh_dim_names, mesh.shape, strict=True))
-    sizes = {axis: math.prod(of_names[name] for name in config._names_of(axis)) for axis in _AXES}
+    named = dict(zip(mesh.mesh_dim_names, mesh.shape, strict=True))
+    sizes = {axis: math.prod(named[name] for name in config._names_of(axis)) for axis in _AXES}
     for axis, size in sizes.items():
         asked = getattr(config, f"{axis}_axis_size")
         if asked not in (-1, size):
             raise ValueError(f"parallelize: mesh: expected config.{axis}_axis_size, {asked}, ranks, got {size}")
-    heads_size = of_names[config._names_of("context")[-1]]
-    if config.context_heads_size not in (1, heads_size):
+    asked, heads_axis = config.context_heads_size, config._names_of("context")[-1]
+    if asked not in (1, named[heads_axis]):
         raise ValueError(
-            f"parallelize: mesh: expected config.context_heads_size, {config.context_heads_size}, ranks, "
-            f"got {heads_size}"
+            f"parallelize: mesh: expected config.context_heads_size, {asked}, ranks, got {named[heads_axis]}"
         )
     if sizes["pipeline"] > 1:
         raise NotImplementedError(

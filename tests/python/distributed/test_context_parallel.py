@@ -206,7 +206,9 @@ def check_derivatives(sizes: tuple[int, ...], methods: tuple[str, ...]) -> None:
         torch.autograd.gradcheck(whole_rows, [x.requires_grad_() for x in tensors], nondet_tol=1e-12)
 
 
-@pytest.mark.parametrize(("sizes", "methods"), [((2,), ("keys", "heads")), ((2, 2), ("auto",))])
+@pytest.mark.parametrize(
+    ("sizes", "methods"), [((2,), ("keys", "heads")), ((2, 2), ("auto",))], ids=["one axis", "a pair"]
+)
 def test_derivatives(ranks: Ranks, sizes: tuple[int, ...], methods: tuple[str, ...]) -> None:
     ranks.run(check_derivatives, math.prod(sizes), sizes, methods)
 
@@ -267,7 +269,7 @@ def check_what_travels(sizes: tuple[int, ...], of_methods: dict[str, list[str]])
 @pytest.mark.parametrize(
     ("sizes", "of_methods"),
     [((2,), {"keys": BY_KEYS, "heads": BY_HEADS}), ((2, 2), {"auto": sorted(BY_KEYS + BY_HEADS)})],
-    ids=str,
+    ids=["one axis", "a pair"],
 )
 def test_only_split_documents_travel(ranks: Ranks, sizes: tuple[int, ...], of_methods: dict[str, list[str]]) -> None:
     ranks.run(check_what_travels, math.prod(sizes), sizes, of_methods)
@@ -326,7 +328,7 @@ def check_compiled(sizes: tuple[int, ...], method: str) -> None:
         assert torch.equal(found, reference)
 
 
-@pytest.mark.parametrize(("sizes", "method"), [((2,), "heads"), ((2, 2), "auto")])
+@pytest.mark.parametrize(("sizes", "method"), [((2,), "heads"), ((2, 2), "auto")], ids=["one axis", "a pair"])
 def test_compile_takes_it_whole(ranks: Ranks, sizes: tuple[int, ...], method: str) -> None:
     ranks.run(check_compiled, math.prod(sizes), sizes, method)
 
