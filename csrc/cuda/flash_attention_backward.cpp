@@ -82,6 +82,10 @@ void attend_backward_into(const AttentionProblem& problem, const AttentionGradie
     return;
   }
   const OrderedCall call(problem);
+  if (!call.is_copied()) {
+    attend_rows_backward_into(call.problem(), gradients, dq, dk, dv);
+    return;
+  }
   call.as_called_into(dq, dk, dv, attend_rows_backward(call.problem(), call.in_order(gradients)));
 }
 

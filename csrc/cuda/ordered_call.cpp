@@ -32,14 +32,16 @@ OrderedCall::OrderedCall(const AttentionProblem& problem) : problem_(problem) {
                key_ids = problem.key_segment_ids.value_or(at::zeros_like(key_positions));
   const bool is_one_side = query_positions.is_same(key_positions) &&
                            (!problem.has_segments() || problem.query_segment_ids->is_same(*problem.key_segment_ids));
-  query_order_ = order_of_tokens(query_ids, query_positions);
-  key_order_ = is_one_side ? query_order_ : order_of_tokens(key_ids, key_positions);
+  if (!problem.is_in_order) {
+    query_order_ = order_of_tokens(query_ids, query_positions);
+    key_order_ = is_one_side ? query_order_ : order_of_tokens(key_ids, key_positions);
+  }
   problem_.query = reorder(problem.query, query_order_);
   problem_.key = reorder(problem.key, key_order_), problem_.value = reorder(problem.value, key_order_);
   problem_.query_segment_ids = reorder(query_ids, query_order_);
   problem_.key_segment_ids = reorder(key_ids, key_order_);
-  problem_.query_positions = reorder(query_positions, query_order_);
-  problem_.key_positions = reorder(key_positions, key_order_);
+  problem_.query_positions = reorder(query_positions, query_order_).contiguous();
+  problem_.key_positions = reorder(key_positions, key_order_).contiguous();
 }
 
 AttentionGradients OrderedCall::in_order(const AttentionGradients& gradients) const {

@@ -9,11 +9,13 @@ namespace selfattn::cuda {
 
 class OrderedCall {
  public:
-  /// Copies q, k and v into that order, on the device: O(tokens) memory and no host synchronisation.
+  /// Copies q, k and v into that order, on the device, if they are not said to be in it: O(tokens) memory and no host
+  /// synchronisation.
   explicit OrderedCall(const AttentionProblem& problem);
 
   /// The same call of the tokens in order. It has ids, of a call without any 0, and positions, int32 and contiguous.
   const AttentionProblem& problem() const { return problem_; }
+  bool is_copied() const { return query_order_.defined(); }
 
   /// Of the tokens in order, from those of the call; and the other way round.
   AttentionGradients in_order(const AttentionGradients& gradients) const;

@@ -138,7 +138,8 @@ Tensor context_parallel_attention(const Tensor& q, const Tensor& k, const Tensor
                                          .local_start = options.local_start(),
                                          .documents_are_runs = options.documents_are_runs(),
                                          .heads_group_name = options.heads_group_name(),
-                                         .heads_group_size = options.heads_group_size()});
+                                         .heads_group_size = options.heads_group_size(),
+                                         .kv_order = options.kv_order()});
 }
 
 }  // namespace selfattn

@@ -110,8 +110,14 @@ ContextProblem make_context_problem(const ContextCall& call) {
   const c10::SymInt gathered = c10::SymInt(call.heads_group_size * call.group_size) * call.shared;
   check_gathered(call.kv_segment_ids, "kv_segment_ids", call.q, gathered);
   check_gathered(call.kv_positions, "kv_positions", call.q, gathered);
+  if (call.kv_order) {
+    check_gathered(*call.kv_order, "kv_order", call.q, gathered);
+    TORCH_CHECK_TYPE(call.kv_order->scalar_type() == at::kLong, "selfattn: kv_order must be int64; got ",
+                     call.kv_order->scalar_type());
+  }
   ContextProblem problem{.own = std::move(own),
                          .kv_ids = as_int32(call.kv_segment_ids, "kv_segment_ids"),
+                         .kv_order = call.kv_order,
                          .shared = call.shared,
                          .local_start = call.local_start,
                          .documents_are_runs = call.documents_are_runs,

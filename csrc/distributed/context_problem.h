@@ -25,6 +25,7 @@ struct ContextCall {
   bool documents_are_runs;
   std::string heads_group_name;
   int64_t heads_group_size;
+  OptionalTensor kv_order;
 };
 
 /// What a forward pass gives: out (B, L, NH, DV) in q's dtype; what the backward pass takes of it: lse of the local
@@ -45,8 +46,12 @@ enum class ContextMethod { kHeads, kKeys };
 /// is one heads group, kKeys of a call without a heads group is one keys group.
 struct ContextProblem {
   AttentionProblem own;  // this rank's tokens, with their ids and positions
-  at::Tensor kv_ids;     // (B, n * shared), as own.query_segment_ids
+  // Of the shared slots of all ranks, (B, n * shared): numbers of split documents, -1 but for these; positions as own
+  // has them; which slot comes first, second, ... by number, -1 behind, and position, int64. The slots of a rank are in
+  // that order where it is given.
+  at::Tensor kv_ids;
   OptionalTensor kv_positions;
+  OptionalTensor kv_order;
   int64_t shared;
   int64_t local_start;
   bool documents_are_runs;

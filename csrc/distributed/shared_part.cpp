@@ -107,12 +107,13 @@ AttentionProblem part_of_heads_group(const ContextProblem& problem, const Tensor
   return part;
 }
 
-/// The order of shared tokens in which their indices say what their positions say: split documents by position, side by
-/// side, and the rest behind (flat_order). Undefined where positions stay what is compared, since queries are some of
+/// The order of shared tokens in which their indices say what their positions say: each split document by position, and
+/// the rest behind (flat_order). Undefined where positions stay what is compared, since queries are some of
 /// the tokens or a window counts what lay between, or nothing is.
 Tensor order_of_rows(const ContextProblem& problem) {
   if (problem.heads.size() == 1 || problem.keys.size() > 1) return {};
   if (!problem.own.has_positions() || problem.needs_positions()) return {};
+  if (problem.kv_order) return flat_order(*problem.kv_order);
   const Tensor last = at::full({}, std::numeric_limits<int32_t>::max(), problem.kv_ids.options());
   const Tensor by_position =
       at::where(problem.kv_ids < 0, last, *problem.kv_positions).argsort(int64_t{1}, /*descending=*/false);
@@ -133,11 +134,21 @@ Tensor start_gathering_keys(const ContextProblem& problem, const AttentionProble
   return problem.keys.start_gather(at::cat({part.key, part.value}, -1));
 }
 
+/// Of the keys of all ranks, where the call gives it.
+Tensor order_of_keys(const ContextProblem& problem) {
+  return problem.kv_order ? flat_order(*problem.kv_order) : Tensor();
+}
+
+/// In order, where it is known: then a query's keys lie side by side.
 void take_keys_of_all(const ContextProblem& problem, AttentionProblem& part, const Tensor& gathered) {
   const int64_t width = part.key.size(3), value_width = part.value.size(3);
-  const Tensor rows = as_rows(gathered);
+  const Tensor order = order_of_keys(problem), rows = reorder(as_rows(gathered), order);
   part.key = rows.narrow(-1, 0, width), part.value = rows.narrow(-1, width, value_width);
-  part.key_segment_ids = problem.kv_ids, part.key_positions = problem.kv_positions;
+  part.key_segment_ids = reorder(problem.kv_ids, order);
+  if (!problem.kv_positions) return;
+  part.key_positions = reorder(*problem.kv_positions, order);
+  part.is_in_order =
+      order.defined() && problem.heads.size() == 1;  // a heads group's queries are those of several ranks
 }
 
 /// How many groups of key heads are computed one after another: sums of one group run beside the next.
@@ -166,6 +177,7 @@ PartGradients backward_of_heads_group(const ContextProblem& problem, const Atten
   const int64_t ranks = problem.keys.size();
   if (ranks == 1) return attend_part_backward(part, problem.backend, gradients);
   const int64_t groups = groups_of_heads(part);
+  const Tensor as_gathered = inverse_of(order_of_keys(problem));
   const auto dtype = part.key.scalar_type();
   // One addition rounds once; sums of more are kept in float32.
   const auto sum_dtype = ranks > 2 && dtype != at::kDouble ? at::kFloat : dtype;
@@ -175,7 +187,7 @@ PartGradients backward_of_heads_group(const ContextProblem& problem, const Atten
                                       .out = gradients.out.chunk(groups, 2)[i],
                                       .lse = gradients.lse.chunk(groups, 1)[i]};
     const PartGradients own = attend_part_backward(narrow_heads(part, i, groups), problem.backend, of_group);
-    const Tensor packed = at::cat({own.key.to(sum_dtype), own.value.to(sum_dtype)}, -1);
+    const Tensor packed = reorder(at::cat({own.key.to(sum_dtype), own.value.to(sum_dtype)}, -1), as_gathered);
     sums.push_back(problem.keys.start_sum(by_rank(packed, ranks).contiguous()));
     queries.push_back(own.query);
     if (part.sinks) sinks.push_back(own.sinks);

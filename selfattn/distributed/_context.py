@@ -19,8 +19,9 @@ class ContextLayout:
     """Which tokens of each row this rank of a mesh axis holds, and in which order: B rows of S tokens on n ranks, in
     shards of L = ceil(S / n) slots a row.
 
-    A shard holds the tokens of split documents (those with tokens on several ranks) first, by position, then whole
-    documents by their first token, then padding tokens, then slots that no token fills. Every row is dealt on its own.
+    A shard holds the tokens of split documents (those with tokens on several ranks) first, then those of whole ones,
+    both document after document by their first tokens, then padding tokens, then slots that no token fills. Every row
+    is dealt on its own.
     Made by ``from_segment_ids``, once a batch: every layer takes the same.
     """
 
@@ -38,9 +39,13 @@ class ContextLayout:
     document_positions: Tensor
     """(B, L) int32: how many earlier tokens of the row have the same id, for rotary tables; 0 in padding."""
     kv_segment_ids: Tensor
-    """(B, n * shared): ids of the first ``shared`` slots of every rank; -1 but for split documents."""
+    """(B, n * shared), of the ids' dtype: of the first ``shared`` slots of every rank the number of the document among
+    those of the row, which come by their first tokens; -1 but for split documents."""
     kv_positions: Tensor
     """(B, n * shared) int32."""
+    kv_order: Tensor
+    """(B, n * shared) int64: which of these slots comes first, second, ... by document, and in it by position; those of
+    no split document are last."""
     slots: Tensor
     """(B, S) int64: the slot of each token of the row among the n * L of all ranks, rank after rank."""
     shared: int
@@ -104,6 +109,7 @@ class ContextLayout:
             "document_positions",
             "kv_segment_ids",
             "kv_positions",
+            "kv_order",
             "slots",
             "shared",
             "local_start",
@@ -312,4 +318,5 @@ def context_parallel_attention(
         documents_are_runs=layout.documents_are_runs,
         heads_group_name=layout.heads_group_name,
         heads_group_size=layout.heads_group_size,
+        kv_order=layout.kv_order,
     )

@@ -365,7 +365,7 @@ def check_chosen_method() -> None:
     for device, heads, expected in (("cpu", 2, "keys"), ("cuda", 2, "heads"), ("cuda", 3, "keys")):
         with FakeTensorMode(allow_non_fake_inputs=True):
             q, k = (torch.empty(1, 128, number, DIM, device=device) for number in (3 * heads, heads))
-            names = ("segment_ids", "kv_segment_ids", "positions", "kv_positions")
+            names = ("segment_ids", "kv_segment_ids", "positions", "kv_positions", "kv_order")
             of_layout = {name: getattr(layout, name).to(device) for name in names}
             here = dataclasses.replace(layout, **of_layout)
             graph = make_fx(lambda q, k: context_parallel_attention(q, k, k, here))(q, k).graph  # noqa: B023
@@ -458,7 +458,8 @@ def check_refusals_of_pairs() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             context_parallel_attention(own_q, own_k, own_k, layout, **options)
-    gathered = {name: getattr(layout, name).repeat(1, 2) for name in ("kv_segment_ids", "kv_positions")}
+    names = ("kv_segment_ids", "kv_positions", "kv_order")
+    gathered = {name: getattr(layout, name).repeat(1, 2) for name in names}
     for change, message in (
         ({"heads_group_size": 4, **gathered}, r"heads_group_size must be that of the group '.*', 2; got 4"),
         (

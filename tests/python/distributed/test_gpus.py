@@ -158,6 +158,7 @@ def check_graph(method: str) -> None:
             method=method,
             local_start=layout.local_start,
             documents_are_runs=layout.documents_are_runs,
+            kv_order=layout.kv_order,
         )
         return [out, *torch.autograd.grad(out, own, out.detach().roll(1, -1))]
 

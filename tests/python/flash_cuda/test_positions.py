@@ -113,6 +113,29 @@ def test_deterministic_results_repeat(problem: CudaCase, deterministic: None) ->
     check(problem, repeats=3)
 
 
+@pytest.mark.parametrize("has_ids", [False, True])
+@pytest.mark.parametrize("dim", DIMS)
+def test_tokens_that_are_in_order_stay_where_they_are(dim: int, has_ids: bool, deterministic: None) -> None:
+    """Bits, and no copies, of a shard's queries beside the keys of a row."""
+    length, heads = 4096, (8, 2, 2)
+    row = torch.arange(length, dtype=torch.int32, device="cuda").expand(2, length)
+    ids = documents(2, length, 500).int().cuda() if has_ids else None
+    own = zigzag(length).cuda()[: length // 2]
+    q, k, v = (torch.randn(2, length, n, dim, device="cuda").bfloat16() for n in heads)
+    q, grad = q[:, own].contiguous(), torch.randn(2, len(own), heads[0], dim, device="cuda").bfloat16()
+    call = {"q": q, "k": k, "v": v, "positions": row[:, own], "kv_positions": row}
+    call |= {"segment_ids": ids[:, own], "kv_segment_ids": ids} if has_ids else {}
+
+    def run(in_order: bool) -> list[Tensor]:
+        out, lse = OPS.flash_attention(**call, in_order=in_order)
+        backward = partial(OPS.flash_attention_backward, grad, None, out=out, lse=lse, in_order=in_order)
+        return [out, lse, *backward(**call)]
+
+    assert all(torch.equal(a, b) for a, b in zip(run(True), run(False), strict=True))
+    peaks = [peak_of(lambda is_in_order=is_in_order: run(is_in_order)) for is_in_order in (True, False)]
+    assert peaks[0] + 2 * (q.numel() + k.numel() + v.numel()) < peaks[1]
+
+
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_ids_and_positions_of_either_width(dtype: torch.dtype) -> None:
     problem = case("zigzag", ids="shuffled_padding", has_kv_ids=True)

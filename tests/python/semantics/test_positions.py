@@ -257,6 +257,21 @@ def test_values_are_checked_by_the_device(name: str, device: str) -> None:
     assert torch.ops.aten._local_scalar_dense.default not in targets
 
 
+def test_a_promise_of_order_changes_nothing(device: str) -> None:
+    """It is for the kernels alone, and given to flash_attention."""
+    tensors = [tensor.detach() for tensor in heads(device)]
+    ids, row = (torch.arange(LENGTH, device=device).expand(2, LENGTH) for _ in range(2))
+    given = {"segment_ids": ids // 40, "positions": row, "window_left": 20}
+    if is_left_out(device, "flash", tensors, **given):
+        return
+    for one, other in zip(
+        OPS.flash_attention(*tensors, **given, in_order=True), OPS.flash_attention(*tensors, **given), strict=True
+    ):
+        assert error(one, other) < tolerance(device)
+    with pytest.raises(ValueError, match="in_order must come with positions; got in_order alone"):
+        OPS.flash_attention(*tensors, in_order=True)
+
+
 def test_cudnn_takes_no_positions() -> None:
     """On fake tensors, which need no GPU."""
     with FakeTensorMode():
