@@ -168,7 +168,8 @@ def run(job: Job, arguments: argparse.Namespace) -> None:
         for one in SETS[name](job, arguments.tiny):
             if arguments.case and not any(part in one.case for part in arguments.case):
                 continue
-            free_memory()
+            if job.is_cuda:
+                free_memory()
             if one.is_timed:
                 run_contest(job, one, arguments, write)
             else:
