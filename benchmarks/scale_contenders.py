@@ -72,10 +72,6 @@ class Row:
     def document_positions(self) -> Tensor:
         return torch.cat([torch.arange(length) for length in self.lengths()]).unsqueeze(0)
 
-    def pairs(self) -> float:
-        """Allowed (query, key) pairs of one head; a document of n tokens counts n * n / 2."""
-        return sum(length * length for length in self.lengths()) / 2
-
 
 def output_and_gradient(results: tuple[Tensor, ...]) -> Tensor:
     return torch.cat(results[:2], -1)

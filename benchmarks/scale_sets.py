@@ -1,5 +1,6 @@
 """The sets of cases of scale.py: who takes turns, and what follows from their times."""
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -59,7 +60,7 @@ def efficiency(contenders: dict[str, Contender]) -> Callable[[dict[str, float], 
     return derive
 
 
-def bus_bytes(collective: str, size: int, ranks: int) -> float:
+def bus_bytes(collective: str, size: float, ranks: int) -> float:
     """What a link carries, as nccl-tests counts it, of a tensor of ``size`` bytes: the whole one, not a rank's part."""
     return size * (ranks - 1) / ranks * (2 if collective == "all_reduce" else 1)
 
@@ -157,8 +158,7 @@ def operator(job: Job, tiny: bool) -> Iterator[Contest]:
     for case in attention_cases(tiny):
         contenders = {ALONE: Contender(attention_alone(case), is_alone=True)}
         contenders |= {method: Contender(attention_in_context(case, method)) for method in METHODS}
-        facts = {"heads": case.heads, "key_heads": case.key_heads, "dim": case.dim, "tokens": case.row.length}
-        yield contest("operator", case.name, contenders, facts | {"pairs": case.row.pairs()})
+        yield contest("operator", case.name, contenders, {"problem": dataclasses.asdict(case)})
 
 
 def contest(set_name: str, name: str, contenders: dict[str, Contender], facts: Facts | None = None) -> Contest:
@@ -173,7 +173,7 @@ def layer(job: Job, tiny: bool) -> Iterator[Contest]:
     for case in context_layers(tiny):
         contenders = {ALONE: Contender(case.alone, is_alone=True)}
         contenders |= {method: Contender(case.in_context(method)) for method in METHODS}
-        yield contest("layer", case.name, contenders)
+        yield contest("layer", case.name, contenders, {"problem": dataclasses.asdict(case)})
 
 
 def tensor(job: Job, tiny: bool) -> Iterator[Contest]:
