@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from measure import ROOT
 from scale_contenders import Attention, ContextLayer, Row
-from scale_sets import ALONE, bus_bytes
+from scale_sets import ALONE, COLLECTIVES, bus_bytes
 
 import selfattn  # noqa: F401  registers the operators
 
@@ -70,6 +70,8 @@ def fit(points: list[tuple[float, float]]) -> Link:
     latency, per_byte = (
         torch.linalg.lstsq(lines, torch.ones(len(points), 1, dtype=torch.float64)).solution[:, 0].tolist()
     )
+    if per_byte <= 0:
+        raise ValueError(f"expected times that grow with bytes, got (bytes, seconds) {points}")
     return Link(max(latency, 0.0), 1 / per_byte)
 
 
@@ -339,6 +341,9 @@ def main() -> None:
     parser.add_argument("--network-us", type=float, default=60.0, help="latency of a collective between nodes")
     arguments = parser.parse_args()
     records = read(arguments.records)
+    missing = [name for name in COLLECTIVES if not any(row.get("collective") == name for row in records)]
+    if missing:
+        parser.error(f"--records: expected rows of the set primitives, got none of {', '.join(missing)}")
     network = Link(arguments.network_us / 1e6, arguments.network_gbps * 1e9)
     links = fit_links(records, network, arguments.node)
     known = records + [row for row in read(arguments.test) if "efficiency" in row]
