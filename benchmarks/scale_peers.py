@@ -20,8 +20,9 @@ def by_heads(tensor: Tensor) -> Tensor:
     return tensor.transpose(1, 2)
 
 
-def sdpa_ring(case: Attention, backend: str) -> Callable[[Job], Ready]:
-    """PyTorch's own context parallelism: keys go round a ring, shards are head and tail."""
+def sdpa_ring(case: Attention, backend: str, repeats_keys: bool) -> Callable[[Job], Ready]:
+    """PyTorch's own context parallelism: keys go round a ring, shards are head and tail. Of fewer key heads than query
+    heads SDPA is told, or they are repeated before."""
 
     def make(job: Job) -> Ready:
         needs_cuda(job, "context_parallel has rings of CUDA's attention operators alone")
@@ -35,8 +36,10 @@ def sdpa_ring(case: Attention, backend: str) -> Callable[[Job], Ready]:
         *leaves, grad = shards
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if repeats_keys:
+                k, v = (tensor.repeat_interleave(case.heads // case.key_heads, 1) for tensor in (k, v))
             with sdpa_kernel(SDPBackend[backend]):
-                return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=case.heads != case.key_heads)
+                return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] != q.shape[1])
 
         both_passes = forward_backward(attend, leaves, grad)
 
@@ -72,7 +75,6 @@ def flex_gathered(case: Attention) -> Callable[[Job], Ready]:
         def is_allowed(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
             return (own[i] >= order[j]) & (own_ids[i] == all_ids[j])
 
-        torch.compiler.reset()
         mask = create_block_mask(is_allowed, None, None, len(own), len(order), device=job.device, _compile=True)
         compiled = torch.compile(flex_attention, dynamic=False)
         group = job.mesh.get_group().group_name

@@ -231,8 +231,10 @@ def peers(job: Job, tiny: bool) -> Iterator[Contest]:
         contenders = {ALONE: Contender(attention_alone(case), is_alone=True)}
         contenders[OURS] = Contender(attention_in_context(case, "auto"))
         if not case.row.mean:
+            ways = {" repeated keys": True, " enable_gqa": False} if case.heads != case.key_heads else {"": False}
             for backend in ("FLASH_ATTENTION", "CUDNN_ATTENTION"):
-                contenders[f"context_parallel {backend}"] = Contender(sdpa_ring(case, backend))
+                for way, repeats in ways.items():
+                    contenders[f"context_parallel {backend}{way}"] = Contender(sdpa_ring(case, backend, repeats))
         contenders["flex_attention gathered"] = Contender(flex_gathered(case))
         yield contest("peers", case.name, contenders)
 
