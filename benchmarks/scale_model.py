@@ -103,6 +103,16 @@ class Deal(NamedTuple):
     slots: int
     """Of a shard, that travel."""
 
+    def slowest(self, method: str) -> float:
+        """Pairs of the rank with the most. By heads the shared ones are the same on every rank."""
+        if method == "heads":
+            return max(self.local) + sum(self.shared) / len(self.shared)
+        return max(map(sum, zip(self.local, self.shared, strict=True)))
+
+    def balance(self, method: str) -> float:
+        """Pairs of the mean rank over those of the slowest: no efficiency is above it."""
+        return (sum(self.local) + sum(self.shared)) / len(self.local) / self.slowest(method)
+
 
 def deal(row: Row, ranks: int) -> Deal:
     ids, local, shared = row.ids(), [], []
@@ -223,7 +233,8 @@ def measured_efficiency(records: Records, set_name: str) -> dict[tuple[str, str,
 
 def context_table(records: Records, links: Links) -> Table:
     """One row over ranks, and the layers over it."""
-    table = [["one row over ranks", "ranks", "keys", "heads", "layer, keys", "layer, heads"]]
+    header = ["one row over ranks", "ranks", "tokens that travel", "balance, keys", "balance, heads"]
+    table = [[*header, "keys", "heads", "layer, keys", "layer, heads"]]
     of_operator, of_layer = (measured_efficiency(records, name) for name in ("operator", "layer"))
     layers = [row for (_, impl), row in newest(records, "layer").items() if impl == ALONE]
     for context, alone in contexts(records, links):
@@ -233,7 +244,8 @@ def context_table(records: Records, links: Links) -> Table:
             if case.row.length / ranks < FEWEST_TOKENS:
                 break
             dealt = deal(case.row, ranks)
-            cells = [case.name, str(ranks)]
+            balances = [percent(dealt.balance(method)) for method in ("keys", "heads")]
+            cells = [case.name, str(ranks), percent(dealt.slots * ranks / case.row.length), *balances]
             seconds = {"keys": context.by_keys(dealt, ranks), "heads": context.by_heads(dealt, ranks)}
             for method, spent in seconds.items():
                 predicted = None if spent is None else alone / (ranks * spent)
