@@ -61,7 +61,7 @@ class AttentionBackend(str, Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig(_ValidatedConfig):
-    """How a model is spread over devices: ``selfattn.distributed.parallelize`` does it (docs/scale_out.md).
+    """How a model is spread over devices: ``selfattn.distributed.parallelize`` does it (docs/distributed.md).
 
     The fields are those that JAX code bases have. The names of the axes ask for nothing by themselves.
     """

@@ -1,6 +1,6 @@
 #pragma once
 
-/// Rows whose tokens are spread over the ranks of a process group (context parallelism). docs/scale_out.md is the
+/// Rows whose tokens are spread over the ranks of a process group (context parallelism). docs/distributed.md is the
 /// guide.
 
 #include <cstdint>
