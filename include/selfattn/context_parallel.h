@@ -95,8 +95,8 @@ struct ContextParallelOptions {
   /// The number of its ranks.
   TORCH_ARG(int64_t, group_size) = 1;
   /// "keys" gathers the keys and values of split documents, "heads" gives every rank all shared tokens and some of the
-  /// heads, which group_size must divide; "auto" takes what moves fewer bytes, on CUDA "heads" where they fit. Beside a
-  /// heads group: "keys", which is what "auto" is there.
+  /// heads, which group_size must divide; "auto" takes "keys", or "heads" where all tokens travel and that moves fewer
+  /// bytes. Beside a heads group: "keys", which is what "auto" is there.
   TORCH_ARG(std::string, method) = "auto";
   /// Of ranks near each other, in one node: they exchange tokens for heads first. Rank `r` of n = heads_group_size *
   /// group_size is rank `r % heads_group_size` of it, and rank `r / heads_group_size` of the group above.

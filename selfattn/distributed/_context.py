@@ -271,9 +271,10 @@ def context_parallel_attention(
         k: (B, L, NKV, DQK).
         v: (B, L, NKV, DV).
         layout: of these rows, on q's device.
-        method: "keys", "heads" or "auto", which takes what moves fewer bytes in both passes. "heads" needs a number of
-            ranks that divides NH, and divides NKV or is a multiple of it, and so does the first of a pair of meshes,
-            beside which the method is "keys" or "auto", both the same.
+        method: "keys", "heads" or "auto", which takes "keys", or "heads" where every document is split and that moves
+            fewer bytes in both passes. "heads" needs a number of ranks that divides NH, and divides NKV or is a
+            multiple of it, and so does the first of a pair of meshes, beside which the method is "keys" or "auto", both
+            the same.
         causal, qk_scale, backend, window_left, window_right, softcap, sinks: as ``multihead_attention``; windows count
             positions of the row.
 

@@ -361,20 +361,25 @@ def test_a_thousand_ranks() -> None:
 
 
 def check_chosen_method() -> None:
-    layout = ContextLayout.from_segment_ids(torch.zeros(1, 256, dtype=torch.int32), init_device_mesh("cpu", (2,)))
-    for device, heads, expected in (("cpu", 2, "keys"), ("cuda", 2, "heads"), ("cuda", 3, "keys")):
+    """By bytes, of both passes, where all tokens travel: of 2 ranks 6 NKV against 2 (NH + NKV)."""
+    mesh = init_device_mesh("cpu", (2,))
+    one, many = torch.zeros(1, 256, dtype=torch.int32), (torch.arange(256)[None] // 100).int()
+    for ids, heads, kv_heads, expected in (
+        (one, 6, 2, "keys"),
+        (one, 6, 6, "heads"),
+        (one, 6, 4, "heads"),
+        (one, 3, 3, "keys"),  # heads that 2 ranks cannot share
+        (many, 6, 6, "keys"),  # a layout evens out what ranks do by keys
+    ):
+        layout = ContextLayout.from_segment_ids(ids, mesh, "contiguous", bucket=1)
         with FakeTensorMode(allow_non_fake_inputs=True):
-            q, k = (torch.empty(1, 128, number, DIM, device=device) for number in (3 * heads, heads))
-            names = ("segment_ids", "kv_segment_ids", "positions", "kv_positions", "kv_order")
-            of_layout = {name: getattr(layout, name).to(device) for name in names}
-            here = dataclasses.replace(layout, **of_layout)
-            graph = make_fx(lambda q, k: context_parallel_attention(q, k, k, here))(q, k).graph  # noqa: B023
+            q, k = (torch.empty(1, 128, number, DIM) for number in (heads, kv_heads))
+            graph = make_fx(lambda q, k: context_parallel_attention(q, k, k, layout))(q, k).graph  # noqa: B023
         (call,) = (node for node in graph.nodes if "context_parallel" in str(node.target))
         assert call.kwargs["method"] == expected
 
 
-def test_auto_exchanges_heads_on_cuda_where_they_fit() -> None:
-    """No kernel on CUDA takes positions yet, which "keys" needs."""
+def test_auto_moves_few_bytes() -> None:
     in_fake_job(2, check_chosen_method)
 
 
