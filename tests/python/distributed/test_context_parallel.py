@@ -367,7 +367,7 @@ def check_chosen_method() -> None:
     for ids, heads, kv_heads, expected in (
         (one, 6, 2, "keys"),
         (one, 6, 6, "heads"),
-        (one, 6, 4, "heads"),
+        (one, 12, 6, "keys"),
         (one, 3, 3, "keys"),  # heads that 2 ranks cannot share
         (many, 6, 6, "keys"),  # a layout evens out what ranks do by keys
     ):
