@@ -16,8 +16,8 @@ namespace {
 
 using at::Tensor;
 
-/// What a sum over ranks moves at a time, at the least: smaller ones are far from a link's speed.
-constexpr int64_t kBytesOfSum = int64_t{4} << 20;
+/// What a collective moves at a time, at the least: smaller ones are far from a link's speed.
+constexpr int64_t kBytesOfTransfer = int64_t{4} << 20;
 constexpr int64_t kMostGroupsOfHeads = 4;
 
 // ---------------------------------------------------------------- shapes
@@ -129,33 +129,11 @@ void reorder_tokens(AttentionProblem& part, const Tensor& order) {
 
 // ---------------------------------------------------------------- the keys step
 
-/// Keys and values of a heads group as one tensor, (B, h * s, NKV, DQK + DV).
-Tensor start_gathering_keys(const ContextProblem& problem, const AttentionProblem& part) {
-  return problem.keys.start_gather(at::cat({part.key, part.value}, -1));
-}
-
-/// Of the keys of all ranks, where the call gives it.
-Tensor order_of_keys(const ContextProblem& problem) {
-  return problem.kv_order ? flat_order(*problem.kv_order) : Tensor();
-}
-
-/// In order, where it is known: then a query's keys lie side by side.
-void take_keys_of_all(const ContextProblem& problem, AttentionProblem& part, const Tensor& gathered) {
-  const int64_t width = part.key.size(3), value_width = part.value.size(3);
-  const Tensor order = order_of_keys(problem), rows = reorder(as_rows(gathered), order);
-  part.key = rows.narrow(-1, 0, width), part.value = rows.narrow(-1, width, value_width);
-  part.key_segment_ids = reorder(problem.kv_ids, order);
-  if (!problem.kv_positions) return;
-  part.key_positions = reorder(*problem.kv_positions, order);
-  part.is_in_order =
-      order.defined() && problem.heads.size() == 1;  // a heads group's queries are those of several ranks
-}
-
-/// How many groups of key heads are computed one after another: sums of one group run beside the next.
-int64_t groups_of_heads(const AttentionProblem& part) {
+/// How many groups of key heads are gathered, and computed, one after another.
+int64_t groups_of_heads(const ContextProblem& problem, const AttentionProblem& part) {
   const int64_t key_heads = part.key.size(2);
-  const int64_t bytes = (part.key.numel() + part.value.numel()) * part.key.element_size();
-  const int64_t most = std::clamp<int64_t>(bytes / kBytesOfSum, 1, kMostGroupsOfHeads);
+  const int64_t bytes = (part.key.numel() + part.value.numel()) * part.key.element_size() * problem.keys.size();
+  const int64_t most = std::clamp<int64_t>(bytes / kBytesOfTransfer, 1, kMostGroupsOfHeads);
   for (int64_t groups = std::min(most, key_heads); groups > 1; --groups) {
     if (key_heads % groups == 0) return groups;
   }
@@ -171,43 +149,81 @@ AttentionProblem narrow_heads(const AttentionProblem& part, int64_t i, int64_t g
   return group;
 }
 
-/// Of the queries and keys of the heads group: those of its keys are summed over the keys group.
-PartGradients backward_of_heads_group(const ContextProblem& problem, const AttentionProblem& part,
-                                      const AttentionGradients& gradients) {
+/// Keys and values of a heads group, each group of heads as one tensor, (B, h * s, NKV / groups, DQK + DV).
+std::vector<Tensor> start_gathering_keys(const ContextProblem& problem, const AttentionProblem& part, int64_t groups) {
+  std::vector<Tensor> started;
+  for (int64_t i = 0; i < groups; ++i) {
+    const AttentionProblem group = narrow_heads(part, i, groups);
+    started.push_back(problem.keys.start_gather(at::cat({group.key, group.value}, -1)));
+  }
+  return started;
+}
+
+/// Of the keys of all ranks, where the call gives it.
+Tensor order_of_keys(const ContextProblem& problem) {
+  return problem.kv_order ? flat_order(*problem.kv_order) : Tensor();
+}
+
+/// In order, where it is known: then a query's keys lie side by side.
+void take_keys_of_all(const ContextProblem& problem, AttentionProblem& group, const Tensor& gathered,
+                      const Tensor& order) {
+  const int64_t width = group.key.size(3), value_width = group.value.size(3);
+  const Tensor rows = reorder(as_rows(gathered), order);
+  group.key = rows.narrow(-1, 0, width), group.value = rows.narrow(-1, width, value_width);
+  group.key_segment_ids = reorder(problem.kv_ids, order);
+  if (!problem.kv_positions) return;
+  group.key_positions = reorder(*problem.kv_positions, order);
+  group.is_in_order = order.defined() && problem.heads.size() == 1;  // else queries are those of several ranks
+}
+
+Tensor join(const std::vector<Tensor>& groups, int64_t dim) {
+  return groups.size() == 1 ? groups[0] : at::cat(groups, dim);
+}
+
+/// Of the queries of the heads group, whose part has no other keys yet.
+AttentionResults attend_to_keys(const ContextProblem& problem, const AttentionProblem& part,
+                                const std::vector<Tensor>& gathering) {
+  if (problem.keys.size() == 1) return attend_part(part, problem.backend);
+  const Tensor order = order_of_keys(problem);
+  const auto groups = static_cast<int64_t>(gathering.size());
+  std::vector<Tensor> outs, lses;
+  for (int64_t i = 0; i < groups; ++i) {
+    AttentionProblem group = narrow_heads(part, i, groups);
+    take_keys_of_all(problem, group, RankGroup::finish(gathering[i]), order);
+    const auto [out, lse] = attend_part(group, problem.backend);
+    outs.push_back(out), lses.push_back(lse);
+  }
+  return {join(outs, 2), join(lses, 1)};
+}
+
+/// Likewise; gradients of keys are summed over the keys group.
+PartGradients attend_to_keys_backward(const ContextProblem& problem, const AttentionProblem& part,
+                                      const AttentionGradients& gradients, const std::vector<Tensor>& gathering) {
   const int64_t ranks = problem.keys.size();
   if (ranks == 1) return attend_part_backward(part, problem.backend, gradients);
-  const int64_t groups = groups_of_heads(part);
-  const Tensor as_gathered = inverse_of(order_of_keys(problem));
+  const Tensor order = order_of_keys(problem), as_gathered = inverse_of(order);
+  const auto groups = static_cast<int64_t>(gathering.size());
   const auto dtype = part.key.scalar_type();
   // One addition rounds once; sums of more are kept in float32.
   const auto sum_dtype = ranks > 2 && dtype != at::kDouble ? at::kFloat : dtype;
   std::vector<Tensor> queries, sums, sinks;
   for (int64_t i = 0; i < groups; ++i) {
+    AttentionProblem group = narrow_heads(part, i, groups);
+    take_keys_of_all(problem, group, RankGroup::finish(gathering[i]), order);
     const AttentionGradients of_group{.grad_out = gradients.grad_out.chunk(groups, 2)[i],
                                       .out = gradients.out.chunk(groups, 2)[i],
                                       .lse = gradients.lse.chunk(groups, 1)[i]};
-    const PartGradients own = attend_part_backward(narrow_heads(part, i, groups), problem.backend, of_group);
+    const PartGradients own = attend_part_backward(group, problem.backend, of_group);
     const Tensor packed = reorder(at::cat({own.key.to(sum_dtype), own.value.to(sum_dtype)}, -1), as_gathered);
     sums.push_back(problem.keys.start_sum(by_rank(packed, ranks).contiguous()));
     queries.push_back(own.query);
     if (part.sinks) sinks.push_back(own.sinks);
   }
   for (Tensor& sum : sums) sum = RankGroup::finish(sum).squeeze(0).to(dtype);
-  const Tensor packed = sums.size() == 1 ? sums[0] : at::cat(sums, 2);
+  const Tensor packed = join(sums, 2);
   const int64_t width = part.key.size(3);
-  return {queries.size() == 1 ? queries[0] : at::cat(queries, 2), packed.narrow(-1, 0, width),
-          packed.narrow(-1, width, part.value.size(3)), part.sinks ? at::cat(sinks) : Tensor()};
-}
-
-// ---------------------------------------------------------------- both steps
-
-/// Shared queries that this rank computes, and all keys that they may see.
-AttentionProblem shared_part(const ContextProblem& problem, const Tensor& exchanged, const Tensor& gathering,
-                             const Tensor& order) {
-  AttentionProblem part = part_of_heads_group(problem, exchanged);
-  if (problem.keys.size() > 1) take_keys_of_all(problem, part, RankGroup::finish(gathering));
-  reorder_tokens(part, order);
-  return part;
+  return {join(queries, 2), packed.narrow(-1, 0, width), packed.narrow(-1, width, part.value.size(3)),
+          part.sinks ? join(sinks, 0) : Tensor()};
 }
 
 }  // namespace
@@ -224,7 +240,10 @@ SharedTransfers start_shared_forward(const ContextProblem& problem) {
   }
   if (problem.keys.size() > 1) {
     if (ranks > 1) RankGroup::finish(started.heads);
-    started.keys = start_gathering_keys(problem, part_of_heads_group(problem, started.heads));
+    const AttentionProblem part = part_of_heads_group(problem, started.heads);
+    // Where no rank has a local part, which all keys could travel beside.
+    const bool in_groups = problem.shared == problem.own.query.size(1);
+    started.keys = start_gathering_keys(problem, part, in_groups ? groups_of_heads(problem, part) : 1);
   }
   return started;
 }
@@ -234,7 +253,9 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> finish_shared_forward(const Cont
   const bool exchanges = problem.heads.size() > 1;
   const Tensor exchanged = exchanges ? RankGroup::finish(started.heads) : Tensor();
   const Tensor order = order_of_rows(problem);
-  const auto [out, lse] = attend_part(shared_part(problem, exchanged, started.keys, order), problem.backend);
+  AttentionProblem part = part_of_heads_group(problem, exchanged);
+  reorder_tokens(part, order);
+  const auto [out, lse] = attend_to_keys(problem, part, started.keys);
   if (!exchanges) return {out, lse, {}};
   const auto back =
       exchange_back(problem.heads, {reorder(out, inverse_of(order))}, {query_heads(problem, out.size(3))});
@@ -247,7 +268,8 @@ SharedTransfers start_shared_backward(const ContextProblem& problem, const Tenso
   const bool exchanges = problem.heads.size() > 1;
   if (exchanges) started.heads = start_exchange(problem.heads, {heads_by_rank(grad_out, problem.heads.size())});
   if (problem.keys.size() > 1) {
-    started.keys = start_gathering_keys(problem, part_of_heads_group(problem, exchanges ? exchanged[0] : Tensor()));
+    const AttentionProblem part = part_of_heads_group(problem, exchanges ? exchanged[0] : Tensor());
+    started.keys = start_gathering_keys(problem, part, groups_of_heads(problem, part));
   }
   return started;
 }
@@ -255,14 +277,15 @@ SharedTransfers start_shared_backward(const ContextProblem& problem, const Tenso
 PartGradients finish_shared_backward(const ContextProblem& problem, const SharedTransfers& started,
                                      AttentionGradients gradients, at::TensorList exchanged) {
   if (problem.heads.size() == 1) {
-    return backward_of_heads_group(problem, shared_part(problem, {}, started.keys, {}), gradients);
+    return attend_to_keys_backward(problem, part_of_heads_group(problem, {}), gradients, started.keys);
   }
   const Tensor order = order_of_rows(problem), inverse = inverse_of(order);
   const auto heads_of_grad = query_heads(problem, gradients.grad_out.size(3));
   gradients.grad_out = reorder(as_rows(split_features(RankGroup::finish(started.heads), {heads_of_grad})[0]), order);
   gradients.out = exchanged[1];
-  const PartGradients own =
-      backward_of_heads_group(problem, shared_part(problem, exchanged[0], started.keys, order), gradients);
+  AttentionProblem part = part_of_heads_group(problem, exchanged[0]);
+  reorder_tokens(part, order);
+  const PartGradients own = attend_to_keys_backward(problem, part, gradients, started.keys);
 
   const auto heads = heads_of_rank(problem);
   const auto back = exchange_back(

@@ -13,10 +13,11 @@
 
 namespace selfattn {
 
-/// What is on its way between ranks; undefined for a step that the call does not need.
+/// What is on its way between ranks; nothing for a step that the call does not need. Keys travel in groups of heads, so
+/// that the first are attended to while others travel, and their gradients are summed while others are computed.
 struct SharedTransfers {
   at::Tensor heads;
-  at::Tensor keys;
+  std::vector<at::Tensor> keys;
 };
 
 /// Throws c10::ValueError, before any collective, where a group is of another size.
