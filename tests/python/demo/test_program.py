@@ -57,7 +57,7 @@ def test_run_leaves_model_picture_and_record(data: Path) -> None:
     assert [comparison["row_length"] for comparison in record["side_by_side"]] == [128, 256]
     logits = torch.jit.load(str(out / "model.pt"))(torch.tensor([[256, 100, 101, 102]]))
     assert logits.shape == (1, 4, 257)
-    assert not (out / "checkpoint.pt").exists()
+    assert not (out / "checkpoints").exists()
 
 
 def test_bound_that_is_missed_fails_the_run(data: Path) -> None:
@@ -75,9 +75,9 @@ def test_interrupted_run_goes_on(data: Path) -> None:
     process = subprocess.Popen(
         command(data, "--steps", "400"), cwd=data.parent, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True
     )
-    checkpoint = data.parent / "out" / "checkpoint.pt"
+    checkpoints = data.parent / "out" / "checkpoints"
     deadline = time.monotonic() + 120
-    while not checkpoint.exists() and time.monotonic() < deadline:
+    while not any(checkpoints.glob("*/.metadata")) and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=120)
