@@ -45,8 +45,9 @@ class OneProcess:
         """For an optimizer."""
         return model.parameters()
 
-    def clip_gradients(self, model: nn.Module, max_norm: float) -> None:
-        nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    def clip_gradients(self, model: nn.Module, max_norm: float) -> Tensor:
+        """Returns the norm before."""
+        return nn.utils.clip_grad_norm_(model.parameters(), max_norm)
 
     def share(self, rows: PackedRows) -> PackedRows:
         """What this rank computes of rows that all ranks have: some of them, and of these some tokens."""
@@ -91,7 +92,7 @@ class Ranks(OneProcess):
         if device_type == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         self.mesh = config.device_mesh(device_type)
-        super().__init__(torch.device(device_type, torch.cuda.current_device() if device_type == "cuda" else None))
+        super().__init__(torch.device(device_type))
         data, fsdp, self.context = (self.axis(name) for name in ("data", "fsdp", "context"))
         self.data_ranks = data.size() * fsdp.size()
         self.data_rank = data.get_local_rank() * fsdp.size() + fsdp.get_local_rank()
@@ -108,8 +109,8 @@ class Ranks(OneProcess):
     def parameter_groups(self, model: nn.Module) -> Iterable[Any]:
         return selfattn.distributed.parameter_groups(model.parameters())
 
-    def clip_gradients(self, model: nn.Module, max_norm: float) -> None:
-        selfattn.distributed.clip_grad_norm_(model.parameters(), max_norm)
+    def clip_gradients(self, model: nn.Module, max_norm: float) -> Tensor:
+        return selfattn.distributed.clip_grad_norm_(model.parameters(), max_norm)
 
     def own_rows(self, rows: PackedRows) -> PackedRows:
         """As many on every rank, for they wait for each other: where rows are missing, one that counts nothing."""
@@ -175,8 +176,8 @@ def find_ranks(arguments: Namespace, rows_per_step: int) -> OneProcess:
         return OneProcess(torch.device(arguments.device))
     if not asked:
         asked = {"context_axis_size" if rows_per_step % int(os.environ["WORLD_SIZE"]) else "data_axis_size": -1}
-    sizes = {"data_axis_size": 1} | asked
-    shards_weights = {"fsdp_axis_size", "context_axis_size"} & asked.keys()
+    sizes = {f"{axis}_axis_size": 1 for axis in AXES} | asked
+    shards_weights = sizes["fsdp_axis_size"] != 1 or sizes["context_axis_size"] != 1
     try:
         config = selfattn.ParallelConfig(
             **sizes,

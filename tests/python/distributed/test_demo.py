@@ -6,6 +6,7 @@ import os
 import random
 import re
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,20 @@ import pytest
 import torch
 import torch.distributed as dist
 from checks import Isolation, check_isolation
-from demo import make_trainer
+from demo import make_model, make_trainer
 from packing import PackedRows, pack
 from parallel import OneProcess, Ranks, add_options, find_ranks
+from support import tiny_plan
 from support.ranks import Ranks as Pool
 from support.ranks import in_fake_job
-from support.tiny_plan import CPU, PLAN
+from support.tiny_plan import CPU
 from torch import Tensor
-from training import Trainer
+from training import Trainer, held_out_bits
 
 from selfattn import ParallelConfig
 
+PLAN = replace(tiny_plan.PLAN, row_length=31)
+"""Ranks that share a row have a slot without a token."""
 STOP = 4
 """The step at which training stops, and goes on elsewhere."""
 CUT = {"context_balance": "head_tail", "fsdp_modules": ["Layer"], "fsdp_min_weight_size": 1024}
@@ -39,30 +43,28 @@ def make_rows() -> tuple[PackedRows, PackedRows]:
     return pack(documents, PLAN.row_length, seed=0), pack(documents[:4], PLAN.row_length, seed=0)[:3]
 
 
-def train_from(checkpoint: Path | None, step: int, ranks: OneProcess) -> Trainer:
+Outcome = tuple[list[float], float, list[float], Isolation]
+"""The loss of each step, that held out, the norm of the last steps' gradients (AdamW does not tell their scale)."""
+
+
+def finish(checkpoint: Path, ranks: OneProcess) -> Outcome:
     rows, held_out = make_rows()
     trainer = make_trainer(PLAN, rows, ranks)
-    if checkpoint is not None:
-        trainer.load(checkpoint)
-    while trainer.step < step:
+    trainer.load(checkpoint)
+    clip, norms = ranks.clip_gradients, []
+    ranks.clip_gradients = lambda model, max_norm: norms.append(clip(model, max_norm).item())
+    while trainer.step < PLAN.steps:
         trainer.train_one_step()
-    trainer.evaluate(held_out)
-    return trainer
+    bits = trainer.evaluate(held_out)
+    weights = ranks.gather(trainer.model)
+    if ranks.is_first:
+        whole = make_model(PLAN)
+        whole.load_state_dict(weights)
+        assert held_out_bits(whole, held_out, PLAN.rows_per_step, CPU) == pytest.approx(bits, rel=1e-5)
+    return trainer.history.bits_per_byte, bits, norms, check_isolation(trainer.model, rows, ranks)
 
 
-@pytest.fixture(scope="module")
-def alone() -> Trainer:
-    return train_from(None, PLAN.steps, CPU)
-
-
-@pytest.fixture(scope="module")
-def checkpoint_of_one(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("one")
-    train_from(None, STOP, CPU).save(folder)
-    return checkpoints.latest(folder)
-
-
-def train_until_signal(ranks: OneProcess, folder: Path) -> None:
+def train_until_signal(ranks: OneProcess, folder: Path) -> Trainer:
     """The last rank is asked to stop in its last step."""
     demo.console.quiet = True
     rows, held_out = make_rows()
@@ -77,6 +79,7 @@ def train_until_signal(ranks: OneProcess, folder: Path) -> None:
     trainer.train_one_step = step_and_signal
     assert not demo.train(trainer, held_out, PLAN.steps, folder, ranks)
     assert trainer.step == STOP
+    return trainer
 
 
 def check_leak_of_one_rank(trainer: Trainer, ranks: OneProcess) -> None:
@@ -86,13 +89,28 @@ def check_leak_of_one_rank(trainer: Trainer, ranks: OneProcess) -> None:
     assert check_isolation(leaking, make_rows()[0], ranks).others_changed_too > 0
 
 
-def train_on_ranks(fields: dict[str, Any], folder: Path, checkpoint: Path) -> tuple[list[float], float, Isolation]:
+def train_on_ranks(fields: dict[str, Any], folder: Path, checkpoint: Path) -> Outcome:
     ranks = Ranks(ParallelConfig(**fields), "cpu")
-    train_until_signal(ranks, folder)
-    trainer = train_from(checkpoint, PLAN.steps, ranks)
-    check_leak_of_one_rank(trainer, ranks)
-    isolation = check_isolation(trainer.model, make_rows()[0], ranks)
-    return trainer.history.bits_per_byte, trainer.history.held_out[-1][1], isolation
+    check_leak_of_one_rank(train_until_signal(ranks, folder), ranks)
+    return finish(checkpoint, ranks)
+
+
+@pytest.fixture(scope="module")
+def checkpoint_of_one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("one")
+    trainer = make_trainer(PLAN, make_rows()[0], CPU)
+    while trainer.step < STOP:
+        trainer.train_one_step()
+    trainer.save(folder)
+    return checkpoints.latest(folder)
+
+
+@pytest.fixture(scope="module")
+def alone(checkpoint_of_one: Path) -> Outcome:
+    outcome = finish(checkpoint_of_one, OneProcess(torch.device("cpu")))
+    isolation = outcome[-1]
+    assert isolation.holds and isolation.documents_changed > 10
+    return outcome
 
 
 @pytest.mark.parametrize(
@@ -107,18 +125,15 @@ def train_on_ranks(fields: dict[str, Any], folder: Path, checkpoint: Path) -> tu
     ids=["data", "model", "context", "fsdp and context", "data and model"],
 )
 def test_ranks_train_as_one_process(
-    ranks: Pool, size: int, fields: dict[str, Any], alone: Trainer, checkpoint_of_one: Path, tmp_path: Path
+    ranks: Pool, size: int, fields: dict[str, Any], alone: Outcome, checkpoint_of_one: Path, tmp_path: Path
 ) -> None:
-    expected = alone.history
-    isolation = check_isolation(alone.model, make_rows()[0], CPU)
-    assert isolation.holds and isolation.documents_changed > 10
-    for losses, held_out, found in ranks.run(train_on_ranks, size, fields, tmp_path, checkpoint_of_one):
-        assert losses == pytest.approx(expected.bits_per_byte, rel=1e-5)
-        assert held_out == pytest.approx(expected.held_out[-1][1], rel=1e-5)
-        assert found == isolation
-    resumed = train_from(checkpoints.latest(tmp_path), PLAN.steps, CPU)
-    assert resumed.history.bits_per_byte == pytest.approx(expected.bits_per_byte, rel=1e-5)
-    torch.testing.assert_close(resumed.model.state_dict(), alone.model.state_dict(), rtol=1e-4, atol=1e-5)
+    outcomes = ranks.run(train_on_ranks, size, fields, tmp_path, checkpoint_of_one)
+    outcomes.append(finish(checkpoints.latest(tmp_path), OneProcess(torch.device("cpu"))))
+    for losses, held_out, norms, isolation in outcomes:
+        assert losses == pytest.approx(alone[0], rel=1e-5)
+        assert held_out == pytest.approx(alone[1], rel=1e-5)
+        assert norms == pytest.approx(alone[2], rel=1e-4)
+        assert isolation == alone[3]
 
 
 def find(options: str, rows_per_step: int) -> OneProcess:
