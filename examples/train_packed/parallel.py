@@ -4,7 +4,7 @@ Nothing else of the example knows how many ranks there are, nor which axes they 
 """
 
 import os
-from argparse import ArgumentParser, Namespace
+from argparse import SUPPRESS, ArgumentParser, Namespace
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -161,7 +161,8 @@ def add_options(parser: ArgumentParser) -> None:
         "shared among all ranks, or where they cannot be, the tokens of each row.",
     )
     for axis, share in AXES.items():
-        group.add_argument(f"--{axis}-axis-size", type=int, metavar="RANKS", help=f"with {share} (default: 1)")
+        what = f"with {share} (default: 1)"
+        group.add_argument(f"--{axis}-axis-size", type=int, metavar="RANKS", help=what, default=SUPPRESS)
 
 
 def find_ranks(arguments: Namespace, rows_per_step: int) -> OneProcess:
@@ -169,14 +170,13 @@ def find_ranks(arguments: Namespace, rows_per_step: int) -> OneProcess:
 
     Raises SystemExit where the sizes do not make the number of ranks, or the rows of a step cannot be shared evenly.
     """
-    asked = {f"{axis}_axis_size": getattr(arguments, f"{axis}_axis_size") for axis in AXES}
-    asked = {name: size for name, size in asked.items() if size is not None}
-    device_type = torch.device(arguments.device).type
+    names = [f"{axis}_axis_size" for axis in AXES]
+    asked = {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
     if "WORLD_SIZE" not in os.environ and not asked:
         return OneProcess(torch.device(arguments.device))
     if not asked:
         asked = {"context_axis_size" if rows_per_step % int(os.environ["WORLD_SIZE"]) else "data_axis_size": -1}
-    sizes = {f"{axis}_axis_size": 1 for axis in AXES} | asked
+    sizes = dict.fromkeys(names, 1) | asked
     shards_weights = sizes["fsdp_axis_size"] != 1 or sizes["context_axis_size"] != 1
     try:
         config = selfattn.ParallelConfig(
@@ -184,7 +184,7 @@ def find_ranks(arguments: Namespace, rows_per_step: int) -> OneProcess:
             fsdp_modules=["Layer"] if shards_weights else [],
             fsdp_min_weight_size=1024,  # of small models, too; norms stay whole
         )
-        ranks = Ranks(config, device_type)
+        ranks = Ranks(config, torch.device(arguments.device).type)
     except ValueError as error:
         raise SystemExit(str(error)) from error
     if rows_per_step % ranks.data_ranks:
