@@ -12,6 +12,7 @@ from job import Job
 from measure import ROOT, Call
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import all_gather_tensor
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import parallelize_module
 
 import selfattn
@@ -122,9 +123,16 @@ def attention_alone(case: Attention) -> Callable[[Job], Ready]:
     return make
 
 
-def attention_in_context(case: Attention, method: str) -> Callable[[Job], Ready]:
+def attention_in_context(case: Attention, method: str, heads_size: int = 1) -> Callable[[Job], Ready]:
+    """With ``heads_size``, so many ranks next to each other exchange heads, and keys travel between such groups."""
+
     def make(job: Job) -> Ready:
-        layout = ContextLayout.from_segment_ids(case.row.ids(), job.mesh)
+        mesh = job.mesh
+        if heads_size > 1:
+            shape = (job.size // heads_size, heads_size)
+            pair = init_device_mesh(job.device.type, shape, mesh_dim_names=("keys", "heads"))
+            mesh = pair["heads"], pair["keys"]
+        layout = ContextLayout.from_segment_ids(case.row.ids(), mesh)
         *leaves, grad = (layout.shard(tensor) for tensor in case.tensors(job))
         call = forward_backward(lambda *qkv: context_parallel_attention(*qkv, layout, method=method), leaves, grad)
         return Ready(call, lambda: layout.unshard(output_and_gradient(call())))

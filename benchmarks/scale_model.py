@@ -118,7 +118,7 @@ def deal(row: Row, ranks: int) -> Deal:
     ids, local, shared = row.ids(), [], []
     for rank in range(ranks):
         layout = torch.ops.selfattn.context_layout(ids, rank, ranks)
-        _, own_ids, _, document_positions, kv_ids, _, _, slots, _, _ = layout
+        _, own_ids, _, document_positions, kv_ids, _, _, _, slots, _, _ = layout
         pairs = (document_positions[0] + 1).double() * (own_ids[0] >= 0)
         is_split = torch.zeros(len(pairs), dtype=torch.bool)
         is_split[:slots] = kv_ids[0, rank * slots : (rank + 1) * slots] >= 0
@@ -147,21 +147,26 @@ class Context:
         return FORWARD * seconds, (1 - FORWARD) * seconds
 
     def by_keys(self, dealt: Deal, ranks: int) -> float:
-        """Gathered keys arrive beside the local part. In the backward pass they come again, and the sums of a group of
-        heads run beside the next group."""
+        """Gathered keys arrive beside the local part, or where there is none in groups of heads, each beside the group
+        before. In the backward pass they come again, in groups, and the sums of one run beside the next."""
         case, links = self.case, self.links
         features = 2 * case.key_heads * case.dim * dealt.slots * ranks  # keys and values of all ranks
-        gather = links.of("all_gather", ranks).seconds(bus_bytes("all_gather", ELEMENT * features, ranks))
+        gathered = bus_bytes("all_gather", ELEMENT * features, ranks)
         sum_bytes = bus_bytes("reduce_scatter", (FLOAT if ranks > 2 else ELEMENT) * features, ranks)
         groups = min(MOST_GROUPS_OF_HEADS, case.key_heads)
         sum_of_group = links.of("reduce_scatter", ranks).seconds(sum_bytes / groups)
+
+        def behind(local: float, shared: float, groups: int) -> float:
+            gather = links.of("all_gather", ranks).seconds(gathered / groups)
+            return max(max(local, gather) + shared, groups * gather + shared / groups)
+
         slowest = 0.0
         for local, shared in zip(dealt.local, dealt.shared, strict=True):
             first, local_back = self.compute(local, case.heads)
             second, shared_back = self.compute(shared, case.heads)
-            forward = max(first, gather) + second
-            sums = max(shared_back, shared_back / groups + (groups - 1) * sum_of_group) + sum_of_group
-            slowest = max(slowest, forward + max(local_back, gather) + sums)
+            forward = behind(first, second, 1 if any(dealt.local) else groups)
+            exposed = max((groups - 1) * (sum_of_group - shared_back / groups), 0.0) + sum_of_group
+            slowest = max(slowest, forward + behind(local_back, shared_back, groups) + exposed)
         return slowest
 
     def by_heads(self, dealt: Deal, ranks: int) -> float | None:

@@ -158,6 +158,10 @@ def operator(job: Job, tiny: bool) -> Iterator[Contest]:
     for case in attention_cases(tiny):
         contenders = {ALONE: Contender(attention_alone(case), is_alone=True)}
         contenders |= {method: Contender(attention_in_context(case, method)) for method in METHODS}
+        for heads_size in range(2, job.size):
+            if job.size % heads_size == 0:
+                name = f"heads {heads_size} x keys {job.size // heads_size}"
+                contenders[name] = Contender(attention_in_context(case, "auto", heads_size))
         yield contest("operator", case.name, contenders, {"problem": dataclasses.asdict(case)})
 
 
