@@ -96,8 +96,11 @@ sdist: $(VENV)/.packages
 	$(BIN)/python -c "from setuptools import build_meta; build_meta.build_sdist('dist')"
 
 # ---------------------------------------------------------------- use
+# On several processes of this machine, one a GPU where there are any: `make demo RANKS=2`.
+RANKS ?= 1
+TORCHRUN = -m torch.distributed.run --standalone --nproc-per-node $(RANKS)
 demo: install
-	$(BIN)/python examples/train_packed/demo.py $(DEMO_ARGS)
+	$(BIN)/python $(if $(filter-out 1,$(RANKS)),$(TORCHRUN)) examples/train_packed/demo.py $(DEMO_ARGS)
 
 bench-cpu: build
 	$(BIN)/python benchmarks/attention_cpu.py $(BENCH_ARGS)

@@ -1,5 +1,6 @@
 """The attention problems that are measured: 16,384 tokens (32,768 in one) and a hidden size of about 2048."""
 
+import math
 from dataclasses import dataclass
 
 import measure  # noqa: F401  makes support importable
@@ -85,12 +86,16 @@ class Case:
         return (names(ids) if self.has_names else ids).to(torch.int32).to(device)
 
 
-def document_lengths(total: int, mean: int, seed: int) -> list[int]:
-    """Lengths drawn from an exponential distribution, at least SHORTEST_DOCUMENT, the last one cut off at ``total``."""
+def document_lengths(total: int, mean: int, seed: int, sigma: float = 0.0) -> list[int]:
+    """Lengths of that mean, at least SHORTEST_DOCUMENT, the last one cut off at ``total``: of an exponential
+    distribution, or with ``sigma`` of a lognormal one, which has a heavy tail."""
     generator = torch.Generator().manual_seed(seed)
     lengths, left = [], total
     while left > 0:
-        drawn = torch.empty(1).exponential_(1 / mean, generator=generator).item()
+        if sigma:
+            drawn = torch.empty(1).log_normal_(math.log(mean) - sigma**2 / 2, sigma, generator=generator).item()
+        else:
+            drawn = torch.empty(1).exponential_(1 / mean, generator=generator).item()
         length = int(min(left, max(SHORTEST_DOCUMENT, drawn)))
         lengths.append(length)
         left -= length

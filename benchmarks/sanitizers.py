@@ -2,11 +2,11 @@
 
     SELFATTN_LIBRARY=build/libselfattn.so PYTHONPATH=. python benchmarks/sanitizers.py memcheck racecheck
 
-Forms: each tile of head dimensions; no ids, documents, ids in any order; finite values, NaN in a row of every tensor
-and logits so large that their rows are repaired; deterministic mode; a negative scale; and, in memcheck alone for its
-length, rows of 1,700 tokens. Over a KV cache: each tile, dense, pages, ids, drafts, split keys, and the appends. The
-tools run at the same time. Only kernels of this library are looked at. --family
-forces a family of kernels.
+Forms: each tile of head dimensions; no ids, documents, ids in any order, positions; finite values, NaN in a row of
+every tensor and logits so large that their rows are repaired; deterministic mode; a negative scale; and, in memcheck
+alone for its length, rows of 1,700 tokens. Over a KV cache: each tile, dense, pages, ids, drafts, split keys, and the
+appends. The tools run at the same time. Only kernels of this library are looked at. --family forces a family of
+kernels.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from measure import add_family_option, add_record_options, describe_run
 from support.kv_cache import CacheCase
-from support.problems import make_ids
+from support.problems import make_ids, make_positions
 
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 OURS = ["--kernel-name", "kernel_substring=selfattn"]
@@ -34,6 +34,7 @@ def call(
     ids: str | None = None,
     values: str = "finite",
     value_dim: int | None = None,
+    positions: str | None = None,
     **options: object,
 ) -> None:
     """One forward and one backward pass over bf16 rows of two query heads and one key head."""
@@ -45,6 +46,8 @@ def call(
     value_dim = value_dim or dim
     q, k, v, grad = factor * normal(2, dim), factor * normal(1, dim), normal(1, value_dim), normal(2, value_dim)
     segment_ids = None if ids is None else make_ids(ids, 1, length).cuda()
+    if positions is not None:
+        options["positions"] = make_positions(positions, 1, length, length)[0].cuda()
     if values == "nan":
         for tensor in (q, k, v, grad):
             tensor[:, length // 2] = float("nan")
@@ -100,6 +103,11 @@ def run_forms(tool: str) -> int:
         for ids, values in ((None, "nan"), ("padding_after", "finite"), ("shuffled_padding", "large"))
     ]
     problems += [dict(dim=128, length=90, causal=True, qk_scale=-0.3), dict(dim=72, ids="padding_after", causal=False)]
+    problems += [
+        dict(dim=dim, ids=ids, positions="permuted", causal=True)
+        for dim in (64, 128, 256)
+        for ids in (None, "shuffled_padding")
+    ]
     if tool == "memcheck":
         problems += [dict(dim=dim, length=1700, values="nan", causal=False) for dim in (64, 128, 256)]
     for problem in problems:

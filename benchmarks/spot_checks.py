@@ -3,9 +3,9 @@
     python benchmarks/spot_checks.py --out benchmarks/results/attention_spot_checks_h100.jsonl
 
 Forward with ids of any order, and with one document, over the same call without ids; documents named in no order over
-documents numbered from left to right; backward with 2 key heads and in the deterministic mode over the plain call;
-device time of the preparation of segments; host time of a call on a tiny shape. Writes one JSON line a check: its name,
-the unit and a value for every round.
+documents numbered from left to right; positions over none; backward with 2 key heads and in the deterministic mode over
+the plain call; device time of the preparation of segments; host time of a call on a tiny shape. Writes one JSON line a
+check: its name, the unit and a value for every round.
 """
 
 import argparse
@@ -73,6 +73,30 @@ def check_names(rounds: int, milliseconds: int) -> dict[str, tuple[str, list[flo
             calls = {kind: functools.partial(function, each) for kind, each in ids.items()}
             times = times_of_rounds(calls, rounds, PAUSE, milliseconds)
             results[f"{name} {case.name}, names over numbers"] = ("time ratio", ratios(times, "names", "numbers"))
+    return results
+
+
+def check_positions(rounds: int, milliseconds: int) -> dict[str, tuple[str, list[float]]]:
+    """Calls with positions, of tokens in their order and in none, over the call without: what the copies cost, too."""
+    case = Case("causal", 128, 16384, 1)
+    leaves = [tensor.requires_grad_() for tensor in case.tensors()]
+    grad = torch.randn_like(leaves[0])
+    row = torch.arange(leaves[0].shape[1], device="cuda", dtype=torch.int32)[None]
+    positions = {"no": None, "ascending": row, "permuted": row[:, torch.randperm(row.shape[1], device="cuda")]}
+
+    def forward(positions: Tensor | None) -> object:
+        with torch.no_grad():
+            return flash(*leaves, positions=positions)
+
+    def step(positions: Tensor | None) -> object:
+        return torch.autograd.grad(flash(*leaves, positions=positions)[0], leaves, grad)
+
+    results = {}
+    for name, function in (("forward", forward), ("forward and backward", step)):
+        calls = {kind: functools.partial(function, each) for kind, each in positions.items()}
+        times = times_of_rounds(calls, rounds, PAUSE, milliseconds)
+        for kind in list(positions)[1:]:
+            results[f"{name} {case.name}, {kind} positions over none"] = ("time ratio", ratios(times, kind, "no"))
     return results
 
 
@@ -150,7 +174,8 @@ def main() -> None:
     with torch.no_grad():
         results = check_host_times(arguments.rounds) | check_preparation(arguments.rounds)
         results |= check_ids(arguments.rounds, arguments.ms)
-    results |= check_names(arguments.rounds, arguments.ms) | check_backward(arguments.rounds, arguments.ms)
+    for check in (check_names, check_positions, check_backward):
+        results |= check(arguments.rounds, arguments.ms)
     with arguments.out.open("a") as out:
         for name, (unit, values) in results.items():
             out.write(json.dumps({"case": name, "unit": unit, "values": values, **record}) + "\n")

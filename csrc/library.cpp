@@ -11,6 +11,7 @@
 #define SELFATTN_PAIRS "Tensor? segment_ids=None, bool causal=True, float? qk_scale=None"
 #define SELFATTN_KEYWORDS "Tensor? kv_segment_ids=None, int window_left=-1, int window_right=-1, float softcap=0.0"
 #define SELFATTN_POSITIONS "Tensor? positions=None, Tensor? kv_positions=None"
+#define SELFATTN_KERNEL_POSITIONS SELFATTN_POSITIONS ", bool in_order=False"
 #define SELFATTN_CALL                                                              \
   SELFATTN_QKV ", " SELFATTN_PAIRS ", str backend=\"auto\", *, " SELFATTN_KEYWORDS \
                ", Tensor? sinks=None, " SELFATTN_POSITIONS
@@ -55,7 +56,7 @@
   "group_size, str group_name, str method=\"auto\", bool causal=True, float? qk_scale=None, str backend=\"auto\", " \
   "int "                                                                                                            \
   "window_left=-1, int window_right=-1, float softcap=0.0, Tensor? sinks=None, int local_start=0, bool "            \
-  "documents_are_runs=False"
+  "documents_are_runs=False, str heads_group_name=\"\", int heads_group_size=1, Tensor? kv_order=None"
 
 #define SELFATTN_ROPE_TYPE                                                                                  \
   "str rope_type=\"default\", float rope_theta=10000.0, SymInt? length=None, float? factor=None, "          \
@@ -72,16 +73,16 @@ TORCH_LIBRARY(selfattn, m) {
   m.def("merge_attention(Tensor out, Tensor lse, Tensor other_out, Tensor other_lse) -> (Tensor out, Tensor lse)",
         tags);
   m.def("flash_attention(" SELFATTN_QKV ", " SELFATTN_PAIRS ", *, " SELFATTN_KEYWORDS
-        ", Tensor? sinks=None, " SELFATTN_POSITIONS ") -> (Tensor out, Tensor lse)",
+        ", Tensor? sinks=None, " SELFATTN_KERNEL_POSITIONS ") -> (Tensor out, Tensor lse)",
         tags);
   m.def("flash_attention_backward(Tensor grad_out, Tensor? grad_lse, " SELFATTN_QKV
-        ", Tensor out, Tensor lse, " SELFATTN_PAIRS ", *, " SELFATTN_KEYWORDS ", " SELFATTN_POSITIONS
+        ", Tensor out, Tensor lse, " SELFATTN_PAIRS ", *, " SELFATTN_KEYWORDS ", " SELFATTN_KERNEL_POSITIONS
         ") -> (Tensor dq, Tensor dk, Tensor dv)",
         tags);
   // Into memory that is there: dq may be out, dk may be k, dv may be v.
   m.def("flash_attention_backward.into(Tensor grad_out, Tensor? grad_lse, " SELFATTN_QKV
         ", Tensor out, Tensor lse, " SELFATTN_PAIRS ", *, " SELFATTN_KEYWORDS
-        ", Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, " SELFATTN_POSITIONS ") -> ()",
+        ", Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, " SELFATTN_KERNEL_POSITIONS ") -> ()",
         tags);
   // Attention over a KV cache
   m.def("attention_with_kv_cache(" SELFATTN_CACHE_CALL ") -> Tensor", tags);
@@ -115,7 +116,7 @@ TORCH_LIBRARY(selfattn, m) {
       "context_layout(Tensor segment_ids, int group_rank, int group_size, str balance=\"documents\", int bucket=128) "
       "-> "
       "(Tensor indices, Tensor segment_ids, Tensor positions, Tensor document_positions, Tensor kv_segment_ids, Tensor "
-      "kv_positions, Tensor slots, int shared, int local_start, bool documents_are_runs)",
+      "kv_positions, Tensor kv_order, Tensor slots, int shared, int local_start, bool documents_are_runs)",
       tags);
   m.def("context_parallel_attention(" SELFATTN_CONTEXT_CALL ") -> Tensor", tags);
   m.def("context_parallel_attention_forward(" SELFATTN_CONTEXT_CALL

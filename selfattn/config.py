@@ -61,7 +61,7 @@ class AttentionBackend(str, Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig(_ValidatedConfig):
-    """How a model is spread over devices: ``selfattn.distributed.parallelize`` does it (docs/scale_out.md).
+    """How a model is spread over devices: ``selfattn.distributed.parallelize`` does it (docs/distributed.md).
 
     The fields are those that JAX code bases have. The names of the axes ask for nothing by themselves.
     """
@@ -82,6 +82,10 @@ class ParallelConfig(_ValidatedConfig):
     model_axis_size: int = 1
     context_axis_size: int = 1
     """Ranks that share the rows of a batch, each with some tokens of every row (``context_layout``)."""
+    context_heads_size: int = 1
+    """Of those, how many next to each other, in one node, exchange heads; keys then travel between such groups. It
+    divides ``context_axis_size``. Above 1 the context is two axes of the mesh, ``context_axis_name`` with "_keys" and
+    "_heads" behind it."""
     remat: Sequence[str] = ()
     """Class names of the modules whose activations are computed again in the backward pass."""
     fsdp_modules: Sequence[str] = ()
@@ -111,9 +115,12 @@ class ParallelConfig(_ValidatedConfig):
             self._check_int(f"{axis}_axis_size", -1, "-1 (all remaining devices) or a positive integer")
             if getattr(self, f"{axis}_axis_size") == 0:
                 self._fail(ValueError, f"{axis}_axis_size", "-1 (all remaining devices) or a positive integer")
+        self._check_int("context_heads_size", 1, "a positive integer")
+        if self.context_axis_size != -1 and self.context_axis_size % self.context_heads_size:
+            self._fail(ValueError, "context_heads_size", f"a divisor of context_axis_size {self.context_axis_size}")
         names = self.axis_names
-        for axis, axis_name in zip(_AXES, names, strict=True):
-            if names.count(axis_name) > 1:
+        for axis in _AXES:
+            if any(names.count(name) > 1 for name in self._names_of(axis)):
                 self._fail(ValueError, f"{axis}_axis_name", "a name that no other axis has")
         unsized = [axis for axis in _AXES if getattr(self, f"{axis}_axis_size") == -1]
         if len(unsized) > 1:
@@ -129,6 +136,8 @@ class ParallelConfig(_ValidatedConfig):
                 self._check_choice(name, list(_DTYPES))
         self._check_bool("tp_async_dense")
         self._check_choice("context_method", ["auto", "keys", "heads"])
+        if self.context_method == "heads" and self.context_heads_size > 1:
+            self._fail(ValueError, "context_method", "'auto' or 'keys' beside a context_heads_size above 1")
         self._check_choice("context_balance", ["documents", "head_tail", "contiguous"])
 
     def request_to(self, module_name: str) -> str | None:
@@ -159,14 +168,23 @@ class ParallelConfig(_ValidatedConfig):
         """
         from selfattn.distributed import ContextLayout  # takes seconds to import
 
+        axes = tuple(mesh[name] for name in reversed(self._names_of("context")))
         return ContextLayout.from_segment_ids(
-            segment_ids, mesh[self.context_axis_name], self.context_balance, **options
+            segment_ids, axes[0] if len(axes) == 1 else axes, self.context_balance, **options
         )
+
+    def _names_of(self, axis: str) -> tuple[str, ...]:
+        """Of one of ``_AXES``, in the mesh."""
+        name = getattr(self, f"{axis}_axis_name")
+        if axis == "context" and self.context_heads_size > 1:
+            return f"{name}_keys", f"{name}_heads"
+        return (name,)
 
     @property
     def axis_names(self) -> tuple[str, ...]:
-        """Of the mesh, from the slowest to the fastest: pipeline, data, fsdp, context, model."""
-        return tuple(getattr(self, f"{axis}_axis_name") for axis in _AXES)
+        """Of the mesh, from the slowest to the fastest: pipeline, data, fsdp, context (two where ``context_heads_size``
+        is above 1), model."""
+        return tuple(name for axis in _AXES for name in self._names_of(axis))
 
     def device_mesh(self, device_type: str) -> "DeviceMesh":
         """The mesh of ``axis_names`` over every rank of the job, axes of size 1 too.
@@ -201,8 +219,17 @@ class ParallelConfig(_ValidatedConfig):
             raise ValueError(f"ParallelConfig: expected axes whose sizes make {ranks} ranks, got {said}")
         from torch.distributed.device_mesh import init_device_mesh  # takes seconds to import
 
-        shape = tuple(left if size == -1 else size for size in sizes.values())
-        return init_device_mesh(device_type, shape, mesh_dim_names=self.axis_names)
+        shape = [left if size == -1 else size for size in sizes.values()]
+        if self.context_heads_size > 1:
+            context = _AXES.index("context")
+            keys_size, rest = divmod(shape[context], self.context_heads_size)
+            if rest:
+                raise ValueError(
+                    f"ParallelConfig: expected a context axis whose ranks context_heads_size {self.context_heads_size} "
+                    f"divides, got {shape[context]}"
+                )
+            shape[context : context + 1] = keys_size, self.context_heads_size
+        return init_device_mesh(device_type, tuple(shape), mesh_dim_names=self.axis_names)
 
 
 @dataclass(frozen=True, kw_only=True)

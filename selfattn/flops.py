@@ -60,12 +60,21 @@ def _backward_formula(
 
 
 def _context_formula(
-    q: Shape, k: Shape, v: Shape, *arguments: Any, shared: int, group_size: int, local_start: int = 0, **options: Any
+    q: Shape,
+    k: Shape,
+    v: Shape,
+    *arguments: Any,
+    shared: int,
+    group_size: int,
+    local_start: int = 0,
+    heads_group_size: int = 1,
+    **options: Any,
 ) -> int:
     """Of this rank: its tokens from ``local_start`` on with each other, and shared queries with those keys of all."""
     batch, length, heads, width = q
     of_own = attention_flops((batch, length - local_start, heads, width), *_with_length(length - local_start, k, v))
-    return of_own + attention_flops((batch, shared, heads, width), *_with_length(group_size * shared, k, v))
+    of_all = _with_length(heads_group_size * group_size * shared, k, v)
+    return of_own + attention_flops((batch, shared, heads, width), *of_all)
 
 
 def _context_backward_formula(
@@ -81,12 +90,14 @@ def _context_backward_formula(
     shared: int,
     group_size: int,
     local_start: int = 0,
+    heads_group_size: int = 1,
     **options: Any,
 ) -> int:
     batch, length, heads, width = q
     own = (batch, length - local_start, heads, width)
     of_own = attention_backward_flops(own, *_with_length(length - local_start, k, v))
-    return of_own + attention_backward_flops((batch, shared, heads, width), *_with_length(group_size * shared, k, v))
+    of_all = _with_length(heads_group_size * group_size * shared, k, v)
+    return of_own + attention_backward_flops((batch, shared, heads, width), *of_all)
 
 
 def _with_length(length: int, *shapes: Shape) -> list[Shape]:

@@ -20,10 +20,10 @@ AttentionResults flash_attention_from_schema(const at::Tensor& q, const at::Tens
                                              std::optional<double> qk_scale, const OptionalTensor& kv_segment_ids,
                                              int64_t window_left, int64_t window_right, double softcap,
                                              const OptionalTensor& sinks, const OptionalTensor& positions,
-                                             const OptionalTensor& kv_positions) {
+                                             const OptionalTensor& kv_positions, bool in_order) {
   return kImplementation(make_attention_problem(q, k, v,
                                                 {segment_ids, causal, qk_scale, kv_segment_ids, window_left,
-                                                 window_right, softcap, sinks, positions, kv_positions},
+                                                 window_right, softcap, sinks, positions, kv_positions, in_order},
                                                 /*needs_lse=*/true));
 }
 
@@ -32,7 +32,7 @@ inline AttentionResults flash_attention(const AttentionProblem& problem) {
   static const auto op = find_op<decltype(flash_attention_from_schema<nullptr>)>("selfattn::flash_attention");
   return op.call(problem.query, problem.key, problem.value, problem.query_segment_ids, problem.is_causal, problem.scale,
                  problem.key_segment_ids, problem.window_left, problem.window_right, problem.softcap, problem.sinks,
-                 problem.query_positions, problem.key_positions);
+                 problem.query_positions, problem.key_positions, problem.is_in_order);
 }
 
 /// Both overloads of the gradient. `memory`: nothing, or for .into that of dq, dk and dv.
@@ -44,11 +44,11 @@ struct FlashAttentionBackwardOp {
                             const OptionalTensor& segment_ids, bool causal, std::optional<double> qk_scale,
                             const OptionalTensor& kv_segment_ids, int64_t window_left, int64_t window_right,
                             double softcap, Memory&... memory, const OptionalTensor& positions,
-                            const OptionalTensor& kv_positions) {
+                            const OptionalTensor& kv_positions, bool in_order) {
     const AttentionProblem problem =
         make_attention_problem(q, k, v,
                                {segment_ids, causal, qk_scale, kv_segment_ids, window_left, window_right, softcap,
-                                /*sinks=*/std::nullopt, positions, kv_positions},
+                                /*sinks=*/std::nullopt, positions, kv_positions, in_order},
                                /*needs_lse=*/true);
     return kImplementation(problem, {grad_out, grad_lse, out, lse}, memory...);
   }
@@ -59,7 +59,7 @@ struct FlashAttentionBackwardOp {
     return op.call(gradients.grad_out, gradients.grad_lse, problem.query, problem.key, problem.value, gradients.out,
                    gradients.lse, problem.query_segment_ids, problem.is_causal, problem.scale, problem.key_segment_ids,
                    problem.window_left, problem.window_right, problem.softcap, memory..., problem.query_positions,
-                   problem.key_positions);
+                   problem.key_positions, problem.is_in_order);
   }
 };
 

@@ -83,6 +83,8 @@ void add_segment_ids(const AttentionArguments& arguments, AttentionProblem& prob
 
 /// After the rest of the problem, which says whether a rule reads them.
 void add_positions(const AttentionArguments& arguments, AttentionProblem& problem) {
+  TORCH_CHECK_VALUE(!arguments.in_order || arguments.positions,
+                    "selfattn: in_order must come with positions; got in_order alone");
   if (!check_integers_of_tokens(arguments.positions, "positions", arguments.kv_positions, "kv_positions", problem)) {
     return;
   }
@@ -91,6 +93,7 @@ void add_positions(const AttentionArguments& arguments, AttentionProblem& proble
   if (!problem.is_causal && !problem.has_window()) return;
   problem.query_positions = query;
   problem.key_positions = key;
+  problem.is_in_order = arguments.in_order;
 }
 
 }  // namespace
@@ -136,6 +139,7 @@ void check_sinks(const at::Tensor& sinks, const c10::SymInt& heads, const at::De
 bool AttentionProblem::requires_grad() const { return any_requires_grad({query, key, value, sinks}); }
 
 std::vector<at::Tensor> AttentionProblem::save(SavedNumbers& numbers) const {
+  numbers["is_in_order"] = is_in_order;
   numbers["is_causal"] = is_causal;
   numbers["scale"] = scale;
   numbers["window_left"] = window_left;
@@ -160,6 +164,7 @@ AttentionProblem AttentionProblem::restore(at::TensorList saved, const SavedNumb
           .sinks = as_optional(saved[3]),
           .query_positions = as_optional(saved[6]),
           .key_positions = as_optional(saved[7]),
+          .is_in_order = numbers.at("is_in_order").toBool(),
           .is_causal = numbers.at("is_causal").toBool(),
           .scale = numbers.at("scale").toDouble(),
           .window_left = numbers.at("window_left").toInt(),

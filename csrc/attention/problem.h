@@ -29,6 +29,8 @@ struct AttentionProblem {
   // reads them. int32.
   OptionalTensor query_positions = std::nullopt;  // (B, Sq)
   OptionalTensor key_positions = std::nullopt;    // (B, Skv)
+  // With positions: whether the tokens of either side stand by id, padding behind the others, then by position.
+  bool is_in_order = false;
   bool is_causal = true;
   double scale = 1.0;
   int64_t window_left = -1;   // -1: unbounded
@@ -76,6 +78,7 @@ struct AttentionArguments {
   OptionalTensor sinks;
   OptionalTensor positions;
   OptionalTensor kv_positions;
+  bool in_order = false;
 };
 
 // What a problem holds of the numbers that a caller gives: those that are far beyond any effect are brought to ones

@@ -27,7 +27,8 @@ class ContextParallelNode : public torch::autograd::Function<ContextParallelNode
                            call.kv_segment_ids,
                            *call.attention.positions,
                            call.kv_positions,
-                           as_saved(call.attention.sinks)};
+                           as_saved(call.attention.sinks),
+                           as_saved(call.kv_order)};
     saved.insert(saved.end(), results.begin(), results.end());
     context->save_for_backward(std::move(saved));
     auto& numbers = context->saved_data;
@@ -43,6 +44,8 @@ class ContextParallelNode : public torch::autograd::Function<ContextParallelNode
     numbers["backend"] = call.backend;
     numbers["local_start"] = call.local_start;
     numbers["documents_are_runs"] = call.documents_are_runs;
+    numbers["heads_group_name"] = call.heads_group_name;
+    numbers["heads_group_size"] = call.heads_group_size;
     context->set_materialize_grads(false);
     return results;
   }
@@ -70,10 +73,13 @@ class ContextParallelNode : public torch::autograd::Function<ContextParallelNode
                            .method = numbers["method"].toStringRef(),
                            .backend = numbers["backend"].toStringRef(),
                            .local_start = numbers["local_start"].toInt(),
-                           .documents_are_runs = numbers["documents_are_runs"].toBool()};
-    const auto exchanged = at::TensorList(saved).slice(11);
-    const auto [dq, dk, dv, dsinks] = ContextParallelBackward::call(kContextParallelBackward, grads[0], saved[8],
-                                                                    saved[9], saved[10], exchanged, call);
+                           .documents_are_runs = numbers["documents_are_runs"].toBool(),
+                           .heads_group_name = numbers["heads_group_name"].toStringRef(),
+                           .heads_group_size = numbers["heads_group_size"].toInt(),
+                           .kv_order = as_optional(saved[8])};
+    const auto exchanged = at::TensorList(saved).slice(12);
+    const auto [dq, dk, dv, dsinks] = ContextParallelBackward::call(kContextParallelBackward, grads[0], saved[9],
+                                                                    saved[10], saved[11], exchanged, call);
     return {dq, dk, dv, call.attention.sinks ? dsinks : at::Tensor(), at::Tensor()};
   }
 };

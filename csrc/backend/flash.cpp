@@ -64,8 +64,9 @@ Reason supported_head_dim(const AttentionProblem& problem) {
   return c10::str("head dimensions must be at most ", most, "; got ", dim, " and ", value_dim);
 }
 
-Reason no_positions_on_cuda(const AttentionProblem& problem) {
-  return problem.query.is_cuda() ? no_positions(problem) : std::nullopt;
+Reason positions_proven_on_cuda(const AttentionProblem& problem) {
+  if (!problem.query.is_cuda() || !problem.has_positions() || takes_kernels_on_trial()) return std::nullopt;
+  return "positions are on trial on CUDA, and taken where SELFATTN_KERNELS_ON_TRIAL=1 alone";
 }
 
 Reason rows_fit_kernels(const AttentionProblem& problem) {
@@ -78,15 +79,15 @@ Reason rows_fit_kernels(const AttentionProblem& problem) {
 
 Reason rows_fit_metadata(const AttentionProblem& problem) {
   const KernelLimits* limits = cuda_limits(problem);
-  if (!limits || !problem.has_segments()) return std::nullopt;
+  if (!limits || !(problem.has_segments() || problem.has_positions())) return std::nullopt;
   const int64_t most = limits->max_packed_length;
   if (problem.query_length() <= most && problem.key_length() <= most) return std::nullopt;
-  return c10::str("rows with segment ids must hold at most ", most, " tokens on CUDA; got ", problem.query_length(),
-                  " and ", problem.key_length());
+  return c10::str("rows with segment ids or positions must hold at most ", most, " tokens on CUDA; got ",
+                  problem.query_length(), " and ", problem.key_length());
 }
 
 constexpr Constraint kConstraints[] = {
-    has_kernel,       supported_device,  supported_dtype, supported_head_dim,           no_positions_on_cuda,
+    has_kernel,       supported_device,  supported_dtype, supported_head_dim,           positions_proven_on_cuda,
     rows_fit_kernels, rows_fit_metadata, no_empty_tensor, no_differentiation_transform, no_forward_mode_ad};
 
 }  // namespace

@@ -46,8 +46,8 @@ FlashSupport find_cuda_support(const KvCacheProblem& problem) {
 }
 
 Reason proven_on_cuda(const KvCacheProblem& problem) {
-  if (!problem.query.is_cuda() || takes_kv_cache_on_cuda()) return std::nullopt;
-  return "its kernels over a KV cache on CUDA are on trial, and taken where SELFATTN_KV_CACHE_CUDA=1 alone";
+  if (!problem.query.is_cuda() || takes_kernels_on_trial()) return std::nullopt;
+  return "its kernels over a KV cache on CUDA are on trial, and taken where SELFATTN_KERNELS_ON_TRIAL=1 alone";
 }
 
 Reason supported_cuda_device(const KvCacheProblem& problem) {

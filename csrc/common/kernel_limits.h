@@ -48,8 +48,9 @@ std::string capability_to_string(int capability);
 /// comparisons; empty where it is not set. Read once a process. ValueError for another value, at every call.
 const std::string& forced_flash_family();
 
-/// Whether `flash` takes calls over a KV cache on CUDA: where the environment variable SELFATTN_KV_CACHE_CUDA is 1. Its
-/// kernels are not proven enough to be chosen for everybody (docs/kernels/decode.md). Read once a process.
-bool takes_kv_cache_on_cuda();
+/// Whether calls on CUDA take what no GPU has run yet, where the environment variable SELFATTN_KERNELS_ON_TRIAL is 1:
+/// attention over a KV cache (docs/kernels/decode.md) and with positions (docs/kernels/forward.md), appending to a
+/// cache in one launch (docs/kernels/qk_norm_rope.md). Read once a process.
+bool takes_kernels_on_trial();
 
 }  // namespace selfattn

@@ -87,6 +87,8 @@ bool allows_tf32() {
              at::Float32Precision::TF32;
 }
 
+int sms_left_free() { return std::max(at::globalContext()._SMCarveout_EXPERIMENTAL().value_or(0), 0); }
+
 ScaledQuery with_positive_scale(const at::Tensor& query, double scale) {
   constexpr double kLargest = 1e37;
   const auto magnitude = static_cast<float>(std::min(std::abs(scale), kLargest));
@@ -99,23 +101,36 @@ AttentionWindow window_of(bool is_causal, int64_t window_left, int64_t window_ri
   return {.left = window_side(window_left), .right = is_causal ? 0 : window_side(window_right)};
 }
 
-SegmentProblem segment_problem(const at::Tensor& query_ids, const at::Tensor& key_ids, const AttentionShape& shape,
-                               const AttentionWindow& window, const TileSizes& tiles, SegmentSide order_of) {
-  return {.query_ids = query_ids.const_data_ptr(),
-          .key_ids = key_ids.const_data_ptr(),
-          .ids_are_int64 = query_ids.scalar_type() == at::kLong,
-          .query_stride_batch = query_ids.stride(0),
-          .query_stride_token = query_ids.stride(1),
-          .key_stride_batch = key_ids.stride(0),
-          .key_stride_token = key_ids.stride(1),
-          .batch = shape.batch,
-          .query_length = shape.query_length,
-          .key_length = shape.key_length,
-          .query_tile = tiles.query,
-          .key_tile = tiles.key,
-          .window_left = window.left,
-          .window_right = window.right,
-          .order_of = order_of};
+AttentionWindow window_of(const AttentionProblem& problem) {
+  if (problem.has_positions()) return {};
+  return window_of(problem.is_causal, problem.window_left, problem.window_right);
+}
+
+SegmentProblem segment_problem(const AttentionProblem& problem, const TileSizes& tiles, SegmentSide order_of) {
+  const at::Tensor &query_ids = *problem.query_segment_ids, &key_ids = *problem.key_segment_ids;
+  const AttentionWindow window = window_of(problem);
+  SegmentProblem segments{.query_ids = query_ids.const_data_ptr(),
+                          .key_ids = key_ids.const_data_ptr(),
+                          .ids_are_int64 = query_ids.scalar_type() == at::kLong,
+                          .query_stride_batch = query_ids.stride(0),
+                          .query_stride_token = query_ids.stride(1),
+                          .key_stride_batch = key_ids.stride(0),
+                          .key_stride_token = key_ids.stride(1),
+                          .batch = static_cast<int>(query_ids.size(0)),
+                          .query_length = static_cast<int>(query_ids.size(1)),
+                          .key_length = static_cast<int>(key_ids.size(1)),
+                          .query_tile = tiles.query,
+                          .key_tile = tiles.key,
+                          .window_left = window.left,
+                          .window_right = window.right,
+                          .order_of = order_of};
+  if (problem.has_positions()) {
+    segments.positions = {.of_queries = problem.query_positions->const_data_ptr<int>(),
+                          .of_keys = problem.key_positions->const_data_ptr<int>(),
+                          .left = problem.window_left,
+                          .right = problem.is_causal ? 0 : problem.window_right};
+  }
+  return segments;
 }
 
 }  // namespace selfattn::cuda

@@ -4,6 +4,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include "attention/problem.h"
 #include "flash/kernels.h"
 #include "integer_view.h"
 
@@ -55,6 +56,10 @@ ElementType element_of(const at::Tensor& tensor);
 /// kernels.
 bool allows_tf32();
 
+/// How many SMs PyTorch asks kernels to leave free, for collectives beside them
+/// (torch._C._set_sm_carveout_experimental).
+int sms_left_free();
+
 /// A query and a scale of the same products for the kernels, whose scale is positive: q' = sign * q, so that dq is
 /// sign * dq'. A scale that is 0, or rounds to 0 in float32, clears the query instead. Magnitudes past 1e37, where a
 /// softmax has one weight only, count as 1e37: the kernels multiply them by log2(e).
@@ -68,9 +73,11 @@ ScaledQuery with_positive_scale(const at::Tensor& query, double scale);
 /// -1 is unbounded; a causal mask is a window without a right side.
 AttentionWindow window_of(bool is_causal, int64_t window_left, int64_t window_right);
 
-/// The ids (B, Sq) and (B, Skv), and the tiles that a kernel cuts the problem into. `order_of`: the side whose tiles it
-/// takes one after another.
-SegmentProblem segment_problem(const at::Tensor& query_ids, const at::Tensor& key_ids, const AttentionShape& shape,
-                               const AttentionWindow& window, const TileSizes& tiles, SegmentSide order_of);
+/// What the kernels apply of a call: with positions nothing, since the tables of segments hold it.
+AttentionWindow window_of(const AttentionProblem& problem);
+
+/// The ids of a call, its positions, and the tiles that a kernel cuts it into. `order_of`: the side whose tiles it
+/// takes one after another. With positions the tokens must be in order (OrderedCall).
+SegmentProblem segment_problem(const AttentionProblem& problem, const TileSizes& tiles, SegmentSide order_of);
 
 }  // namespace selfattn::cuda

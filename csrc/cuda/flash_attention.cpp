@@ -6,11 +6,13 @@
 
 #include "attention/flash_attention_op.h"
 #include "binding.h"
+#include "ordered_call.h"
 
 namespace selfattn::cuda {
 namespace {
 
-AttentionResults attend(const AttentionProblem& problem) {
+/// `problem` with positions: of tokens in order.
+AttentionResults attend_rows(const AttentionProblem& problem) {
   const at::Tensor &q = problem.query, &k = problem.key, &v = problem.value;
   const c10::cuda::CUDAGuard guard(q.device());
   const cudaStream_t stream = at::cuda::getCurrentCUDAStream();
@@ -26,11 +28,12 @@ AttentionResults attend(const AttentionProblem& problem) {
   params.shape = shape;
   const at::Tensor out = empty({q.size(0), q.size(1), q.size(2), v.size(3)}, q.scalar_type(), q.device());
   const at::Tensor lse = empty({q.size(0), q.size(2), q.size(1)}, at::kFloat, q.device());
-  params.window = window_of(problem.is_causal, problem.window_left, problem.window_right);
+  params.window = window_of(problem);
   params.element = element_of(q);
   params.allows_tf32 = params.element == ElementType::kFloat && allows_tf32();
   params.scale = scaled.scale;
   params.softcap = static_cast<float>(problem.softcap);
+  params.sms_left_free = sms_left_free();
   params.q = view_of(query), params.k = view_of(key), params.v = view_of(value), params.out = view_of(out);
   params.lse = lse.mutable_data_ptr<float>();
   params.sinks = problem.sinks ? sink_logits.const_data_ptr<float>() : nullptr;
@@ -45,8 +48,7 @@ AttentionResults attend(const AttentionProblem& problem) {
   };
   at::Tensor storage;
   if (problem.has_segments()) {
-    const SegmentProblem segments = segment_problem(*problem.query_segment_ids, *problem.key_segment_ids, params.shape,
-                                                    params.window, tiles, SegmentSide::kQueries);
+    const SegmentProblem segments = segment_problem(problem, tiles, SegmentSide::kQueries);
     storage = scratch(segment_tables_bytes(segments));
     params.segments = make_segment_tables(segments, storage.mutable_data_ptr());
     params.counters = params.segments.counters;
@@ -57,6 +59,12 @@ AttentionResults attend(const AttentionProblem& problem) {
   }
   C10_CUDA_CHECK(kernels.launch_forward(params, stream));
   return {out, lse};
+}
+
+AttentionResults attend(const AttentionProblem& problem) {
+  if (!problem.has_positions()) return attend_rows(problem);
+  const OrderedCall call(problem);
+  return call.as_called(attend_rows(call.problem()));
 }
 
 }  // namespace

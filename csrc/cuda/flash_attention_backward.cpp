@@ -7,6 +7,7 @@
 
 #include "attention/flash_attention_op.h"
 #include "binding.h"
+#include "ordered_call.h"
 
 namespace selfattn::cuda {
 namespace {
@@ -16,8 +17,7 @@ using at::Tensor;
 // The tables of the segments, with the order of key tiles that this pass wants, and their memory.
 Tensor prepare_segments(const FlashKernels& kernels, const AttentionProblem& problem, BackwardParams& params,
                         cudaStream_t stream) {
-  SegmentProblem segments = segment_problem(*problem.query_segment_ids, *problem.key_segment_ids, params.shape,
-                                            params.window, kernels.backward_tiles(params), SegmentSide::kKeys);
+  SegmentProblem segments = segment_problem(problem, kernels.backward_tiles(params), SegmentSide::kKeys);
   segments.ordered_queries = kernels.backward_ordered_queries(params);
   const Tensor storage = empty({segment_tables_bytes(segments)}, at::kByte, problem.query.device());
   params.segments = make_segment_tables(segments, storage.mutable_data_ptr());
@@ -27,9 +27,9 @@ Tensor prepare_segments(const FlashKernels& kernels, const AttentionProblem& pro
 
 // No element of out is read once its place in dq is written, none of k once that in dk is, none of v once that in dv
 // is: a thread block that stores a tile of a gradient has read that tile of the other before, and no other block reads
-// it in this kernel or in a later one (docs/kernels/backward.md).
-void attend_backward_into(const AttentionProblem& problem, const AttentionGradients& gradients, const Tensor& dq,
-                          const Tensor& dk, const Tensor& dv) {
+// it in this kernel or in a later one (docs/kernels/backward.md). `problem` with positions: of tokens in order.
+void attend_rows_backward_into(const AttentionProblem& problem, const AttentionGradients& gradients, const Tensor& dq,
+                               const Tensor& dk, const Tensor& dv) {
   const Tensor &q = problem.query, &k = problem.key, &v = problem.value;
   const auto& [grad_out, grad_lse, out, lse] = gradients;
   const c10::cuda::CUDAGuard guard(q.device());
@@ -47,11 +47,12 @@ void attend_backward_into(const AttentionProblem& problem, const AttentionGradie
 
   BackwardParams params{};
   params.shape = shape;
-  params.window = window_of(problem.is_causal, problem.window_left, problem.window_right);
+  params.window = window_of(problem);
   params.element = element_of(q);
   params.allows_tf32 = params.element == ElementType::kFloat && allows_tf32();
   params.scale = scaled.scale;
   params.softcap = static_cast<float>(problem.softcap);
+  params.sms_left_free = sms_left_free();
   params.is_deterministic = at::globalContext().deterministicAlgorithms();
   params.q = view_of(query), params.k = view_of(key), params.v = view_of(value);
   params.out = view_of(out_rows), params.grad_out = view_of(grad_out_rows);
@@ -65,6 +66,27 @@ void attend_backward_into(const AttentionProblem& problem, const AttentionGradie
   C10_CUDA_CHECK(kernels.launch_backward(params, stream));
   if (scaled.sign != 1) grad_q.rows().mul_(scaled.sign);
   for (const ResultMemory* result : {&grad_q, &grad_k, &grad_v}) result->hand_over();
+}
+
+InputGradients attend_rows_backward(const AttentionProblem& problem, const AttentionGradients& gradients) {
+  const Tensor dq = empty_like_contiguous(problem.query), dk = empty_like_contiguous(problem.key),
+               dv = empty_like_contiguous(problem.value);
+  attend_rows_backward_into(problem, gradients, dq, dk, dv);
+  return {dq, dk, dv};
+}
+
+void attend_backward_into(const AttentionProblem& problem, const AttentionGradients& gradients, const Tensor& dq,
+                          const Tensor& dk, const Tensor& dv) {
+  if (!problem.has_positions()) {
+    attend_rows_backward_into(problem, gradients, dq, dk, dv);
+    return;
+  }
+  const OrderedCall call(problem);
+  if (!call.is_copied()) {
+    attend_rows_backward_into(call.problem(), gradients, dq, dk, dv);
+    return;
+  }
+  call.as_called_into(dq, dk, dv, attend_rows_backward(call.problem(), call.in_order(gradients)));
 }
 
 InputGradients attend_backward(const AttentionProblem& problem, const AttentionGradients& gradients) {

@@ -1,10 +1,13 @@
-// selfattn::qk_norm_rope and its gradient on CUDA: tensors -> params -> launch.
+// selfattn::qk_norm_rope, its gradient, qk_norm_rope_append and append_kv_cache on CUDA: tensors -> params -> launch.
 #include <ATen/cuda/CUDAContext.h>
 #include <ATen/ops/constant_pad_nd.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 
 #include "binding.h"
+#include "common/kernel_limits.h"
+#include "kv_cache/append.h"
+#include "qk_norm_rope/append_params.h"
 #include "qk_norm_rope/params.h"
 #include "rotary/norm_rope.h"
 
@@ -38,15 +41,19 @@ bool have_kernels(const Tensor& q, const Tensor& k) {
   return has_kernel(q) && has_kernel(k) && q.device() == k.device() && qk_norm_rope_runs_on(q.device().index());
 }
 
-/// Whether the kernels can read it as it lies and, if it is contiguous, write it.
-bool is_usable(const Tensor& x) {
+/// Whether heads begin at multiples of what vector kernels take at a time.
+bool is_usable_by_vectors(const Tensor& x) {
   if (x.size(3) != 1 && x.stride(3) != 1) return false;
-  if (!has_vector_kernel(x.size(3))) return true;
   const int64_t elements = static_cast<int64_t>(kVectorBytes) / x.element_size();
   if (reinterpret_cast<uintptr_t>(x.const_data_ptr()) % kVectorBytes != 0) return false;
   for (int64_t dim = 0; dim < 3; dim++)
     if (x.size(dim) > 1 && x.stride(dim) % elements != 0) return false;
   return true;
+}
+
+/// Whether the kernels can read it as it lies and, if it is contiguous, write it.
+bool is_usable(const Tensor& x) {
+  return has_vector_kernel(x.size(3)) ? is_usable_by_vectors(x) : x.size(3) == 1 || x.stride(3) == 1;
 }
 
 /// The tensor itself where the kernels can read it, else a contiguous copy.
@@ -235,10 +242,73 @@ NormRopeWeightGradients qk_norm_rope_backward_in_place_cuda(const NormRopeCall& 
   return weight_gradients;
 }
 
+// ---------------------------------------------------------------- into a KV cache
+
+/// Whether the kernel can write tokens into the cache as it lies.
+bool is_writable_cache(const Tensor& cache) {
+  const int64_t elements = static_cast<int64_t>(kVectorBytes) / cache.element_size();
+  return cache.stride(3) == 1 && cache.size(3) % elements == 0 && is_usable_by_vectors(cache);
+}
+
+bool has_append_kernel(const NormRopeCall& heads, const AppendCall& call, const NormRopeParams& params) {
+  return params.element != FloatType::kFloat && takes_vector_kernel(params) && has_kernel(heads.k) &&
+         call.value.size(2) == heads.k.size(2) && is_writable_cache(call.key_cache) &&
+         is_writable_cache(call.value_cache) && qk_norm_rope_runs_on(heads.k.device().index());
+}
+
+CacheView view_of_cache(const Tensor& cache) {
+  return {cache.data_ptr(), cache.stride(0), cache.stride(1), cache.stride(2)};
+}
+
+/// `heads`: of q, which has none where keys and values alone are written, and of k. Whether there is a kernel, which
+/// has then been launched.
+bool launch_append(const NormRopeCall& heads, const AppendCall& call, const Tensor& query_result) {
+  if (!takes_kernels_on_trial() || !float_type(heads.k.scalar_type())) return false;
+  AppendParams params{};
+  params.norm_rope = make_params(heads, heads.k);
+  if (!has_append_kernel(heads, call, params.norm_rope)) return false;
+  const c10::cuda::CUDAGuard guard(heads.k.device());
+  // k's own result is nobody's: keys leave for the cache.
+  Sides sides(heads, {heads.q, heads.k}, {query_result, query_result});
+  for (int i = 0; i < 2; i++) {
+    sides.of[i].input = view_of_heads(sides.heads[i]);
+    params.norm_rope.sides[i] = sides.of[i];
+  }
+  params.norm_rope.num_sides = 2;
+  const Tensor values = is_usable_by_vectors(call.value) ? call.value : call.value.clone(at::MemoryFormat::Contiguous);
+  params.values = view_of_heads(values);
+  params.dim_v = static_cast<int>(call.value.size(3));
+  params.key_cache = view_of_cache(call.key_cache), params.value_cache = view_of_cache(call.value_cache);
+  params.pages = static_cast<int>(call.key_cache.size(0)), params.page_size = static_cast<int>(call.key_cache.size(1));
+  params.rows = call.page_table ? static_cast<int>(call.page_table->size(0)) : params.pages;
+  params.pages_per_row = call.page_table ? static_cast<int>(call.page_table->size(1)) : 1;
+  params.positions = integers_of(call.positions);
+  params.page_table = integers_of(call.page_table);
+  params.segment_ids = integers_of(call.segment_ids);
+  C10_CUDA_CHECK(launch_qk_norm_rope_append(params, at::cuda::getCurrentCUDAStream()));
+  return true;
+}
+
+Tensor qk_norm_rope_append_cuda(const NormRopeAppendCall& call) {
+  const NormRopeCall& heads = call.norm_rope;
+  const Tensor q = empty_like_contiguous(heads.q);
+  const bool is_done =
+      has_kernel(heads.q) && heads.q.size(3) == heads.k.size(3) && launch_append(heads, call.append, q);
+  return is_done ? q : compose_norm_rope_append(call);
+}
+
+void append_kv_cache_cuda(const AppendCall& call) {
+  const Tensor no_query = call.key.narrow(2, 0, 0);
+  if (!launch_append({.q = no_query, .k = call.key, .norm = false, .rope = false}, call, no_query))
+    compose_append(call);
+}
+
 }  // namespace
 }  // namespace selfattn::cuda
 
 TORCH_LIBRARY_IMPL(selfattn, CUDA, m) {
   using namespace selfattn::cuda;
+  m.impl("qk_norm_rope_append", TORCH_FN(selfattn::norm_rope_append_from_schema<qk_norm_rope_append_cuda>));
+  m.impl("append_kv_cache", TORCH_FN(selfattn::append_from_schema<append_kv_cache_cuda>));
   selfattn::register_norm_rope<qk_norm_rope_cuda, qk_norm_rope_backward_cuda, qk_norm_rope_backward_in_place_cuda>(m);
 }

@@ -1,4 +1,5 @@
 // The operator context_layout: host work on the ids of whole rows, once a batch.
+#include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
 #include <c10/util/Exception.h>
@@ -18,8 +19,8 @@ namespace {
 
 using at::Tensor;
 
-using LayoutResults =
-    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int64_t, int64_t, bool>;  // as ContextLayout
+using LayoutResults = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int64_t, int64_t,
+                                 bool>;  // as ContextLayout
 
 ContextBalance parse_balance(c10::string_view name) {
   if (name == "documents") return ContextBalance::kDocuments;
@@ -32,8 +33,10 @@ ContextBalance parse_balance(c10::string_view name) {
 struct RowShards {
   std::vector<std::vector<int64_t>> tokens;
   std::vector<int64_t> split;
-  /// Of the row's tokens: how many earlier ones have the same id; 0 in padding.
-  std::vector<int32_t> document_positions;
+  /// The row's tokens of split documents, one document after another.
+  std::vector<int64_t> split_tokens;
+  /// Of the row's tokens: how many earlier ones have the same id, and the number of the document; 0 in padding.
+  std::vector<int32_t> document_positions, document_numbers;
   /// Whether a rank has tokens of whole documents.
   std::vector<bool> has_whole;
   bool documents_are_runs;
@@ -45,9 +48,9 @@ RowShards shard_row(const int64_t* ids, int64_t length, int64_t ranks, ContextBa
   RowShards row{.tokens = std::vector<std::vector<int64_t>>(ranks),
                 .split = std::vector<int64_t>(ranks),
                 .document_positions = std::vector<int32_t>(length),
+                .document_numbers = std::vector<int32_t>(length),
                 .has_whole = std::vector<bool>(ranks),
                 .documents_are_runs = documents.are_runs()};
-  std::vector<bool> is_split(length);
   std::vector<int64_t> whole;
   for (int64_t document = 0; document < documents.count(); ++document) {
     const int64_t* tokens = documents.tokens.data() + documents.begins[document];
@@ -55,13 +58,15 @@ RowShards shard_row(const int64_t* ids, int64_t length, int64_t ranks, ContextBa
     const bool splits = std::any_of(tokens, tokens + count, [&](int64_t t) { return owners[t] != owners[tokens[0]]; });
     for (int64_t i = 0; i < count; ++i) {
       row.document_positions[tokens[i]] = static_cast<int32_t>(i);
-      is_split[tokens[i]] = splits;
+      row.document_numbers[tokens[i]] = static_cast<int32_t>(document);
     }
-    if (!splits) whole.push_back(document);
+    if (splits) {
+      row.split_tokens.insert(row.split_tokens.end(), tokens, tokens + count);
+    } else {
+      whole.push_back(document);
+    }
   }
-  for (int64_t token = 0; token < length; ++token) {
-    if (is_split[token]) row.tokens[owners[token]].push_back(token);
-  }
+  for (const int64_t token : row.split_tokens) row.tokens[owners[token]].push_back(token);
   for (int64_t rank = 0; rank < ranks; ++rank) row.split[rank] = static_cast<int64_t>(row.tokens[rank].size());
   for (const int64_t document : whole) {
     const auto begin = documents.tokens.begin() + documents.begins[document];
@@ -70,6 +75,9 @@ RowShards shard_row(const int64_t* ids, int64_t length, int64_t ranks, ContextBa
     row.has_whole[owner] = true;
   }
   for (const int64_t token : documents.padding) row.tokens[owners[token]].push_back(token);
+  for (const auto& tokens : row.tokens) {
+    TORCH_INTERNAL_ASSERT(static_cast<int64_t>(tokens.size()) <= (length + ranks - 1) / ranks);
+  }
   return row;
 }
 
@@ -115,6 +123,7 @@ LayoutResults lay_out(const Tensor& segment_ids, int64_t group_rank, int64_t gro
   const Tensor positions = at::zeros({batch, slots}, ints), document_positions = at::zeros({batch, slots}, ints);
   const Tensor kv_ids = at::full({batch, group_size * shared}, -1, longs);
   const Tensor kv_positions = at::zeros({batch, group_size * shared}, ints);
+  const Tensor kv_order = at::empty({batch, group_size * shared}, longs);
   const Tensor slot_of = at::full({batch, length}, -1, longs);
   auto* const indices_data = indices.mutable_data_ptr<int64_t>();
   auto* const own_ids_data = own_ids.mutable_data_ptr<int64_t>();
@@ -122,6 +131,7 @@ LayoutResults lay_out(const Tensor& segment_ids, int64_t group_rank, int64_t gro
   auto* const document_positions_data = document_positions.mutable_data_ptr<int32_t>();
   auto* const kv_ids_data = kv_ids.mutable_data_ptr<int64_t>();
   auto* const kv_positions_data = kv_positions.mutable_data_ptr<int32_t>();
+  auto* const kv_order_data = kv_order.mutable_data_ptr<int64_t>();
   auto* const slot_of_data = slot_of.mutable_data_ptr<int64_t>();
   const auto* const ids_data = ids.const_data_ptr<int64_t>();
   bool documents_are_runs = true;
@@ -135,7 +145,7 @@ LayoutResults lay_out(const Tensor& segment_ids, int64_t group_rank, int64_t gro
         slot_of_data[b * length + token] = rank * slots + slot;
         if (slot < shared) {
           const int64_t place = (b * group_size + rank) * shared + slot;
-          if (slot < row.split[rank]) kv_ids_data[place] = ids_data[b * length + token];
+          if (slot < row.split[rank]) kv_ids_data[place] = row.document_numbers[token];
           kv_positions_data[place] = static_cast<int32_t>(token);
         }
         if (rank != group_rank) continue;
@@ -146,10 +156,18 @@ LayoutResults lay_out(const Tensor& segment_ids, int64_t group_rank, int64_t gro
         document_positions_data[place] = row.document_positions[token];
       }
     }
+    int64_t* next = kv_order_data + b * group_size * shared;
+    for (const int64_t token : row.split_tokens) {
+      const int64_t slot = slot_of_data[b * length + token];
+      *next++ = slot / slots * shared + slot % slots;
+    }
+    for (int64_t rank = 0; rank < group_size; ++rank) {
+      for (int64_t slot = row.split[rank]; slot < shared; ++slot) *next++ = rank * shared + slot;
+    }
   }
   const auto dtype = segment_ids.scalar_type();
-  return {indices,      own_ids.to(dtype), positions, document_positions, kv_ids.to(dtype),
-          kv_positions, slot_of,           shared,    local_start,        documents_are_runs};
+  return {indices,  own_ids.to(dtype), positions, document_positions, kv_ids.to(dtype),  kv_positions,
+          kv_order, slot_of,           shared,    local_start,        documents_are_runs};
 }
 
 }  // namespace
@@ -157,14 +175,15 @@ LayoutResults lay_out(const Tensor& segment_ids, int64_t group_rank, int64_t gro
 ContextLayout context_layout(const Tensor& segment_ids, int64_t group_rank, int64_t group_size,
                              const ContextLayoutOptions& options) {
   static const auto op = find_op<decltype(lay_out)>("selfattn::context_layout");
-  const auto [indices, ids, positions, document_positions, kv_ids, kv_positions, slots, shared, local_start, are_runs] =
-      op.call(segment_ids, group_rank, group_size, options.balance(), options.bucket());
+  const auto [indices, ids, positions, document_positions, kv_ids, kv_positions, kv_order, slots, shared, local_start,
+              are_runs] = op.call(segment_ids, group_rank, group_size, options.balance(), options.bucket());
   return {.indices = indices,
           .segment_ids = ids,
           .positions = positions,
           .document_positions = document_positions,
           .kv_segment_ids = kv_ids,
           .kv_positions = kv_positions,
+          .kv_order = kv_order,
           .slots = slots,
           .shared = shared,
           .local_start = local_start,

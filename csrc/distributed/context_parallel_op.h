@@ -20,10 +20,12 @@ struct ContextParallelOp {
                             int64_t group_size, c10::string_view group_name, c10::string_view method, bool causal,
                             std::optional<double> qk_scale, c10::string_view backend, int64_t window_left,
                             int64_t window_right, double softcap, const OptionalTensor& sinks, int64_t local_start,
-                            bool documents_are_runs) {
+                            bool documents_are_runs, c10::string_view heads_group_name, int64_t heads_group_size,
+                            const OptionalTensor& kv_order) {
     check_dense(q, "q"), check_dense(k, "k"), check_dense(v, "v");
     check_dense(segment_ids, "segment_ids"), check_dense(kv_segment_ids, "kv_segment_ids");
     check_dense(positions, "positions"), check_dense(kv_positions, "kv_positions"), check_dense(sinks, "sinks");
+    check_dense(kv_order, "kv_order");
     return kImplementation(leading..., {.q = q,
                                         .k = k,
                                         .v = v,
@@ -43,7 +45,10 @@ struct ContextParallelOp {
                                         .method = std::string(method),
                                         .backend = std::string(backend),
                                         .local_start = local_start,
-                                        .documents_are_runs = documents_are_runs});
+                                        .documents_are_runs = documents_are_runs,
+                                        .heads_group_name = std::string(heads_group_name),
+                                        .heads_group_size = heads_group_size,
+                                        .kv_order = kv_order});
   }
 
   /// Through the dispatcher.
@@ -53,7 +58,8 @@ struct ContextParallelOp {
                    *call.attention.positions, call.kv_positions, call.shared, call.group_size, call.group_name,
                    call.method, call.attention.is_causal, call.attention.qk_scale, call.backend,
                    call.attention.window_left, call.attention.window_right, call.attention.softcap,
-                   call.attention.sinks, call.local_start, call.documents_are_runs);
+                   call.attention.sinks, call.local_start, call.documents_are_runs, call.heads_group_name,
+                   call.heads_group_size, call.kv_order);
   }
 };
 

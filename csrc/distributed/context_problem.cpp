@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "common/dense_tensor.h"
+#include "common/kernel_limits.h"
 #include "segment/segment_ids.h"
 
 namespace selfattn {
@@ -13,42 +14,67 @@ namespace {
 
 using at::Tensor;
 
-/// Why the query and key heads cannot be spread over the ranks; empty where they can.
-std::string reason_against_heads(const AttentionProblem& own, int64_t ranks) {
-  const c10::SymInt heads = own.query_heads(), key_heads = own.key_heads();
-  if (heads % ranks == 0 && (key_heads % ranks == 0 || ranks % key_heads == 0)) return {};
-  return c10::str("a group_size that divides the ", heads, " query heads, and divides the ", key_heads,
-                  " key heads or is a multiple of them; got ", ranks);
+/// Whether the query and key heads can be spread over so many ranks.
+bool heads_fit(const AttentionProblem& own, int64_t ranks) {
+  const c10::SymInt key_heads = own.key_heads();
+  return own.query_heads() % ranks == 0 && (key_heads % ranks == 0 || ranks % key_heads == 0);
 }
 
-/// The one that moves fewer bytes in both passes. Keys and values are gathered twice and their gradients summed once,
-/// whole shards of every rank; of heads a rank receives and gives its share. Queries that meet gathered keys need
-/// positions, which no kernel on CUDA takes, so there heads travel where they can.
-ContextMethod choose_method(const ContextProblem& problem) {
+void check_heads_fit(const AttentionProblem& own, int64_t ranks, const char* argument, const char* reason) {
+  TORCH_CHECK_VALUE(heads_fit(own, ranks), "selfattn: ", reason, " needs a ", argument, " that divides the ",
+                    own.query_heads(), " query heads, and divides the ", own.key_heads(),
+                    " key heads or is a multiple of them; got ", ranks);
+}
+
+/// Where all tokens travel the one that moves fewer bytes in both passes: keys and values are gathered twice and their
+/// gradients summed once, whole shards of every rank; of heads a rank receives and gives its share. Beside documents
+/// that stay whole keys: layouts even out what ranks do by keys, of which heads would be the same for all. Queries that
+/// meet gathered keys need positions, so heads travel, where they can, while kernels that take these are on trial.
+ContextMethod choose_method(const ContextProblem& problem, int64_t ranks) {
   const AttentionProblem& own = problem.own;
-  const int64_t ranks = problem.group.size();
-  const bool fits = reason_against_heads(own, ranks).empty();
-  if (own.query.is_cuda() && own.has_positions() && !problem.needs_positions() && fits) return ContextMethod::kHeads;
+  const bool fits = heads_fit(own, ranks);
+  const bool want_positions = own.has_positions() && !problem.needs_positions();
+  if (own.query.is_cuda() && want_positions && fits && !takes_kernels_on_trial()) return ContextMethod::kHeads;
+  if (problem.shared < own.query_length()) return ContextMethod::kKeys;
   const c10::SymInt keys = 3 * own.key_heads() * ranks;
   const c10::SymInt heads = 2 * (own.query_heads() + std::max(own.key_heads(), c10::SymInt(ranks)));
   return heads < keys && fits ? ContextMethod::kHeads : ContextMethod::kKeys;
 }
 
-ContextMethod parse_method(const std::string& name, const ContextProblem& problem) {
-  if (name == "auto") return choose_method(problem);
-  if (name == "keys") return ContextMethod::kKeys;
-  TORCH_CHECK_VALUE(name == "heads", "selfattn: method must be one of auto, heads, keys; got '", name, "'");
-  const std::string reason = reason_against_heads(problem.own, problem.group.size());
-  TORCH_CHECK_VALUE(reason.empty(), "selfattn: method 'heads' needs ", reason);
+/// Of a call without a heads group.
+ContextMethod parse_method(const ContextCall& call, const ContextProblem& problem) {
+  if (call.method == "auto") return choose_method(problem, call.group_size);
+  if (call.method == "keys") return ContextMethod::kKeys;
+  TORCH_CHECK_VALUE(call.method == "heads", "selfattn: method must be one of auto, heads, keys; got '", call.method,
+                    "'");
+  check_heads_fit(problem.own, call.group_size, "group_size", "method 'heads'");
   return ContextMethod::kHeads;
+}
+
+void take_groups(const ContextCall& call, ContextProblem& problem) {
+  const RankGroup group(call.group_name, call.group_size, "group_size");
+  const RankGroup heads_group(call.heads_group_name, call.heads_group_size, "heads_group_size");
+  if (heads_group.size() > 1) {
+    TORCH_CHECK_VALUE(call.method == "auto" || call.method == "keys",
+                      "selfattn: method must be auto or keys beside a heads group, heads_group_size ",
+                      heads_group.size(), "; got '", call.method, "'");
+    check_heads_fit(problem.own, heads_group.size(), "heads_group_size", "a heads group");
+  } else {
+    problem.method = parse_method(call, problem);
+  }
+  if (problem.method == ContextMethod::kHeads) {
+    problem.heads = group;
+  } else {
+    problem.heads = heads_group, problem.keys = group;
+  }
 }
 
 void check_gathered(const Tensor& integers, const char* name, const Tensor& q, const c10::SymInt& length) {
   check_integer_rows(integers, name);
   check_device(integers, name, q.device(), "q");
   TORCH_CHECK_VALUE(integers.sym_size(0) == q.sym_size(0) && integers.sym_size(1) == length, "selfattn: ", name,
-                    " must have the shape (B, group_size * shared) = [", q.sym_size(0), ", ", length, "]; got ",
-                    integers.sym_sizes());
+                    " must have the shape (B, heads_group_size * group_size * shared) = [", q.sym_size(0), ", ", length,
+                    "]; got ", integers.sym_sizes());
 }
 
 void check_shape(const Tensor& tensor, const char* name, const Tensor& q, at::ScalarType dtype,
@@ -64,7 +90,13 @@ void check_shape(const Tensor& tensor, const char* name, const Tensor& q, at::Sc
 }  // namespace
 
 c10::SymInt ContextProblem::key_heads_of_rank() const {
-  return std::max(own.key_heads(), c10::SymInt(group.size())) / group.size();
+  return std::max(own.key_heads(), c10::SymInt(heads.size())) / heads.size();
+}
+
+AttentionProblem ContextProblem::narrow_tokens(int64_t begin, int64_t end) const {
+  AttentionProblem part = own;
+  for (Tensor* tensor : {&part.query, &part.key, &part.value}) *tensor = tensor->narrow(1, begin, end - begin);
+  return part;
 }
 
 ContextProblem make_context_problem(const ContextCall& call) {
@@ -74,24 +106,30 @@ ContextProblem make_context_problem(const ContextCall& call) {
                     "selfattn: q and k must hold the same tokens of a shard; got lengths ", own.query_length(), " and ",
                     own.key_length());
   check_group_size(call.group_size);
+  check_group_size(call.heads_group_size, "heads_group_size");
   TORCH_CHECK_VALUE(call.shared >= 0 && call.shared <= own.query_length(),
                     "selfattn: shared must be from 0 to the length of q, ", own.query_length(), "; got ", call.shared);
   TORCH_CHECK_VALUE(call.local_start >= 0 && call.local_start <= call.shared,
                     "selfattn: local_start must be from 0 to shared, ", call.shared, "; got ", call.local_start);
-  const c10::SymInt gathered = c10::SymInt(call.group_size) * call.shared;
+  const c10::SymInt gathered = c10::SymInt(call.heads_group_size * call.group_size) * call.shared;
   check_gathered(call.kv_segment_ids, "kv_segment_ids", call.q, gathered);
   check_gathered(call.kv_positions, "kv_positions", call.q, gathered);
+  if (call.kv_order) {
+    check_gathered(*call.kv_order, "kv_order", call.q, gathered);
+    TORCH_CHECK_TYPE(call.kv_order->scalar_type() == at::kLong, "selfattn: kv_order must be int64; got ",
+                     call.kv_order->scalar_type());
+  }
   ContextProblem problem{.own = std::move(own),
                          .kv_ids = as_int32(call.kv_segment_ids, "kv_segment_ids"),
+                         .kv_order = call.kv_order,
                          .shared = call.shared,
                          .local_start = call.local_start,
                          .documents_are_runs = call.documents_are_runs,
                          .method = ContextMethod::kKeys,
-                         .backend = backend,
-                         .group = RankGroup(call.group_name, call.group_size)};
+                         .backend = backend};
   problem.own.query_segment_ids = problem.own.key_segment_ids = as_int32(*problem.own.query_segment_ids, "segment_ids");
   if (problem.own.has_positions()) problem.kv_positions = as_int32(call.kv_positions, "kv_positions");
-  problem.method = parse_method(call.method, problem);
+  take_groups(call, problem);
   return problem;
 }
 
@@ -117,17 +155,17 @@ ContextResults empty_context_results(const ContextProblem& problem, at::Device d
   const auto of_lse = options.dtype(at::kFloat);
   const Tensor out = at::empty_symint({batch, problem.length(), heads, width}, options);
   const Tensor lse = at::empty_symint({batch, heads, problem.length() - problem.local_start}, of_lse);
-  if (problem.method == ContextMethod::kKeys || !problem.has_shared_part()) {
+  const c10::SymInt ranks = problem.heads.size(), tokens = ranks * problem.shared;
+  if (ranks == 1 || !problem.has_shared_part()) {
     return {out, lse, at::empty_symint({batch, heads, problem.shared}, of_lse), {}};
   }
-  const c10::SymInt ranks = problem.group.size(), gathered = ranks * problem.shared;
   const c10::SymInt own_heads = problem.query_heads_of_rank(), key_heads = problem.key_heads_of_rank();
   const c10::SymInt features = own_heads * own.head_dim() + key_heads * (own.head_dim() + width);
   return {out,
           lse,
-          at::empty_symint({batch, own_heads, gathered}, of_lse),
+          at::empty_symint({batch, own_heads, tokens}, of_lse),
           {at::empty_symint({ranks, batch, problem.shared, features}, options),
-           at::empty_symint({batch, gathered, own_heads, width}, options)}};
+           at::empty_symint({batch, tokens, own_heads, width}, options)}};
 }
 
 }  // namespace selfattn

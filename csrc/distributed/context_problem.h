@@ -23,10 +23,13 @@ struct ContextCall {
   std::string backend;
   int64_t local_start;
   bool documents_are_runs;
+  std::string heads_group_name;
+  int64_t heads_group_size;
+  OptionalTensor kv_order;
 };
 
 /// What a forward pass gives: out (B, L, NH, DV) in q's dtype; what the backward pass takes of it: lse of the local
-/// part (B, NH, L - local_start) and of the shared part, float32, and what `heads` exchanged.
+/// part (B, NH, L - local_start) and of the shared part, float32, and what a heads group exchanged.
 using ContextResults = std::tuple<at::Tensor, at::Tensor, at::Tensor, std::vector<at::Tensor>>;
 
 /// dq, dk, dv, dsinks; the last is empty without sinks.
@@ -37,16 +40,25 @@ enum class ContextMethod { kHeads, kKeys };
 /// One call, validated. Its attention is the sum of two parts, since every query has its keys in one of them: the local
 /// part, tokens from `local_start` on with the ids of split documents masked, and the shared part, the first `shared`
 /// tokens of every rank with those of whole documents masked.
+///
+/// The n ranks are a grid. Those of a heads group, whose numbers follow each other, exchange their shared tokens for
+/// heads; those at the same place of every heads group, a keys group, gather the keys of these heads. The method kHeads
+/// is one heads group, kKeys of a call without a heads group is one keys group.
 struct ContextProblem {
   AttentionProblem own;  // this rank's tokens, with their ids and positions
-  at::Tensor kv_ids;     // (B, n * shared), as own.query_segment_ids
+  // Of the shared slots of all ranks, (B, n * shared): numbers of split documents, -1 but for these; positions as own
+  // has them; which slot comes first, second, ... by number, -1 behind, and position, int64. The slots of a rank are in
+  // that order where it is given.
+  at::Tensor kv_ids;
   OptionalTensor kv_positions;
+  OptionalTensor kv_order;
   int64_t shared;
   int64_t local_start;
   bool documents_are_runs;
-  ContextMethod method;
+  ContextMethod method;  // of the call's `group_name`
   Backend backend;
-  RankGroup group;
+  RankGroup heads = {};
+  RankGroup keys = {};
 
   c10::SymInt length() const { return own.query_length(); }
   /// Whether tokens of this rank lie in a part.
@@ -55,10 +67,14 @@ struct ContextProblem {
   /// Whether indices cannot stand for positions where the tokens of a document lie in their order, and side by side:
   /// other documents lay between them, and a window counts those.
   bool needs_positions() const { return own.has_positions() && own.has_window() && !documents_are_runs; }
-  /// Of the query heads, and of the key heads, which are repeated where there are fewer than ranks, those that a rank
-  /// computes by the method kHeads.
-  c10::SymInt query_heads_of_rank() const { return own.query_heads() / group.size(); }
+  /// The number of this rank among all. Throws c10::ValueError where a group is of another size.
+  int64_t rank() const { return keys.rank() * heads.size() + heads.rank(); }
+  /// Of the query heads, and of the key heads, which are repeated where there are fewer than ranks of the heads group,
+  /// those that a rank computes of shared tokens.
+  c10::SymInt query_heads_of_rank() const { return own.query_heads() / heads.size(); }
   c10::SymInt key_heads_of_rank() const;
+  /// The call's attention of these tokens of this rank, with the ids and positions of all.
+  AttentionProblem narrow_tokens(int64_t begin, int64_t end) const;
 };
 
 /// Throws c10::TypeError and c10::ValueError as make_attention_problem does. Nothing of the group is looked up.

@@ -29,11 +29,17 @@ std::vector<int64_t> cut_evenly(int64_t length, int64_t parts) {
   return begins;
 }
 
+/// Halves of equal shares, from both ends of the row inwards.
 std::vector<int64_t> deal_head_tail(int64_t length, int64_t ranks) {
-  const std::vector<int64_t> begins = cut_evenly(length, 2 * ranks);
+  const std::vector<int64_t> begins = cut_evenly(length, ranks);
   std::vector<int64_t> owners(length);
-  for (int64_t i = 0; i < 2 * ranks; ++i) {
-    std::fill(owners.begin() + begins[i], owners.begin() + begins[i + 1], std::min(i, 2 * ranks - 1 - i));
+  auto head = owners.begin();
+  auto tail = owners.end();
+  for (int64_t rank = 0; rank < ranks; ++rank) {
+    const int64_t share = begins[rank + 1] - begins[rank], of_tail = share / 2;
+    head = std::fill_n(head, share - of_tail, rank);
+    tail -= of_tail;
+    std::fill_n(tail, of_tail, rank);
   }
   return owners;
 }

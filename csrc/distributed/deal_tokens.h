@@ -24,7 +24,7 @@ struct RowDocuments {
 
 RowDocuments find_documents(const int64_t* ids, int64_t length);
 
-/// The rank of each token; none gets more than ceil(length / ranks).
+/// The rank of each token; none gets more than ceil(length / ranks) of them.
 std::vector<int64_t> deal_tokens(const RowDocuments& documents, int64_t length, int64_t ranks, ContextBalance balance);
 
 }  // namespace selfattn

@@ -32,16 +32,16 @@ Tensor call(const char* collective, const Arguments&... arguments) {
 
 }  // namespace
 
-void check_group_size(int64_t group_size) {
+void check_group_size(int64_t size, const char* argument) {
   constexpr int64_t kMost = int64_t{1} << 20;
-  TORCH_CHECK_VALUE(group_size >= 1 && group_size <= kMost, "selfattn: group_size must be from 1 to ", kMost, "; got ",
-                    group_size);
+  TORCH_CHECK_VALUE(size >= 1 && size <= kMost, "selfattn: ", argument, " must be from 1 to ", kMost, "; got ", size);
 }
 
 int64_t RankGroup::rank() const {
+  if (size_ == 1 && name_.empty()) return 0;
   TORCH_CHECK_NOT_IMPLEMENTED(&c10d::resolve_process_group != nullptr, kNeedsDistributed);
   const auto group = c10d::resolve_process_group(name_);
-  TORCH_CHECK_VALUE(group->getSize() == size_, "selfattn: group_size must be that of the group '", name_, "', ",
+  TORCH_CHECK_VALUE(group->getSize() == size_, "selfattn: ", argument_, " must be that of the group '", name_, "', ",
                     group->getSize(), "; got ", size_);
   return group->getRank();
 }

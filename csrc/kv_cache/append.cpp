@@ -88,9 +88,11 @@ Slots find_slots(const AppendCall& call) {
   return slots;
 }
 
+}  // namespace
+
 /// Every token that is not written stands in for the first that is: equal writes to one slot, so that nothing is
 /// selected by its value, which the host would have to read. Where none is written, slot 0 gets what it has.
-void write(const AppendCall& call) {
+void compose_append(const AppendCall& call) {
   if (call.key.sym_size(0) == 0 || call.key.sym_size(1) == 0) return;
   Slots slots = find_slots(call);
   at::Tensor source, is_any;
@@ -110,13 +112,15 @@ void write(const AppendCall& call) {
   }
 }
 
-at::Tensor norm_rope_then_write(const NormRopeAppendCall& call) {
+at::Tensor compose_norm_rope_append(const NormRopeAppendCall& call) {
   const auto [query, key] = qk_norm_rope(call.norm_rope);
   AppendCall append = call.append;
   append.key = key;
-  write(append);
+  compose_append(append);
   return query;
 }
+
+namespace {
 
 void write_nothing(const AppendCall&) {}
 
@@ -129,8 +133,8 @@ at::Tensor empty_query(const NormRopeAppendCall& call) {
 
 TORCH_LIBRARY_IMPL(selfattn, CompositeExplicitAutograd, m) {
   using namespace selfattn;
-  m.impl("append_kv_cache", TORCH_FN(append_from_schema<write>));
-  m.impl("qk_norm_rope_append", TORCH_FN(norm_rope_append_from_schema<norm_rope_then_write>));
+  m.impl("append_kv_cache", TORCH_FN(append_from_schema<compose_append>));
+  m.impl("qk_norm_rope_append", TORCH_FN(norm_rope_append_from_schema<compose_norm_rope_append>));
 }
 TORCH_LIBRARY_IMPL(selfattn, Meta, m) {
   using namespace selfattn;

@@ -41,6 +41,10 @@ void append_from_schema(const at::Tensor& k, const at::Tensor& v, const at::Tens
   kImplementation(make_append_call(k, v, positions, page_table, segment_ids, k_cache, v_cache, k_scale, v_scale));
 }
 
+/// The operators in ATen operators, for what kernels do not serve.
+void compose_append(const AppendCall& call);
+at::Tensor compose_norm_rope_append(const NormRopeAppendCall& call);
+
 /// Through the dispatcher.
 inline void append_kv_cache(AppendCall call) {
   static const auto op = find_op<decltype(append_from_schema<nullptr>)>("selfattn::append_kv_cache");

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from packing import BOUNDARY, PADDING_ID, PackedRows
+from parallel import OneProcess
 from torch import nn
 from training import logits_of
 
@@ -23,24 +24,27 @@ class Isolation:
 
 
 @torch.no_grad()
-def check_isolation(model: nn.Module, rows: PackedRows) -> Isolation:
-    """Changes every byte of one document after the other, and compares all logits bit by bit."""
+def check_isolation(model: nn.Module, rows: PackedRows, ranks: OneProcess) -> Isolation:
+    """Changes every byte of one document after the other, and compares all logits bit by bit, on every rank."""
     rows = rows[rows.segment_ids.amax(dim=1) > 0]
+    documents = int(rows.segment_ids.max()) + 1 if len(rows) else 0
+    rows = ranks.own_tokens(rows).to(ranks.device)
     logits = logits_of(model, rows)
-    changed, leaks, unmoved = 0, 0, 0
-    for number in rows.segment_ids.unique().tolist():
-        if number == PADDING_ID:
-            continue
+    is_there, is_moved, leaks = torch.zeros(3, len(rows), documents, dtype=torch.bool, device=ranks.device)
+    for number in range(documents):
         document = rows.segment_ids == number  # one of each row, where the row has so many
+        others = (rows.segment_ids != PADDING_ID) & ~document
         tokens = torch.where(document & (rows.tokens != BOUNDARY), (rows.tokens + 1) % BOUNDARY, rows.tokens)
         moved = (logits_of(model, replace(rows, tokens=tokens)) != logits).any(dim=-1)
-        real = rows.segment_ids != PADDING_ID
-        for row in range(len(rows)):
-            if document[row].any():
-                changed += 1
-                leaks += int((moved[row] & real[row] & ~document[row]).any())
-                unmoved += int(not (moved[row] & document[row]).any())
-    return Isolation(documents_changed=changed, others_changed_too=leaks, unmoved_by_own_change=unmoved)
+        is_there[:, number] = document.any(dim=1)
+        is_moved[:, number] = (moved & document).any(dim=1)
+        leaks[:, number] = (moved & others).any(dim=1)
+    is_there, is_moved, leaks = ranks.any(torch.stack([is_there, is_moved, leaks]))
+    return Isolation(
+        documents_changed=int(is_there.sum()),
+        others_changed_too=int(leaks.sum()),
+        unmoved_by_own_change=int((is_there & ~is_moved).sum()),
+    )
 
 
 def most_crowded(rows: PackedRows, count: int) -> PackedRows:

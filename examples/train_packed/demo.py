@@ -2,6 +2,7 @@
 
     python examples/train_packed/demo.py                      # the Python standard library's sources
     python examples/train_packed/demo.py --data ~/notes --suffix .md .txt
+    torchrun --nproc-per-node 2 examples/train_packed/demo.py # the same training on two ranks
 
 Interrupt it with Ctrl-C and run it again: it goes on where it was. The last line says whether every check passed; the
 exit status says it too.
@@ -15,12 +16,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import argparse
 import platform
+import shutil
 import statistics
 import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
 
+import checkpoints
 import torch
 from checks import check_isolation, most_crowded
 from documents import DEFAULT_FOLDER, DEFAULT_SUFFIXES, Corpus, entropy_of_bytes, load_corpus
@@ -28,16 +31,18 @@ from export import build_generator, export_torchscript, run_generator
 from generation import ROUNDINGS, compare_runs, openings, prompt_difference, rounding_of
 from model import LanguageModel
 from packing import PackedRows, pack
+from parallel import OneProcess, add_options, find_ranks
 from presets import PRESETS, Preset
 from report import plot_loss, write_record
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from side_by_side import Comparison, compare_steps
+from torch import nn
 from training import Plan, Trainer, interruptible
 
 import selfattn
 
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, soft_wrap=True, quiet=os.environ.get("RANK", "0") != "0")
 INSTALL_TREE = Path(__file__).parents[2] / "build" / "install"  # where `make demo` installs the library
 INTERRUPTED = 130  # the status that shells give to a program stopped by Ctrl-C
 
@@ -45,33 +50,40 @@ INTERRUPTED = 130  # the status that shells give to a program stopped by Ctrl-C
 def main() -> int:
     arguments = parse_arguments()
     started = time.perf_counter()
-    device = torch.device(arguments.device)
-    preset = PRESETS[arguments.size or ("large" if device.type == "cuda" else "small")]
+    preset = PRESETS[arguments.size or ("large" if torch.device(arguments.device).type == "cuda" else "small")]
+    plan = make_plan(arguments, preset)
+    ranks = find_ranks(arguments, plan.rows_per_step)
+    device = ranks.device
     arguments.out.mkdir(parents=True, exist_ok=True)
 
     corpus = load_corpus(arguments.data, tuple(arguments.suffix))
-    plan = make_plan(arguments, preset)
     train_rows = pack(corpus.train, plan.row_length, plan.seed)
     held_out_rows = pack(corpus.held_out, plan.row_length, plan.seed)
     held_out = held_out_rows[: preset.held_out_rows]
     describe_data(arguments.data, corpus, train_rows)
 
-    trainer = make_trainer(plan, train_rows, device)
-    describe_model(trainer.model, plan, device)
-    checkpoint = arguments.out / "checkpoint.pt"
+    trainer = make_trainer(plan, train_rows, ranks)
+    describe_model(trainer.model, plan, ranks)
+    folder = arguments.out / "checkpoints"
     if arguments.fresh:
-        checkpoint.unlink(missing_ok=True)
-    if checkpoint.is_file():
+        ranks.on_first(lambda: shutil.rmtree(folder, ignore_errors=True))
+    checkpoint = checkpoints.latest(folder)
+    if checkpoint is not None:
         trainer.load(checkpoint)
         console.print(f"Going on from step {trainer.step}, where {checkpoint} was written.")
-    if not train(trainer, held_out, preset.evaluate_every, checkpoint):
+    if not train(trainer, held_out, preset.evaluate_every, folder, ranks):
         console.print(f"Interrupted. Run the same command to go on from step {trainer.step}, or give --fresh.")
         return INTERRUPTED
 
-    model = trainer.model
+    isolation = check_isolation(trainer.model, most_crowded(held_out_rows, 2), ranks)
+    weights = ranks.gather(trainer.model)
+    ranks.close()
+    if not ranks.is_first:
+        return 0
+    model = make_model(plan).to(device)
+    model.load_state_dict(weights)
     bound = arguments.bound or stated_bound(arguments.data, preset, corpus)
     comparisons = compare(model, corpus, preset, plan, device)
-    isolation = check_isolation(model, most_crowded(held_out_rows, 2).to(device))
     checks = {
         f"held-out loss {trainer.history.held_out[-1][1]:.3f} bits per byte is below {bound:.3f}":
             trainer.history.held_out[-1][1] < bound,
@@ -90,12 +102,13 @@ def main() -> int:
         checks |= cpp_checks
     else:
         console.print(f"No C++ program: the library is not installed in {arguments.install_tree}.")
-    checkpoint.unlink(missing_ok=True)
+    shutil.rmtree(folder)
 
     plot_loss(arguments.out / "loss.png", trainer.history, bound)
     record = {
         "plan": asdict(plan),
         "machine": describe_machine(device),
+        "ranks": ranks.description,
         "seconds": time.perf_counter() - started,
         "tokens_per_second": tokens_per_second(trainer),
         "generated_tokens_per_second": speeds,
@@ -117,16 +130,18 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--data", type=Path, default=DEFAULT_FOLDER, help="folder of text files, read with its subfolders")
     add("--suffix", nargs="+", default=list(DEFAULT_SUFFIXES), help="which files to read")
-    add("--out", type=Path, default=Path("demo_out"), help="folder for the checkpoint and the results")
+    add("--out", type=Path, default=Path("demo_out"), help="folder for the checkpoints and the results")
     add("--size", choices=PRESETS, help="how much to train (default: small on a CPU, large on a GPU)")
     add("--steps", type=int, help="overrides the size's number of steps")
+    add("--rows-per-step", type=int, help="overrides the size's number of rows")
     add("--bound", type=float, help="held-out bits per byte to fall below (default: stated by the size)")
     add("--backend", default="auto", choices=selfattn.AttentionBackend.names(), help="of the attention")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--seed", type=int, default=0)
-    add("--fresh", action="store_true", help="drop the checkpoint of an interrupted run")
+    add("--fresh", action="store_true", help="drop the checkpoints of an interrupted run")
     add("--install-tree", type=Path, default=INSTALL_TREE, help="of the library: for the C++ program")
     add("--prompt", default="def read_file(path", help="what the C++ program continues")
+    add_options(parser)
     return parser.parse_args()
 
 
@@ -134,7 +149,7 @@ def make_plan(arguments: argparse.Namespace, preset: Preset) -> Plan:
     return Plan(
         seed=arguments.seed,
         steps=arguments.steps or preset.steps,
-        rows_per_step=preset.rows_per_step,
+        rows_per_step=arguments.rows_per_step or preset.rows_per_step,
         row_length=preset.row_length,
         embedding_dim=preset.embedding_dim,
         num_layers=preset.num_layers,
@@ -145,16 +160,19 @@ def make_plan(arguments: argparse.Namespace, preset: Preset) -> Plan:
     )
 
 
-def make_trainer(plan: Plan, rows: PackedRows, device: torch.device) -> Trainer:
+def make_model(plan: Plan) -> LanguageModel:
     torch.manual_seed(plan.seed)
     config = selfattn.SelfAttentionConfig(
         head_dim=plan.head_dim, num_layers=plan.num_layers, attention_backend=plan.attention_backend
     )
-    model = LanguageModel(plan.embedding_dim, plan.hidden_dim, plan.num_layers, config)
-    return Trainer(plan, model.to(device), rows, device)
+    return LanguageModel(plan.embedding_dim, plan.hidden_dim, plan.num_layers, config)
 
 
-def train(trainer: Trainer, held_out: PackedRows, evaluate_every: int, checkpoint: Path) -> bool:
+def make_trainer(plan: Plan, rows: PackedRows, ranks: OneProcess) -> Trainer:
+    return Trainer(plan, make_model(plan), rows, ranks)
+
+
+def train(trainer: Trainer, held_out: PackedRows, evaluate_every: int, folder: Path, ranks: OneProcess) -> bool:
     """To the end of the plan, with a bar; False where the user interrupted it, and a checkpoint tells how far it is."""
     columns = (
         TextColumn("step"),
@@ -173,15 +191,15 @@ def train(trainer: Trainer, held_out: PackedRows, evaluate_every: int, checkpoin
         task = progress.add_task("", total=trainer.plan.steps, completed=trainer.step, bits=float("nan"), rate=0.0)
         if not trainer.history.held_out:
             evaluate()
-        while trainer.step < trainer.plan.steps and not is_stop_asked():
+        while trainer.step < trainer.plan.steps and not ranks.any(torch.tensor(is_stop_asked())):
             trainer.train_one_step()
             bits = statistics.mean(trainer.history.bits_per_byte[-20:])  # one batch says little
             progress.update(task, completed=trainer.step, bits=bits, rate=tokens_per_second(trainer))
             if trainer.step % evaluate_every == 0 or trainer.step == trainer.plan.steps:
                 evaluate()
-                trainer.save(checkpoint)
+                trainer.save(folder)
         if trainer.step < trainer.plan.steps:
-            trainer.save(checkpoint)
+            trainer.save(folder)
             return False
     return True
 
@@ -262,9 +280,12 @@ def describe_data(folder: Path, corpus: Corpus, rows: PackedRows) -> None:
     )
 
 
-def describe_model(model: LanguageModel, plan: Plan, device: torch.device) -> None:
+def describe_model(model: nn.Module, plan: Plan, ranks: OneProcess) -> None:
+    device = ranks.device
     count = sum(parameter.numel() for parameter in model.parameters())
     console.print(f"{count:,} parameters, {plan.num_layers} layers, on {describe_machine(device)['device']}")
+    if ranks.description:
+        console.print(f"Spread over {ranks.description}")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     heads = plan.embedding_dim // plan.head_dim
     q = torch.zeros(plan.rows_per_step, plan.row_length, heads, plan.head_dim, dtype=dtype, device=device)

@@ -11,7 +11,7 @@ import selfattn
 
 
 class DenseMaskAttention(nn.Module):
-    """The same layer as ``selfattn.SelfAttention``, with its weights, in plain PyTorch; it has no cache."""
+    """The same layer as ``selfattn.SelfAttention``, with its weights, in plain PyTorch: whole rows, without a cache."""
 
     def __init__(self, attention: selfattn.SelfAttention) -> None:
         super().__init__()
@@ -19,7 +19,9 @@ class DenseMaskAttention(nn.Module):
         self.q_proj, self.k_proj = attention.q_proj, attention.k_proj
         self.v_proj, self.out_proj = attention.v_proj, attention.out_proj
 
-    def forward(self, x: Tensor, freqs: tuple[Tensor, Tensor], mask: Tensor, cache: None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, freqs: tuple[Tensor, Tensor], mask: Tensor, cache: None = None, context: None = None
+    ) -> Tensor:
         q, k, v = (
             projection(x).unflatten(-1, (-1, self.head_dim)) for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
@@ -38,7 +40,7 @@ class DenseMaskModel(nn.Module):
         for layer in self.model.layers:
             layer.attention = DenseMaskAttention(layer.attention)
 
-    def forward(self, tokens: Tensor, segment_ids: Tensor, positions: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, segment_ids: Tensor, positions: Tensor, context: None = None) -> Tensor:
         # Padding attends to padding here, or its rows of the softmax would be empty: its loss is not counted.
         same_document = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
         length = tokens.shape[1]

@@ -1,5 +1,7 @@
 """A small Llama-style language model over bytes: the project's SelfAttention in every layer, RMSNorm, SwiGLU."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from packing import VOCABULARY
@@ -35,8 +37,9 @@ class Layer(nn.Module):
         freqs: tuple[Tensor, Tensor] | None,
         segment_ids: Tensor | None,
         cache: tuple[Tensor, Tensor, Tensor, Tensor | None] | None = None,
+        context: Any | None = None,
     ) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), freqs, segment_ids, cache)
+        x = x + self.attention(self.attention_norm(x), freqs, segment_ids, cache, context)
         return x + self.feed_forward(self.feed_forward_norm(x))
 
 
@@ -49,6 +52,9 @@ class LanguageModel(nn.Module):
     With ``cache``, ``KVCache.layer(i)`` of every layer, the tokens go on with the sequences in it: ids are its rows, no
     ids are row b for batch b, no positions are the tokens' places behind the lengths of their rows. Keys and values are
     written; the lengths stay as they are.
+
+    With ``context``, the ``ContextLayout`` of whole rows, everything is of this rank's tokens, (B, L): ids are the
+    layout's own.
     """
 
     def __init__(
@@ -72,6 +78,7 @@ class LanguageModel(nn.Module):
         segment_ids: Tensor | None = None,
         positions: Tensor | None = None,
         cache: list[tuple[Tensor, Tensor, Tensor, Tensor | None]] | None = None,
+        context: Any | None = None,
     ) -> Tensor:
         if positions is None and cache is None:
             positions = torch.arange(tokens.size(1), device=tokens.device).unsqueeze(0)
@@ -81,5 +88,5 @@ class LanguageModel(nn.Module):
             freqs = selfattn.precompute_freqs(self.head_dim, positions, None, self.rope_theta)
         x = self.embedding(tokens)
         for i, layer in enumerate(self.layers):
-            x = layer(x, freqs, segment_ids, None if cache is None else cache[i])
+            x = layer(x, freqs, segment_ids, None if cache is None else cache[i], context)
         return self.head(self.norm(x)).float()

@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,15 +26,17 @@ class PackedRows:
     """Which document of its row a token belongs to; PADDING_ID on padding."""
     positions: Tensor
     """A token's position in its document."""
+    context: Any = None
+    """The ContextLayout of whole rows of which these are one rank's tokens (parallel.py)."""
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
 
     def __getitem__(self, rows) -> "PackedRows":
-        return PackedRows(*(field[rows] for field in self._fields()))
+        return PackedRows(*(field[rows] for field in self._tensors()))
 
     def to(self, device: torch.device) -> "PackedRows":
-        return PackedRows(*(field.to(device, non_blocking=True) for field in self._fields()))
+        return PackedRows(*(field.to(device, non_blocking=True) for field in self._tensors()), self.context)
 
     def fill(self) -> float:
         """Share of the tokens that are no padding."""
@@ -42,7 +45,11 @@ class PackedRows:
     def documents_per_row(self) -> float:
         return (self.segment_ids.amax(dim=1) + 1).float().mean().item()
 
-    def _fields(self) -> tuple[Tensor, ...]:
+    def count_targets(self) -> int:
+        """Tokens whose loss counts."""
+        return int((self.targets != IGNORED_TARGET).sum())
+
+    def _tensors(self) -> tuple[Tensor, ...]:
         return self.tokens, self.targets, self.segment_ids, self.positions
 
 

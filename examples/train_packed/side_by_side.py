@@ -26,11 +26,12 @@ class Comparison:
 def compare_steps(model: LanguageModel, batch: PackedRows, repeats: int) -> Comparison:
     """Medians of ``repeats`` forward and backward passes; the two take turns, so that a busy machine slows both."""
     contenders = [model, DenseMaskModel(model)]
-    losses = [backward_step(contender, batch).item() for contender in contenders]  # also warms up
+    targets = batch.count_targets()
+    losses = [backward_step(contender, batch, targets).item() for contender in contenders]  # also warms up
     seconds: list[list[float]] = [[], []]
     for _ in range(repeats):
         for contender, times in zip(contenders, seconds, strict=True):
-            times.append(_time_step(contender, batch))
+            times.append(_time_step(contender, batch, targets))
     rows, length = batch.tokens.shape
     return Comparison(
         rows=rows,
@@ -42,9 +43,9 @@ def compare_steps(model: LanguageModel, batch: PackedRows, repeats: int) -> Comp
     )
 
 
-def _time_step(model: nn.Module, batch: PackedRows) -> float:
+def _time_step(model: nn.Module, batch: PackedRows, targets: int) -> float:
     start = time.perf_counter()
-    backward_step(model, batch)
+    backward_step(model, batch, targets)
     if batch.tokens.is_cuda:
         torch.cuda.synchronize()
     return time.perf_counter() - start

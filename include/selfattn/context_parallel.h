@@ -1,6 +1,6 @@
 #pragma once
 
-/// Rows whose tokens are spread over the ranks of a process group (context parallelism). docs/scale_out.md is the
+/// Rows whose tokens are spread over the ranks of a process group (context parallelism). docs/distributed.md is the
 /// guide.
 
 #include <cstdint>
@@ -23,8 +23,8 @@ struct ContextLayoutOptions {
 };
 
 /// Which tokens of each row a rank holds, and in which order. B rows of S tokens on n ranks; L = ceil(S / n) slots a
-/// row on each. A shard holds split documents (with tokens on several ranks) first, by position, then whole ones by
-/// their first token, then padding tokens, then slots that no token fills. On the CPU; move it to where q is.
+/// row on each. A shard holds split documents (with tokens on several ranks) first, then whole ones, each by their
+/// first tokens, then padding tokens, then slots that no token fills. On the CPU; move it to where q is.
 struct ContextLayout {
   /// (B, L) int64: the index in its row of each slot's token; -1 where no token is.
   at::Tensor indices;
@@ -34,10 +34,14 @@ struct ContextLayout {
   at::Tensor positions;
   /// (B, L) int32: how many earlier tokens of the row have the same id, for rotary tables; 0 in padding.
   at::Tensor document_positions;
-  /// (B, n * shared): ids of the first `shared` slots of every rank, rank after rank; -1 but for split documents.
+  /// (B, n * shared), of the ids' dtype: of the first `shared` slots of every rank, rank after rank, the number of the
+  /// document among those of the row, which come by their first tokens; -1 but for split documents.
   at::Tensor kv_segment_ids;
   /// (B, n * shared) int32.
   at::Tensor kv_positions;
+  /// (B, n * shared) int64: which of these slots comes first, second, ... by document, and in it by position; those of
+  /// no split document are last.
+  at::Tensor kv_order;
   /// (B, S) int64: the slot of each token of the row among the n * L of all ranks, rank after rank.
   at::Tensor slots;
   /// The first slots of each shard, in which every split document lies: the most such tokens of a rank and row, rounded
@@ -64,6 +68,7 @@ struct ContextParallelOptions {
         kv_segment_ids_(layout.kv_segment_ids),
         positions_(layout.positions),
         kv_positions_(layout.kv_positions),
+        kv_order_(layout.kv_order),
         shared_(layout.shared),
         local_start_(layout.local_start),
         documents_are_runs_(layout.documents_are_runs) {}
@@ -76,6 +81,9 @@ struct ContextParallelOptions {
   TORCH_ARG(at::Tensor, positions);
   /// (B, n * shared), of positions' dtype.
   TORCH_ARG(at::Tensor, kv_positions);
+  /// (B, n * shared) int64, or unset: gathered keys are brought into that order, in which those that a query may see
+  /// lie side by side. The shared slots of each rank must be in it.
+  TORCH_ARG(std::optional<at::Tensor>, kv_order);
   /// The slots of each shard that travel, from 0 to L.
   TORCH_ARG(int64_t, shared) = 0;
   /// The first slot of a whole document, from 0 to shared.
@@ -87,8 +95,14 @@ struct ContextParallelOptions {
   /// The number of its ranks.
   TORCH_ARG(int64_t, group_size) = 1;
   /// "keys" gathers the keys and values of split documents, "heads" gives every rank all shared tokens and some of the
-  /// heads, which group_size must divide; "auto" takes what moves fewer bytes, on CUDA "heads" where they fit.
+  /// heads, which group_size must divide; "auto" takes "keys", or "heads" where all tokens travel and that moves fewer
+  /// bytes. Beside a heads group: "keys", which is what "auto" is there.
   TORCH_ARG(std::string, method) = "auto";
+  /// Of ranks near each other, in one node: they exchange tokens for heads first. Rank `r` of n = heads_group_size *
+  /// group_size is rank `r % heads_group_size` of it, and rank `r / heads_group_size` of the group above.
+  TORCH_ARG(std::string, heads_group_name);
+  /// The number of its ranks, which must divide NH, and divide NKV or be a multiple of it; 1: no such group.
+  TORCH_ARG(int64_t, heads_group_size) = 1;
   /// Whether a token sees none behind it in its document.
   TORCH_ARG(bool, causal) = true;
   /// Unset: 1 / sqrt(DQK).

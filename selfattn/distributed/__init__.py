@@ -1,6 +1,6 @@
 """Models over several devices, on PyTorch's engines: DeviceMesh, DTensor, FSDP2, DDP and functional collectives.
 
-docs/scale_out.md is the guide. Importing this module registers how DTensor may shard the operators of selfattn.
+docs/distributed.md is the guide. Importing this module registers how DTensor may shard the operators of selfattn.
 """
 
 import torch

@@ -1,5 +1,6 @@
 """The whole of a ``ParallelConfig``, applied to a model."""
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -13,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
-from selfattn.config import _DTYPES, ParallelConfig
+from selfattn.config import _AXES, _DTYPES, ParallelConfig
 from selfattn.distributed._agreement import check_agreement
 from selfattn.distributed._tensor_parallel import HeadsForward, TensorParallel
 from selfattn.module import SelfAttention
@@ -94,11 +95,17 @@ def _axis_sizes(mesh: DeviceMesh, config: ParallelConfig) -> dict[str, int]:
             f"parallelize: mesh: expected the axes {config.axis_names} of config.device_mesh(), "
             f"got {mesh.mesh_dim_names}"
         )
-    sizes = dict(zip(("pipeline", "data", "fsdp", "context", "model"), mesh.shape, strict=True))
+    named = dict(zip(mesh.mesh_dim_names, mesh.shape, strict=True))
+    sizes = {axis: math.prod(named[name] for name in config._names_of(axis)) for axis in _AXES}
     for axis, size in sizes.items():
         asked = getattr(config, f"{axis}_axis_size")
         if asked not in (-1, size):
             raise ValueError(f"parallelize: mesh: expected config.{axis}_axis_size, {asked}, ranks, got {size}")
+    asked, heads_axis = config.context_heads_size, config._names_of("context")[-1]
+    if asked not in (1, named[heads_axis]):
+        raise ValueError(
+            f"parallelize: mesh: expected config.context_heads_size, {asked}, ranks, got {named[heads_axis]}"
+        )
     if sizes["pipeline"] > 1:
         raise NotImplementedError(
             f"parallelize: config.pipeline_axis_size: expected 1, got {sizes['pipeline']}: split the whole model with "
@@ -138,7 +145,7 @@ def _check_model(model: nn.Module, mesh: DeviceMesh, config: ParallelConfig, siz
 
 def _check_agreement(model: nn.Module, mesh: DeviceMesh, config: ParallelConfig) -> None:
     parameters = [(name, tuple(p.shape), p.dtype, p.requires_grad) for name, p in model.named_parameters()]
-    check_agreement(mesh, {"config": config, "parameters": parameters})
+    check_agreement({"config": config, "parameters": parameters}, mesh)
 
 
 def _broadcast_from_first(model: nn.Module, mesh: DeviceMesh) -> None:
@@ -163,7 +170,7 @@ def _recompute(model: nn.Module, names: Iterable[str]) -> nn.Module:
 def _fully_shard(model: nn.Module, mesh: DeviceMesh, config: ParallelConfig, sizes: dict[str, int]) -> nn.Module:
     axes = [config.fsdp_axis_name]
     if sizes["context"] > 1:
-        both = (config.fsdp_axis_name, config.context_axis_name)
+        both = (config.fsdp_axis_name, *config._names_of("context"))
         axes = [mesh[both]._flatten().mesh_dim_names[0]]
     if sizes["data"] > 1:
         axes.insert(0, config.data_axis_name)

@@ -238,7 +238,7 @@ class HeadsForward(NamedTuple):
             if layer.training and layer.dropout_rate:
                 generator = torch.get_device_module(x.device.type) if x.device.type != "cpu" else torch
                 facts["random numbers of dropout"] = content_of(generator.get_rng_state())
-        check_agreement(self.mesh, facts)
+        check_agreement(facts, self.mesh)
 
 
 def _local(parameter: Tensor | None) -> Tensor | None:

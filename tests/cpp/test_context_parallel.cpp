@@ -37,4 +37,17 @@ TEST(ContextParallel, WholeDocumentsNeedNoGroup) {
   for (size_t i = 0; i < 3; ++i) EXPECT_TRUE(grads[i].allclose(expected_grads[i], 1e-4, 1e-5));
 }
 
+TEST(ContextParallel, HeadsThatAGroupCannotShareAreNamed) {
+  const torch::Tensor q = torch::randn({1, 2, 4, 8});
+  const torch::Tensor ids = torch::zeros({1, 2}, torch::kInt), gathered = torch::zeros({1, 6}, torch::kInt);
+  auto options = selfattn::ContextParallelOptions().segment_ids(ids).positions(ids).shared(1).group_size(2);
+  options.kv_segment_ids(gathered).kv_positions(gathered).heads_group_name("node").heads_group_size(3);
+  try {
+    selfattn::context_parallel_attention(q, q, q, options);
+    FAIL() << "expected an error";
+  } catch (const c10::ValueError& error) {
+    EXPECT_NE(std::string(error.what()).find("heads_group_size that divides the 4 query heads"), std::string::npos);
+  }
+}
+
 }  // namespace

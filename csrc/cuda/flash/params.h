@@ -55,6 +55,7 @@ struct ForwardParams {
   int* counters;           // kTileCounters ints of scratch; segments.counters where there are segments
   int* repair_list;        // scratch, an int for each query tile of each head
   float softcap;           // logits are softcap * tanh(scale * score / softcap); 0: scale * score
+  int sms_left_free;       // by kernels that would take all SMs (sm90), for collectives beside them
 };
 
 constexpr int kTileCounters = 4;
@@ -73,6 +74,7 @@ struct BackwardParams {
   SegmentTables segments;             // filled by launch_prepare_segments in the same stream, or all null
   void* workspace;                    // FlashKernels::backward_workspace_bytes of them, 256-byte aligned
   float softcap;                      // logits are softcap * tanh(scale * score / softcap); 0: scale * score
+  int sms_left_free;                  // as in the forward pass
 };
 
 // Rows of a query tile and of a key tile.

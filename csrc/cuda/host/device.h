@@ -26,6 +26,9 @@ inline cudaError_t find_device(int& device, int& sms) {
   return status;
 }
 
+// The SMs of a kernel that would take all of them but for those left free.
+inline int sms_to_take(int sms, int left_free) { return sms > left_free ? sms - left_free : 1; }
+
 // KiB, for tests: the kernels then do with so much as on another card. Read once.
 inline int shared_memory_limit() {
   static const int bytes = [] {

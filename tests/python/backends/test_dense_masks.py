@@ -19,11 +19,13 @@ ROWS: dict[str, list[dict]] = {
         IDS | {"dtype": torch.float32, "dim": 257, "value_dim": 16},
     ],
     "compute capability below 8.0": [IDS | {"capability": (7, 5)}],
-    "rows of more than 524,288 tokens with segment ids": [IDS | {"num_queries": LONG, "num_keys": LONG}],
-    "positions, with causality or a window": [{"has_positions": True}],
+    "rows of more than 524,288 tokens with segment ids or positions": [
+        {"has_ids": True, "num_queries": LONG, "num_keys": LONG},
+        {"has_positions": True, "num_queries": LONG, "num_keys": LONG},
+    ],
     "any of these with sinks, softcap or lse": [
         call | option
-        for call in (IDS | {"dtype": torch.float64}, IDS | {"dim": 260}, {"has_positions": True})
+        for call in (IDS | {"dtype": torch.float64}, IDS | {"dim": 260})
         for option in ({"has_sinks": True}, {"softcap": 30.0}, {"wants_lse": True})
     ],
     "`torch.func` transforms but vmap, forward mode": [{"transform": "grad"}, {"has_tangent": True}],
@@ -36,6 +38,8 @@ BY_KERNELS = [
     IDS | {"softcap": 30.0, "has_sinks": True, "wants_lse": True},
     {"num_queries": 5, "num_keys": 9, "window_right": 2, "causal": False},
     {"qk_scale": -0.3, "has_positions": True, "causal": False},
+    {"num_queries": 5, "num_keys": 9, "has_positions": True, "window_left": 3},
+    IDS | {"has_positions": True, "dtype": torch.float32, "softcap": 30.0, "has_sinks": True, "wants_lse": True},
     IDS | {"capability": (8, 6), "transform": "vmap"},
     IDS | {"dtype": torch.float32, "has_sinks": True, "wants_lse": True, "softcap": 30.0},
     IDS | {"dtype": torch.float32, "dim": 100, "value_dim": 12, "capability": (8, 6)},

@@ -1,4 +1,5 @@
-"""The demo program does what its last lines say, fails when a check fails, and goes on after an interrupt."""
+"""The demo program does what its last lines say, fails when a check fails, and goes on after an interrupt, or after one
+of its ranks died."""
 
 import json
 import os
@@ -45,6 +46,26 @@ def run(data: Path, *options: str) -> subprocess.CompletedProcess:
     return subprocess.run(command(data, *options), cwd=data.parent, env=ENVIRONMENT, capture_output=True, text=True)
 
 
+def start(command: list[str], folder: Path) -> subprocess.Popen:
+    """Until its first checkpoint is there."""
+    process = subprocess.Popen(
+        command, cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not any(folder.glob("out/checkpoints/*/.metadata")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return process
+
+
+def resume(data: Path, *options: str) -> int:
+    """From which step; to the end."""
+    done = run(data, *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = json.loads((data.parent / "out" / "record.json").read_text())
+    assert len(record["history"]["bits_per_byte"]) == record["plan"]["steps"]
+    return int(re.search(r"Going on from step (\d+)", done.stdout).group(1))
+
+
 def test_run_leaves_model_picture_and_record(data: Path) -> None:
     done = run(data, "--steps", "40")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -57,7 +78,7 @@ def test_run_leaves_model_picture_and_record(data: Path) -> None:
     assert [comparison["row_length"] for comparison in record["side_by_side"]] == [128, 256]
     logits = torch.jit.load(str(out / "model.pt"))(torch.tensor([[256, 100, 101, 102]]))
     assert logits.shape == (1, 4, 257)
-    assert not (out / "checkpoint.pt").exists()
+    assert not (out / "checkpoints").exists()
 
 
 def test_bound_that_is_missed_fails_the_run(data: Path) -> None:
@@ -72,23 +93,23 @@ def test_folder_without_text_says_so(data: Path) -> None:
 
 
 def test_interrupted_run_goes_on(data: Path) -> None:
-    process = subprocess.Popen(
-        command(data, "--steps", "400"), cwd=data.parent, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True
-    )
-    checkpoint = data.parent / "out" / "checkpoint.pt"
-    deadline = time.monotonic() + 120
-    while not checkpoint.exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
+    process = start(command(data, "--steps", "150"), data.parent)
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 130, output
     stopped_at = int(re.search(r"go on from step (\d+)", output).group(1))
-    assert 0 < stopped_at < 400
-    done = run(data, "--steps", "400")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert f"Going on from step {stopped_at}" in done.stdout
-    record = json.loads((data.parent / "out" / "record.json").read_text())
-    assert len(record["history"]["bits_per_byte"]) == 400
+    assert 0 < stopped_at < 150
+    assert resume(data, "--steps", "150") == stopped_at
+
+
+def test_run_whose_rank_died_goes_on_in_one_process(data: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    process = start([*torchrun, *command(data, "--steps", "150")[1:]], data.parent)
+    ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(ranks[-1]), signal.SIGKILL)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1 and "Signal 9 (SIGKILL)" in output, output
+    assert 0 < resume(data, "--steps", "150") < 150
 
 
 @pytest.mark.slow

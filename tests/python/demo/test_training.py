@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import checkpoints
 import pytest
 import torch
 from demo import make_trainer
@@ -25,9 +26,9 @@ def train_to(trainer: Trainer, step: int) -> Trainer:
 
 def test_resumed_run_equals_an_uninterrupted_one(rows: PackedRows, tmp_path: Path) -> None:
     whole = train_to(make_trainer(PLAN, rows, CPU), PLAN.steps)
-    train_to(make_trainer(PLAN, rows, CPU), 3).save(tmp_path / "checkpoint.pt")
+    train_to(make_trainer(PLAN, rows, CPU), 3).save(tmp_path)
     resumed = make_trainer(PLAN, rows, CPU)
-    resumed.load(tmp_path / "checkpoint.pt")
+    resumed.load(checkpoints.latest(tmp_path))
     assert resumed.step == 3
     train_to(resumed, PLAN.steps)
     assert resumed.history.bits_per_byte == whole.history.bits_per_byte
@@ -42,10 +43,10 @@ def test_loss_falls(rows: PackedRows) -> None:
 
 
 def test_checkpoint_of_another_plan_is_refused(rows: PackedRows, tmp_path: Path) -> None:
-    make_trainer(PLAN, rows, CPU).save(tmp_path / "checkpoint.pt")
+    make_trainer(PLAN, rows, CPU).save(tmp_path)
     other = Plan(**{**PLAN.__dict__, "steps": 9, "seed": 4})
     with pytest.raises(SystemExit, match=r"another seed, steps. Start anew with --fresh"):
-        make_trainer(other, rows, CPU).load(tmp_path / "checkpoint.pt")
+        make_trainer(other, rows, CPU).load(checkpoints.latest(tmp_path))
 
 
 def test_every_row_is_seen_once_an_epoch(rows: PackedRows) -> None:

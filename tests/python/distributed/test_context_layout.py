@@ -24,6 +24,7 @@ class Shard(NamedTuple):
     document_positions: Tensor
     kv_segment_ids: Tensor
     kv_positions: Tensor
+    kv_order: Tensor
     slots: Tensor
     shared: int
     local_start: int
@@ -47,11 +48,10 @@ def batches(draw: st.DrawFn) -> Tensor:
 
 
 def expected_order(row: list[int], tokens: list[int], split: set[int]) -> list[int]:
-    """Split documents by position, then whole ones by their first token, then padding."""
-    first = {number: row.index(number) for number in set(row)}
+    """Split documents, then whole ones, each by their first tokens, then padding."""
+    first = {number: row.index(number) if number >= 0 else 0 for number in set(row)}
     kinds = {number: 2 if number < 0 else number not in split for number in set(row)}
-    by_document = lambda token: first[row[token]] if kinds[row[token]] == 1 else 0  # noqa: E731
-    return sorted(tokens, key=lambda token: (kinds[row[token]], by_document(token), token))
+    return sorted(tokens, key=lambda token: (kinds[row[token]], first[row[token]], token))
 
 
 @settings(max_examples=100, deadline=None)
@@ -68,6 +68,12 @@ def test_every_token_has_its_slot(ids: Tensor, ranks: int, balance: str, bucket:
         split = {number for number in row if number >= 0 and len(holders[number]) > 1}
         counts = [sum(row[token] in split for token in tokens) for tokens in own]
         splits.append(counts)
+        numbers = {number: i for i, number in enumerate(dict.fromkeys(number for number in row if number >= 0))}
+        gathered = [own[rank][slot] if slot < counts[rank] else -1 for rank in range(ranks) for slot in range(shared)]
+        known = sorted((numbers[row[token]], token) for token in gathered if token >= 0)
+        order = shards[0].kv_order[b].tolist()
+        assert sorted(order) == list(range(ranks * shared))
+        assert [gathered[place] for place in order] == [t for _, t in known] + [-1] * (len(order) - len(known))
         for rank, (shard, tokens) in enumerate(zip(shards, own, strict=True)):
             assert shard.indices[b].tolist() == expected_order(row, tokens, split) + [-1] * (slots - len(tokens))
             ids_of_slots = [row[token] for token in tokens] + [-1] * (slots - len(tokens))
@@ -76,13 +82,14 @@ def test_every_token_has_its_slot(ids: Tensor, ranks: int, balance: str, bucket:
             earlier = [0 if row[token] < 0 else row[:token].count(row[token]) for token in tokens]
             assert shard.document_positions[b].tolist() == earlier + [0] * (slots - len(tokens))
             travels = range(min(shared, len(tokens)))
-            kv_ids = [row[tokens[slot]] if slot < counts[rank] else -1 for slot in travels]
+            kv_ids = [numbers[row[tokens[slot]]] if slot < counts[rank] else -1 for slot in travels]
             kv_positions = [tokens[slot] for slot in travels]
             padding = shared - len(travels)
             for other in shards:
                 part = slice(rank * shared, (rank + 1) * shared)
                 assert other.kv_segment_ids[b, part].tolist() == kv_ids + [-1] * padding
                 assert other.kv_positions[b, part].tolist() == kv_positions + [0] * padding
+                assert torch.equal(other.kv_order, shards[0].kv_order)
             assert shards[0].slots[b, tokens].tolist() == [rank * slots + slot for slot in range(len(tokens))]
     most = max(map(max, splits))
     assert {shard.shared for shard in shards} == {min(slots, -(-most // bucket) * bucket)}
@@ -96,15 +103,19 @@ def test_every_token_has_its_slot(ids: Tensor, ranks: int, balance: str, bucket:
     assert shards[0].documents_are_runs == (runs == numbers)
 
 
-@pytest.mark.parametrize(("ranks", "length"), [(2, 10), (3, 20), (4, 16)])
+@pytest.mark.parametrize(("ranks", "length"), [(2, 10), (3, 20), (4, 16), (5, 13), (5, 3)])
 def test_names_say_which_tokens(ranks: int, length: int) -> None:
     ids = torch.zeros(1, length, dtype=torch.int32)
     for rank, shard in enumerate(lay_out(ids, ranks, "contiguous")):
-        assert shard.positions[0].tolist()[:2] == [rank * length // ranks, rank * length // ranks + 1]
-    cuts = [length * i // (2 * ranks) for i in range(2 * ranks + 1)]
-    for rank, shard in enumerate(lay_out(ids, ranks, "head_tail")):
-        held = [*range(cuts[rank], cuts[rank + 1]), *range(cuts[2 * ranks - 1 - rank], cuts[2 * ranks - rank])]
+        held = list(range(rank * length // ranks, (rank + 1) * length // ranks))
         assert [token for token in shard.indices[0].tolist() if token >= 0] == held
+    row = list(range(length))
+    for rank, shard in enumerate(lay_out(ids, ranks, "head_tail")):
+        share = (rank + 1) * length // ranks - rank * length // ranks
+        tail = len(row) - share // 2
+        assert [token for token in shard.indices[0].tolist() if token >= 0] == row[: share - share // 2] + row[tail:]
+        row = row[share - share // 2 : tail]
+    assert not row
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

@@ -3,6 +3,7 @@ method, layout, kind of ids and option; only split documents travel, and a trace
 
 import dataclasses
 import itertools
+import math
 from typing import Any
 
 import pytest
@@ -51,11 +52,18 @@ OPTIONS: tuple[dict[str, Any], ...] = (
 )
 
 
-def mesh_of(ranks: int) -> DeviceMesh:
-    return init_device_mesh("cpu", (ranks,))
+Mesh = DeviceMesh | tuple[DeviceMesh, DeviceMesh]
 
 
-def check_one(ids: Tensor, mesh: DeviceMesh, balance: str, method: str, options: dict[str, Any], bucket: int) -> None:
+def mesh_of(*sizes: int) -> Mesh:
+    """Of so many ranks, or the pair of so many that exchange heads and so many that gather keys."""
+    if len(sizes) == 1:
+        return init_device_mesh("cpu", sizes)
+    mesh = init_device_mesh("cpu", sizes[::-1], mesh_dim_names=("keys", "heads"))
+    return mesh["heads"], mesh["keys"]
+
+
+def check_one(ids: Tensor, mesh: Mesh, balance: str, method: str, options: dict[str, Any], bucket: int) -> None:
     options = dict(options)
     dtype = options.pop("dtype", torch.float32)
     heads, kv_heads = options.pop("heads", (4, 2))
@@ -112,16 +120,34 @@ def test_grid(ranks: Ranks, method: str, balance: str, size: int) -> None:
     ranks.run(check_grid, size, method, balance)
 
 
+def check_pair() -> None:
+    """Every option, with all kinds of ids and layouts in turn; a pair may be one of either step, too."""
+    pairs, calls = [mesh_of(2, 2)] * len(OPTIONS) + [mesh_of(4, 1), mesh_of(1, 4)], itertools.cycle(OPTIONS)
+    for mesh, options, kind, balance in zip(
+        pairs, calls, itertools.cycle(KINDS), itertools.cycle(BALANCES), strict=False
+    ):
+        try:
+            check_one(make_ids(kind), mesh, balance, "auto", options, bucket=4)
+        except Exception as failure:
+            raise AssertionError(f"{kind}, {balance}, {options}") from failure
+
+
+def test_heads_within_nodes_and_keys_between(ranks: Ranks) -> None:
+    ranks.run(check_pair, 4)
+
+
 def check_groups_of_heads() -> None:
-    """Gradients of so many keys that the heads go in groups, each of which is summed while the next is computed."""
+    """So many keys that heads go in groups: each is attended to while the next travels, and in the backward pass summed
+    while the next is computed."""
     whole = [torch.randn(1, 512, 8, 256) for _ in range(3)]
     ids, grad = torch.zeros(1, 512, dtype=torch.int32), torch.randn(1, 512, 8, 256)
     layout = ContextLayout.from_segment_ids(ids, mesh_of(2), "head_tail")
     own = [layout.shard(x).requires_grad_() for x in whole]
     with torch.profiler.profile() as profile:
         context_parallel_attention(*own, layout, method="keys").backward(layout.shard(grad))
-    sums = [event for event in profile.events() if event.name == "_c10d_functional::reduce_scatter_tensor"]
-    assert len(sums) == 2
+    names = [event.name for event in profile.events()]
+    assert names.count("_c10d_functional::all_gather_into_tensor") == 4  # in both passes
+    assert names.count("_c10d_functional::reduce_scatter_tensor") == 2
     for x in whole:
         x.requires_grad_()
     selfattn.multihead_attention(*whole, ids).backward(grad)
@@ -168,8 +194,8 @@ class SumOfRanks(torch.autograd.Function):
         return grad / dist.get_world_size()
 
 
-def check_derivatives() -> None:
-    layout = ContextLayout.from_segment_ids(torch.tensor([[0, 1, 0, 0, -1]]), mesh_of(2), "head_tail", bucket=1)
+def check_derivatives(sizes: tuple[int, ...], methods: tuple[str, ...]) -> None:
+    layout = ContextLayout.from_segment_ids(torch.tensor([[0, 1, 0, 0, -1]]), mesh_of(*sizes), "head_tail", bucket=1)
     tensors = [torch.randn(1, 5, heads, 2, dtype=torch.float64) for heads in (2, 1, 1)]
     tensors.append(torch.randn(2, dtype=torch.float64))
 
@@ -178,12 +204,15 @@ def check_derivatives() -> None:
         out = context_parallel_attention(*own, layout, method=method, window_left=2, sinks=SumOfRanks.apply(sinks))
         return layout.unshard(out)
 
-    for method in ("keys", "heads"):  # noqa: B007 -- read by whole_rows
+    for method in methods:  # noqa: B007 -- read by whole_rows
         torch.autograd.gradcheck(whole_rows, [x.requires_grad_() for x in tensors], nondet_tol=1e-12)
 
 
-def test_derivatives(ranks: Ranks) -> None:
-    ranks.run(check_derivatives, 2)
+@pytest.mark.parametrize(
+    ("sizes", "methods"), [((2,), ("keys", "heads")), ((2, 2), ("auto",))], ids=["one axis", "a pair"]
+)
+def test_derivatives(ranks: Ranks, sizes: tuple[int, ...], methods: tuple[str, ...]) -> None:
+    ranks.run(check_derivatives, math.prod(sizes), sizes, methods)
 
 
 def check_documents_apart() -> None:
@@ -205,17 +234,17 @@ def test_a_changed_token_changes_no_other_document(ranks: Ranks) -> None:
     ranks.run(check_documents_apart, 2)
 
 
-def check_what_travels() -> None:
+BY_KEYS = ["all_gather_into_tensor"] * 2 + ["reduce_scatter_tensor"]
+BY_HEADS = ["all_to_all_single"] * 4
+
+
+def check_what_travels(sizes: tuple[int, ...], of_methods: dict[str, list[str]]) -> None:
     """Nothing where documents lie whole on ranks; of a split one, what the method says."""
-    mesh, tensors = mesh_of(2), [torch.randn(1, 16, 4, DIM, requires_grad=True) for _ in range(3)]
-    whole, split = torch.arange(4).repeat_interleave(8)[None], torch.zeros(1, 32, dtype=torch.int64)
-    expected = {
-        ("keys", 0): [],
-        ("heads", 0): [],
-        ("keys", 1): ["all_gather_into_tensor"] * 2 + ["reduce_scatter_tensor"],
-    }
-    expected[("heads", 1)] = ["all_to_all_single"] * 4
-    for (method, index), names in expected.items():
+    mesh, tensors = mesh_of(*sizes), [torch.randn(1, 16, 4, DIM, requires_grad=True) for _ in range(3)]
+    length = 16 * math.prod(sizes)
+    whole, split = torch.arange(length)[None] // 8, torch.zeros(1, length, dtype=torch.int64)
+    for (method, of_method), index in itertools.product(of_methods.items(), (0, 1)):
+        names = of_method if index else []
         layout = ContextLayout.from_segment_ids((whole, split)[index], mesh)
         layout.check()
         with torch.profiler.profile() as profile:
@@ -226,9 +255,11 @@ def check_what_travels() -> None:
                 positions=layout.positions,
                 kv_positions=layout.kv_positions,
                 shared=layout.shared,
-                group_size=2,
+                group_size=layout.group_size,
                 group_name=layout.group_name,
                 method=method,
+                heads_group_size=layout.heads_group_size,
+                heads_group_name=layout.heads_group_name,
             ).sum().backward()
         found = sorted(event.name for event in profile.events() if "c10d" in event.name and "wait" not in event.name)
         assert [name for name in found if name.startswith("_c10d_functional")] == [
@@ -237,14 +268,19 @@ def check_what_travels() -> None:
         assert bool(found) == bool(names)
 
 
-def test_only_split_documents_travel(ranks: Ranks) -> None:
-    ranks.run(check_what_travels, 2)
+@pytest.mark.parametrize(
+    ("sizes", "of_methods"),
+    [((2,), {"keys": BY_KEYS, "heads": BY_HEADS}), ((2, 2), {"auto": sorted(BY_KEYS + BY_HEADS)})],
+    ids=["one axis", "a pair"],
+)
+def test_only_split_documents_travel(ranks: Ranks, sizes: tuple[int, ...], of_methods: dict[str, list[str]]) -> None:
+    ranks.run(check_what_travels, math.prod(sizes), sizes, of_methods)
 
 
 def check_sharding() -> None:
     ids = make_ids("any order")
-    for balance in BALANCES:
-        layout = ContextLayout.from_segment_ids(ids, mesh_of(4), balance)
+    for balance, sizes in zip(BALANCES, ((4,), (4,), (2, 2)), strict=True):
+        layout = ContextLayout.from_segment_ids(ids, mesh_of(*sizes), balance)
         labels = torch.arange(BATCH * LENGTH).view(BATCH, LENGTH)
         own = layout.shard(labels, -100)
         assert torch.equal(own, torch.where(layout.indices < 0, -100, labels.gather(1, layout.indices.clamp(min=0))))
@@ -281,10 +317,10 @@ def test_operators_are_clean(ranks: Ranks) -> None:
     ranks.run(check_clean_operators, 2)
 
 
-def check_compiled() -> None:
-    layout = ContextLayout.from_segment_ids(make_ids("one document"), mesh_of(2))
+def check_compiled(sizes: tuple[int, ...], method: str) -> None:
+    layout = ContextLayout.from_segment_ids(make_ids("one document"), mesh_of(*sizes))
     own = [layout.shard(torch.randn(BATCH, LENGTH, 4, DIM)).requires_grad_() for _ in range(3)]
-    function = lambda q, k, v: context_parallel_attention(q, k, v, layout, method="heads") * 2  # noqa: E731
+    function = lambda q, k, v: context_parallel_attention(q, k, v, layout, method=method) * 2  # noqa: E731
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
     results = []
     for call in (function, compiled):
@@ -294,13 +330,14 @@ def check_compiled() -> None:
         assert torch.equal(found, reference)
 
 
-def test_compile_takes_it_whole(ranks: Ranks) -> None:
-    ranks.run(check_compiled, 2)
+@pytest.mark.parametrize(("sizes", "method"), [((2,), "heads"), ((2, 2), "auto")], ids=["one axis", "a pair"])
+def test_compile_takes_it_whole(ranks: Ranks, sizes: tuple[int, ...], method: str) -> None:
+    ranks.run(check_compiled, math.prod(sizes), sizes, method)
 
 
 def check_thousand_ranks() -> None:
-    mesh = init_device_mesh("cpu", (1024,))
-    for method, heads in (("keys", 4), ("heads", 1024)):
+    for sizes, method, heads in (((1024,), "keys", 4), ((1024,), "heads", 1024), ((8, 128), "auto", 8)):
+        mesh = mesh_of(*sizes)
         layout = ContextLayout.from_segment_ids(torch.zeros(1, 4096, dtype=torch.int32), mesh)
         assert (layout.indices.shape, layout.shared, layout.kv_positions.shape) == ((1, 4), 4, (1, 4096))
         with FakeTensorMode(allow_non_fake_inputs=True):
@@ -316,6 +353,9 @@ def check_thousand_ranks() -> None:
         ]
         operator = "selfattn.context_parallel_attention"
         assert names == [f"{operator}_forward.default", f"{operator}_backward.default"]
+        (call, *_) = (node for node in graph.nodes if "_forward" in str(node.target))
+        groups = (call.kwargs.get("heads_group_size", 1), call.kwargs["group_size"])
+        assert groups == (sizes if len(sizes) == 2 else (1, *sizes))
 
 
 def test_a_thousand_ranks() -> None:
@@ -323,20 +363,25 @@ def test_a_thousand_ranks() -> None:
 
 
 def check_chosen_method() -> None:
-    layout = ContextLayout.from_segment_ids(torch.zeros(1, 256, dtype=torch.int32), init_device_mesh("cpu", (2,)))
-    for device, heads, expected in (("cpu", 2, "keys"), ("cuda", 2, "heads"), ("cuda", 3, "keys")):
+    """By bytes, of both passes, where all tokens travel: of 2 ranks 6 NKV against 2 (NH + NKV)."""
+    mesh = init_device_mesh("cpu", (2,))
+    one, many = torch.zeros(1, 256, dtype=torch.int32), (torch.arange(256)[None] // 100).int()
+    for ids, heads, kv_heads, expected in (
+        (one, 6, 2, "keys"),
+        (one, 6, 6, "heads"),
+        (one, 12, 6, "keys"),
+        (one, 3, 3, "keys"),  # heads that 2 ranks cannot share
+        (many, 6, 6, "keys"),  # a layout evens out what ranks do by keys
+    ):
+        layout = ContextLayout.from_segment_ids(ids, mesh, "contiguous", bucket=1)
         with FakeTensorMode(allow_non_fake_inputs=True):
-            q, k = (torch.empty(1, 128, number, DIM, device=device) for number in (3 * heads, heads))
-            names = ("segment_ids", "kv_segment_ids", "positions", "kv_positions")
-            of_layout = {name: getattr(layout, name).to(device) for name in names}
-            here = dataclasses.replace(layout, **of_layout)
-            graph = make_fx(lambda q, k: context_parallel_attention(q, k, k, here))(q, k).graph  # noqa: B023
+            q, k = (torch.empty(1, 128, number, DIM) for number in (heads, kv_heads))
+            graph = make_fx(lambda q, k: context_parallel_attention(q, k, k, layout))(q, k).graph  # noqa: B023
         (call,) = (node for node in graph.nodes if "context_parallel" in str(node.target))
         assert call.kwargs["method"] == expected
 
 
-def test_auto_exchanges_heads_on_cuda_where_they_fit() -> None:
-    """No kernel on CUDA takes positions yet, which "keys" needs."""
+def test_auto_moves_few_bytes() -> None:
     in_fake_job(2, check_chosen_method)
 
 
@@ -393,7 +438,7 @@ def check_refusals() -> None:
             differing()
     for arguments, kind, message in (
         ((ids.tolist(), mesh), TypeError, "ids: expected a tensor, got list"),
-        ((ids, 2), TypeError, "mesh: expected a DeviceMesh, got int"),
+        ((ids, 2), TypeError, "mesh: expected a DeviceMesh or a pair of them, got int"),
         ((ids, init_device_mesh("cpu", (1, 2))), ValueError, "mesh: expected one dimension"),
     ):
         with pytest.raises(kind, match=message):
@@ -405,3 +450,45 @@ def check_refusals() -> None:
 
 def test_refusals(ranks: Ranks) -> None:
     ranks.run(check_refusals, 2)
+
+
+def check_refusals_of_pairs() -> None:
+    heads, keys = mesh_of(2, 2)
+    ids, rank = torch.zeros(1, 16, dtype=torch.int32), dist.get_rank()
+    layout = ContextLayout.from_segment_ids(ids, (heads, keys))
+    q, k, v = (torch.randn(1, 4, 6, DIM) for _ in range(3))
+    for (own_q, own_k), options, message in (
+        ((q[:, :, :3], k[:, :, :3]), {}, "a heads group needs a heads_group_size that divides the 3 query heads"),
+        ((q, k[:, :, :3]), {}, "heads_group_size that .* divides the 3 key heads or is a multiple of them; got 2"),
+        ((q, k), {"method": "heads"}, "method must be auto or keys beside a heads group, heads_group_size 2"),
+        ((q, k), {"method": "ring"}, "method must be auto or keys beside a heads group, .*; got 'ring'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            context_parallel_attention(own_q, own_k, own_k, layout, **options)
+    names = ("kv_segment_ids", "kv_positions", "kv_order")
+    gathered = {name: getattr(layout, name).repeat(1, 2) for name in names}
+    for change, message in (
+        ({"heads_group_size": 4, **gathered}, r"heads_group_size must be that of the group '.*', 2; got 4"),
+        (
+            {"heads_group_size": 1},
+            r"kv_segment_ids must have the shape \(B, heads_group_size \* group_size \*",
+        ),
+        ({"heads_group_size": 0}, "heads_group_size must be from 1"),
+    ):
+        other = dataclasses.replace(layout, **change, _checked=[True])
+        with pytest.raises(ValueError, match=message):
+            context_parallel_attention(*(x.repeat(1, 1, 2, 1) for x in (q, k, v)), other)
+    with pytest.raises(ValueError, match="the same segment_ids on the 4 ranks of the mesh"):
+        ContextLayout.from_segment_ids(ids + (rank == 3), (heads, keys)).check()
+    for mesh, kind, message in (
+        ((heads, keys, keys), ValueError, r"mesh: expected a pair \(heads_mesh, keys_mesh\), got 3 in a tuple"),
+        ((heads, 2), TypeError, "mesh: expected a DeviceMesh or a pair of them, got int"),
+        ((heads, heads), ValueError, "mesh: expected a pair of two dimensions of one mesh, .* got ranks"),
+        ((heads, init_device_mesh("cpu", (2, 2))), ValueError, "mesh: expected one dimension"),
+    ):
+        with pytest.raises(kind, match=message):
+            ContextLayout.from_segment_ids(ids, mesh)
+
+
+def test_refusals_of_pairs(ranks: Ranks) -> None:
+    ranks.run(check_refusals_of_pairs, 4)

@@ -108,6 +108,7 @@ def check_training(fields: dict[str, Any]) -> None:
         (4, {"context_axis_size": 2, "fsdp_axis_size": 2, "remat": ["SelfAttention"], **SMALL_WHOLE}),
         (4, {"context_axis_size": 2, "model_axis_size": 2, "context_balance": "contiguous", **SMALL_WHOLE}),
         (4, {"context_axis_size": 4, "remat": ["Block"], **FSDP}),
+        (4, {"context_axis_size": 4, "context_heads_size": 2, **SMALL_WHOLE}),
     ],
     ids=str,
 )

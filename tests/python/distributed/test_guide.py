@@ -1,4 +1,4 @@
-"""Promise: the program of docs/scale_out.md runs as it stands."""
+"""Promise: the program of docs/distributed.md runs as it stands."""
 
 from support import ROOT
 from support.guides import run
@@ -6,7 +6,7 @@ from support.ranks import Ranks
 
 
 def run_guide() -> None:
-    run(ROOT / "docs" / "scale_out.md")
+    run(ROOT / "docs" / "distributed.md")
 
 
 def test_program_runs(ranks: Ranks) -> None:

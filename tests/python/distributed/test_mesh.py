@@ -41,6 +41,16 @@ def check_axes() -> None:
     assert mesh.mesh_dim_names == ("pp", "replicas", "shards", "cp", "heads")
     assert mesh.shape == (1, 2, 1, 1, 2)
     assert ParallelConfig(data_axis_size=1, fsdp_axis_size=-1).device_mesh("cpu").shape == (1, 1, 4, 1, 1)
+    context = {"data_axis_size": 1, "context_axis_size": -1, "context_axis_name": "c"}
+    mesh = ParallelConfig(**context, context_heads_size=2).device_mesh("cpu")
+    assert mesh.mesh_dim_names == ("pp", "dp", "fsdp", "c_keys", "c_heads", "tp")
+    assert mesh.shape == (1, 1, 1, 2, 2, 1)
+    assert mesh["c_heads"].mesh.tolist() in ([0, 1], [2, 3])
+    with pytest.raises(ValueError, match="a context axis whose ranks context_heads_size 3 divides, got 4"):
+        ParallelConfig(**context, context_heads_size=3).device_mesh("cpu")
+    other = ParallelConfig(**context, context_heads_size=4)
+    with pytest.raises(ValueError, match=r"mesh: expected config\.context_heads_size, 4, ranks, got 2"):
+        parallelize(make_model(), mesh, other)
     for fields in ({"model_axis_size": 3}, {"data_axis_size": 2}, {"fsdp_axis_size": 8}):
         (name,), (size,) = fields, fields.values()
         with pytest.raises(ValueError, match=f"expected axes whose sizes make 4 ranks, got .*{name} {size}"):

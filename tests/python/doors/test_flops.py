@@ -114,16 +114,19 @@ def test_backward_operators_count_under_their_own_names() -> None:
     assert OPS.flash_attention_backward.into.overloadpacket in flop_registry
 
 
-def test_context_parallel_attention() -> None:
-    """Of 2 ranks with 6 tokens each: 4 from local_start on, and 3 that travel, whose queries meet the keys of both."""
+@pytest.mark.parametrize("heads_size", [1, 2])
+def test_context_parallel_attention(heads_size: int) -> None:
+    """Of ranks with 6 tokens each: 4 from local_start on, and 3 that travel, whose queries meet the keys of all."""
     q, k, v = (torch.randn(BATCH, 6, heads, DIM, device="meta", requires_grad=True) for heads in (HEADS, 2, 2))
-    own, gathered = torch.zeros(2, BATCH, 6, dtype=torch.int32, device="meta").unbind()
+    own = torch.zeros(BATCH, 6, dtype=torch.int32, device="meta")
+    gathered = own.repeat(1, heads_size)
     group = {"shared": 3, "local_start": 2, "group_size": 2, "group_name": "", "method": "keys"}
+    group |= {"heads_group_size": heads_size}
     with FlopCounterMode(display=False) as counter:
         OPS.context_parallel_attention(
             q, k, v, own, gathered, positions=own, kv_positions=gathered, **group
         ).sum().backward()
-    pairs = BATCH * HEADS * (4 * 4 + 3 * 2 * 3)
+    pairs = BATCH * HEADS * (4 * 4 + 3 * heads_size * 2 * 3)
     assert counter.get_flop_counts()["Global"] == {
         OPS.context_parallel_attention_forward: 2 * pairs * 2 * DIM,
         OPS.context_parallel_attention_backward: 2 * pairs * 5 * DIM,

@@ -28,6 +28,7 @@ DEFAULTS = {
         "pipeline_axis_size": 1,
         "model_axis_size": 1,
         "context_axis_size": 1,
+        "context_heads_size": 1,
         "remat": [],
         "fsdp_modules": [],
         "fsdp_min_weight_size": 2**18,

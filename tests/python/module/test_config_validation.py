@@ -63,6 +63,9 @@ BAD_PARALLEL_VALUES = [
     ("fsdp_gather_dtype", "int8", ValueError),
     ("fsdp_grad_scatter_dtype", torch.bfloat16, TypeError),
     ("tp_async_dense", 1, TypeError),
+    ("context_heads_size", 0, ValueError),
+    ("context_heads_size", 2, ValueError),
+    ("context_heads_size", "2", TypeError),
     ("context_method", "ring", ValueError),
     ("context_balance", None, TypeError),
 ]
@@ -85,6 +88,15 @@ def test_heads_that_do_not_share_keys_evenly_are_refused() -> None:
 def test_two_axes_of_one_name_are_refused() -> None:
     with pytest.raises(ValueError, match="axis_name: expected a name that no other axis has, got 'dp'"):
         ParallelConfig(model_axis_name="dp")
+
+
+def test_heads_are_exchanged_in_groups_of_the_context_axis_and_once() -> None:
+    with pytest.raises(ValueError, match="context_heads_size: expected a divisor of context_axis_size 4, got 3"):
+        ParallelConfig(context_axis_size=4, context_heads_size=3)
+    with pytest.raises(ValueError, match=r"context_method: expected 'auto' or 'keys' beside .*, got 'heads'"):
+        ParallelConfig(context_axis_size=4, context_heads_size=2, context_method="heads")
+    with pytest.raises(ValueError, match="context_axis_name: expected a name that no other axis has, got 'c'"):
+        ParallelConfig(context_axis_size=4, context_heads_size=2, context_axis_name="c", model_axis_name="c_heads")
 
 
 def test_two_axes_that_take_all_devices_are_refused() -> None:

@@ -1,6 +1,6 @@
 """Promise: the blocks of the documents run as they stand, or are parts of files that other tests build and run.
 
-docs/scale_out.md runs in tests/python/distributed, what needs other libraries in tests/integrations.
+docs/distributed.md runs in tests/python/distributed, what needs other libraries in tests/integrations.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ from support.guides import blocks_of, check_parts, run
 import selfattn
 
 GUIDES = sorted((ROOT / "docs").rglob("*.md"))
-ELSEWHERE = {"scale_out", "integrations", "pretrained_layers"}
+ELSEWHERE = {"distributed", "integrations", "pretrained_layers"}
 PROGRAMS = [guide for guide in GUIDES if guide.stem not in ELSEWHERE and "```python\n" in guide.read_text()]
 
 GIVEN = {  # what a guide's program takes for granted

@@ -67,7 +67,7 @@ def test_indices_as_positions_change_nothing(device: str, backend: str, windows:
             run = partial(selfattn.multihead_attention, backend=backend)
             plain = with_gradients(lambda *t: run(*t, **windows), tensors)  # noqa: B023
             same = with_gradients(lambda *t: run(*t, **given), tensors)  # noqa: B023
-            if backend == "flash":
+            if backend == "flash" and device == "cpu":
                 assert all(torch.equal(one, other) for one, other in zip(same, plain, strict=True))
             check_same(same, plain, device)
 
@@ -257,12 +257,27 @@ def test_values_are_checked_by_the_device(name: str, device: str) -> None:
     assert torch.ops.aten._local_scalar_dense.default not in targets
 
 
-def test_auto_composes_where_kernels_on_cuda_take_no_positions() -> None:
+def test_a_promise_of_order_changes_nothing(device: str) -> None:
+    """It is for the kernels alone, and given to flash_attention."""
+    tensors = [tensor.detach() for tensor in heads(device)]
+    ids, row = (torch.arange(LENGTH, device=device).expand(2, LENGTH) for _ in range(2))
+    given = {"segment_ids": ids // 40, "positions": row, "window_left": 20}
+    if is_left_out(device, "flash", tensors, **given):
+        return
+    for one, other in zip(
+        OPS.flash_attention(*tensors, **given, in_order=True), OPS.flash_attention(*tensors, **given), strict=True
+    ):
+        assert error(one, other) < tolerance(device)
+    with pytest.raises(ValueError, match="in_order must come with positions; got in_order alone"):
+        OPS.flash_attention(*tensors, in_order=True)
+
+
+def test_cudnn_takes_no_positions() -> None:
     """On fake tensors, which need no GPU."""
     with FakeTensorMode():
         q = torch.zeros(2, 13, 4, 8, device="cuda", dtype=torch.bfloat16)
         positions = torch.zeros(2, 13, device="cuda", dtype=torch.int32)
         said = selfattn.explain_backend(q, q, q, positions=positions).splitlines()
-    assert said[2:] == ["aten: chosen", "reference: can serve this call"]
-    for line in said[:2]:
-        assert "positions must not be given where causality reads them" in line
+    assert [line.partition(":")[0] for line in said] == ["flash", "cudnn", "aten", "reference"]
+    assert "positions must not be given where causality reads them" in said[1]
+    assert said[3] == "reference: can serve this call"

@@ -1,4 +1,5 @@
-"""Processes that stand for the ranks of a job: started once for all tests, over Gloo, on the CPU."""
+"""Processes that stand for the ranks of a job: started once for all tests, on the CPU over Gloo, or on a GPU each over
+NCCL."""
 
 import importlib.util
 import multiprocessing
@@ -41,9 +42,11 @@ class Ranks:
     """A pool of processes; those that a test ends are started again for the next.
 
     A test hands a function of its own file to ``run``, which calls it once a rank, in a process group of so many ranks.
+    On ``device_type`` "cuda" GPU r is the current device of rank r.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device_type: str = "cpu") -> None:
+        self._device_type = device_type
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload([__name__])
         self._workers: list[tuple[multiprocessing.Process, Connection]] = []
@@ -75,7 +78,7 @@ class Ranks:
         with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):  # the fork server takes no other
             while len(self._workers) < count:
                 ours, theirs = self._context.Pipe()
-                process = self._context.Process(target=_serve, args=(theirs,), daemon=True)
+                process = self._context.Process(target=_serve, args=(theirs, self._device_type), daemon=True)
                 process.start()
                 self._workers.append((process, ours))
 
@@ -99,7 +102,7 @@ def _outcome(process: multiprocessing.Process, connection: Connection) -> tuple[
             process.join()
 
 
-def _serve(connection: Connection) -> None:
+def _serve(connection: Connection, device_type: str) -> None:
     torch.set_num_threads(1)
     modules: dict[str, ModuleType] = {}
     while (call := connection.recv()) is not None:
@@ -107,7 +110,7 @@ def _serve(connection: Connection) -> None:
         try:
             if file not in modules:
                 modules[file] = _load(file)
-            outcome = True, _call(store, rank, world_size, getattr(modules[file], name), arguments)
+            outcome = True, _call(device_type, store, rank, world_size, getattr(modules[file], name), arguments)
         except Exception:
             outcome = False, traceback.format_exc()
         connection.send(outcome)
@@ -120,12 +123,21 @@ def _load(file: str) -> ModuleType:
     return module
 
 
-def _call(store: str, rank: int, world_size: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+def _call(
+    device_type: str,
+    store: str,
+    rank: int,
+    world_size: int,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+) -> Any:
+    if device_type == "cuda":
+        torch.cuda.set_device(rank)
     torch.manual_seed(0)
     for clear in (_clear_sharding_prop_cache, clear_redistribute_planner_cache):  # of the groups of the call before
         clear()
     dist.init_process_group(
-        "gloo",
+        "gloo" if device_type == "cpu" else "cpu:gloo,cuda:nccl",
         store=dist.FileStore(store, world_size),
         rank=rank,
         world_size=world_size,
@@ -134,4 +146,5 @@ def _call(store: str, rank: int, world_size: int, function: Callable[..., Any], 
     try:
         return function(*arguments)
     finally:
+        torch.use_deterministic_algorithms(False)
         dist.destroy_process_group()

@@ -57,18 +57,21 @@ class Call:
         return replace(self, **changes)
 
 
+def reads_positions(call: Call) -> bool:
+    """Nothing but causality and windows does."""
+    return call.has_positions and (call.causal or call.window_left >= 0 or call.window_right >= 0)
+
+
 FEATURES: dict[str, Callable[[Call], bool]] = {
     "segment ids": lambda call: call.has_ids,
-    "rows of more than 524,288 tokens with segment ids": lambda call: (
-        call.has_ids and max(call.num_queries, call.num_keys) > MOST_TOKENS_WITH_IDS
+    "rows of more than 524,288 tokens with segment ids or positions": lambda call: (
+        (call.has_ids or reads_positions(call)) and max(call.num_queries, call.num_keys) > MOST_TOKENS_WITH_IDS
     ),
     "rows of more than 2^29 tokens": lambda call: max(call.num_queries, call.num_keys) > MOST_TOKENS,
     "windows": lambda call: call.window_left >= 0 or call.window_right >= 0,
     "softcap": lambda call: call.softcap > 0,
     "sinks": lambda call: call.has_sinks,
-    "positions": lambda call: (  # which nothing else reads
-        call.has_positions and (call.causal or call.window_left >= 0 or call.window_right >= 0)
-    ),
+    "positions": reads_positions,
     "lse": lambda call: call.wants_lse,
     "causal with Sq != Skv": lambda call: call.causal and call.num_queries != call.num_keys,
     "one query or one key": lambda call: call.num_queries <= 1 or call.num_keys <= 1,
@@ -134,8 +137,7 @@ TABLE: dict[tuple[str, str], Limits] = {
         min_capability=(8, 0),
         max_dim=256,
         refuses=(
-            "positions",
-            "rows of more than 524,288 tokens with segment ids",
+            "rows of more than 524,288 tokens with segment ids or positions",
             "rows of more than 2^29 tokens",
             *OUR_KERNELS_LEAVE,
         ),

@@ -44,21 +44,23 @@ def make_model(parallel: ParallelConfig | None = None, dtype: str = "float64", s
     return LanguageModel(SelfAttentionConfig(**options, parallel=parallel or ParallelConfig()))
 
 
-def make_batch(number: int) -> tuple[Tensor, Tensor]:
-    """Tokens and segment ids, other ones for every number."""
+def make_batch(number: int, model: nn.Module) -> tuple[Tensor, Tensor]:
+    """Tokens and segment ids, other ones for every number, where the model is."""
+    device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(number)
     tokens = torch.randint(0, VOCABULARY, (BATCH, LENGTH), generator=generator)
-    return tokens, torch.randint(0, 3, (BATCH, LENGTH), generator=generator).sort(1).values.int()
+    segment_ids = torch.randint(0, 3, (BATCH, LENGTH), generator=generator).sort(1).values.int()
+    return tokens.to(device), segment_ids.to(device)
 
 
 def loss_of(model: nn.Module, number: int) -> Tensor:
-    tokens, segment_ids = make_batch(number)
+    tokens, segment_ids = make_batch(number, model)
     return nn.functional.cross_entropy(model(tokens, segment_ids).flatten(0, 1).double(), tokens.flatten())
 
 
 def loss_in_context(model: nn.Module, number: int, mesh: DeviceMesh, config: ParallelConfig) -> Tensor:
     """This rank's part of ``loss_of``: of its tokens, divided by the tokens of all."""
-    tokens, segment_ids = make_batch(number)
+    tokens, segment_ids = make_batch(number, model)
     layout = config.context_layout(segment_ids, mesh, bucket=1)
     logits, labels = model(layout.shard(tokens), None, layout), layout.shard(tokens, -100)
     losses = nn.functional.cross_entropy(logits.flatten(0, 1).double(), labels.flatten(), reduction="sum")

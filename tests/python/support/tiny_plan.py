@@ -1,6 +1,7 @@
 """The training that the demo's tests run."""
 
 import torch
+from parallel import OneProcess
 from training import Plan
 
 PLAN = Plan(
@@ -14,4 +15,4 @@ PLAN = Plan(
     attention_backend="auto",
     data="made up",
 )
-CPU = torch.device("cpu")
+CPU = OneProcess(torch.device("cpu"))

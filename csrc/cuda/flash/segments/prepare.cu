@@ -10,6 +10,7 @@
 #include "flash/tile/window.h"
 #include "host/carver.h"
 #include "host/device.h"
+#include "ordered_row.cuh"
 #include "ptx/launch.cuh"
 #include "run_table.cuh"
 #include "runs.cuh"
@@ -37,24 +38,22 @@ struct Share {
   __device__ int warps() const { return blocks * kWarps; }
 };
 
-constexpr int kQuerySide = 0, kKeySide = 1;
+// A batch row in any order: its ids, and, if they are looked for, its runs in shared memory. With one side both share
+// what is here.
+template <class Id, int kSideCount>
+struct Row : RowIds<Id, kSideCount> {
+  static constexpr bool kMayBeGeneral = true;
 
-// A batch row: its ids, and, if they are looked for, its runs in shared memory. kSides: 2 if keys have ids of their
-// own, else 1, and both sides share what is here.
-template <class Id, int kSides>
-struct Row {
-  const SegmentProblem& p;
-  int64_t b;
   unsigned* s_runs;
   RunTable table;
 
-  __device__ __forceinline__ int length(int side) const { return side == kQuerySide ? p.query_length : p.key_length; }
-  __device__ __forceinline__ IdRow<Id> ids(int side) const {
-    const bool are_keys = kSides == 2 && side == kKeySide;
-    const int64_t stride_batch = are_keys ? p.key_stride_batch : p.query_stride_batch;
-    return {static_cast<const Id*>(are_keys ? p.key_ids : p.query_ids) + b * stride_batch,
-            are_keys ? p.key_stride_token : p.query_stride_token, length(side)};
-  }
+  // `table_at`: of the table of runs, in words of `storage`, of that many slots.
+  __device__ Row(const SegmentProblem& p, int64_t b, unsigned* storage, int table_at, int slots)
+      : RowIds<Id, kSideCount>{p, b}, s_runs(storage), table(reinterpret_cast<int*>(storage) + table_at, slots) {}
+
+  using RowIds<Id, kSideCount>::p, RowIds<Id, kSideCount>::kSides, RowIds<Id, kSideCount>::length,
+      RowIds<Id, kSideCount>::ids;
+
   __device__ __forceinline__ SegmentRuns runs(int side) const {
     const bool are_keys = kSides == 2 && side == kKeySide;
     return {s_runs + (are_keys ? SegmentRuns::storage_words(p.query_length) : 0), length(side)};
@@ -209,8 +208,8 @@ struct SharedMemory {
 };
 
 // The code runs once, from cold memory: loops are not unrolled because fetching instructions is what takes the time.
-// `slots`: of the table of runs; 0: runs are not looked for, and every row is kGeneral.
-template <class Id, int kSides>
+// `slots`: of the table of runs; 0: runs are not looked for, and a row that may be general is.
+template <class Row>
 __global__ void __launch_bounds__(kThreads)
     prepare_segments_kernel(const __grid_constant__ SegmentProblem p, const __grid_constant__ SegmentTables t,
                             int slots) {
@@ -222,22 +221,22 @@ __global__ void __launch_bounds__(kThreads)
   const bool writes = block < writers, ranks = blocks == 1 || !writes;
   const Share share{block, writers};
   const Share of_orders{blocks == 1 ? 0 : block - writers, max(blocks - writers, 1)};
-  const SharedMemory memory(p, kSides, slots);
-  const Row<Id, kSides> row{p, b, s_storage, RunTable(reinterpret_cast<int*>(s_storage) + memory.table, slots)};
+  const SharedMemory memory(p, Row::kSides, slots);
+  const Row row(p, b, s_storage, memory.table, slots);
   int* s_keys = reinterpret_cast<int*>(s_storage) + memory.sorting_keys;
-  const bool is_contiguous = slots && row.find_intervals();
+  const bool is_contiguous = (slots || !Row::kMayBeGeneral) && row.find_intervals();
   if (writes) {
     if (b == 0 && share.thread() < kTileCounters) t.counters[threadIdx.x] = 0;
     if (share.thread() == 0) t.mode[b] = is_contiguous ? kContiguous : kGeneral;
     if (is_contiguous) {
 #pragma unroll 1
-      for (int side = 0; side < kSides; side++) {
+      for (int side = 0; side < Row::kSides; side++) {
         const bool are_keys = side == kKeySide;
         const int pitch = are_keys ? t.pitch_key : t.pitch_query;
         write_intervals(share, row, side, pitch, (are_keys ? t.query_begin : t.key_begin) + b * pitch,
                         (are_keys ? t.query_end : t.key_end) + b * pitch);
       }
-    } else {
+    } else if constexpr (Row::kMayBeGeneral) {
       const auto queries = row.ids(kQuerySide), keys = row.ids(kKeySide);
       write_ids(share, queries, kQueryPadding, t.pitch_query, t.query_ids + b * t.pitch_query);
       write_ids(share, keys, kKeyPadding, t.pitch_key, t.key_ids + b * t.pitch_key);
@@ -273,13 +272,20 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Key ids that are the query ids under another name ask for nothing of their own.
+// Key ids that are the query ids under another name ask for nothing of their own, unless positions tell the sides
+// apart.
 SegmentProblem without_repeated_ids(SegmentProblem p) {
-  if (p.key_ids == p.query_ids && p.key_length == p.query_length && p.key_stride_batch == p.query_stride_batch &&
-      p.key_stride_token == p.query_stride_token) {
+  if (!p.positions.of_queries && p.key_ids == p.query_ids && p.key_length == p.query_length &&
+      p.key_stride_batch == p.query_stride_batch && p.key_stride_token == p.query_stride_token) {
     p.key_ids = nullptr;
   }
   return p;
+}
+
+template <class Id>
+auto find_kernel(const SegmentProblem& p) {
+  if (p.positions.of_queries) return prepare_segments_kernel<OrderedRow<Id>>;
+  return p.key_ids ? prepare_segments_kernel<Row<Id, 2>> : prepare_segments_kernel<Row<Id, 1>>;
 }
 
 constexpr int kDefaultSharedMemory = 48 * 1024, kOwnSharedMemory = 2 * 1024;  // of which so much is the kernel's own
@@ -336,7 +342,7 @@ SegmentTables make_segment_tables(const SegmentProblem& problem, void* storage) 
   return carve_tables(problem, carver);
 }
 
-bool segments_are_built_for(int device) { return is_built_for<prepare_segments_kernel<int, 1>>(device); }
+bool segments_are_built_for(int device) { return is_built_for<prepare_segments_kernel<Row<int, 1>>>(device); }
 
 cudaError_t launch_prepare_segments(const SegmentProblem& asked, const SegmentTables& tables, cudaStream_t stream) {
   const SegmentProblem problem = without_repeated_ids(asked);
@@ -351,14 +357,12 @@ cudaError_t launch_prepare_segments(const SegmentProblem& asked, const SegmentTa
   if (const cudaError_t status = find_shared_memory(device, available)) return status;
   available -= kOwnSharedMemory;
   const int sides = problem.key_ids ? 2 : 1;
-  int slots = RunTable::slots_for(problem.query_length);
+  int slots = problem.positions.of_queries ? 0 : RunTable::slots_for(problem.query_length);
   // Two sides take much: then rather a table for fewer runs than none.
   while (sides == 2 && slots > kWarpSize && shared_memory(problem, sides, slots, tiles) > available) slots /= 2;
   if (shared_memory(problem, sides, slots, tiles) > available) slots = 0;
   const int bytes = shared_memory(problem, sides, slots, tiles);
-  const auto kernel = problem.ids_are_int64
-                          ? (sides == 1 ? prepare_segments_kernel<int64_t, 1> : prepare_segments_kernel<int64_t, 2>)
-                          : (sides == 1 ? prepare_segments_kernel<int, 1> : prepare_segments_kernel<int, 2>);
+  const auto kernel = problem.ids_are_int64 ? find_kernel<int64_t>(problem) : find_kernel<int>(problem);
   if (bytes > kDefaultSharedMemory - kOwnSharedMemory) {
     // As much as any row takes on this card: what another thread sets at the same time must not be less than this call
     // needs.

@@ -4,12 +4,12 @@
 #pragma once
 #include <cuda_runtime.h>
 
-#include <cassert>
 #include <climits>
 #include <cstdint>
 
 #include "flash/tile/constants.h"
 #include "ptx/prefetch.cuh"
+#include "row_ids.cuh"
 
 namespace selfattn::cuda {
 
@@ -21,21 +21,6 @@ __device__ __forceinline__ int highest_bit(unsigned bits) { return 31 - __clz(bi
 __device__ __forceinline__ int lowest_bit(unsigned bits) { return __ffs(bits) - 1; }
 __device__ __forceinline__ unsigned bits_below(int bit) { return (1u << bit) - 1; }
 __device__ __forceinline__ unsigned bits_above(int bit) { return ~1u << bit; }
-
-// Ids of one side of one batch row, Id being int or int64_t.
-template <class Id>
-struct IdRow {
-  const Id* data;
-  int64_t stride;
-  int length;
-
-  __device__ static int narrow(Id id) {
-    if constexpr (sizeof(Id) > sizeof(int)) assert(id >= INT_MIN && id <= INT_MAX && "segment ids must fit in int32");
-    return static_cast<int>(id);
-  }
-  __device__ int operator[](int token) const { return narrow(data[token * stride]); }
-  __device__ bool is_packed() const { return stride == 1 && reinterpret_cast<uintptr_t>(data) % sizeof(int4) == 0; }
-};
 
 // Eight neighbouring ids as they lie in memory; padding where there is no token.
 constexpr int kOctet = 8;

@@ -18,7 +18,9 @@
 // kGeneral: ids in any order. Blocks are told apart by their SegmentBlock (no common segment: skip; both uniform and
 // equal: unmasked by ids), pairs by query_ids[i] == key_ids[j].
 //
-// The causal limit and the window are not in the tables (only in the costs): the kernels apply them on top.
+// The causal limit and the window of indices are not in the tables (only in the costs): the kernels apply them on top.
+// The window of positions (SegmentProblem::positions) is: there the intervals hold the keys that a query may see, and
+// the queries that may see a key.
 #pragma once
 #include <cuda_runtime_api.h>
 
@@ -77,6 +79,16 @@ struct SegmentTables {
 constexpr int kSegmentPitch = 256;  // a tile of up to 256 tokens that starts inside the row stays inside the pitch
 constexpr int kMaxSegmentLength = 1 << 19;  // tokens a row
 
+// What a window compares in the place of indices: query i may see the keys of its segment whose positions are
+// of_queries [i] - left .. of_queries[i] + right.
+struct SegmentPositions {
+  static constexpr int64_t kUnbounded = -1;  // on a side: no limit there
+
+  const int* of_queries = nullptr;  // (batch, query_length), contiguous; null: there are none
+  const int* of_keys = nullptr;     // (batch, key_length), contiguous
+  int64_t left = kUnbounded, right = kUnbounded;
+};
+
 // The ids and how the kernel that follows will cut the problem.
 struct SegmentProblem {
   const void* query_ids;
@@ -88,6 +100,9 @@ struct SegmentProblem {
   int window_left, window_right;  // AttentionWindow, for the costs
   SegmentSide order_of;
   int ordered_queries = 0;  // rows a tile of a second order, of query tiles (query_order); 0: none
+  // With these the tokens of either side must stand in order, by id, then by position, and padding behind the others; a
+  // row that does not stops the kernel (device assert). Every row is kContiguous then, and key_ids is given.
+  SegmentPositions positions = {};
 };
 
 // Bytes of one allocation (256-byte aligned) that holds the tables, and the tables laid out in it.
@@ -97,8 +112,8 @@ SegmentTables make_segment_tables(const SegmentProblem& problem, void* storage);
 // Whether this build holds the kernel for a device.
 bool segments_are_built_for(int device);
 
-// On every device that flash kernels serve. Rows that are too long for the shared memory of a thread block there (both
-// sides of them, where keys have ids of their own) are kGeneral whatever their ids are.
+// On every device that flash kernels serve. Rows without positions that are too long for the shared memory of a thread
+// block there (both sides of them, where keys have ids of their own) are kGeneral whatever their ids are.
 cudaError_t launch_prepare_segments(const SegmentProblem& problem, const SegmentTables& tables, cudaStream_t stream);
 
 }  // namespace selfattn::cuda

@@ -153,6 +153,7 @@ cudaError_t BackwardLauncher<kElement, kHeadDim, kHasSoftcap>::launch(const Back
   using Config = BackwardConfig<typename ElementOf<kElement>::Type, kHeadDim, kHasSoftcap>;
   int device = 0, sms = 0;
   if (const cudaError_t status = find_device(device, sms)) return status;
+  sms = sms_to_take(sms, p.sms_left_free);
   char* end;
   const BackwardSchedule schedule = make_backward_schedule<Config>(p, &end);
   // Each kernel is brought up while the one ahead ends. That of the segments is ahead of the first.

@@ -37,7 +37,7 @@ cudaError_t launch_forward_kernel(const ForwardParams& params, cudaStream_t stre
   if (const cudaError_t status = find_device(device, sms)) return status;
   if (const cudaError_t status = allow_shared_memory<Config>(kernel, sizeof(typename Config::SharedStorage), device))
     return status;
-  const int blocks = std::min(p.schedule.tiles, sms);
+  const int blocks = std::min(p.schedule.tiles, sms_to_take(sms, params.sms_left_free));
   // Where each thread block has one tile there is nothing to count.
   p.counters = p.schedule.tiles > blocks ? params.counters : nullptr;
   const bool has_segments = params.segments.mode != nullptr;
