@@ -16,7 +16,7 @@ Importing ``selfattn`` is enough. ``torch.utils.flop_counter`` imports Triton, s
 program imports it, and at once where it has done so before.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -59,22 +59,8 @@ def _backward_formula(
     return attention_backward_flops(q, k, v)
 
 
-def _context_formula(
-    q: Shape,
-    k: Shape,
-    v: Shape,
-    *arguments: Any,
-    shared: int,
-    group_size: int,
-    local_start: int = 0,
-    heads_group_size: int = 1,
-    **options: Any,
-) -> int:
-    """Of this rank: its tokens from ``local_start`` on with each other, and shared queries with those keys of all."""
-    batch, length, heads, width = q
-    of_own = attention_flops((batch, length - local_start, heads, width), *_with_length(length - local_start, k, v))
-    of_all = _with_length(heads_group_size * group_size * shared, k, v)
-    return of_own + attention_flops((batch, shared, heads, width), *of_all)
+def _context_formula(q: Shape, k: Shape, v: Shape, *arguments: Any, **options: Any) -> int:
+    return _of_rank_in_context(attention_flops, q, k, v, **options)
 
 
 def _context_backward_formula(
@@ -87,17 +73,27 @@ def _context_backward_formula(
     k: Shape,
     v: Shape,
     *arguments: Any,
+    **options: Any,
+) -> int:
+    return _of_rank_in_context(attention_backward_flops, q, k, v, **options)
+
+
+def _of_rank_in_context(
+    flops: Callable[[Shape, Shape, Shape], int],
+    q: Shape,
+    k: Shape,
+    v: Shape,
+    *,
     shared: int,
     group_size: int,
     local_start: int = 0,
     heads_group_size: int = 1,
     **options: Any,
 ) -> int:
-    batch, length, heads, width = q
-    own = (batch, length - local_start, heads, width)
-    of_own = attention_backward_flops(own, *_with_length(length - local_start, k, v))
+    """Of this rank: its tokens from ``local_start`` on with each other, and shared queries with those keys of all."""
+    of_own = flops(*_with_length(q[1] - local_start, q, k, v))
     of_all = _with_length(heads_group_size * group_size * shared, k, v)
-    return of_own + attention_backward_flops((batch, shared, heads, width), *of_all)
+    return of_own + flops(*_with_length(shared, q), *of_all)
 
 
 def _with_length(length: int, *shapes: Shape) -> list[Shape]:

@@ -68,12 +68,7 @@ void attend_rows_backward_into(const AttentionProblem& problem, const AttentionG
   for (const ResultMemory* result : {&grad_q, &grad_k, &grad_v}) result->hand_over();
 }
 
-InputGradients attend_rows_backward(const AttentionProblem& problem, const AttentionGradients& gradients) {
-  const Tensor dq = empty_like_contiguous(problem.query), dk = empty_like_contiguous(problem.key),
-               dv = empty_like_contiguous(problem.value);
-  attend_rows_backward_into(problem, gradients, dq, dk, dv);
-  return {dq, dk, dv};
-}
+InputGradients attend_backward(const AttentionProblem& problem, const AttentionGradients& gradients);
 
 void attend_backward_into(const AttentionProblem& problem, const AttentionGradients& gradients, const Tensor& dq,
                           const Tensor& dk, const Tensor& dv) {
@@ -86,7 +81,7 @@ void attend_backward_into(const AttentionProblem& problem, const AttentionGradie
     attend_rows_backward_into(call.problem(), gradients, dq, dk, dv);
     return;
   }
-  call.as_called_into(dq, dk, dv, attend_rows_backward(call.problem(), call.in_order(gradients)));
+  call.as_called_into(dq, dk, dv, attend_backward(call.problem(), call.in_order(gradients)));
 }
 
 InputGradients attend_backward(const AttentionProblem& problem, const AttentionGradients& gradients) {

@@ -36,6 +36,7 @@ OrderedCall::OrderedCall(const AttentionProblem& problem) : problem_(problem) {
     query_order_ = order_of_tokens(query_ids, query_positions);
     key_order_ = is_one_side ? query_order_ : order_of_tokens(key_ids, key_positions);
   }
+  problem_.is_in_order = true;
   problem_.query = reorder(problem.query, query_order_);
   problem_.key = reorder(problem.key, key_order_), problem_.value = reorder(problem.value, key_order_);
   problem_.query_segment_ids = reorder(query_ids, query_order_);

@@ -164,16 +164,20 @@ Tensor order_of_keys(const ContextProblem& problem) {
   return problem.kv_order ? flat_order(*problem.kv_order) : Tensor();
 }
 
+/// The part with the ids and positions of all ranks' keys in an order, the same for every group of heads.
+AttentionProblem beside_keys_of_all(const ContextProblem& problem, AttentionProblem part, const Tensor& order) {
+  part.key_segment_ids = reorder(problem.kv_ids, order);
+  if (!problem.kv_positions) return part;
+  part.key_positions = reorder(*problem.kv_positions, order);
+  part.is_in_order = order.defined() && problem.heads.size() == 1;  // else queries are those of several ranks
+  return part;
+}
+
 /// In order, where it is known: then a query's keys lie side by side.
-void take_keys_of_all(const ContextProblem& problem, AttentionProblem& group, const Tensor& gathered,
-                      const Tensor& order) {
+void take_keys_of_all(AttentionProblem& group, const Tensor& gathered, const Tensor& order) {
   const int64_t width = group.key.size(3), value_width = group.value.size(3);
   const Tensor rows = reorder(as_rows(gathered), order);
   group.key = rows.narrow(-1, 0, width), group.value = rows.narrow(-1, width, value_width);
-  group.key_segment_ids = reorder(problem.kv_ids, order);
-  if (!problem.kv_positions) return;
-  group.key_positions = reorder(*problem.kv_positions, order);
-  group.is_in_order = order.defined() && problem.heads.size() == 1;  // else queries are those of several ranks
 }
 
 Tensor join(const std::vector<Tensor>& groups, int64_t dim) {
@@ -185,11 +189,12 @@ AttentionResults attend_to_keys(const ContextProblem& problem, const AttentionPr
                                 const std::vector<Tensor>& gathering) {
   if (problem.keys.size() == 1) return attend_part(part, problem.backend);
   const Tensor order = order_of_keys(problem);
+  const AttentionProblem whole = beside_keys_of_all(problem, part, order);
   const auto groups = static_cast<int64_t>(gathering.size());
   std::vector<Tensor> outs, lses;
   for (int64_t i = 0; i < groups; ++i) {
-    AttentionProblem group = narrow_heads(part, i, groups);
-    take_keys_of_all(problem, group, RankGroup::finish(gathering[i]), order);
+    AttentionProblem group = narrow_heads(whole, i, groups);
+    take_keys_of_all(group, RankGroup::finish(gathering[i]), order);
     const auto [out, lse] = attend_part(group, problem.backend);
     outs.push_back(out), lses.push_back(lse);
   }
@@ -202,14 +207,15 @@ PartGradients attend_to_keys_backward(const ContextProblem& problem, const Atten
   const int64_t ranks = problem.keys.size();
   if (ranks == 1) return attend_part_backward(part, problem.backend, gradients);
   const Tensor order = order_of_keys(problem), as_gathered = inverse_of(order);
+  const AttentionProblem whole = beside_keys_of_all(problem, part, order);
   const auto groups = static_cast<int64_t>(gathering.size());
   const auto dtype = part.key.scalar_type();
   // One addition rounds once; sums of more are kept in float32.
   const auto sum_dtype = ranks > 2 && dtype != at::kDouble ? at::kFloat : dtype;
   std::vector<Tensor> queries, sums, sinks;
   for (int64_t i = 0; i < groups; ++i) {
-    AttentionProblem group = narrow_heads(part, i, groups);
-    take_keys_of_all(problem, group, RankGroup::finish(gathering[i]), order);
+    AttentionProblem group = narrow_heads(whole, i, groups);
+    take_keys_of_all(group, RankGroup::finish(gathering[i]), order);
     const AttentionGradients of_group{.grad_out = gradients.grad_out.chunk(groups, 2)[i],
                                       .out = gradients.out.chunk(groups, 2)[i],
                                       .lse = gradients.lse.chunk(groups, 1)[i]};
