@@ -30,6 +30,9 @@ TABLES = [
     Table("finetune_hf_h200", "Fine-tuning with transformers", "ms", "milliseconds", digits=1),
     Table("lora_h200", "A layer with adapters", "ms", "milliseconds", digits=2),
     Table("attention_cpu", "Attention on the CPU", "ms", "milliseconds", digits=1),
+    Table("decode_h200", "Attention over a KV cache", "us", "microseconds", digits=1),
+    Table("decode_h200", "A stack of layers that decodes", "tokens_per_s", "tokens a second"),
+    Table("decode_h200", "Host time over a KV cache", "host_us", "microseconds until a call returns", digits=1),
     Table("decode_cpu", "Attention over a KV cache on the CPU", "ms", "milliseconds", digits=1),
 ]
 NAMES = {
@@ -115,10 +118,17 @@ def draw(passes: dict[str, dict[str, dict[str, Row]]], which: str, ink: str, pat
     plt.close(figure)
 
 
+def rows_of(table: Table) -> list[Row]:
+    """Those that have its field: none while there is no record."""
+    path = RESULTS / f"{table.name}.jsonl"
+    return [row for row in read_rows(path) if row.get(table.field) is not None] if path.is_file() else []
+
+
 def write(folder: Path) -> None:
     """All of it, for the pages to include."""
     folder.mkdir(parents=True, exist_ok=True)
-    tables = (markdown(table, read_rows(RESULTS / f"{table.name}.jsonl")) for table in TABLES)
+    found = ((table, rows_of(table)) for table in TABLES)
+    tables = (markdown(table, rows) for table, rows in found if rows)
     (folder / "tables.md").write_text("\n".join(tables))
     rows = [row for row in read_rows(RESULTS / "attention_h100.jsonl") if row["case"] in PICTURE]
     passes = newest(rows, "tflops")
