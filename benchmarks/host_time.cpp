@@ -67,7 +67,7 @@ void measure_sdpa(const std::string& name, int repeats, const torch::Tensor& q, 
 }  // namespace
 
 int main(int argc, char** argv) {
-  const int repeats = argc > 1 ? std::stoi(argv[1]) : kDefaultRepeats;
+  const int repeats = argc > 1 ? std::max(std::stoi(argv[1]), 1) : kDefaultRepeats;
   const torch::NoGradGuard no_grad;
   const auto device = torch::cuda::is_available() ? torch::kCUDA : torch::kCPU;
   const auto of = torch::dtype(torch::kBFloat16).device(device);
