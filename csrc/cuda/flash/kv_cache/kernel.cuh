@@ -20,13 +20,17 @@
 
 namespace selfattn::cuda::kv_cache {
 
-// Until a ring of so many stages has its oldest slice.
-__device__ __forceinline__ void wait_for_slice(int stages) {
-  static_assert(Pipeline::kLeastStages == 2 && Pipeline::kMostStages == 3);
-  if (stages == Pipeline::kMostStages)
-    ptx::wait_for_copies<Pipeline::kMostStages - 1>();
+// Until all copies but those of the last `slices` slices are there.
+__device__ __forceinline__ void wait_for_all_but(int slices) {
+  static_assert(Pipeline::kMostStages == 3);
+  if (slices == 3)
+    ptx::wait_for_copies<3>();
+  else if (slices == 2)
+    ptx::wait_for_copies<2>();
+  else if (slices == 1)
+    ptx::wait_for_copies<1>();
   else
-    ptx::wait_for_copies<Pipeline::kLeastStages - 1>();
+    ptx::wait_for_copies<0>();
 }
 
 template <class Config>
@@ -61,8 +65,15 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMostBlocks)
   int to_load = p.stages, load_stage = 0, stage = 0;
   int slice = 0, last_slice = 0;  // of the piece, for this group
   bool is_at_begin = true;
+  const uint32_t s_query = ptx::shared_address(s_state.query);
 #pragma unroll 1
   for (;;) {
+    // Queries first: keys that are asked for ahead of them would be waited for with them.
+    if (is_at_begin && has_piece) {
+      Rows::load_query(p, walk, s_query);
+      ptx::commit_copies();
+    }
+    const int loads = to_load;
 #pragma unroll 1
     for (; to_load > 0; to_load--) {
       loader.load_next(ptx::shared_address(slot(load_stage)));
@@ -70,9 +81,10 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMostBlocks)
     }
     if (is_at_begin) {
       if (!has_piece) break;
-      Rows::load_query(p, walk, s_state.query);
+      rows.begin(walk);
+      wait_for_all_but(loads);
       __syncthreads();  // the queries are there
-      rows.begin(walk, s_state.query);
+      rows.take_query(s_query);
       slice = first_slice_of<Config>(walk.piece.keys, group);
       last_slice = (walk.piece.keys.end + Config::kSliceKeys - 1) / Config::kSliceKeys;
       is_at_begin = false;
@@ -80,7 +92,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMostBlocks)
     unsigned char* s_read = nullptr;  // the slot that is not filled again yet
     if (slice < last_slice) {
       s_read = slot(stage);
-      wait_for_slice(p.stages);
+      wait_for_all_but(p.stages - 1);
       sync_group();  // all of the group's copies are there
       rows.attend(s_read, slice * Config::kSliceKeys);
       sync_group();  // the slot has been read

@@ -157,7 +157,7 @@ class RowTarget {
 // By the whole thread block, when all partial results of a head tile are there: a warp a row.
 template <class Config>
 __device__ __noinline__ void merge_parts(const KernelParams& p, const Parts parts, const Walk& s_walk) {
-  constexpr int kWidth = Config::kDim / kWarpSize, kAtOnce = 8;
+  constexpr int kWidth = Config::kDim / kWarpSize, kAtOnce = Config::kDim == 256 ? 8 : 16;
   const float c = logit_scale(p) * kLog2E;
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize, column = lane * kWidth;
 #pragma unroll 1

@@ -39,8 +39,8 @@ class WarpRows {
   }
   static __device__ __forceinline__ int tile_row(int r) { return first_row() + lane() / 4 + 8 * r; }
 
-  // The tile's queries into shared memory, by the whole thread block.
-  static __device__ __forceinline__ void load_query(const KernelParams& p, const Walk& s_walk, unsigned char* s_query) {
+  // Starts the copies of the tile's queries into shared memory, by the whole thread block.
+  static __device__ __forceinline__ void load_query(const KernelParams& p, const Walk& s_walk, uint32_t s_query) {
     const KvCacheParams& call = p.call;
 #pragma unroll 1
     for (int i = ptx::forget(static_cast<int>(threadIdx.x)); i < s_walk.tile.count * Query::kChunks;
@@ -51,19 +51,13 @@ class WarpRows {
       const auto* g_chunk = static_cast<const uint16_t*>(call.q.data) + query.batch * call.q.stride_batch +
                             query.index * call.q.stride_token + head * call.q.stride_head +
                             chunk * sm80::kChunkElements;
-      uint4 columns{};
-      if (chunk * sm80::kChunkElements < call.dim_qk) columns = *reinterpret_cast<const uint4*>(g_chunk);
-      *reinterpret_cast<uint4*>(s_query + Query::place(row, chunk)) = columns;
+      const bool is_inside = chunk * sm80::kChunkElements < call.dim_qk;
+      ptx::copy_async(s_query + Query::place(row, chunk), is_inside ? g_chunk : call.q.data, is_inside);
     }
   }
 
-  // Once the queries are there.
-  __device__ __forceinline__ void begin(const Walk& s_walk, const unsigned char* s_query) {
-    query_place_ = Query::left_place(ptx::shared_address(s_query), first_row());
-    if constexpr (Config::kHoldsQuery) {
-#pragma unroll
-      for (int step = 0; step < kSteps; step++) Query::load_left(query_place_, step, query_[step]);
-    }
+  // A piece, whose queries may still be on their way.
+  __device__ __forceinline__ void begin(const Walk& s_walk) {
     // Each lane finds what one row may see.
     const int own_row = first_row() + lane() % kCacheTileRows;
     VisibleKeys own{s_walk.piece.keys, 0, 0};  // rows past the last one see all, which concerns nobody
@@ -81,6 +75,15 @@ class WarpRows {
     softmax_.state = {{-infinity(), -infinity()}, {0.f, 0.f}};
 #pragma unroll
     for (int i = 0; i < Config::kDim / 2; i++) out_[i] = 0.f;
+  }
+
+  // Once they are there.
+  __device__ __forceinline__ void take_query(uint32_t s_query) {
+    query_place_ = Query::left_place(s_query, first_row());
+    if constexpr (Config::kHoldsQuery) {
+#pragma unroll
+      for (int step = 0; step < kSteps; step++) Query::load_left(query_place_, step, query_[step]);
+    }
   }
 
   // Takes in a slice that lies in shared memory, keys first.
