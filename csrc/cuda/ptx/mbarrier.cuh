@@ -55,8 +55,15 @@ __device__ __forceinline__ void mbarrier_wait(const uint64_t& barrier, uint32_t 
       "{\n"
       ".reg .pred complete;\n"
       "again:\n"
+#if __CUDA_ARCH__ >= 900
       "mbarrier.try_wait.parity.shared::cta.b64 complete, [%0], %1;\n"
+#else
+      "mbarrier.test_wait.parity.shared::cta.b64 complete, [%0], %1;\n"
+#endif
       "@complete bra done;\n"
+#if __CUDA_ARCH__ < 900
+      "nanosleep.u32 40;\n"  // which try_wait does by itself
+#endif
       "bra again;\n"
       "done:\n"
       "}\n" ::"r"(shared_address(&barrier)),

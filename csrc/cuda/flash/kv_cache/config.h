@@ -15,6 +15,7 @@ constexpr int kHeadTileOverhead = 4;
 // A thread block takes kTileRows rows, that is pairs of a query and a head of the group, against the keys of one kv
 // head. Its warps stand in kKeyGroups groups of kRowWarps: each group has every kKeyGroups-th slice of the keys to
 // itself, with a ring of its own in shared memory, and each of its warps 16 rows.
+//   kFinishers: warps beside them that finish pieces, where there are several groups (finish.cuh)
 //   kSubSlices: of kPageMultiple keys, in a slice
 //   kMostBlocks: thread blocks an SM
 struct Pipeline {
@@ -43,7 +44,8 @@ struct Config : Tiles {
   using Tiles::kKeyGroups, Tiles::kRowWarps, Tiles::kSubSlices, Tiles::kLeastStages, Tiles::kMostStages;
   static constexpr int kDim = kDim_;  // of queries and keys, and of values
   static constexpr int kTileRows = kCacheTileRows * kRowWarps, kSliceKeys = kPageMultiple * kSubSlices;
-  static constexpr int kWarps = kKeyGroups * kRowWarps, kThreads = kWarps * kWarpSize;
+  static constexpr int kWarps = kKeyGroups * kRowWarps, kFinishers = kKeyGroups > 1 ? 4 : 0;
+  static constexpr int kThreads = (kWarps + kFinishers) * kWarpSize;
   static constexpr int kGroupThreads = kRowWarps * kWarpSize;
   static constexpr bool kHoldsQuery = kDim <= 128;  // in registers
 
@@ -52,13 +54,17 @@ struct Config : Tiles {
   static constexpr int kSlotBytes = 2 * Operand::kBytes;  // a slice of keys, and of values
   static constexpr int kStageBytes = kKeyGroups * kSlotBytes;
 
-  // Behind the rings.
+  // Behind the rings. What there are two of is of two pieces in turn.
   struct SharedState {
-    alignas(128) unsigned char query[Query::kBytes];
-    SplitStats stats[kKeyGroups][kTileRows];  // of the groups
-    const float* outputs[kKeyGroups];         // of the groups, in their slots; null: the group had no slice
-    Share shares[kWarps];                     // the same in all
-    Walk loading[kWarps], attending[kWarps];
+    alignas(128) unsigned char query[kFinishers ? 2 : 1][Query::kBytes];
+    SplitStats stats[2][kKeyGroups][kTileRows];  // of the groups
+    const float* outputs[2][kKeyGroups];         // of the groups, in their slots; null: the group had no slice
+    uint64_t begun[2], attended[2], merged[2];   // barriers
+    Walk pieces[2];
+    int has_piece[2];
+    Share shares[kWarps + kFinishers];  // the same in all
+    Walk walks[kWarps + kFinishers];    // of groups with finishers what is loaded, else what is attended to
+    Walk loading[kFinishers ? 1 : kWarps];
     int is_last_arriver;
   };
   static constexpr int shared_bytes(int stages) { return stages * kStageBytes + int(sizeof(SharedState)); }

@@ -3,17 +3,18 @@
 //
 //   each group of warps, on its own:  wait for a slice | S = Q K^T | softmax | O += P V | start the copies of the slice
 //                                     that is a ring behind it, of whichever piece
-//   at the end of a piece, together:  the groups' O -> shared memory | merge them -> the output, or a partial result
-//   at the end of a split head tile:    the thread block that arrives last merges its partial results, in their order
+//   at the end of a piece:            the groups' O -> shared memory | merge them -> the output, or a partial result
+//   at the end of a split head tile:  the thread block that arrives last merges its partial results, in their order
 //
-// No barrier of the thread block stands between the slices, and while a piece ends, copies of the next ones go on.
+// No barrier of the thread block stands between the slices. With several groups there are warps that finish pieces,
+// too (finish.cuh): groups leave what they have and go on with the next piece, each when it can.
 //
 // A small call takes as long as its code takes to come from cold memory: what is there twice is a function, what few
 // calls want stands apart, and loops are unrolled only inside a slice.
 #pragma once
+#include "finish.cuh"
 #include "loader.cuh"
 #include "ptx/barrier.cuh"
-#include "ptx/grid.cuh"
 #include "ptx/launch.cuh"
 #include "results.cuh"
 #include "rows.cuh"
@@ -23,9 +24,7 @@ namespace selfattn::cuda::kv_cache {
 // Until all copies but those of the last `slices` slices are there.
 __device__ __forceinline__ void wait_for_all_but(int slices) {
   static_assert(Pipeline::kMostStages == 3);
-  if (slices == 3)
-    ptx::wait_for_copies<3>();
-  else if (slices == 2)
+  if (slices == 2)
     ptx::wait_for_copies<2>();
   else if (slices == 1)
     ptx::wait_for_copies<1>();
@@ -33,146 +32,182 @@ __device__ __forceinline__ void wait_for_all_but(int slices) {
     ptx::wait_for_copies<0>();
 }
 
+// A group's slots, which are filled and read in turn.
+template <class Config>
+class GroupRing {
+ public:
+  __device__ __forceinline__ GroupRing(const KernelParams& p, unsigned char* s_slots, Loader<Config>& loader)
+      : s_slots_(s_slots), loader_(loader), stages_(p.stages), free_(p.stages) {}
+
+  // Starts the copies of the next slices into all free slots but so many.
+  __device__ __forceinline__ void load(int but = 0) {
+#pragma unroll 1
+    for (; free_ > but; free_--) {
+      loader_.load_next(ptx::shared_address(s_slots_ + load_stage_ * Config::kSlotBytes));
+      if (++load_stage_ == stages_) load_stage_ = 0;
+    }
+  }
+  // Until the oldest slice is there; its slot.
+  __device__ __forceinline__ unsigned char* wait() const {
+    wait_for_all_but(stages_ - 1 - free_);
+    sync();  // all of the group's copies are there
+    return s_slots_ + stage_ * Config::kSlotBytes;
+  }
+  // It has been read.
+  __device__ __forceinline__ void release() {
+    sync();
+    free_++;
+    if (++stage_ == stages_) stage_ = 0;
+  }
+
+ private:
+  static __device__ __forceinline__ void sync() {
+    if constexpr (Config::kRowWarps == 1)
+      __syncwarp();
+    else
+      ptx::barrier_sync(1 + threadIdx.x / Config::kGroupThreads, Config::kGroupThreads);
+  }
+
+  unsigned char* s_slots_;
+  Loader<Config>& loader_;
+  int stages_, free_, load_stage_ = 0, stage_ = 0;
+};
+
+// By the groups of a thread block that has finishers.
+template <class Config>
+__device__ __forceinline__ void attend_pieces(const KernelParams& p, typename Config::SharedState& s_state,
+                                              GroupRing<Config>& ring) {
+  using Rows = WarpRows<Config>;
+  const int group = static_cast<int>(threadIdx.x) / Config::kGroupThreads;
+  Rows rows(p);
+  PieceTurn turn, lent;  // `lent`: of the piece whose results lie in a slot of the ring
+  bool has_lent = false;
+  const auto take_back = [&] {
+    if (has_lent) ptx::mbarrier_wait(s_state.merged[lent.slot], lent.parity);
+    has_lent = false;
+  };
+  ring.load();
+#pragma unroll 1
+  for (;; turn.advance()) {
+    ptx::mbarrier_wait(s_state.begun[turn.slot], turn.parity);
+    if (!s_state.has_piece[turn.slot]) break;
+    const Walk& walk = s_state.pieces[turn.slot];
+    const uint32_t s_query = ptx::shared_address(s_state.query[turn.slot]);
+    rows.begin(walk);
+    rows.take_query(s_query);
+    const int last_slice = (walk.piece.keys.end + Config::kSliceKeys - 1) / Config::kSliceKeys;
+    int slice = first_slice_of<Config>(walk.piece.keys, group);
+    unsigned char* s_read = nullptr;
+#pragma unroll 1
+    for (; slice < last_slice; slice += Config::kKeyGroups) {
+      ring.load(s_read ? 0 : has_lent);
+      s_read = ring.wait();
+      rows.attend(s_read, slice * Config::kSliceKeys);
+      ring.release();
+      take_back();
+    }
+    take_back();  // where the group had no slice
+    ring.load(s_read ? 1 : 0);
+
+    const int count = walk.tile.count;
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      const SplitStats stats = rows.stats(r);
+      if (rows.lane() % 4 == 0) s_state.stats[turn.slot][group][rows.tile_row(r)] = stats;
+    }
+    auto* s_out = reinterpret_cast<float*>(s_read);
+    if (s_read) {
+      rows.give_output([&](int r, int column, const float2& out) {
+        const int row = rows.tile_row(r);
+        if (row < count) *reinterpret_cast<float2*>(s_out + place_of_output<Config>(row, column)) = out;
+      });
+    }
+    if (rows.lane() == 0) s_state.outputs[turn.slot][group] = s_out;
+    __syncwarp();
+    if (rows.lane() == 0) ptx::mbarrier_arrive(s_state.attended[turn.slot]);
+    has_lent = s_read != nullptr, lent = turn;
+  }
+}
+
+// By all warps of a thread block that has one group.
+template <class Config>
+__device__ __forceinline__ void attend_alone(const KernelParams& p, typename Config::SharedState& s_state,
+                                             const Share& share, Walk& walk, bool has_piece, GroupRing<Config>& ring) {
+  using Rows = WarpRows<Config>;
+  Rows rows(p);
+  ring.load();
+#pragma unroll 1
+  for (; has_piece; has_piece = find_next(p, share, walk)) {
+    load_query<Config>(p, walk, s_state.query[0], threadIdx.x, Config::kThreads);
+    __syncthreads();  // the queries are there
+    rows.begin(walk);
+    rows.take_query(ptx::shared_address(s_state.query[0]));
+    const int last_slice = (walk.piece.keys.end + Config::kSliceKeys - 1) / Config::kSliceKeys;
+#pragma unroll 1
+    for (int slice = walk.piece.keys.begin / Config::kSliceKeys; slice < last_slice; slice++) {
+      rows.attend(ring.wait(), slice * Config::kSliceKeys);
+      ring.release();
+      ring.load();
+    }
+    const Parts parts(p, share, walk);
+    const int count = walk.tile.count;
+    const SplitStats stats[2] = {rows.stats(0), rows.stats(1)};
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      const int row = rows.tile_row(r);
+      if (row >= count) continue;
+      const auto target = target_of<Config>(p, walk, parts, row, stats[r], rows.lane() % 4 == 0);
+      rows.give_output([&](int of_row, int column, const float2& out) {
+        if (of_row == r) target.template store<2>(column, {out.x, out.y});
+      });
+    }
+    __syncthreads();  // all results of the piece are written; the queries are free
+    end_piece<Config>(p, parts, walk, s_state.is_last_arriver, threadIdx.x, [] { __syncthreads(); });
+  }
+}
+
 template <class Config>
 __global__ void __launch_bounds__(Config::kThreads, Config::kMostBlocks)
     flash_attention_kv_cache_kernel(const __grid_constant__ KernelParams p) {
   extern __shared__ __align__(128) unsigned char s_memory[];
   auto& s_state = *reinterpret_cast<typename Config::SharedState*>(s_memory + p.stages * Config::kStageBytes);
-  using Rows = WarpRows<Config>;
-  const int warp = static_cast<int>(threadIdx.x) / kWarpSize, group = warp / Config::kRowWarps;
-  unsigned char* s_ring = s_memory + group * p.stages * Config::kSlotBytes;
-  const auto slot = [&](int stage) { return s_ring + stage * Config::kSlotBytes; };
-  const auto sync_group = [&] {
-    if constexpr (Config::kRowWarps == 1)
-      __syncwarp();
-    else
-      ptx::barrier_sync(1 + group, Config::kGroupThreads);
-  };
+  const int warp = static_cast<int>(threadIdx.x) / kWarpSize, lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  if constexpr (Config::kFinishers > 0) {
+    if (threadIdx.x == 0) {
+      for (int slot = 0; slot < 2; slot++) {
+        ptx::mbarrier_init(s_state.begun[slot], Config::kFinishers * kWarpSize);
+        ptx::mbarrier_init(s_state.attended[slot], Config::kWarps);
+        ptx::mbarrier_init(s_state.merged[slot], Config::kFinishers);
+      }
+    }
+    __syncthreads();
+  }
 
-  // The first piece is found once, for the copies and for the products.
+  // Each warp finds the share for itself.
   Share& share = s_state.shares[warp];
-  Walk &loading = s_state.loading[warp], &walk = s_state.attending[warp];
+  Walk& walk = s_state.walks[warp];
   if (p.schedule.is_prepared) ptx::wait_for_previous_kernel();  // its schedule is there
   const Share found = find_share(p);
-  if (Rows::lane() == 0) share = found, loading = begin_walk(found);
+  if (lane == 0) share = found, walk = begin_walk(found);
   __syncwarp();
-  bool has_piece = find_next(p, share, loading);
-  if (Rows::lane() == 0) walk = loading;
-  __syncwarp();
-
-  Loader<Config> loader(p, share, loading, has_piece);
-  Rows rows(p);
-  int to_load = p.stages, load_stage = 0, stage = 0;
-  int slice = 0, last_slice = 0;  // of the piece, for this group
-  bool is_at_begin = true;
-  const uint32_t s_query = ptx::shared_address(s_state.query);
-#pragma unroll 1
-  for (;;) {
-    // Queries first: keys that are asked for ahead of them would be waited for with them.
-    if (is_at_begin && has_piece) {
-      Rows::load_query(p, walk, s_query);
-      ptx::commit_copies();
-    }
-    const int loads = to_load;
-#pragma unroll 1
-    for (; to_load > 0; to_load--) {
-      loader.load_next(ptx::shared_address(slot(load_stage)));
-      if (++load_stage == p.stages) load_stage = 0;
-    }
-    if (is_at_begin) {
-      if (!has_piece) break;
-      rows.begin(walk);
-      wait_for_all_but(loads);
-      __syncthreads();  // the queries are there
-      rows.take_query(s_query);
-      slice = first_slice_of<Config>(walk.piece.keys, group);
-      last_slice = (walk.piece.keys.end + Config::kSliceKeys - 1) / Config::kSliceKeys;
-      is_at_begin = false;
-    }
-    unsigned char* s_read = nullptr;  // the slot that is not filled again yet
-    if (slice < last_slice) {
-      s_read = slot(stage);
-      wait_for_all_but(p.stages - 1);
-      sync_group();  // all of the group's copies are there
-      rows.attend(s_read, slice * Config::kSliceKeys);
-      sync_group();  // the slot has been read
-      slice += Config::kKeyGroups, to_load = 1;
-      if (++stage == p.stages) stage = 0;
-    }
-    if (slice < last_slice) continue;
-
-    is_at_begin = true;
-    const int count = walk.tile.count;
-    const bool is_whole = walk.is_whole();
-    Parts parts{};
-    if (!is_whole) parts = Parts(p, share, walk);
-    const auto target = [&](int row, const SplitStats& stats, bool is_first_lane) {
-      return is_whole ? RowTarget<Config>(p, walk, row, stats, is_first_lane)
-                      : RowTarget<Config>(p, parts.place_of(p, walk.piece), row, stats, is_first_lane);
-    };
-    if constexpr (Config::kKeyGroups == 1) {
-      const SplitStats stats[2] = {rows.stats(0), rows.stats(1)};
-#pragma unroll
-      for (int r = 0; r < 2; r++) {
-        const int row = rows.tile_row(r);
-        if (row >= count) continue;
-        const RowTarget<Config> target_of_row = target(row, stats[r], rows.lane() % 4 == 0);
-        rows.give_output([&](int of_row, int column, const float2& out) {
-          if (of_row == r) target_of_row.template store<2>(column, {out.x, out.y});
-        });
-      }
+  if (warp < Config::kWarps) {
+    bool has_piece = find_next(p, share, walk);
+    const int group = warp / Config::kRowWarps;
+    unsigned char* s_slots = s_memory + group * p.stages * Config::kSlotBytes;
+    if constexpr (Config::kFinishers > 0) {
+      Loader<Config> loader(p, share, walk, has_piece);
+      GroupRing<Config> ring(p, s_slots, loader);
+      attend_pieces<Config>(p, s_state, ring);
     } else {
-      // Each group leaves its results; the columns of a row stand in its slot in groups of 8, swizzled.
-      constexpr int kWidth = Config::kDim / kWarpSize;
-      const auto place = [](int row, int column) {
-        return (row * Config::kDim + row % 8 * 8 + column % 8) ^ (column / 8 * 8);
-      };
-#pragma unroll
-      for (int r = 0; r < 2; r++) {
-        const SplitStats stats = rows.stats(r);
-        if (rows.lane() % 4 == 0) s_state.stats[group][rows.tile_row(r)] = stats;
-      }
-      if (s_read) {
-        auto* s_out = reinterpret_cast<float*>(s_read);
-        rows.give_output([&](int r, int column, const float2& out) {
-          if (rows.tile_row(r) < count) *reinterpret_cast<float2*>(s_out + place(rows.tile_row(r), column)) = out;
-        });
-      }
-      if (rows.lane() == 0) s_state.outputs[group] = reinterpret_cast<float*>(s_read);
-      __syncthreads();  // all groups' results are there
-      const float c = logit_scale(p) * kLog2E;
-      const int column = rows.lane() * kWidth;
-#pragma unroll 1
-      for (int row = warp; row < count; row += Config::kWarps) {
-        RowMerge<kWidth> merge;
-        float top = -infinity();
-#pragma unroll
-        for (int g = 0; g < Config::kKeyGroups; g++) top = fmaxf(top, s_state.stats[g][row].x);
-        merge.raise(top, c);
-#pragma unroll
-        for (int g = 0; g < Config::kKeyGroups; g++) {
-          if (!s_state.outputs[g]) continue;  // it had no slice
-          float out[kWidth];
-          load_columns(s_state.outputs[g] + place(row, column), out, [](const auto* s) { return *s; });
-          merge.add(s_state.stats[g][row], out, c);
-        }
-        target(row, {merge.max, merge.sum}, rows.lane() == 0).store(column, merge.out);
-      }
+      Walk& loading = s_state.loading[warp];
+      if (lane == 0) loading = walk;
+      __syncwarp();
+      Loader<Config> loader(p, share, loading, has_piece);
+      GroupRing<Config> ring(p, s_slots, loader);
+      attend_alone<Config>(p, s_state, share, walk, has_piece, ring);
     }
-    __syncthreads();  // all results of the piece are written; slots and queries are free
-
-    if (!is_whole && walk.piece.ends_part) {
-      if (parts.blocks > 1) {
-        if (threadIdx.x == 0) {
-          ptx::wait_for_previous_kernel();  // it clears the counters
-          const int before = ptx::add_acquire_release(p.schedule.counters + parts.first_block, 1);
-          s_state.is_last_arriver = before == parts.blocks - 1;
-        }
-        __syncthreads();
-      }
-      if (parts.blocks == 1 || s_state.is_last_arriver) merge_parts<Config>(p, parts, walk);
-    }
-    has_piece = find_next(p, share, walk);
+  } else if constexpr (Config::kFinishers > 0) {
+    finish_pieces<Config>(p, s_state, share, walk);
   }
   ptx::wait_for_previous_kernel();
 }

@@ -154,14 +154,22 @@ class RowTarget {
   int columns_;
 };
 
-// By the whole thread block, when all partial results of a head tile are there: a warp a row.
+// Of a row of a piece.
 template <class Config>
-__device__ __noinline__ void merge_parts(const KernelParams& p, const Parts parts, const Walk& s_walk) {
+__device__ __forceinline__ RowTarget<Config> target_of(const KernelParams& p, const Walk& s_walk, const Parts& parts,
+                                                       int row, const SplitStats& stats, bool is_first_lane) {
+  return s_walk.is_whole() ? RowTarget<Config>(p, s_walk, row, stats, is_first_lane)
+                           : RowTarget<Config>(p, parts.place_of(p, s_walk.piece), row, stats, is_first_lane);
+}
+
+// When all partial results of a head tile are there, by `warp` of so many that finish pieces: a warp a row.
+template <class Config>
+__device__ __noinline__ void merge_parts(const KernelParams& p, const Parts parts, const Walk& s_walk, int warp) {
   constexpr int kWidth = Config::kDim / kWarpSize, kAtOnce = Config::kDim == 256 ? 8 : 16;
   const float c = logit_scale(p) * kLog2E;
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize, column = lane * kWidth;
 #pragma unroll 1
-  for (int row = static_cast<int>(threadIdx.x) / kWarpSize; row < s_walk.tile.count; row += Config::kWarps) {
+  for (int row = warp; row < s_walk.tile.count; row += Config::kFinishers ? Config::kFinishers : Config::kWarps) {
     RowMerge<kWidth> merge;
     const int64_t first_place = parts.base * Config::kTileRows + row;
     const SplitStats* g_stats = p.partial_stats + first_place;

@@ -22,6 +22,25 @@ __device__ __noinline__ void apply_softcap(const Softcap& softcap, float (&score
   softcap.apply(scores);
 }
 
+// A tile's queries into shared memory, by so many threads.
+template <class Config>
+__device__ __forceinline__ void load_query(const KernelParams& p, const Walk& s_walk, unsigned char* s_query,
+                                           int thread, int threads) {
+  using Query = typename Config::Query;
+  const KvCacheParams& call = p.call;
+#pragma unroll 1
+  for (int i = ptx::forget(thread); i < s_walk.tile.count * Query::kChunks; i += threads) {
+    const int row = i / Query::kChunks, chunk = i % Query::kChunks;
+    const QueryRow query = s_walk.tile.query(p, row);
+    const int64_t head = int64_t(s_walk.piece.kv_head) * p.schedule.group.value + query.head;
+    const auto* g_chunk = static_cast<const uint16_t*>(call.q.data) + query.batch * call.q.stride_batch +
+                          query.index * call.q.stride_token + head * call.q.stride_head + chunk * sm80::kChunkElements;
+    uint4 columns{};
+    if (chunk * sm80::kChunkElements < call.dim_qk) columns = *reinterpret_cast<const uint4*>(g_chunk);
+    *reinterpret_cast<uint4*>(s_query + Query::place(row, chunk)) = columns;
+  }
+}
+
 template <class Config>
 class WarpRows {
  public:
@@ -39,24 +58,7 @@ class WarpRows {
   }
   static __device__ __forceinline__ int tile_row(int r) { return first_row() + lane() / 4 + 8 * r; }
 
-  // Starts the copies of the tile's queries into shared memory, by the whole thread block.
-  static __device__ __forceinline__ void load_query(const KernelParams& p, const Walk& s_walk, uint32_t s_query) {
-    const KvCacheParams& call = p.call;
-#pragma unroll 1
-    for (int i = ptx::forget(static_cast<int>(threadIdx.x)); i < s_walk.tile.count * Query::kChunks;
-         i += Config::kThreads) {
-      const int row = i / Query::kChunks, chunk = i % Query::kChunks;
-      const QueryRow query = s_walk.tile.query(p, row);
-      const int64_t head = int64_t(s_walk.piece.kv_head) * p.schedule.group.value + query.head;
-      const auto* g_chunk = static_cast<const uint16_t*>(call.q.data) + query.batch * call.q.stride_batch +
-                            query.index * call.q.stride_token + head * call.q.stride_head +
-                            chunk * sm80::kChunkElements;
-      const bool is_inside = chunk * sm80::kChunkElements < call.dim_qk;
-      ptx::copy_async(s_query + Query::place(row, chunk), is_inside ? g_chunk : call.q.data, is_inside);
-    }
-  }
-
-  // A piece, whose queries may still be on their way.
+  // A piece.
   __device__ __forceinline__ void begin(const Walk& s_walk) {
     // Each lane finds what one row may see.
     const int own_row = first_row() + lane() % kCacheTileRows;
@@ -77,7 +79,7 @@ class WarpRows {
     for (int i = 0; i < Config::kDim / 2; i++) out_[i] = 0.f;
   }
 
-  // Once they are there.
+  // Its queries.
   __device__ __forceinline__ void take_query(uint32_t s_query) {
     query_place_ = Query::left_place(s_query, first_row());
     if constexpr (Config::kHoldsQuery) {
