@@ -31,23 +31,23 @@ __device__ __forceinline__ int place_of_output(int row, int column) {
   return (row * Config::kDim + row % 8 * 8 + column % 8) ^ (column / 8 * 8);
 }
 
-// Once all results of a piece are written, by some of the threads, which `sync` synchronises: merges those of the head
-// tile where it was the last that was wanted.
-template <class Config, class Sync>
-__device__ __forceinline__ void end_piece(const KernelParams& p, const Parts& parts, const Walk& s_walk,
-                                          int& s_is_last_arriver, int thread, const Sync& sync) {
-  if (s_walk.is_whole() || !s_walk.piece.ends_part) return;
-  if (parts.blocks > 1) {
-    if (thread == 0) {
-      ptx::wait_for_previous_kernel();  // it clears the counters
-      const int before = ptx::add_acquire_release(p.schedule.counters + parts.first_block, 1);
-      s_is_last_arriver = before == parts.blocks - 1;
-    }
-    sync();
+// Once all results of a piece are written, by some of the threads, which `sync` synchronises: whether those of the head
+// tile are to be merged, since it was the last that was wanted.
+template <class Sync>
+__device__ __forceinline__ bool ends_head_tile(const KernelParams& p, const Parts& parts, const Walk& s_walk,
+                                               int& s_is_last_arriver, int thread, const Sync& sync) {
+  if (s_walk.is_whole() || !s_walk.piece.ends_part) return false;
+  if (parts.blocks == 1) return true;
+  if (thread == 0) {
+    ptx::wait_for_previous_kernel();  // it clears the counters
+    const int before = ptx::add_acquire_release(p.schedule.counters + parts.first_block, 1);
+    s_is_last_arriver = before == parts.blocks - 1;
   }
-  if (parts.blocks == 1 || s_is_last_arriver) merge_parts<Config>(p, parts, s_walk, thread / kWarpSize);
+  sync();
+  return s_is_last_arriver;
 }
 
+// The first piece is s_state.pieces[0], if there is one. `walk`: a place for the warp's own.
 template <class Config>
 __device__ __forceinline__ void finish_pieces(const KernelParams& p, typename Config::SharedState& s_state,
                                               const Share& share, Walk& walk) {
@@ -57,47 +57,62 @@ __device__ __forceinline__ void finish_pieces(const KernelParams& p, typename Co
   const auto sync = [] { ptx::barrier_sync(1, kThreads); };
   const float c = logit_scale(p) * kLog2E;
 
-  bool has_piece = true;
-  const auto begin_piece = [&](int slot) {
-    has_piece = find_next(p, share, walk);
-    if (thread == 0) s_state.has_piece[slot] = has_piece, s_state.pieces[slot] = walk;
-    if (has_piece) load_query<Config>(p, walk, s_state.query[slot], thread, kThreads);
-    ptx::mbarrier_arrive(s_state.begun[slot]);
-  };
-  begin_piece(0);
-  if (has_piece) begin_piece(1);
+  if (lane == 0) walk = s_state.pieces[0];
+  __syncwarp();
+  bool has_piece = s_state.has_piece[0], is_first = true;
+  // A partial result is merged once before there is one, out of memory that holds anything: what the code does is for
+  // nothing, but it has come from cold memory then.
+  bool is_rehearsal = has_piece && !walk.is_whole();
+  int to_begin = 2;  // slots
+  PieceTurn turn;
 #pragma unroll 1
-  for (PieceTurn turn;; turn.advance()) {
+  for (;;) {
+#pragma unroll 1
+    for (; to_begin > 0; to_begin--) {
+      if (has_piece && !is_first) has_piece = find_next(p, share, walk);
+      const int slot = turn.slot ^ (to_begin == 1);
+      if (thread == 0) s_state.has_piece[slot] = has_piece, s_state.pieces[slot] = walk;
+      if (has_piece) load_query<Config>(p, walk, s_state.query[slot], thread, kThreads);
+      ptx::mbarrier_arrive(s_state.begun[slot]);
+      is_first = false;
+    }
     const int slot = turn.slot;
     ptx::mbarrier_wait(s_state.begun[slot], turn.parity);
     if (!s_state.has_piece[slot]) break;
     const Walk& piece = s_state.pieces[slot];
-    const Parts parts(p, share, piece);
-    ptx::mbarrier_wait(s_state.attended[slot], turn.parity);
+    Parts parts(p, share, piece);
+    const SplitStats* s_stats = s_state.stats[slot][0];
+    if (is_rehearsal)
+      s_stats = reinterpret_cast<const SplitStats*>(s_state.query[slot]);
+    else
+      ptx::mbarrier_wait(s_state.attended[slot], turn.parity);
+    const int rows = is_rehearsal ? ::min(piece.tile.count, Config::kFinishers) : piece.tile.count;
 #pragma unroll 1
-    for (int row = warp; row < piece.tile.count; row += Config::kFinishers) {
-      const SplitStats* s_stats = &s_state.stats[slot][0][row];
+    for (int row = warp; row < rows; row += Config::kFinishers) {
       RowMerge<kWidth> merge;
       float top = -infinity();
 #pragma unroll
-      for (int g = 0; g < Config::kKeyGroups; g++) top = fmaxf(top, s_stats[g * Config::kTileRows].x);
+      for (int g = 0; g < Config::kKeyGroups; g++) top = fmaxf(top, s_stats[g * Config::kTileRows + row].x);
       merge.raise(top, c);
 #pragma unroll
       for (int g = 0; g < Config::kKeyGroups; g++) {
-        const float* s_out = s_state.outputs[slot][g];
+        const auto* s_out = is_rehearsal ? reinterpret_cast<const float*>(s_stats) : s_state.outputs[slot][g];
         if (!s_out) continue;  // it had no slice
         float out[kWidth];
         load_columns(s_out + place_of_output<Config>(row, lane * kWidth), out, [](const auto* s) { return *s; });
-        merge.add(s_stats[g * Config::kTileRows], out, c);
+        merge.add(s_stats[g * Config::kTileRows + row], out, c);
       }
       target_of<Config>(p, piece, parts, row, {merge.max, merge.sum}, lane == 0).store(lane * kWidth, merge.out);
     }
     __syncwarp();
-    if (lane == 0) ptx::mbarrier_arrive(s_state.merged[slot]);
+    if (!is_rehearsal && lane == 0) ptx::mbarrier_arrive(s_state.merged[slot]);
     sync();  // all results of the piece are written
-    end_piece<Config>(p, parts, piece, s_state.is_last_arriver, thread, sync);
+    if (is_rehearsal) parts.take_own(p, piece.piece);
+    if (is_rehearsal || ends_head_tile(p, parts, piece, s_state.is_last_arriver, thread, sync))
+      merge_parts<Config>(p, parts, piece, warp, rows, is_rehearsal);
     sync();  // nobody looks at the slot's piece any more
-    if (has_piece) begin_piece(slot);
+    if (!is_rehearsal) to_begin = 1, turn.advance();
+    is_rehearsal = false;
   }
 }
 

@@ -80,34 +80,32 @@ __device__ __forceinline__ void attend_pieces(const KernelParams& p, typename Co
   using Rows = WarpRows<Config>;
   const int group = static_cast<int>(threadIdx.x) / Config::kGroupThreads;
   Rows rows(p);
-  PieceTurn turn, lent;  // `lent`: of the piece whose results lie in a slot of the ring
-  bool has_lent = false;
-  const auto take_back = [&] {
-    if (has_lent) ptx::mbarrier_wait(s_state.merged[lent.slot], lent.parity);
-    has_lent = false;
-  };
-  ring.load();
+  PieceTurn turn, turn_of_lent;
+  bool is_at_begin = true, has_lent = false;  // a slot of the ring, to those who merge the piece before
+  int slice = 0, last_slice = 0;              // of the piece, for this group
+  unsigned char* s_read = nullptr;            // the slot that it read last
 #pragma unroll 1
-  for (;; turn.advance()) {
-    ptx::mbarrier_wait(s_state.begun[turn.slot], turn.parity);
-    if (!s_state.has_piece[turn.slot]) break;
+  for (;;) {
+    ring.load(has_lent ? 1 : 0);
     const Walk& walk = s_state.pieces[turn.slot];
-    const uint32_t s_query = ptx::shared_address(s_state.query[turn.slot]);
-    rows.begin(walk);
-    rows.take_query(s_query);
-    const int last_slice = (walk.piece.keys.end + Config::kSliceKeys - 1) / Config::kSliceKeys;
-    int slice = first_slice_of<Config>(walk.piece.keys, group);
-    unsigned char* s_read = nullptr;
-#pragma unroll 1
-    for (; slice < last_slice; slice += Config::kKeyGroups) {
-      ring.load(s_read ? 0 : has_lent);
+    if (is_at_begin) {
+      ptx::mbarrier_wait(s_state.begun[turn.slot], turn.parity);
+      if (!s_state.has_piece[turn.slot]) break;
+      rows.begin(walk);
+      rows.take_query(ptx::shared_address(s_state.query[turn.slot]));
+      slice = first_slice_of<Config>(walk.piece.keys, group);
+      last_slice = (walk.piece.keys.end + Config::kSliceKeys - 1) / Config::kSliceKeys;
+      s_read = nullptr, is_at_begin = false;
+    }
+    if (slice < last_slice) {
       s_read = ring.wait();
       rows.attend(s_read, slice * Config::kSliceKeys);
       ring.release();
-      take_back();
+      slice += Config::kKeyGroups;
     }
-    take_back();  // where the group had no slice
-    ring.load(s_read ? 1 : 0);
+    if (has_lent) ptx::mbarrier_wait(s_state.merged[turn_of_lent.slot], turn_of_lent.parity);
+    has_lent = false;
+    if (slice < last_slice) continue;
 
     const int count = walk.tile.count;
 #pragma unroll
@@ -125,7 +123,9 @@ __device__ __forceinline__ void attend_pieces(const KernelParams& p, typename Co
     if (rows.lane() == 0) s_state.outputs[turn.slot][group] = s_out;
     __syncwarp();
     if (rows.lane() == 0) ptx::mbarrier_arrive(s_state.attended[turn.slot]);
-    has_lent = s_read != nullptr, lent = turn;
+    has_lent = s_read != nullptr, turn_of_lent = turn;
+    is_at_begin = true;
+    turn.advance();
   }
 }
 
@@ -162,7 +162,8 @@ __device__ __forceinline__ void attend_alone(const KernelParams& p, typename Con
       });
     }
     __syncthreads();  // all results of the piece are written; the queries are free
-    end_piece<Config>(p, parts, walk, s_state.is_last_arriver, threadIdx.x, [] { __syncthreads(); });
+    if (ends_head_tile(p, parts, walk, s_state.is_last_arriver, threadIdx.x, [] { __syncthreads(); }))
+      merge_parts<Config>(p, parts, walk, static_cast<int>(threadIdx.x) / kWarpSize, count, false);
   }
 }
 
@@ -172,42 +173,44 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMostBlocks)
   extern __shared__ __align__(128) unsigned char s_memory[];
   auto& s_state = *reinterpret_cast<typename Config::SharedState*>(s_memory + p.stages * Config::kStageBytes);
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize, lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  // Each warp finds the share, and its first piece, for itself, but for those that finish pieces.
+  Share& share = s_state.shares[warp];
+  Walk& walk = s_state.walks[warp];
+  bool has_piece = false;
+  if (warp < Config::kWarps) {
+    if (p.schedule.is_prepared) ptx::wait_for_previous_kernel();  // its schedule is there
+    const Share found = find_share(p);
+    if (lane == 0) share = found, walk = begin_walk(found);
+    __syncwarp();
+    has_piece = find_next(p, share, walk);
+  }
+  const int group = warp / Config::kRowWarps;
+  unsigned char* s_slots = s_memory + group * p.stages * Config::kSlotBytes;
   if constexpr (Config::kFinishers > 0) {
     if (threadIdx.x == 0) {
+#pragma unroll 1
       for (int slot = 0; slot < 2; slot++) {
         ptx::mbarrier_init(s_state.begun[slot], Config::kFinishers * kWarpSize);
         ptx::mbarrier_init(s_state.attended[slot], Config::kWarps);
         ptx::mbarrier_init(s_state.merged[slot], Config::kFinishers);
       }
+      s_state.has_piece[0] = has_piece, s_state.pieces[0] = walk;
     }
-    __syncthreads();
-  }
-
-  // Each warp finds the share for itself.
-  Share& share = s_state.shares[warp];
-  Walk& walk = s_state.walks[warp];
-  if (p.schedule.is_prepared) ptx::wait_for_previous_kernel();  // its schedule is there
-  const Share found = find_share(p);
-  if (lane == 0) share = found, walk = begin_walk(found);
-  __syncwarp();
-  if (warp < Config::kWarps) {
-    bool has_piece = find_next(p, share, walk);
-    const int group = warp / Config::kRowWarps;
-    unsigned char* s_slots = s_memory + group * p.stages * Config::kSlotBytes;
-    if constexpr (Config::kFinishers > 0) {
+    __syncthreads();  // the first warp's share and piece are there, and the barriers
+    if (warp < Config::kWarps) {
       Loader<Config> loader(p, share, walk, has_piece);
       GroupRing<Config> ring(p, s_slots, loader);
       attend_pieces<Config>(p, s_state, ring);
     } else {
-      Walk& loading = s_state.loading[warp];
-      if (lane == 0) loading = walk;
-      __syncwarp();
-      Loader<Config> loader(p, share, loading, has_piece);
-      GroupRing<Config> ring(p, s_slots, loader);
-      attend_alone<Config>(p, s_state, share, walk, has_piece, ring);
+      finish_pieces<Config>(p, s_state, s_state.shares[0], walk);
     }
-  } else if constexpr (Config::kFinishers > 0) {
-    finish_pieces<Config>(p, s_state, share, walk);
+  } else {
+    Walk& loading = s_state.loading[warp];
+    if (lane == 0) loading = walk;
+    __syncwarp();
+    Loader<Config> loader(p, share, loading, has_piece);
+    GroupRing<Config> ring(p, s_slots, loader);
+    attend_alone<Config>(p, s_state, share, walk, has_piece, ring);
   }
   ptx::wait_for_previous_kernel();
 }
