@@ -25,7 +25,8 @@ struct Pipeline {
 // kSmall: for cards that have less than two stages of the others: 99 KB.
 template <int kDim, bool kIsSmall>
 struct DecodeTiles : Pipeline {
-  static constexpr int kRowWarps = 1, kKeyGroups = 4, kSubSlices = 256 / kDim, kMostBlocks = 1;
+  static constexpr int kRowWarps = 1, kKeyGroups = kDim == 64 ? 8 : 4, kSubSlices = kDim == 256 ? 1 : 2,
+                       kMostBlocks = 1;
 };
 template <int kDim>
 struct DecodeTiles<kDim, true> : Pipeline {

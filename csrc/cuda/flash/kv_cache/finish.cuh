@@ -15,6 +15,8 @@
 
 namespace selfattn::cuda::kv_cache {
 
+constexpr int kFinishersBarrier = 1, kGroupsBarrier = 2, kSetUpBarrier = 3;
+
 struct PieceTurn {
   int slot = 0;
   unsigned parity = 0;
@@ -47,26 +49,67 @@ __device__ __forceinline__ bool ends_head_tile(const KernelParams& p, const Part
   return s_is_last_arriver;
 }
 
-// The first piece is s_state.pieces[0], if there is one. `walk`: a place for the warp's own.
+// The results of a piece's groups become its own: some of the rows by each of the warps that finish it.
 template <class Config>
+__device__ __noinline__ void merge_groups(const KernelParams& p, const SplitStats* s_stats, const float* const* outputs,
+                                          const Parts& parts, const Walk& s_walk, int warp, int rows) {
+  constexpr int kWidth = Config::kDim / kWarpSize;
+  const float c = logit_scale(p) * kLog2E;
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize, column = lane * kWidth;
+#pragma unroll 1
+  for (int row = warp; row < rows; row += Config::kFinishers) {
+    RowMerge<kWidth> merge;
+    float top = -infinity();
+#pragma unroll
+    for (int g = 0; g < Config::kKeyGroups; g++) top = fmaxf(top, s_stats[g * Config::kTileRows + row].x);
+    merge.raise(top, c);
+#pragma unroll
+    for (int g = 0; g < Config::kKeyGroups; g++) {
+      const float* s_out = outputs[g];
+      if (!s_out) continue;  // it had no slice
+      float out[kWidth];
+      load_columns(s_out + place_of_output<Config>(row, column), out, [](const auto* s) { return *s; });
+      merge.add(s_stats[g * Config::kTileRows + row], out, c);
+    }
+    target_of<Config>(p, s_walk, parts, row, {merge.max, merge.sum}, lane == 0).store(column, merge.out);
+  }
+}
+
+// Merges once before there is anything, out of memory that holds anything, into this thread block's own place: what the
+// code does is for nothing, but it has come from cold memory when it is wanted.
+template <class Config>
+__device__ __forceinline__ void rehearse_merges(const KernelParams& p, typename Config::SharedState& s_state,
+                                                Walk& walk, int warp) {
+  if (p.call.split_keys || p.call.segment_ids) return;  // places are others' then, or what a row is of is not known yet
+  if (threadIdx.x % kWarpSize == 0) {
+    walk = {};
+    walk.tile.units = 1;  // of which the piece has none
+  }
+  __syncwarp();
+  const float* outputs[Config::kKeyGroups];
+  for (const float*& output : outputs) output = reinterpret_cast<const float*>(s_state.query[0]);
+  const Parts own = Parts::of_thread_block();
+  merge_groups<Config>(p, s_state.stats[0][0], outputs, own, walk, warp, Config::kFinishers);
+  merge_parts<Config>(p, own, walk, warp, Config::kFinishers, true);
+}
+
+// `walk`: a place for the warp's own. The first piece, if there is one, is s_state.pieces[0] once `sync_all` returns.
+template <class Config, class Sync>
 __device__ __forceinline__ void finish_pieces(const KernelParams& p, typename Config::SharedState& s_state,
-                                              const Share& share, Walk& walk) {
-  constexpr int kWidth = Config::kDim / kWarpSize, kThreads = Config::kFinishers * kWarpSize;
+                                              const Share& share, Walk& walk, const Sync& sync_all) {
+  constexpr int kThreads = Config::kFinishers * kWarpSize;
   const int thread = static_cast<int>(threadIdx.x) - Config::kWarps * kWarpSize;
   const int warp = thread / kWarpSize, lane = thread % kWarpSize;
-  const auto sync = [] { ptx::barrier_sync(1, kThreads); };
-  const float c = logit_scale(p) * kLog2E;
+  const auto sync = [] { ptx::barrier_sync(kFinishersBarrier, kThreads); };
+  rehearse_merges<Config>(p, s_state, walk, warp);
+  sync_all();
 
   if (lane == 0) walk = s_state.pieces[0];
   __syncwarp();
   bool has_piece = s_state.has_piece[0], is_first = true;
-  // A partial result is merged once before there is one, out of memory that holds anything: what the code does is for
-  // nothing, but it has come from cold memory then.
-  bool is_rehearsal = has_piece && !walk.is_whole();
   int to_begin = 2;  // slots
-  PieceTurn turn;
 #pragma unroll 1
-  for (;;) {
+  for (PieceTurn turn;; turn.advance()) {
 #pragma unroll 1
     for (; to_begin > 0; to_begin--) {
       if (has_piece && !is_first) has_piece = find_next(p, share, walk);
@@ -80,39 +123,17 @@ __device__ __forceinline__ void finish_pieces(const KernelParams& p, typename Co
     ptx::mbarrier_wait(s_state.begun[slot], turn.parity);
     if (!s_state.has_piece[slot]) break;
     const Walk& piece = s_state.pieces[slot];
-    Parts parts(p, share, piece);
-    const SplitStats* s_stats = s_state.stats[slot][0];
-    if (is_rehearsal)
-      s_stats = reinterpret_cast<const SplitStats*>(s_state.query[slot]);
-    else
-      ptx::mbarrier_wait(s_state.attended[slot], turn.parity);
-    const int rows = is_rehearsal ? ::min(piece.tile.count, Config::kFinishers) : piece.tile.count;
-#pragma unroll 1
-    for (int row = warp; row < rows; row += Config::kFinishers) {
-      RowMerge<kWidth> merge;
-      float top = -infinity();
-#pragma unroll
-      for (int g = 0; g < Config::kKeyGroups; g++) top = fmaxf(top, s_stats[g * Config::kTileRows + row].x);
-      merge.raise(top, c);
-#pragma unroll
-      for (int g = 0; g < Config::kKeyGroups; g++) {
-        const auto* s_out = is_rehearsal ? reinterpret_cast<const float*>(s_stats) : s_state.outputs[slot][g];
-        if (!s_out) continue;  // it had no slice
-        float out[kWidth];
-        load_columns(s_out + place_of_output<Config>(row, lane * kWidth), out, [](const auto* s) { return *s; });
-        merge.add(s_stats[g * Config::kTileRows + row], out, c);
-      }
-      target_of<Config>(p, piece, parts, row, {merge.max, merge.sum}, lane == 0).store(lane * kWidth, merge.out);
-    }
+    const Parts parts(p, share, piece);
+    const int rows = piece.tile.count;
+    ptx::mbarrier_wait(s_state.attended[slot], turn.parity);
+    merge_groups<Config>(p, s_state.stats[slot][0], s_state.outputs[slot], parts, piece, warp, rows);
     __syncwarp();
-    if (!is_rehearsal && lane == 0) ptx::mbarrier_arrive(s_state.merged[slot]);
+    if (lane == 0) ptx::mbarrier_arrive(s_state.merged[slot]);
     sync();  // all results of the piece are written
-    if (is_rehearsal) parts.take_own(p, piece.piece);
-    if (is_rehearsal || ends_head_tile(p, parts, piece, s_state.is_last_arriver, thread, sync))
-      merge_parts<Config>(p, parts, piece, warp, rows, is_rehearsal);
+    if (ends_head_tile(p, parts, piece, s_state.is_last_arriver, thread, sync))
+      merge_parts<Config>(p, parts, piece, warp, rows, false);
     sync();  // nobody looks at the slot's piece any more
-    if (!is_rehearsal) to_begin = 1, turn.advance();
-    is_rehearsal = false;
+    to_begin = 1;
   }
 }
 

@@ -196,13 +196,16 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMostBlocks)
       }
       s_state.has_piece[0] = has_piece, s_state.pieces[0] = walk;
     }
-    __syncthreads();  // the first warp's share and piece are there, and the barriers
+    // The first warp's share and piece, and the barriers, are there behind these. Groups do not wait for finishers.
     if (warp < Config::kWarps) {
+      ptx::barrier_sync(kGroupsBarrier, Config::kWarps * kWarpSize);
+      ptx::barrier_arrive(kSetUpBarrier, Config::kThreads);
       Loader<Config> loader(p, share, walk, has_piece);
       GroupRing<Config> ring(p, s_slots, loader);
       attend_pieces<Config>(p, s_state, ring);
     } else {
-      finish_pieces<Config>(p, s_state, s_state.shares[0], walk);
+      finish_pieces<Config>(p, s_state, s_state.shares[0], walk,
+                            [] { ptx::barrier_sync(kSetUpBarrier, Config::kThreads); });
     }
   } else {
     Walk& loading = s_state.loading[warp];

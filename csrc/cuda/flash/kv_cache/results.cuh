@@ -30,9 +30,12 @@ struct Parts {
     }
   }
 
-  // Nothing but what this thread block has left.
-  __device__ __forceinline__ void take_own(const KernelParams& p, const Piece& piece) {
-    base = place_of(p, piece), shift = 0, count = 1;
+  // Its first place alone, without split_keys.
+  static __device__ __forceinline__ Parts of_thread_block() {
+    Parts parts;
+    parts.first_block = static_cast<int>(blockIdx.x), parts.blocks = parts.count = 1, parts.step = parts.shift = 0;
+    parts.base = 2 * int64_t(parts.first_block);
+    return parts;
   }
   // Where the i-th partial result is.
   __device__ __forceinline__ int64_t place(int i) const { return base + int64_t(step) * i + (i == 0 ? shift : 0); }
