@@ -41,7 +41,6 @@ __device__ __forceinline__ bool ends_head_tile(const KernelParams& p, const Part
   if (s_walk.is_whole() || !s_walk.piece.ends_part) return false;
   if (parts.blocks == 1) return true;
   if (thread == 0) {
-    ptx::wait_for_previous_kernel();  // it clears the counters
     const int before = ptx::add_acquire_release(p.schedule.counters + parts.first_block, 1);
     s_is_last_arriver = before == parts.blocks - 1;
   }
@@ -51,8 +50,9 @@ __device__ __forceinline__ bool ends_head_tile(const KernelParams& p, const Part
 
 // The results of a piece's groups become its own: some of the rows by each of the warps that finish it.
 template <class Config>
-__device__ __noinline__ void merge_groups(const KernelParams& p, const SplitStats* s_stats, const float* const* outputs,
-                                          const Parts& parts, const Walk& s_walk, int warp, int rows) {
+__device__ __forceinline__ void merge_groups(const KernelParams& p, const SplitStats* s_stats,
+                                             const float* const* outputs, const Parts& parts, const Walk& s_walk,
+                                             int warp, int rows) {
   constexpr int kWidth = Config::kDim / kWarpSize;
   const float c = logit_scale(p) * kLog2E;
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize, column = lane * kWidth;
@@ -75,24 +75,6 @@ __device__ __noinline__ void merge_groups(const KernelParams& p, const SplitStat
   }
 }
 
-// Merges once before there is anything, out of memory that holds anything, into this thread block's own place: what the
-// code does is for nothing, but it has come from cold memory when it is wanted.
-template <class Config>
-__device__ __forceinline__ void rehearse_merges(const KernelParams& p, typename Config::SharedState& s_state,
-                                                Walk& walk, int warp) {
-  if (p.call.split_keys || p.call.segment_ids) return;  // places are others' then, or what a row is of is not known yet
-  if (threadIdx.x % kWarpSize == 0) {
-    walk = {};
-    walk.tile.units = 1;  // of which the piece has none
-  }
-  __syncwarp();
-  const float* outputs[Config::kKeyGroups];
-  for (const float*& output : outputs) output = reinterpret_cast<const float*>(s_state.query[0]);
-  const Parts own = Parts::of_thread_block();
-  merge_groups<Config>(p, s_state.stats[0][0], outputs, own, walk, warp, Config::kFinishers);
-  merge_parts<Config>(p, own, walk, warp, Config::kFinishers, true);
-}
-
 // `walk`: a place for the warp's own. The first piece, if there is one, is s_state.pieces[0] once `sync_all` returns.
 template <class Config, class Sync>
 __device__ __forceinline__ void finish_pieces(const KernelParams& p, typename Config::SharedState& s_state,
@@ -101,13 +83,13 @@ __device__ __forceinline__ void finish_pieces(const KernelParams& p, typename Co
   const int thread = static_cast<int>(threadIdx.x) - Config::kWarps * kWarpSize;
   const int warp = thread / kWarpSize, lane = thread % kWarpSize;
   const auto sync = [] { ptx::barrier_sync(kFinishersBarrier, kThreads); };
-  rehearse_merges<Config>(p, s_state, walk, warp);
   sync_all();
 
   if (lane == 0) walk = s_state.pieces[0];
   __syncwarp();
   bool has_piece = s_state.has_piece[0], is_first = true;
-  int to_begin = 2;  // slots
+  int to_begin = 2;                 // slots
+  ptx::wait_for_previous_kernel();  // it clears the counters
 #pragma unroll 1
   for (PieceTurn turn;; turn.advance()) {
 #pragma unroll 1
@@ -131,7 +113,7 @@ __device__ __forceinline__ void finish_pieces(const KernelParams& p, typename Co
     if (lane == 0) ptx::mbarrier_arrive(s_state.merged[slot]);
     sync();  // all results of the piece are written
     if (ends_head_tile(p, parts, piece, s_state.is_last_arriver, thread, sync))
-      merge_parts<Config>(p, parts, piece, warp, rows, false);
+      merge_parts<Config>(p, parts, piece, warp);
     sync();  // nobody looks at the slot's piece any more
     to_begin = 1;
   }

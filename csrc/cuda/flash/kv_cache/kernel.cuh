@@ -136,6 +136,7 @@ __device__ __forceinline__ void attend_alone(const KernelParams& p, typename Con
   using Rows = WarpRows<Config>;
   Rows rows(p);
   ring.load();
+  ptx::wait_for_previous_kernel();  // it clears the counters
 #pragma unroll 1
   for (; has_piece; has_piece = find_next(p, share, walk)) {
     load_query<Config>(p, walk, s_state.query[0], threadIdx.x, Config::kThreads);
@@ -163,7 +164,7 @@ __device__ __forceinline__ void attend_alone(const KernelParams& p, typename Con
     }
     __syncthreads();  // all results of the piece are written; the queries are free
     if (ends_head_tile(p, parts, walk, s_state.is_last_arriver, threadIdx.x, [] { __syncthreads(); }))
-      merge_parts<Config>(p, parts, walk, static_cast<int>(threadIdx.x) / kWarpSize, count, false);
+      merge_parts<Config>(p, parts, walk, static_cast<int>(threadIdx.x) / kWarpSize);
   }
 }
 

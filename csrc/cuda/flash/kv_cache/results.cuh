@@ -30,13 +30,6 @@ struct Parts {
     }
   }
 
-  // Its first place alone, without split_keys.
-  static __device__ __forceinline__ Parts of_thread_block() {
-    Parts parts;
-    parts.first_block = static_cast<int>(blockIdx.x), parts.blocks = parts.count = 1, parts.step = parts.shift = 0;
-    parts.base = 2 * int64_t(parts.first_block);
-    return parts;
-  }
   // Where the i-th partial result is.
   __device__ __forceinline__ int64_t place(int i) const { return base + int64_t(step) * i + (i == 0 ? shift : 0); }
   __device__ __forceinline__ int64_t place_of(const KernelParams& p, const Piece& piece) const {
@@ -169,16 +162,14 @@ __device__ __forceinline__ RowTarget<Config> target_of(const KernelParams& p, co
                            : RowTarget<Config>(p, parts.place_of(p, s_walk.piece), row, stats, is_first_lane);
 }
 
-// When all partial results of a head tile are there, by `warp` of so many that finish pieces: a warp a row. A
-// rehearsal writes nothing.
+// When all partial results of a head tile are there, by `warp` of so many that finish pieces: a warp a row.
 template <class Config>
-__device__ __noinline__ void merge_parts(const KernelParams& p, const Parts parts, const Walk& s_walk, int warp,
-                                         int rows, bool is_rehearsal) {
+__device__ __noinline__ void merge_parts(const KernelParams& p, const Parts parts, const Walk& s_walk, int warp) {
   constexpr int kWidth = Config::kDim / kWarpSize, kAtOnce = Config::kDim == 256 ? 8 : 16;
   const float c = logit_scale(p) * kLog2E;
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize, column = lane * kWidth;
 #pragma unroll 1
-  for (int row = warp; row < rows; row += Config::kFinishers ? Config::kFinishers : Config::kWarps) {
+  for (int row = warp; row < s_walk.tile.count; row += Config::kFinishers ? Config::kFinishers : Config::kWarps) {
     RowMerge<kWidth> merge;
     const int64_t first_place = parts.base * Config::kTileRows + row;
     const SplitStats* g_stats = p.partial_stats + first_place;
@@ -206,8 +197,7 @@ __device__ __noinline__ void merge_parts(const KernelParams& p, const Parts part
 #pragma unroll
       for (int j = 0; j < kAtOnce; j++) merge.add(stats[j], out[j], c);
     }
-    const RowTarget<Config> target(p, s_walk, row, {merge.max, merge.sum}, lane == 0 && !is_rehearsal);
-    if (!is_rehearsal) target.store(column, merge.out);
+    RowTarget<Config>(p, s_walk, row, {merge.max, merge.sum}, lane == 0).store(column, merge.out);
   }
 }
 
