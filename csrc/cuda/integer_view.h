@@ -14,6 +14,10 @@ struct IntegerView {
 
   __host__ __device__ explicit operator bool() const { return data != nullptr; }
 #ifdef __CUDACC__
+  __device__ __forceinline__ const void* place(int64_t row, int64_t column) const {
+    const int64_t i = row * stride_row + column * stride_column;
+    return static_cast<const char*>(data) + i * (is_int64 ? sizeof(int64_t) : sizeof(int));
+  }
   __device__ __forceinline__ int64_t at(int64_t row, int64_t column) const {
     const int64_t i = row * stride_row + column * stride_column;
     return is_int64 ? static_cast<const int64_t*>(data)[i] : static_cast<const int*>(data)[i];

@@ -15,7 +15,8 @@
 
 namespace selfattn::cuda::kv_cache {
 
-constexpr int kFinishersBarrier = 1, kGroupsBarrier = 2, kSetUpBarrier = 3;
+// Of finishers; of all: the barriers above are there; the first piece is.
+constexpr int kFinishersBarrier = 1, kBarriersBarrier = 2, kPieceBarrier = 3;
 
 struct PieceTurn {
   int slot = 0;
@@ -27,7 +28,8 @@ struct PieceTurn {
   }
 };
 
-// Where an element of a group's output is: the columns of a row stand in groups of 8, swizzled.
+// Where an element of a group's output is: the columns of a row stand in groups of 8, swizzled. Rows 8 apart lie
+// 8 * kDim apart.
 template <class Config>
 __device__ __forceinline__ int place_of_output(int row, int column) {
   return (row * Config::kDim + row % 8 * 8 + column % 8) ^ (column / 8 * 8);
@@ -75,15 +77,25 @@ __device__ __forceinline__ void merge_groups(const KernelParams& p, const SplitS
   }
 }
 
-// `walk`: a place for the warp's own. The first piece, if there is one, is s_state.pieces[0] once `sync_all` returns.
-template <class Config, class Sync>
+// `walk`: a place for the warp's own. The first piece, if there is one, is found by the groups.
+template <class Config>
 __device__ __forceinline__ void finish_pieces(const KernelParams& p, typename Config::SharedState& s_state,
-                                              const Share& share, Walk& walk, const Sync& sync_all) {
+                                              const Share& share, Walk& walk) {
   constexpr int kThreads = Config::kFinishers * kWarpSize;
   const int thread = static_cast<int>(threadIdx.x) - Config::kWarps * kWarpSize;
   const int warp = thread / kWarpSize, lane = thread % kWarpSize;
   const auto sync = [] { ptx::barrier_sync(kFinishersBarrier, kThreads); };
-  sync_all();
+  if (thread == 0) {
+#pragma unroll 1
+    for (int slot = 0; slot < 2; slot++) {
+      ptx::mbarrier_init(s_state.begun[slot], kThreads);
+      ptx::mbarrier_init(s_state.attended[slot], Config::kWarps);
+      ptx::mbarrier_init(s_state.merged[slot], Config::kFinishers);
+    }
+  }
+  __syncwarp();
+  ptx::barrier_arrive(kBarriersBarrier, Config::kThreads);
+  ptx::barrier_sync(kPieceBarrier, Config::kThreads);
 
   if (lane == 0) walk = s_state.pieces[0];
   __syncwarp();

@@ -16,6 +16,7 @@
 #include "loader.cuh"
 #include "ptx/barrier.cuh"
 #include "ptx/launch.cuh"
+#include "ptx/register.cuh"
 #include "results.cuh"
 #include "rows.cuh"
 
@@ -81,14 +82,17 @@ __device__ __forceinline__ void attend_pieces(const KernelParams& p, typename Co
   const int group = static_cast<int>(threadIdx.x) / Config::kGroupThreads;
   Rows rows(p);
   PieceTurn turn, turn_of_lent;
-  bool is_at_begin = true, has_lent = false;  // a slot of the ring, to those who merge the piece before
-  int slice = 0, last_slice = 0;              // of the piece, for this group
-  unsigned char* s_read = nullptr;            // the slot that it read last
+  bool is_first = true, is_at_begin = true;
+  bool has_lent = false;            // a slot of the ring, to those who merge the piece before
+  int slice = 0, last_slice = 0;    // of the piece, for this group
+  unsigned char* s_read = nullptr;  // the slot that it read last
 #pragma unroll 1
   for (;;) {
     ring.load(has_lent ? 1 : 0);
     const Walk& walk = s_state.pieces[turn.slot];
     if (is_at_begin) {
+      if (is_first) ptx::barrier_sync(kBarriersBarrier, Config::kThreads);
+      is_first = false;
       ptx::mbarrier_wait(s_state.begun[turn.slot], turn.parity);
       if (!s_state.has_piece[turn.slot]) break;
       rows.begin(walk);
@@ -115,9 +119,11 @@ __device__ __forceinline__ void attend_pieces(const KernelParams& p, typename Co
     }
     auto* s_out = reinterpret_cast<float*>(s_read);
     if (s_read) {
-      rows.give_output([&](int r, int column, const float2& out) {
-        const int row = rows.tile_row(r);
-        if (row < count) *reinterpret_cast<float2*>(s_out + place_of_output<Config>(row, column)) = out;
+      const int lane = ptx::forget(rows.lane()), row = lane / 4;  // what depends on it is wanted here alone
+      const int first = place_of_output<Config>(row, lane % 4 * 2);
+      const bool is_row[2] = {row < count, row + 8 < count};
+      rows.give_output([&](int r, int eight, const float2& out) {
+        if (is_row[r]) *reinterpret_cast<float2*>(s_out + (first ^ eight) + r * 8 * Config::kDim) = out;
       });
     }
     if (rows.lane() == 0) s_state.outputs[turn.slot][group] = s_out;
@@ -158,14 +164,26 @@ __device__ __forceinline__ void attend_alone(const KernelParams& p, typename Con
       const int row = rows.tile_row(r);
       if (row >= count) continue;
       const auto target = target_of<Config>(p, walk, parts, row, stats[r], rows.lane() % 4 == 0);
-      rows.give_output([&](int of_row, int column, const float2& out) {
-        if (of_row == r) target.template store<2>(column, {out.x, out.y});
+      const int column = ptx::forget(rows.lane()) % 4 * 2;  // what depends on it is wanted here alone
+      rows.give_output([&](int of_row, int eight, const float2& out) {
+        if (of_row == r) target.template store<2>(eight + column, {out.x, out.y});
       });
     }
     __syncthreads();  // all results of the piece are written; the queries are free
     if (ends_head_tile(p, parts, walk, s_state.is_last_arriver, threadIdx.x, [] { __syncthreads(); }))
       merge_parts<Config>(p, parts, walk, static_cast<int>(threadIdx.x) / kWarpSize);
   }
+}
+
+// Words of it side by side.
+template <class SharedState>
+__device__ __forceinline__ void publish_piece(SharedState& s_state, const Walk& s_walk, bool has_piece) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  static_assert(sizeof(Walk) % sizeof(int) == 0);
+#pragma unroll 1
+  for (int i = lane; i < int(sizeof(Walk) / sizeof(int)); i += kWarpSize)
+    reinterpret_cast<int*>(&s_state.pieces[0])[i] = reinterpret_cast<const int*>(&s_walk)[i];
+  if (lane == 0) s_state.has_piece[0] = has_piece;
 }
 
 template <class Config>
@@ -179,6 +197,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMostBlocks)
   Walk& walk = s_state.walks[warp];
   bool has_piece = false;
   if (warp < Config::kWarps) {
+    if (!p.schedule.is_prepared) prefetch_lengths(p.call);
     if (p.schedule.is_prepared) ptx::wait_for_previous_kernel();  // its schedule is there
     const Share found = find_share(p);
     if (lane == 0) share = found, walk = begin_walk(found);
@@ -188,25 +207,14 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMostBlocks)
   const int group = warp / Config::kRowWarps;
   unsigned char* s_slots = s_memory + group * p.stages * Config::kSlotBytes;
   if constexpr (Config::kFinishers > 0) {
-    if (threadIdx.x == 0) {
-#pragma unroll 1
-      for (int slot = 0; slot < 2; slot++) {
-        ptx::mbarrier_init(s_state.begun[slot], Config::kFinishers * kWarpSize);
-        ptx::mbarrier_init(s_state.attended[slot], Config::kWarps);
-        ptx::mbarrier_init(s_state.merged[slot], Config::kFinishers);
-      }
-      s_state.has_piece[0] = has_piece, s_state.pieces[0] = walk;
-    }
-    // The first warp's share and piece, and the barriers, are there behind these. Groups do not wait for finishers.
     if (warp < Config::kWarps) {
-      ptx::barrier_sync(kGroupsBarrier, Config::kWarps * kWarpSize);
-      ptx::barrier_arrive(kSetUpBarrier, Config::kThreads);
+      if (warp == 0) publish_piece(s_state, walk, has_piece);
+      ptx::barrier_arrive(kPieceBarrier, Config::kThreads);
       Loader<Config> loader(p, share, walk, has_piece);
       GroupRing<Config> ring(p, s_slots, loader);
       attend_pieces<Config>(p, s_state, ring);
     } else {
-      finish_pieces<Config>(p, s_state, s_state.shares[0], walk,
-                            [] { ptx::barrier_sync(kSetUpBarrier, Config::kThreads); });
+      finish_pieces<Config>(p, s_state, s_state.shares[0], walk);
     }
   } else {
     Walk& loading = s_state.loading[warp];

@@ -162,7 +162,21 @@ __device__ __forceinline__ RowTarget<Config> target_of(const KernelParams& p, co
                            : RowTarget<Config>(p, parts.place_of(p, s_walk.piece), row, stats, is_first_lane);
 }
 
-// When all partial results of a head tile are there, by `warp` of so many that finish pieces: a warp a row.
+// Over a warp.
+__device__ __forceinline__ float warp_max(float value) {
+#pragma unroll
+  for (int distance = kWarpSize / 2; distance > 0; distance /= 2)
+    value = fmaxf(value, __shfl_xor_sync(~0u, value, distance));
+  return value;
+}
+__device__ __forceinline__ float warp_sum(float value) {
+#pragma unroll
+  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(~0u, value, distance);
+  return value;
+}
+
+// When all partial results of a head tile are there, by `warp` of so many that finish pieces: a warp a row. Of so many
+// parts as a warp has lanes, each lane weighs one.
 template <class Config>
 __device__ __noinline__ void merge_parts(const KernelParams& p, const Parts parts, const Walk& s_walk, int warp) {
   constexpr int kWidth = Config::kDim / kWarpSize, kAtOnce = Config::kDim == 256 ? 8 : 16;
@@ -170,34 +184,39 @@ __device__ __noinline__ void merge_parts(const KernelParams& p, const Parts part
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize, column = lane * kWidth;
 #pragma unroll 1
   for (int row = warp; row < s_walk.tile.count; row += Config::kFinishers ? Config::kFinishers : Config::kWarps) {
-    RowMerge<kWidth> merge;
-    const int64_t first_place = parts.base * Config::kTileRows + row;
-    const SplitStats* g_stats = p.partial_stats + first_place;
-    const float* g_out = p.partial_out + first_place * Config::kDim + column;
-    int shift = parts.shift * Config::kTileRows;
+    float max = -infinity(), sum = 0.f, weight = 0.f, out[kWidth] = {};
 #pragma unroll 1
-    for (int left = parts.count; left > 0; left -= kAtOnce) {
-      SplitStats stats[kAtOnce];
-      float out[kAtOnce][kWidth], top = -infinity();
+    for (int first = 0; first < parts.count; first += kAtOnce) {
+      float part_out[kAtOnce][kWidth];
 #pragma unroll
       for (int j = 0; j < kAtOnce; j++) {
-        stats[j] = {-infinity(), 0.f};
 #pragma unroll
-        for (int i = 0; i < kWidth; i++) out[j][i] = 0.f;
-        if (j < left) {
-          stats[j] = __ldcg(g_stats + shift);
-          load_columns(g_out + shift * Config::kDim, out[j], [](const auto* g) { return __ldcg(g); });
+        for (int i = 0; i < kWidth; i++) part_out[j][i] = 0.f;
+        if (first + j < parts.count) {
+          const int64_t place = parts.place(first + j) * Config::kTileRows + row;
+          load_columns(p.partial_out + place * Config::kDim + column, part_out[j],
+                       [](const auto* g) { return __ldcg(g); });
         }
-        shift = 0;
-        g_stats += parts.step * Config::kTileRows, g_out += parts.step * Config::kTileRows * Config::kDim;
+      }
+      if (first % kWarpSize == 0) {
+        SplitStats stats{-infinity(), 0.f};
+        if (first + lane < parts.count)
+          stats = __ldcg(p.partial_stats + parts.place(first + lane) * Config::kTileRows + row);
+        const float top = fmaxf(max, warp_max(stats.x)), base = top == -infinity() ? 0.f : top;
+        const float before = ptx::exp2_approx((max - base) * c);
+        weight = ptx::exp2_approx((stats.x - base) * c);
+        max = top, sum = sum * before + warp_sum(stats.y * weight);
+#pragma unroll
+        for (int i = 0; i < kWidth; i++) out[i] *= before;
       }
 #pragma unroll
-      for (int j = 0; j < kAtOnce; j++) top = fmaxf(top, stats[j].x);
-      merge.raise(top, c);
+      for (int j = 0; j < kAtOnce; j++) {
+        const float weight_of_part = __shfl_sync(~0u, weight, (first + j) % kWarpSize);
 #pragma unroll
-      for (int j = 0; j < kAtOnce; j++) merge.add(stats[j], out[j], c);
+        for (int i = 0; i < kWidth; i++) out[i] += part_out[j][i] * weight_of_part;
+      }
     }
-    RowTarget<Config>(p, s_walk, row, {merge.max, merge.sum}, lane == 0).store(column, merge.out);
+    RowTarget<Config>(p, s_walk, row, {max, sum}, lane == 0).store(column, out);
   }
 }
 

@@ -117,12 +117,11 @@ class WarpRows {
     return {softmax_.state.max[r], sum};
   }
 
-  // take(row r of the lane, column, two neighbours of the output).
+  // take(row r of the lane, first of eight columns, those of them that begin at 2 * (lane % 4)).
   template <class Take>
   __device__ __forceinline__ void give_output(const Take& take) const {
-    const int column = ptx::forget(lane()) % 4 * 2;  // what depends on it is wanted here alone
 #pragma unroll
-    for (int i = 0; i < Config::kDim / 4; i++) take(i % 2, i / 2 * 8 + column, float2{out_[2 * i], out_[2 * i + 1]});
+    for (int i = 0; i < Config::kDim / 4; i++) take(i % 2, i / 2 * 8, float2{out_[2 * i], out_[2 * i + 1]});
   }
 
  private:

@@ -14,6 +14,7 @@
 #include "flash/tile/softcap.cuh"
 #include "flash/tile/window.h"
 #include "params.h"
+#include "ptx/prefetch.cuh"
 
 namespace selfattn::cuda::kv_cache {
 
@@ -151,6 +152,13 @@ __device__ __forceinline__ int read_length(const KvCacheParams& call, int row) {
   const int64_t length = call.lengths.at(row, 0);
   assert(length >= 0 && length <= int64_t(call.page_size) * call.pages_per_row && "lengths must fit the cache");
   return static_cast<int>(length);
+}
+
+// By a whole warp, of few rows: they come from memory while the code that asks for them does.
+__device__ __forceinline__ void prefetch_lengths(const KvCacheParams& call) {
+  constexpr int kStep = 32 / sizeof(int64_t);  // a sector or two
+  const int row = static_cast<int>(threadIdx.x) % kWarpSize * kStep;
+  if (row < call.rows) ptx::prefetch_to_l2(call.lengths.place(row, 0));
 }
 
 inline __device__ __noinline__ Tile describe_tile(const KernelParams& p, int index) {
