@@ -20,7 +20,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from support.problems import dense_attention, error, norm_error
+from support.problems import allowed_pairs, dense_attention, error, norm_error
 
 LENGTH_KINDS = ("mixed", "zero", "one", "edges", "full")
 TABLE_KINDS = (None, "ordered", "shuffled", "shared", "ring")
@@ -338,11 +338,60 @@ def formula(call: dict[str, Any], precision: torch.dtype, rounding: torch.dtype 
     return out, lse
 
 
-def check_results(call: dict[str, Any], out: Tensor, lse: Tensor | None = None) -> None:
-    """The error against float64 is at most twice that of the formula in the same precision."""
+def rows_formula(call: dict[str, Any], precision: torch.dtype, rounding: torch.dtype | None = None) -> list[Tensor]:
+    """The same of a call without ids and draft mask by one dense product a row, on the device of the call: for
+    chunks."""
+    device, length = call["q"].device, call["q"].shape[1]
+    lengths = call["lengths"].long()[:, None]
+    positions = lengths - length + torch.arange(length, device=device)
+    if call.get("positions") is not None:
+        positions = call["positions"].long()
+    page_size, table = call["k_cache"].shape[1], call.get("page_table")
+    table = torch.arange(len(lengths), device=device)[:, None] if table is None else table.long()
+    slots = torch.arange(table.shape[1] * page_size, device=device).expand(len(lengths), -1)
+    options = {name: call.get(name, -1) for name in ("window_left", "window_right")}
+    call_ids = {"segment_ids": torch.where(positions < 0, -1, 0), "kv_segment_ids": torch.where(slots < lengths, 0, -1)}
+    seen = allowed_pairs(
+        call["q"],
+        slots[..., None, None],
+        causal=call.get("causal", True),
+        positions=positions,
+        kv_positions=slots,
+        **call_ids,
+        **options,
+    ).any(-2)[:, 0]
+    pages = table.clamp(0, call["k_cache"].shape[0] - 1)[:, :, None].expand(-1, -1, page_size).flatten(1)
+    k, v = (
+        call[name][pages, slots % page_size].masked_fill(~seen[..., None, None], 0.0) for name in ("k_cache", "v_cache")
+    )
+    more = {name: call[name] for name in ("causal", "qk_scale", "softcap", "sinks") if name in call}
+    results = dense_attention(
+        call["q"],
+        k,
+        v,
+        positions=positions,
+        kv_positions=slots,
+        precision=precision,
+        rounding=rounding,
+        **call_ids,
+        **options,
+        **more,
+    )
+    return [results["out"], results["lse"]]
+
+
+def check_results(call: dict[str, Any], out: Tensor, lse: Tensor | None = None, by_rows: bool = False) -> None:
+    """The error against float64 is at most twice that of the formula in the same precision. ``by_rows``: both by
+    rows_formula."""
     dtype = call["q"].dtype
-    exact_out, exact_lse = attention(call)
-    own_out, own_lse = formula(call, torch.promote_types(dtype, torch.float32), dtype)
+    of_kernel = torch.promote_types(dtype, torch.float32), dtype
+    if by_rows:
+        (exact_out, exact_lse), (own_out, own_lse) = (
+            [result.cpu() for result in rows_formula(call, *precision)] for precision in ((torch.float64,), of_kernel)
+        )
+    else:
+        exact_out, exact_lse = attention(call)
+        own_out, own_lse = formula(call, *of_kernel)
     named = [("out", out, exact_out, own_out, dtype)]
     if lse is not None:
         lse_dtype = torch.float32
