@@ -5,7 +5,7 @@
 #include <functional>
 #include <optional>
 
-#include "attention/problem.h"
+#include "attention/gradients.h"
 #include "binding.h"
 
 namespace selfattn::cuda {
