@@ -28,8 +28,8 @@ bool takes_forward_kernel(const KvCacheProblem& problem) {
   const at::Tensor& q = problem.query;
   if (problem.segment_ids || problem.positions || problem.draft_mask || problem.split_keys) return false;
   constexpr int64_t kLeastQueries = 64;
-  if (q.size(1) < kLeastQueries || q.size(1) > kMaxSegmentLength || capacity_of(problem) > kMaxCacheCapacity)
-    return false;
+  if (q.size(1) < kLeastQueries || q.size(1) > kMaxSegmentLength) return false;
+  if (const int64_t capacity = capacity_of(problem); capacity == 0 || capacity > kMaxCacheCapacity) return false;
   for (const at::Tensor* cache : {&problem.key, &problem.value})
     if (!has_kernel_layout(*cache, RowLayout::kAligned)) return false;
   const FlashKernels& kernels = flash_kernels(element_of(q), RowLayout::kAligned);
