@@ -4,9 +4,9 @@
 
 Forms: each tile of head dimensions; no ids, documents, ids in any order, positions; finite values, NaN in a row of
 every tensor and logits so large that their rows are repaired; deterministic mode; a negative scale; and, in memcheck
-alone for its length, rows of 1,700 tokens. Over a KV cache: each tile, dense, pages, ids, drafts, split keys,
-chunks, and the appends. The tools run at the same time. Only kernels of this library are looked at. --family forces a family of
-kernels.
+alone for its length, rows of 1,700 tokens. Over a KV cache: each tile, dense, pages, ids, drafts, split keys, chunks,
+and the appends. The tools run at the same time. Only kernels of this library are looked at. --family forces a family
+of kernels.
 """
 
 import argparse

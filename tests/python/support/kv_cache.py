@@ -205,12 +205,15 @@ def poison(call: dict[str, Any], generator: torch.Generator) -> None:
     seen_slots = torch.zeros(num_pages, page_size, dtype=torch.bool)
     table = call.get("page_table")
     seen_entries = None if table is None else torch.zeros_like(table, dtype=torch.bool)
-    for b, i, row in tokens(call):
-        for slot in visible_slots(call, b, i):
-            page, offset = divmod(slot, page_size)
-            if seen_entries is not None:
-                seen_entries[row, page] = True
-            seen_slots[page_of(call, row, page), offset] = True
+    if "segment_ids" in call or "draft_mask" in call:
+        seen = {(row, slot) for b, i, row in tokens(call) for slot in visible_slots(call, b, i)}
+    else:
+        seen = set(map(tuple, visible_pairs(call).any(1).nonzero().tolist()))
+    for row, slot in seen:
+        page, offset = divmod(slot, page_size)
+        if seen_entries is not None:
+            seen_entries[row, page] = True
+        seen_slots[page_of(call, row, page), offset] = True
     call["k_cache"][~seen_slots] = math.nan
     call["v_cache"][~seen_slots] = math.nan
     if table is not None:
@@ -338,45 +341,42 @@ def formula(call: dict[str, Any], precision: torch.dtype, rounding: torch.dtype 
     return out, lse
 
 
-def rows_formula(call: dict[str, Any], precision: torch.dtype, rounding: torch.dtype | None = None) -> list[Tensor]:
-    """The same of a call without ids and draft mask by one dense product a row, on the device of the call: for
-    chunks."""
-    device, length = call["q"].device, call["q"].shape[1]
-    lengths = call["lengths"].long()[:, None]
+def visible_pairs(call: dict[str, Any]) -> Tensor:
+    """(B, Sq, slots of a row), True for what visible_slots names, of a call without ids and draft mask."""
+    return allowed_pairs(**_as_rows(call))[:, 0]
+
+
+def _as_rows(call: dict[str, Any]) -> dict[str, Any]:
+    """That call as arguments of allowed_pairs, with keys that have a shape alone."""
+    device, length, lengths = call["q"].device, call["q"].shape[1], call["lengths"].long()[:, None]
     positions = lengths - length + torch.arange(length, device=device)
     if call.get("positions") is not None:
         positions = call["positions"].long()
-    page_size, table = call["k_cache"].shape[1], call.get("page_table")
-    table = torch.arange(len(lengths), device=device)[:, None] if table is None else table.long()
-    slots = torch.arange(table.shape[1] * page_size, device=device).expand(len(lengths), -1)
-    options = {name: call.get(name, -1) for name in ("window_left", "window_right")}
-    call_ids = {"segment_ids": torch.where(positions < 0, -1, 0), "kv_segment_ids": torch.where(slots < lengths, 0, -1)}
-    seen = allowed_pairs(
-        call["q"],
-        slots[..., None, None],
-        causal=call.get("causal", True),
-        positions=positions,
-        kv_positions=slots,
-        **call_ids,
-        **options,
-    ).any(-2)[:, 0]
-    pages = table.clamp(0, call["k_cache"].shape[0] - 1)[:, :, None].expand(-1, -1, page_size).flatten(1)
-    k, v = (
-        call[name][pages, slots % page_size].masked_fill(~seen[..., None, None], 0.0) for name in ("k_cache", "v_cache")
-    )
-    more = {name: call[name] for name in ("causal", "qk_scale", "softcap", "sinks") if name in call}
-    results = dense_attention(
-        call["q"],
-        k,
-        v,
-        positions=positions,
-        kv_positions=slots,
-        precision=precision,
-        rounding=rounding,
-        **call_ids,
-        **options,
-        **more,
-    )
+    pages_per_row = 1 if call.get("page_table") is None else call["page_table"].shape[1]
+    slots = torch.arange(pages_per_row * call["k_cache"].shape[1], device=device).expand(len(lengths), -1)
+    return {
+        "q": call["q"],
+        "k": slots[..., None, None],
+        "segment_ids": torch.where(positions < 0, -1, 0),
+        "kv_segment_ids": torch.where(slots < lengths, 0, -1),
+        "positions": positions,
+        "kv_positions": slots,
+        "causal": call.get("causal", True),
+        "window_left": call.get("window_left", -1),
+        "window_right": call.get("window_right", -1),
+    }
+
+
+def rows_formula(call: dict[str, Any], precision: torch.dtype, rounding: torch.dtype | None = None) -> list[Tensor]:
+    """As ``formula``, of a call without ids and draft mask, by one dense product a row, on the device of the call."""
+    rows, page_size, table = _as_rows(call), call["k_cache"].shape[1], call.get("page_table")
+    slots = rows["kv_positions"]
+    table = torch.arange(len(slots), device=slots.device)[:, None] if table is None else table.long()
+    pages = table.clamp(0, call["k_cache"].shape[0] - 1).repeat_interleave(page_size, 1)
+    unseen = ~visible_pairs(call).any(1)[..., None, None]
+    k, v = (call[name][pages, slots % page_size].masked_fill(unseen, 0.0) for name in ("k_cache", "v_cache"))
+    options = {name: call[name] for name in ("qk_scale", "softcap", "sinks") if name in call}
+    results = dense_attention(**rows | {"k": k, "v": v}, **options, precision=precision, rounding=rounding)
     return [results["out"], results["lse"]]
 
 
@@ -403,9 +403,13 @@ def check_results(call: dict[str, Any], out: Tensor, lse: Tensor | None = None, 
         found = norm_error(actual.cpu(), exact, smallest=1e-3)
         assert found <= allowed, f"{name}: error {found}, allowed {allowed}"
         assert error(actual, exact) <= ABSOLUTE[kind], f"{name}: an element is off by {error(actual, exact)}"
-    for b, i, _ in tokens(call):
-        if not visible_slots(call, b, i):
-            assert (out[b, i] == 0).all(), "out must be 0 where a query sees no key"
+    if by_rows:
+        blind = ~visible_pairs(call).any(-1)
+    else:
+        blind = torch.zeros(out.shape[:2], dtype=torch.bool, device=out.device)
+        for b, i, _ in tokens(call):
+            blind[b, i] = not visible_slots(call, b, i)
+    assert (out[blind] == 0).all(), "out must be 0 where a query sees no key"
 
 
 # ---------------------------------------------------------------- random calls
