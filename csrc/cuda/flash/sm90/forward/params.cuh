@@ -7,19 +7,19 @@
 namespace selfattn::cuda::sm90 {
 
 struct ForwardKernelParams {
-  CUtensorMap query, key, value, out;  // boxes: query, out 64 rows; key, value a key block, or box_rows of a page
+  CUtensorMap query, key, value, out;  // boxes: query, out 64 rows; key, value box_rows
   AttentionShape shape;
   AttentionWindow window;
   float scale;
   float* lse;          // (batch, num_heads, query_length)
   const float* sinks;  // (num_heads,) or null
   SegmentTables segments;
-  KeyPages pages;    // read by kernels with kReadsPages
-  int box_rows;      // with pages: keys of one page that are copied at once; a key block is a whole number of them
   int* repair_list;  // (tiles) for RepairList
   int* counters;     // [0]: tiles taken after each thread block's first; null where there are no others
   TileSchedule schedule;
   SoftcapExponent softcap;  // read by kernels with kHasSoftcap
+  KeyPages pages;           // read by kernels with kReadsPages
+  int box_rows;             // of `key` and `value`: a key block, or with pages a part of it that is of one page
 
   // What the softmax's max_score is multiplied by for its logit.
   template <class Config>
