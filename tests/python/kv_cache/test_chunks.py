@@ -33,7 +33,11 @@ PAGES: dict[str, dict[str, Any]] = {
 
 def chunks(device: str, **fields: Any) -> CacheCase:
     """On CUDA so many heads and rows that the forward kernel is the faster one, on every card."""
-    many = {"rows": 4, "num_heads": 32, "num_kv_heads": 4} if device == "cuda" else {"rows": 3, "num_kv_heads": 1}
+    many = (
+        {"rows": 4, "num_heads": 32, "num_kv_heads": 4}
+        if device == "cuda"
+        else {"rows": 2, "num_heads": 2, "num_kv_heads": 1}
+    )
     return CacheCase(**({"num_queries": 130, "dim": 64, "dtype": torch.bfloat16} | PAGES["pages64"] | many | fields))
 
 
