@@ -4,9 +4,9 @@
 
 Forms: each tile of head dimensions; no ids, documents, ids in any order, positions; finite values, NaN in a row of
 every tensor and logits so large that their rows are repaired; deterministic mode; a negative scale; and, in memcheck
-alone for its length, rows of 1,700 tokens. Over a KV cache: each tile, dense, pages, ids, drafts, split keys, and the
-appends. The tools run at the same time. Only kernels of this library are looked at. --family forces a family of
-kernels.
+alone for its length, rows of 1,700 tokens. Over a KV cache: each tile, dense, pages, ids, drafts, split keys, chunks,
+and the appends. The tools run at the same time. Only kernels of this library are looked at. --family forces a family
+of kernels.
 """
 
 import argparse
@@ -76,12 +76,15 @@ def append_to_cache(dim: int) -> None:
     torch.cuda.synchronize()
 
 
+CHUNK = {"rows": 4, "num_heads": 32, "num_kv_heads": 4, "num_queries": 70}  # which the forward kernel takes
 CACHE_FORMS = [
     *({"dim": dim, "table": table} for dim in (64, 128, 256) for table in (None, "shuffled")),
     *({"dim": dim, "num_queries": 40} for dim in (64, 128, 256)),
     {"dim": 64, "ids": "any_order", "num_queries": 9},
     {"dim": 64, "num_queries": 5, "has_draft_mask": True, "has_sinks": True, "softcap": 20.0},
     {"dim": 64, "split_keys": 64, "rows": 300},
+    *(CHUNK | {"dim": dim, "table": table} for dim in (64, 128, 256) for table in (None, "shuffled")),
+    CHUNK | {"dim": 128, "lengths": "mixed", "window_left": 20, "has_sinks": True, "softcap": 20.0},
 ]
 
 

@@ -6,14 +6,85 @@
 
 #include "binding.h"
 #include "flash/kv_cache/params.h"
+#include "forward.h"
 #include "kv_cache/attention_op.h"
 
 namespace selfattn::cuda {
 namespace {
 
-AttentionResults attend(const KvCacheProblem& problem) {
+int64_t capacity_of(const KvCacheProblem& problem) {
+  return problem.key.size(1) * (problem.page_table ? problem.page_table->size(1) : 1);
+}
+
+AttentionShape shape_of_rows(const KvCacheProblem& problem) {
+  AttentionShape shape = shape_of(problem.query, problem.key, problem.value);
+  shape.key_length = static_cast<int>(capacity_of(problem));
+  return shape;
+}
+
+/// Whether the forward kernel of the current device serves the call, and sooner than the kernel for few queries. Of
+/// shapes and layouts alone.
+bool takes_forward_kernel(const KvCacheProblem& problem) {
+  const at::Tensor& q = problem.query;
+  if (problem.segment_ids || problem.positions || problem.draft_mask || problem.split_keys) return false;
+  constexpr int64_t kLeastQueries = 64;
+  if (q.size(1) < kLeastQueries || q.size(1) > kMaxSegmentLength) return false;
+  if (const int64_t capacity = capacity_of(problem); capacity == 0 || capacity > kMaxCacheCapacity) return false;
+  for (const at::Tensor* cache : {&problem.key, &problem.value})
+    if (!has_kernel_layout(*cache, RowLayout::kAligned)) return false;
+  const FlashKernels& kernels = flash_kernels(element_of(q), RowLayout::kAligned);
+  if (problem.page_table && !kernels.reads_pages) return false;
+  // It has the several times higher speed, but takes whole tiles of a head, and never two thread blocks for one tile:
+  // of the rows that the device has room for, in as many waves as it takes, enough must be in use
+  // (docs/kernels/decode.md).
+  constexpr int64_t kSpeed = 3;
+  ForwardParams params{};
+  params.shape = shape_of_rows(problem), params.softcap = static_cast<float>(problem.softcap);
+  const int64_t tile = kernels.forward_tiles(params).query, heads = q.size(0) * q.size(2);
+  const int64_t tiles = heads * ((q.size(1) + tile - 1) / tile);
+  const int64_t sms = at::cuda::getCurrentDeviceProperties()->multiProcessorCount;
+  return (tiles + sms - 1) / sms * sms * tile <= kSpeed * heads * q.size(1);
+}
+
+/// A chunk of queries of each row by the forward kernel, to which a row is a batch row with all slots as keys, and
+/// lengths and windows are intervals of them.
+AttentionResults attend_chunks(const KvCacheProblem& problem) {
+  const at::Tensor& k = problem.key;
+  const AttentionWindow window = window_of(problem.is_causal, problem.window_left, problem.window_right);
+  ForwardCall call{.query = problem.query,
+                   .key = k,
+                   .value = problem.value,
+                   .sinks = problem.sinks,
+                   .scale = problem.scale,
+                   .softcap = problem.softcap,
+                   .shape = shape_of_rows(problem),
+                   .window = {}};
+  if (problem.page_table) {
+    call.pages = {.table = integers_of(problem.page_table),
+                  .pages_per_row = static_cast<int>(problem.page_table->size(1)),
+                  .size = static_cast<int>(k.size(1)),
+                  .count = static_cast<int>(k.size(0))};
+  }
+  return run_forward(call, [&](const TileSizes& tiles) {
+    SegmentProblem segments{};
+    segments.batch = call.shape.batch;
+    segments.query_length = call.shape.query_length, segments.key_length = call.shape.key_length;
+    segments.query_tile = tiles.query, segments.key_tile = tiles.key;
+    segments.window_left = segments.window_right = AttentionWindow::kUnbounded;
+    segments.order_of = SegmentSide::kQueries;
+    segments.cache = {.lengths = integers_of(problem.lengths),
+                      .page_table = call.pages.table,
+                      .page_size = call.pages.size,
+                      .pages = call.pages.count,
+                      .window_left = window.left,
+                      .window_right = window.right};
+    return segments;
+  });
+}
+
+/// Few queries of each row, or any that ids, positions or a draft mask name.
+AttentionResults attend_rows(const KvCacheProblem& problem) {
   const at::Tensor &q = problem.query, &k = problem.key, &v = problem.value;
-  const c10::cuda::CUDAGuard guard(q.device());
   const cudaStream_t stream = at::cuda::getCurrentCUDAStream();
   const ScaledQuery scaled = with_positive_scale(q, problem.scale);
   const at::Tensor query = with_kernel_layout(scaled.query, RowLayout::kAligned);
@@ -48,6 +119,11 @@ AttentionResults attend(const KvCacheProblem& problem) {
   params.workspace = workspace.mutable_data_ptr();
   C10_CUDA_CHECK(launch_attend_kv_cache(params, stream));
   return {out, lse};
+}
+
+AttentionResults attend(const KvCacheProblem& problem) {
+  const c10::cuda::CUDAGuard guard(problem.query.device());
+  return takes_forward_kernel(problem) ? attend_chunks(problem) : attend_rows(problem);
 }
 
 }  // namespace

@@ -14,6 +14,7 @@ struct FlashKernels {
   int min_capability, max_capability;  // of the devices that it serves, 10 * major + minor
   bool is_of_float32;                  // and of nothing else; the others are of 16-bit elements
   bool is_of_unaligned;                // of 16-bit elements in rows that are RowLayout::kUnaligned, and of nothing else
+  bool reads_pages;                    // whether launch_forward takes ForwardParams::pages
   KernelLimits limits;
   bool (*is_built_for)(int device);  // whether this build holds the family's kernels for a device
 

@@ -41,6 +41,16 @@ struct AttentionWindow {
   int left = kUnbounded, right = kUnbounded;
 };
 
+// Where keys and values lie in pages of a KV cache: k and v are then (count, size, num_kv_heads, dim_qk | dim_v), key j
+// of batch row b is slot j % size of page table[b][j / size], key_length is all slots of a row, and the segments are
+// of a cache (SegmentProblem::cache). Entries of pages that no query sees may be anything.
+struct KeyPages {
+  IntegerView table;  // (batch, pages_per_row), or null
+  int pages_per_row;
+  int size;  // slots a page, a multiple of kCachePageMultiple where a row has several
+  int count;
+};
+
 struct ForwardParams {
   AttentionShape shape;
   AttentionWindow window;
@@ -48,6 +58,7 @@ struct ForwardParams {
   bool allows_tf32;        // kFloat: products of operands rounded to tf32, instead of float32's precision
   float scale;             // of the logits
   TensorView q, k, v;      // (batch, query_length | key_length, num_heads | num_kv_heads, dim_qk | dim_v)
+  KeyPages pages;          // without a table k and v are as above
   TensorView out;          // (batch, query_length, num_heads, dim_v)
   float* lse;              // (batch, num_heads, query_length), natural logarithm
   const float* sinks;      // (num_heads,) one more logit a head in the denominator, or null

@@ -20,7 +20,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from support.problems import dense_attention, error, norm_error
+from support.problems import allowed_pairs, dense_attention, error, norm_error
 
 LENGTH_KINDS = ("mixed", "zero", "one", "edges", "full")
 TABLE_KINDS = (None, "ordered", "shuffled", "shared", "ring")
@@ -205,12 +205,15 @@ def poison(call: dict[str, Any], generator: torch.Generator) -> None:
     seen_slots = torch.zeros(num_pages, page_size, dtype=torch.bool)
     table = call.get("page_table")
     seen_entries = None if table is None else torch.zeros_like(table, dtype=torch.bool)
-    for b, i, row in tokens(call):
-        for slot in visible_slots(call, b, i):
-            page, offset = divmod(slot, page_size)
-            if seen_entries is not None:
-                seen_entries[row, page] = True
-            seen_slots[page_of(call, row, page), offset] = True
+    if "segment_ids" in call or "draft_mask" in call:
+        seen = {(row, slot) for b, i, row in tokens(call) for slot in visible_slots(call, b, i)}
+    else:
+        seen = set(map(tuple, visible_pairs(call).any(1).nonzero().tolist()))
+    for row, slot in seen:
+        page, offset = divmod(slot, page_size)
+        if seen_entries is not None:
+            seen_entries[row, page] = True
+        seen_slots[page_of(call, row, page), offset] = True
     call["k_cache"][~seen_slots] = math.nan
     call["v_cache"][~seen_slots] = math.nan
     if table is not None:
@@ -338,11 +341,57 @@ def formula(call: dict[str, Any], precision: torch.dtype, rounding: torch.dtype 
     return out, lse
 
 
-def check_results(call: dict[str, Any], out: Tensor, lse: Tensor | None = None) -> None:
-    """The error against float64 is at most twice that of the formula in the same precision."""
+def visible_pairs(call: dict[str, Any]) -> Tensor:
+    """(B, Sq, slots of a row), True for what visible_slots names, of a call without ids and draft mask."""
+    return allowed_pairs(**_as_rows(call))[:, 0]
+
+
+def _as_rows(call: dict[str, Any]) -> dict[str, Any]:
+    """That call as arguments of allowed_pairs, with keys that have a shape alone."""
+    device, length, lengths = call["q"].device, call["q"].shape[1], call["lengths"].long()[:, None]
+    positions = lengths - length + torch.arange(length, device=device)
+    if call.get("positions") is not None:
+        positions = call["positions"].long()
+    pages_per_row = 1 if call.get("page_table") is None else call["page_table"].shape[1]
+    slots = torch.arange(pages_per_row * call["k_cache"].shape[1], device=device).expand(len(lengths), -1)
+    return {
+        "q": call["q"],
+        "k": slots[..., None, None],
+        "segment_ids": torch.where(positions < 0, -1, 0),
+        "kv_segment_ids": torch.where(slots < lengths, 0, -1),
+        "positions": positions,
+        "kv_positions": slots,
+        "causal": call.get("causal", True),
+        "window_left": call.get("window_left", -1),
+        "window_right": call.get("window_right", -1),
+    }
+
+
+def rows_formula(call: dict[str, Any], precision: torch.dtype, rounding: torch.dtype | None = None) -> list[Tensor]:
+    """As ``formula``, of a call without ids and draft mask, by one dense product a row, on the device of the call."""
+    rows, page_size, table = _as_rows(call), call["k_cache"].shape[1], call.get("page_table")
+    slots = rows["kv_positions"]
+    table = torch.arange(len(slots), device=slots.device)[:, None] if table is None else table.long()
+    pages = table.clamp(0, call["k_cache"].shape[0] - 1).repeat_interleave(page_size, 1)
+    unseen = ~visible_pairs(call).any(1)[..., None, None]
+    k, v = (call[name][pages, slots % page_size].masked_fill(unseen, 0.0) for name in ("k_cache", "v_cache"))
+    options = {name: call[name] for name in ("qk_scale", "softcap", "sinks") if name in call}
+    results = dense_attention(**rows | {"k": k, "v": v}, **options, precision=precision, rounding=rounding)
+    return [results["out"], results["lse"]]
+
+
+def check_results(call: dict[str, Any], out: Tensor, lse: Tensor | None = None, by_rows: bool = False) -> None:
+    """The error against float64 is at most twice that of the formula in the same precision. ``by_rows``: both by
+    rows_formula."""
     dtype = call["q"].dtype
-    exact_out, exact_lse = attention(call)
-    own_out, own_lse = formula(call, torch.promote_types(dtype, torch.float32), dtype)
+    of_kernel = torch.promote_types(dtype, torch.float32), dtype
+    if by_rows:
+        (exact_out, exact_lse), (own_out, own_lse) = (
+            [result.cpu() for result in rows_formula(call, *precision)] for precision in ((torch.float64,), of_kernel)
+        )
+    else:
+        exact_out, exact_lse = attention(call)
+        own_out, own_lse = formula(call, *of_kernel)
     named = [("out", out, exact_out, own_out, dtype)]
     if lse is not None:
         lse_dtype = torch.float32
@@ -354,9 +403,13 @@ def check_results(call: dict[str, Any], out: Tensor, lse: Tensor | None = None) 
         found = norm_error(actual.cpu(), exact, smallest=1e-3)
         assert found <= allowed, f"{name}: error {found}, allowed {allowed}"
         assert error(actual, exact) <= ABSOLUTE[kind], f"{name}: an element is off by {error(actual, exact)}"
-    for b, i, _ in tokens(call):
-        if not visible_slots(call, b, i):
-            assert (out[b, i] == 0).all(), "out must be 0 where a query sees no key"
+    if by_rows:
+        blind = ~visible_pairs(call).any(-1)
+    else:
+        blind = torch.zeros(out.shape[:2], dtype=torch.bool, device=out.device)
+        for b, i, _ in tokens(call):
+            blind[b, i] = not visible_slots(call, b, i)
+    assert (out[blind] == 0).all(), "out must be 0 where a query sees no key"
 
 
 # ---------------------------------------------------------------- random calls

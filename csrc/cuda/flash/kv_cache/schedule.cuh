@@ -114,12 +114,8 @@ struct VisibleKeys {
 // By causality and the window; `drafts`: by the window alone. A query at a negative position sees nothing.
 __device__ __forceinline__ Interval visible_interval(const KvCacheParams& call, int position, int length,
                                                      bool drafts = false) {
-  if (position < 0) return {0, 0};
-  // Sides and lengths are 2^30 at most: what is seen from far behind them is seen from here, and no sum overflows.
-  constexpr int kFarthest = 3 << 29;
-  position = ::min(position, kFarthest);
-  const unsigned right = call.is_causal && !drafts ? 0 : call.window.right, end = position + right + 1;
-  return {::min(::max(position - call.window.left, 0), length), static_cast<int>(::min(end, unsigned(length)))};
+  const int right = call.is_causal && !drafts ? 0 : call.window.right;
+  return slots_of_query({call.window.left, right}, position, length);
 }
 
 inline __device__ __noinline__ VisibleKeys visible_keys(const KernelParams& p, const Tile& tile, int tile_row) {

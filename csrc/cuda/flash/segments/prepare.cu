@@ -6,6 +6,7 @@
 
 #include <algorithm>
 
+#include "cache_row.cuh"
 #include "flash/params.h"
 #include "flash/tile/window.h"
 #include "host/carver.h"
@@ -23,7 +24,8 @@ namespace {
 constexpr int kWarps = SegmentRuns::kWarps, kThreads = kWarps * kWarpSize;
 constexpr int kMaxBlocks = 32;                     // a row
 constexpr int kMaxGrid = 132;                      // thread blocks, if rows share them; of more rows each gets one
-constexpr int kMaxTiles = kMaxSegmentLength / 64;  // a row; a tile's cost and its number share 32 bits
+constexpr int kMaxTiles = kMaxSegmentLength / 64;  // a row; a tile's cost and its number share 31 bits
+static_assert(int64_t(kMaxCacheCapacity / 64 + 1) * kMaxTiles <= INT_MAX);
 
 __host__ __device__ int count_tiles(int length, int tile) { return (length + tile - 1) / tile; }
 __host__ __device__ int round_up(int value, int multiple) { return count_tiles(value, multiple) * multiple; }
@@ -284,6 +286,7 @@ SegmentProblem without_repeated_ids(SegmentProblem p) {
 
 template <class Id>
 auto find_kernel(const SegmentProblem& p) {
+  if (p.cache.lengths) return prepare_segments_kernel<CacheRow>;
   if (p.positions.of_queries) return prepare_segments_kernel<OrderedRow<Id>>;
   return p.key_ids ? prepare_segments_kernel<Row<Id, 2>> : prepare_segments_kernel<Row<Id, 1>>;
 }
@@ -304,7 +307,7 @@ static_assert(kMaxSharedMemory + kOwnSharedMemory <= 227 * 1024, "what Hopper ha
 static_assert(4 * kMaxTiles + kOwnSharedMemory <= 99 * 1024, "what every card has, without runs");
 
 SegmentTables carve_tables(const SegmentProblem& p, Carver& carver) {
-  SegmentTables t;
+  SegmentTables t{};
   const int64_t batch = p.batch;
   t.pitch_query = round_up(p.query_length, kSegmentPitch) + kSegmentPitch;
   t.pitch_key = round_up(p.key_length, kSegmentPitch) + kSegmentPitch;
@@ -313,16 +316,18 @@ SegmentTables carve_tables(const SegmentProblem& p, Carver& carver) {
   t.counters = carver.take<int>(kTileCounters);
   t.mode = carver.take<int>(batch);
   t.computed_blocks = carver.take<int>(batch);
-  t.query_ids = carver.take<int>(batch * t.pitch_query);
-  t.key_ids = carver.take<int>(batch * t.pitch_key);
   t.key_begin = t.query_begin = carver.take<int>(batch * t.pitch_query);
   t.key_end = t.query_end = carver.take<int>(batch * t.pitch_query);
+  if (!p.cache.lengths) {
+    t.query_ids = carver.take<int>(batch * t.pitch_query);
+    t.key_ids = carver.take<int>(batch * t.pitch_key);
+    t.query_blocks = carver.take<SegmentBlock>(batch * t.query_tiles);
+    t.key_blocks = carver.take<SegmentBlock>(batch * t.key_tiles);
+  }
   if (without_repeated_ids(p).key_ids) {
     t.query_begin = carver.take<int>(batch * t.pitch_key);
     t.query_end = carver.take<int>(batch * t.pitch_key);
   }
-  t.query_blocks = carver.take<SegmentBlock>(batch * t.query_tiles);
-  t.key_blocks = carver.take<SegmentBlock>(batch * t.key_tiles);
   t.order = carver.take<int>(batch * (p.order_of == SegmentSide::kQueries ? t.query_tiles : t.key_tiles));
   t.query_order =
       p.ordered_queries ? carver.take<int>(batch * count_tiles(p.query_length, p.ordered_queries)) : nullptr;
@@ -349,7 +354,8 @@ cudaError_t launch_prepare_segments(const SegmentProblem& asked, const SegmentTa
   const int ordered = problem.order_of == SegmentSide::kQueries ? tables.query_tiles : tables.key_tiles;
   const int ordered_queries = problem.ordered_queries ? count_tiles(problem.query_length, problem.ordered_queries) : 0;
   const int tiles = std::max(ordered, ordered_queries);
-  if (problem.query_length > kMaxSegmentLength || problem.key_length > kMaxSegmentLength || tiles > kMaxTiles) {
+  const int most_keys = problem.cache.lengths ? kMaxCacheCapacity : kMaxSegmentLength;
+  if (problem.query_length > kMaxSegmentLength || problem.key_length > most_keys || tiles > kMaxTiles) {
     return cudaErrorInvalidValue;
   }
   int device = 0, available = 0;
@@ -357,7 +363,7 @@ cudaError_t launch_prepare_segments(const SegmentProblem& asked, const SegmentTa
   if (const cudaError_t status = find_shared_memory(device, available)) return status;
   available -= kOwnSharedMemory;
   const int sides = problem.key_ids ? 2 : 1;
-  int slots = problem.positions.of_queries ? 0 : RunTable::slots_for(problem.query_length);
+  int slots = problem.may_be_general() ? RunTable::slots_for(problem.query_length) : 0;
   // Two sides take much: then rather a table for fewer runs than none.
   while (sides == 2 && slots > kWarpSize && shared_memory(problem, sides, slots, tiles) > available) slots /= 2;
   if (shared_memory(problem, sides, slots, tiles) > available) slots = 0;

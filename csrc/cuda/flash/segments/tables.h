@@ -20,11 +20,14 @@
 //
 // The causal limit and the window of indices are not in the tables (only in the costs): the kernels apply them on top.
 // The window of positions (SegmentProblem::positions) is: there the intervals hold the keys that a query may see, and
-// the queries that may see a key.
+// the queries that may see a key. So is all that limits the queries of a KV cache (SegmentProblem::cache), which has
+// the intervals of queries alone.
 #pragma once
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
+
+#include "integer_view.h"
 
 namespace selfattn::cuda {
 
@@ -78,6 +81,7 @@ struct SegmentTables {
 
 constexpr int kSegmentPitch = 256;  // a tile of up to 256 tokens that starts inside the row stays inside the pitch
 constexpr int kMaxSegmentLength = 1 << 19;  // tokens a row
+constexpr int kMaxCacheCapacity = 1 << 23;  // slots of a row of a KV cache, which tables of its queries hold
 
 // What a window compares in the place of indices: query i may see the keys of its segment whose positions are
 // of_queries [i] - left .. of_queries[i] + right.
@@ -87,6 +91,16 @@ struct SegmentPositions {
   const int* of_queries = nullptr;  // (batch, query_length), contiguous; null: there are none
   const int* of_keys = nullptr;     // (batch, key_length), contiguous
   int64_t left = kUnbounded, right = kUnbounded;
+};
+
+// Rows of a KV cache, of which each batch row has one, in the place of ids: its last query stands at the last slot in
+// use. A length that is negative or beyond key_length, and an entry of the page table that names no page while some
+// query sees a slot of it, stop the kernel (device assert).
+struct CacheRows {
+  IntegerView lengths;     // (batch, 1) slots in use; null: there is no cache
+  IntegerView page_table;  // (batch, pages of a row), or null
+  int page_size = 0, pages = 0;
+  int window_left = 0, window_right = 0;  // AttentionWindow
 };
 
 // The ids and how the kernel that follows will cut the problem.
@@ -103,6 +117,12 @@ struct SegmentProblem {
   // With these the tokens of either side must stand in order, by id, then by position, and padding behind the others; a
   // row that does not stops the kernel (device assert). Every row is kContiguous then, and key_ids is given.
   SegmentPositions positions = {};
+  // With these there are no ids, and every row is kContiguous. Of the tables counters, mode, key_begin, key_end, order
+  // and computed_blocks are filled, and no others are there; key_length may be up to kMaxCacheCapacity.
+  CacheRows cache = {};
+
+  // Whether the rows may be kGeneral.
+  bool may_be_general() const { return !positions.of_queries && !cache.lengths; }
 };
 
 // Bytes of one allocation (256-byte aligned) that holds the tables, and the tables laid out in it.

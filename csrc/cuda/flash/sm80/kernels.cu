@@ -21,6 +21,7 @@ const FlashKernels& sm80_kernels() {
       .max_capability = kNewest,
       .is_of_float32 = false,
       .is_of_unaligned = false,
+      .reads_pages = true,
       .limits = {.max_head_dim = 256,
                  .max_length = 1 << 29,  // positions and windows are counted in 32 bits
                  .max_packed_length = kMaxSegmentLength},

@@ -91,6 +91,26 @@ struct OperandTile {
     }
   }
 
+  // The same of rows that lie in groups of kCachePageMultiple: group_start, of lane g, is where group g begins, in
+  // elements from the source on, or negative: the group is all zeros. Rows from `rows` on are zeros, too.
+  template <int kThreads>
+  static __device__ __forceinline__ void load_groups(uint32_t s_tile, const Source<kThreads>& source,
+                                                     int64_t group_start, int rows) {
+    using From = Source<kThreads>;
+    constexpr int kCopies = kCachePageMultiple / From::kRowStep;  // of a thread, in a group
+    static_assert(kLayout == RowLayout::kAligned && kCopies >= 1 && kRows % kCachePageMultiple == 0);
+#pragma unroll 1
+    for (int group = 0; group < kRows / kCachePageMultiple; group++) {
+      const int64_t start = __shfl_sync(~0u, group_start, group);
+      if (kChunks < From::kLanesOfRow && threadIdx.x % From::kLanesOfRow >= kChunks) continue;
+      const int rows_left = start < 0 ? 0 : rows - group * kCachePageMultiple - source.first_row;
+      const uint16_t* g_chunk = source.g_chunk + ::max(start, int64_t(0));
+#pragma unroll
+      for (int i = 0; i < kCopies; i++, g_chunk += source.step)
+        ptx::copy_async(s_tile + source.place_of(group * kCopies + i), g_chunk, i * From::kRowStep < rows_left);
+    }
+  }
+
   // A thread's rows are a multiple of 8 bytes apart, so that all of them are copied by the same pieces. Where these are
   // of 2 bytes, the thread waits for them: the copies go through its registers, kAtOnce rows at a time.
   template <int kCopies, class From>

@@ -23,6 +23,7 @@ const FlashKernels& unaligned_kernels() {
       .max_capability = kNewest,
       .is_of_float32 = false,
       .is_of_unaligned = true,
+      .reads_pages = false,
       .limits = {.max_head_dim = 256,
                  .max_length = 1 << 29,  // positions and windows are counted in 32 bits
                  .max_packed_length = kMaxSegmentLength},

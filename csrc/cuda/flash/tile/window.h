@@ -25,4 +25,14 @@ __device__ __forceinline__ Interval queries_of_key(const AttentionWindow& window
   return {::max(key - window.right - offset, 0), ::min(key + window.left - offset + 1, query_length)};
 }
 
+// Which slots in use of a row of a KV cache a query may see from a position of any size: at a negative one, none.
+__host__ __device__ __forceinline__ Interval slots_of_query(const AttentionWindow& window, int position, int slots) {
+  if (position < 0) return {0, 0};
+  // Sides and lengths are 2^30 at most: what is seen from far behind them is seen from here, and no sum overflows.
+  constexpr int kFarthest = 3 << 29;
+  position = ::min(position, kFarthest);
+  const unsigned end = static_cast<unsigned>(position) + static_cast<unsigned>(window.right) + 1u;
+  return {::min(::max(position - window.left, 0), slots), static_cast<int>(::min(end, static_cast<unsigned>(slots)))};
+}
+
 }  // namespace selfattn::cuda

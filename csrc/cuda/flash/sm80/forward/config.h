@@ -41,13 +41,14 @@ struct ForwardTiles<192, 128> : ForwardTiles<192, 192> {};
 template <>
 struct ForwardTiles<256, 256> : ForwardTiles<192, 192> {};
 
+// kReadsPages: from ForwardParams::pages, by kernels of their own, with MaskKind::kMasked.
 template <class Element_, int kDimQk_, int kDimV_, MaskKind kMask_, int kBuffers_, bool kHasSoftcap_ = false,
-          RowLayout kLayout = RowLayout::kAligned>
+          RowLayout kLayout = RowLayout::kAligned, bool kReadsPages_ = false>
 struct ForwardConfig : ForwardTiles<kDimQk_, kDimV_> {
   using Tiles = ForwardTiles<kDimQk_, kDimV_>;
   using Element = Element_;
   static constexpr MaskKind kMask = kMask_;
-  static constexpr bool kHasSoftcap = kHasSoftcap_;
+  static constexpr bool kHasSoftcap = kHasSoftcap_, kReadsPages = kReadsPages_;
   static constexpr int kBuffers = kBuffers_;
   static constexpr int kDimQk = kDimQk_, kDimV = kDimV_;
   static constexpr int kThreads = Tiles::kWarps * kWarpSize, kTileQuery = Tiles::kWarps * Tiles::kWarpRows;
@@ -64,6 +65,7 @@ struct ForwardConfig : ForwardTiles<kDimQk_, kDimV_> {
     alignas(128) unsigned char v[kBuffers][Value::kBytes];
     Interval rows[kTileQuery];  // the keys of each row (MaskKind::kMasked)
   };
+  static_assert(!kReadsPages || (kMask == MaskKind::kMasked && kLayout == RowLayout::kAligned));
   static_assert(sizeof(SharedStorage) <= 99 * 1024);
   static_assert(Out::kBytes <= Query::kBytes && kDimQk % 16 == 0 && kDimV % 16 == 0);
 };

@@ -53,9 +53,9 @@ __device__ __forceinline__ QueryTile describe_tile(const ForwardKernelParams& p)
   return tile;
 }
 
-// The blocks of keys in reach of the tile's rows.
+// The keys in reach of the tile's rows.
 template <class Config>
-__device__ __forceinline__ Interval blocks_of_tile(const ForwardParams& call, const QueryTile& tile) {
+__device__ __forceinline__ Interval keys_of_tile(const ForwardParams& call, const QueryTile& tile) {
   const AttentionShape& shape = call.shape;
   const SegmentTables& segments = call.segments;
   const int first_row = tile.index * Config::kTileQuery, offset = shape.key_length - shape.query_length;
@@ -69,7 +69,7 @@ __device__ __forceinline__ Interval blocks_of_tile(const ForwardParams& call, co
       keys = keys & Interval{segments.key_begin[row + first_row], segments.key_end[row + last_row]};
     }
   }
-  return blocks_of(keys, Config::kTileKey);
+  return keys;
 }
 
 // The ways through a tile.
@@ -117,8 +117,8 @@ class WarpRows {
         tile_(tile),
         s_(s),
         first_row_(tile.index * Config::kTileQuery),
-        key_source_(head_of(p.call.k, kv_head()), p.call.k.stride_token, p.call.shape.dim_qk),
-        value_source_(head_of(p.call.v, kv_head()), p.call.v.stride_token, p.call.shape.dim_v) {
+        key_source_(first_key(p.call.k), p.call.k.stride_token, p.call.shape.dim_qk),
+        value_source_(first_key(p.call.v), p.call.v.stride_token, p.call.shape.dim_v) {
     query_place_ = Query::left_place(ptx::shared_address(s.q), warp_row());
     key_place_ = Key::right_place(ptx::shared_address(s.k[0]));
     value_place_ = Value::left_place(ptx::shared_address(s.v[0]), 0);
@@ -137,10 +137,10 @@ class WarpRows {
     Query::load(ptx::shared_address(s_.q), source, first_row_, call_.shape.query_length);
   }
   __device__ __forceinline__ void load_key(int block, int buffer) const {
-    Key::load(ptx::shared_address(s_.k[buffer]), key_source_, block * kTileKey, call_.shape.key_length);
+    load_rows<Key>(call_.k, key_source_, block, ptx::shared_address(s_.k[buffer]));
   }
   __device__ __forceinline__ void load_value(int block, int buffer) const {
-    Value::load(ptx::shared_address(s_.v[buffer]), value_source_, block * kTileKey, call_.shape.key_length);
+    load_rows<Value>(call_.v, value_source_, block, ptx::shared_address(s_.v[buffer]));
   }
 
   // Whether some row of the warp may see a key of the block, by intervals.
@@ -372,6 +372,30 @@ class WarpRows {
   __device__ __forceinline__ int kv_head() const {
     return tile_.head / (call_.shape.num_heads / call_.shape.num_kv_heads);
   }
+  // Of K or V: in the tile's batch row, or in the first page.
+  __device__ __forceinline__ const uint16_t* first_key(const TensorView& view) const {
+    const uint16_t* g_head = head_of(view, kv_head());
+    return Config::kReadsPages ? g_head - tile_.batch * view.stride_batch : g_head;
+  }
+  template <class Operand, class Source>
+  __device__ __forceinline__ void load_rows(const TensorView& view, const Source& source, int block,
+                                            uint32_t s_operand) const {
+    if constexpr (Config::kReadsPages) {
+      const Interval keys = keys_of_tile<Config>(call_, tile_);
+      Operand::load_groups(s_operand, source, find_group(view, keys, block), keys.end - block * kTileKey);
+    } else {
+      Operand::load(s_operand, source, block * kTileKey, call_.shape.key_length);
+    }
+  }
+  // Of the lane's group of keys in a block: where it begins, in elements from the first page on. Negative where none of
+  // them is in reach: then nobody may ask for its page.
+  __device__ __forceinline__ int64_t find_group(const TensorView& view, const Interval& keys, int block) const {
+    constexpr int kKeyGroups = kTileKey / kCachePageMultiple;
+    const int key = block * kTileKey + lane() % kKeyGroups * kCachePageMultiple, page = key / call_.pages.size;
+    if (key >= keys.end || key + kCachePageMultiple <= keys.begin) return -1;
+    return call_.pages.table.at(tile_.batch, page) * view.stride_batch +
+           (key - page * call_.pages.size) * view.stride_token;
+  }
   __device__ __forceinline__ uint16_t* head_of(const TensorView& view, int head) const {
     return static_cast<uint16_t*>(view.data) + tile_.batch * view.stride_batch + head * view.stride_head;
   }
@@ -420,8 +444,8 @@ __device__ __forceinline__ bool attend(const ForwardKernelParams& p, const Query
   };
   Rows rows(p, tile, s);
   rows.load_query();
-  const Interval blocks = blocks_of_tile<Config>(p.call, tile);
-  std::conditional_t<Rows::kByIds, KeyBlockWalk, IntervalWalk> walk(blocks);
+  std::conditional_t<Rows::kByIds, KeyBlockWalk, IntervalWalk> walk(
+      blocks_of(keys_of_tile<Config>(p.call, tile), Config::kTileKey));
   KeyBlock block{0, false, false}, next{0, false, false};
   bool has_block = walk.find_next(block, test);
   constexpr bool kIsDouble = Config::kBuffers == 2;
@@ -476,7 +500,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksAtOnce)
   auto& s = *reinterpret_cast<typename Config::SharedStorage*>(s_memory);
   const QueryTile tile = describe_tile<Config>(p);
   bool is_spoilt;
-  if (Config::kMask == MaskKind::kMasked && tile.mode == kGeneral)
+  if (Config::kMask == MaskKind::kMasked && !Config::kReadsPages && tile.mode == kGeneral)
     is_spoilt = attend<Config, Pass::kByIds>(p, tile, s);
   else
     is_spoilt = attend<Config, Pass::kByIntervals>(p, tile, s);

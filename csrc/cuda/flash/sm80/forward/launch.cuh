@@ -34,12 +34,13 @@ int buffers_for(int bytes_of_one, int bytes_of_two, int most_bytes) {
   return blocks(bytes_of_two) < blocks(bytes_of_one) ? 1 : 2;
 }
 
-template <class Element, int kDimQk, int kDimV, MaskKind kMask>
+template <class Element, int kDimQk, int kDimV, MaskKind kMask, bool kReadsPages = false>
 cudaError_t launch_with_buffers(const ForwardParams& params, int device, cudaStream_t stream) {
   using Tiles = ForwardTiles<kDimQk, kDimV>;
-  using WithOne = ForwardConfig<Element, kDimQk, kDimV, kMask, 1>;
+  constexpr RowLayout kLayout = RowLayout::kAligned;
+  using WithOne = ForwardConfig<Element, kDimQk, kDimV, kMask, 1, /*kHasSoftcap=*/false, kLayout, kReadsPages>;
   if constexpr (Tiles::kMostBuffers == 2) {
-    using WithTwo = ForwardConfig<Element, kDimQk, kDimV, kMask, 2>;
+    using WithTwo = ForwardConfig<Element, kDimQk, kDimV, kMask, 2, /*kHasSoftcap=*/false, kLayout, kReadsPages>;
     int most_bytes = 0;
     if (const cudaError_t status = find_shared_memory(device, most_bytes)) return status;
     constexpr int kBytesOfOne = sizeof(typename WithOne::SharedStorage),
@@ -58,9 +59,20 @@ cudaError_t ForwardLauncher<kElement, kDimQk, kDimV, kHasSoftcap, kLayout>::laun
   int device = 0;
   if (const cudaError_t status = cudaGetDevice(&device)) return status;
   if constexpr (kHasSoftcap || kLayout == RowLayout::kUnaligned) {
+    if constexpr (kLayout == RowLayout::kAligned) {
+      if (params.pages.table) {
+        using Config =
+            ForwardConfig<Element, kDimQk, kDimV, MaskKind::kMasked, 1, kHasSoftcap, kLayout, /*kReadsPages=*/true>;
+        return launch_forward_kernel<Config>(params, device, stream);
+      }
+    }
     using Config = ForwardConfig<Element, kDimQk, kDimV, MaskKind::kMasked, 1, kHasSoftcap, kLayout>;
     return launch_forward_kernel<Config>(params, device, stream);
   } else {
+    if (params.pages.table) {
+      return launch_with_buffers<Element, kDimQk, kDimV, MaskKind::kMasked, /*kReadsPages=*/true>(params, device,
+                                                                                                  stream);
+    }
     if (params.segments.mode || params.window.left < AttentionWindow::kUnbounded)
       return launch_with_buffers<Element, kDimQk, kDimV, MaskKind::kMasked>(params, device, stream);
     if (params.window.right < AttentionWindow::kUnbounded)

@@ -5,6 +5,7 @@
 #include "flash/sm90/repair_list.cuh"
 #include "flash/sm90/tensor_map.h"
 #include "flash/tile/constants.h"
+#include "flash/tile/window.h"
 
 namespace selfattn::cuda::sm90 {
 
@@ -77,12 +78,25 @@ struct QueryTile {
   int mode;  // SegmentMode or kNoSegments
 };
 
-template <class Element_, int kDimQk_, int kDimV_, MaskKind kMask_, bool kHasSoftcap_ = false>
+// Where keys and values lie in pages, a key block comes in boxes: some neighbouring slots of one page, of one head.
+struct PageBox {
+  int page, first_slot, kv_head;
+};
+
+// What the producer warp knows of the tile in work there, beside its QueryTile.
+struct PagedTile {
+  Interval keys;  // in reach
+  int batch, query_head, kv_head;
+};
+
+// kReadsPages: from ForwardParams::pages, by kernels of their own, with MaskKind::kMasked.
+template <class Element_, int kDimQk_, int kDimV_, MaskKind kMask_, bool kHasSoftcap_ = false,
+          bool kReadsPages_ = false>
 struct ForwardConfig : ForwardTiles<kDimQk_, kDimV_> {
   using Tiles = ForwardTiles<kDimQk_, kDimV_>;
   using Element = Element_;
   static constexpr MaskKind kMask = kMask_;
-  static constexpr bool kHasSoftcap = kHasSoftcap_;
+  static constexpr bool kHasSoftcap = kHasSoftcap_, kReadsPages = kReadsPages_;
   static constexpr int kDimQk = kDimQk_, kDimV = kDimV_;
   static constexpr bool kPingPong = kMask == MaskKind::kMasked ? Tiles::kPingPongMasked : Tiles::kPingPongDense;
   static constexpr int kTileQuery = Tiles::kWarpgroups * kWarpgroupRows;
@@ -108,6 +122,8 @@ struct ForwardConfig : ForwardTiles<kDimQk_, kDimV_> {
   // One int a query row, where tiles may be masked by segments.
   static constexpr int kTableRows = kMask == MaskKind::kMasked ? kTileQuery : 0, kTableBytes = kTableRows * 4;
 
+  static constexpr int kMostBoxes = kReadsPages ? Tiles::kTileKey / kCachePageMultiple : 1;
+
   struct SharedStorage {
     alignas(1024) unsigned char q[Tiles::kQueryStages][Tiles::kWarpgroups][kQueryWarpgroupBytes];  // and O
     unsigned char k[Tiles::kKeyStages][kKeyBytes];
@@ -122,10 +138,13 @@ struct ForwardConfig : ForwardTiles<kDimQk_, kDimV_> {
     QueryTile upcoming;                    // the producer warp's own
     int block_message[Tiles::kKeyStages];  // KeyBlock, encoded
     RepairList<Tiles::kQueryStages> repair;
+    PagedTile paged;               // the producer warp's own, as are
+    PageBox boxes[2][kMostBoxes];  // those of a key block and of the one before
   };
 
   static_assert(kDimQk % 32 == 0 && kDimV % 32 == 0, "whole steps of wgmma and of matrix stores");
   static_assert(kPanelsV <= kPanelsQk, "O leaves through the buffer of Q");
+  static_assert(!kReadsPages || (kMask == MaskKind::kMasked && Tiles::kTileKey % kCachePageMultiple == 0));
   static_assert(Tiles::kTileKey % 8 == 0 && Tiles::kTileKey <= 128, "a row's mask is 32 bits a lane");
   static_assert(sizeof(SharedStorage) <= 227 * 1024);
   static_assert(kWarpgroupSize * (Tiles::kProducerRegisters + Tiles::kWarpgroups * Tiles::kConsumerRegisters) <=

@@ -2,7 +2,7 @@
 //
 // A persistent thread block takes one tile of queries after the other. Its roles:
 //
-//   warp 0            producer: loads Q, K and V (producer.cuh)
+//   warp 0            producer: loads Q, K and V (producer.cuh, paged_producer.cuh)
 //   warps 1 .. W      one for each consumer: sends its rows of the output out
 //   warpgroups 1 .. W consumers, W = 2 or 3: 64 query rows each (consumer.cuh)
 //
@@ -22,6 +22,7 @@
 // Tiles that a NaN in V has reached, or that have huge logits, are computed once more at the end (repair.cuh).
 #pragma once
 #include "consumer.cuh"
+#include "paged_producer.cuh"
 #include "producer.cuh"
 #include "ptx/register.cuh"
 #include "repair.cuh"
@@ -60,10 +61,14 @@ __device__ __forceinline__ void store_tiles(const ForwardKernelParams& p, typena
 // The warps that move data, and those that multiply: all tiles of a pass.
 template <class Config, bool kIsRepair>
 __device__ __forceinline__ void move_tiles(const ForwardKernelParams& p, typename Config::SharedStorage& s, int warp) {
-  if (warp == 0)
-    load_tiles<Config, kIsRepair>(p, s);
-  else if (warp <= Config::kWarpgroups && threadIdx.x % kWarpSize == 0)
+  if (warp == 0) {
+    if constexpr (Config::kReadsPages)
+      load_tiles_from_pages<Config, kIsRepair>(p, s);
+    else
+      load_tiles<Config, kIsRepair>(p, s);
+  } else if (warp <= Config::kWarpgroups && threadIdx.x % kWarpSize == 0) {
     store_tiles<Config>(p, s, warp - 1);
+  }
   __syncwarp();
 }
 

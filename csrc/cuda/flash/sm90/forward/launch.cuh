@@ -1,5 +1,6 @@
 // Host side of one kernel instantiation: params -> tensor maps, schedule, launch.
 #pragma once
+#include <numeric>
 
 #include "flash/tile/element.h"
 #include "flash/tile/make_schedule.h"
@@ -15,10 +16,17 @@ cudaError_t launch_forward_kernel(const ForwardParams& params, cudaStream_t stre
   ForwardKernelParams p;
   p.query = make_tensor_map(params.q, params.element, shape.batch, shape.query_length, shape.num_heads, shape.dim_qk,
                             kWarpgroupRows);
-  p.key = make_tensor_map(params.k, params.element, shape.batch, shape.key_length, shape.num_kv_heads, shape.dim_qk,
-                          Config::kTileKey);
-  p.value = make_tensor_map(params.v, params.element, shape.batch, shape.key_length, shape.num_kv_heads, shape.dim_v,
-                            Config::kTileKey);
+  // A box ends where a page and where a key block ends; the one page of a row may end anywhere.
+  const KeyPages& pages = params.pages;
+  p.pages = pages;
+  p.box_rows =
+      Config::kReadsPages && pages.pages_per_row > 1 ? std::gcd(pages.size, Config::kTileKey) : Config::kTileKey;
+  const int key_batch = Config::kReadsPages ? pages.count : shape.batch,
+            key_length = Config::kReadsPages ? pages.size : shape.key_length;
+  p.key =
+      make_tensor_map(params.k, params.element, key_batch, key_length, shape.num_kv_heads, shape.dim_qk, p.box_rows);
+  p.value =
+      make_tensor_map(params.v, params.element, key_batch, key_length, shape.num_kv_heads, shape.dim_v, p.box_rows);
   p.out = make_tensor_map(params.out, params.element, shape.batch, shape.query_length, shape.num_heads, shape.dim_v,
                           kWarpgroupRows);
   p.repair_list = params.repair_list;
@@ -60,6 +68,10 @@ template <ElementType kElement, int kDimQk, int kDimV, bool kHasSoftcap>
 cudaError_t ForwardLauncher<kElement, kDimQk, kDimV, kHasSoftcap>::launch(const ForwardParams& params,
                                                                           cudaStream_t stream) {
   using Element = typename ElementOf<kElement>::Type;
+  if (params.pages.table) {
+    using Config = ForwardConfig<Element, kDimQk, kDimV, MaskKind::kMasked, kHasSoftcap, /*kReadsPages=*/true>;
+    return launch_forward_kernel<Config>(params, stream);
+  }
   if (params.segments.mode || params.window.left < AttentionWindow::kUnbounded) {
     return launch_forward_kernel<ForwardConfig<Element, kDimQk, kDimV, MaskKind::kMasked, kHasSoftcap>>(params, stream);
   }

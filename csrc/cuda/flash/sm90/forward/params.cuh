@@ -7,7 +7,7 @@
 namespace selfattn::cuda::sm90 {
 
 struct ForwardKernelParams {
-  CUtensorMap query, key, value, out;  // boxes: query, out 64 rows; key, value a key block
+  CUtensorMap query, key, value, out;  // boxes: query, out 64 rows; key, value box_rows
   AttentionShape shape;
   AttentionWindow window;
   float scale;
@@ -18,6 +18,8 @@ struct ForwardKernelParams {
   int* counters;     // [0]: tiles taken after each thread block's first; null where there are no others
   TileSchedule schedule;
   SoftcapExponent softcap;  // read by kernels with kHasSoftcap
+  KeyPages pages;           // read by kernels with kReadsPages
+  int box_rows;             // of `key` and `value`: a key block, or with pages a part of it that is of one page
 
   // What the softmax's max_score is multiplied by for its logit.
   template <class Config>

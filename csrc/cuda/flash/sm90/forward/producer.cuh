@@ -18,10 +18,10 @@ __device__ __forceinline__ int last_block_in_window(const ForwardKernelParams& p
   return max(end - 1, 0) / Config::kTileKey;
 }
 
-// The tile of a number and the range of key blocks in reach of its rows. All lanes write the same. The first pass
-// counts the schedule, the repair counts as its list does.
+// The tile of a number and the range of key blocks in reach of its rows; returns the keys in reach. All lanes write the
+// same. The first pass counts the schedule, the repair counts as its list does.
 template <class Config, bool kIsRepair>
-__device__ __forceinline__ void describe_tile(const ForwardKernelParams& p, int number, QueryTile& s_tile) {
+__device__ __forceinline__ Interval describe_tile(const ForwardKernelParams& p, int number, QueryTile& s_tile) {
   const int tiles = p.schedule.tiles_per_head;
   const TilePlace place = kIsRepair ? TilePlace{number / tiles, 0, false} : find_tile(p.schedule, number);
   const int b = place.head / p.shape.num_heads;
@@ -54,6 +54,47 @@ __device__ __forceinline__ void describe_tile(const ForwardKernelParams& p, int 
   tile.end_block = max((keys.end + Config::kTileKey - 1) / Config::kTileKey, tile.first_block + 1);
   s_tile = tile;
   __syncwarp();
+  return keys;
+}
+
+// By one lane: the rows of a tile, into a stage, and what is told about them.
+template <class Config>
+__device__ __forceinline__ void copy_query(const ForwardKernelParams& p, typename Config::SharedStorage& s, int stage,
+                                           int index, int b, int h) {
+  for (int w = 0; w < Config::kWarpgroups; w++)
+    for (int panel = 0; panel < Config::kPanelsQk; panel++)
+      ptx::tma_load_4d(&p.query, s.q_full[stage], ptx::shared_address(s.q[stage][w]) + panel * Config::kQueryPanelBytes,
+                       panel * kPanelColumns, index * Config::kTileQuery + w * kWarpgroupRows, h, b);
+}
+template <class Config>
+__device__ __forceinline__ void announce_query(const ForwardKernelParams& p, typename Config::SharedStorage& s,
+                                               int stage, const QueryTile& tile, int b) {
+  constexpr bool kMasked = Config::kMask == MaskKind::kMasked;
+  s.tile[stage] = tile;
+  const int tables = !kMasked ? 0 : tile.mode == kContiguous ? 2 : tile.mode == kGeneral ? 1 : 0;
+  ptx::mbarrier_arrive_expect(s.q_full[stage], Config::kQueryBytes + tables * Config::kTableBytes);
+  const size_t at = size_t(b) * p.segments.pitch_query + tile.index * Config::kTileQuery;
+  const auto copy_table = [&](int which, const int* g_table) {
+    ptx::bulk_load(s.q_full[stage], ptx::shared_address(s.row_table[stage][which]), g_table + at, Config::kTableBytes);
+  };
+  if (tables > 0) copy_table(0, tile.mode == kContiguous ? p.segments.key_begin : p.segments.query_ids);
+  if (tables > 1) copy_table(1, p.segments.key_end);
+}
+
+// The number of the next tile, taken late: a tile reserved behind a long one is what the other thread blocks would wait
+// for.
+template <class Config, bool kIsRepair>
+__device__ __forceinline__ int take_tile(const ForwardKernelParams& p, typename Config::SharedStorage& s) {
+  if (kIsRepair) return s.repair.take(p.repair_list, p.schedule.tiles);
+  return p.counters ? gridDim.x + atomicAdd(p.counters, 1) : p.schedule.tiles;
+}
+
+// The end of the work, by one lane.
+template <class Config>
+__device__ __forceinline__ void announce_end(typename Config::SharedStorage& s, const Ring<Config::kQueryStages>& q) {
+  ptx::mbarrier_wait(s.q_empty[q.stage], q.parity ^ 1);
+  s.tile[q.stage].index = -1;
+  ptx::mbarrier_arrive(s.q_full[q.stage]);
 }
 
 // The whole warp walks together; lane 0 issues.
@@ -65,25 +106,6 @@ __device__ __forceinline__ void load_tiles(const ForwardKernelParams& p, typenam
   Ring<Config::kKeyStages> k;
   Ring<Config::kValueStages> v;
 
-  const auto copy_query = [&](int index, int b, int h) {
-    for (int w = 0; w < Config::kWarpgroups; w++)
-      for (int panel = 0; panel < Config::kPanelsQk; panel++)
-        ptx::tma_load_4d(&p.query, s.q_full[q.stage],
-                         ptx::shared_address(s.q[q.stage][w]) + panel * Config::kQueryPanelBytes, panel * kPanelColumns,
-                         index * Config::kTileQuery + w * kWarpgroupRows, h, b);
-  };
-  const auto announce_query = [&](const QueryTile& tile, int b) {
-    s.tile[q.stage] = tile;
-    const int tables = !kMasked ? 0 : tile.mode == kContiguous ? 2 : tile.mode == kGeneral ? 1 : 0;
-    ptx::mbarrier_arrive_expect(s.q_full[q.stage], Config::kQueryBytes + tables * Config::kTableBytes);
-    const size_t at = size_t(b) * p.segments.pitch_query + tile.index * Config::kTileQuery;
-    const auto copy_table = [&](int which, const int* g_table) {
-      ptx::bulk_load(s.q_full[q.stage], ptx::shared_address(s.row_table[q.stage][which]), g_table + at,
-                     Config::kTableBytes);
-    };
-    if (tables > 0) copy_table(0, tile.mode == kContiguous ? p.segments.key_begin : p.segments.query_ids);
-    if (tables > 1) copy_table(1, p.segments.key_end);
-  };
   const auto copy_key = [&](int index, int b, int h) {
     for (int panel = 0; panel < Config::kPanelsQk; panel++)
       ptx::tma_load_4d(&p.key, s.k_full[k.stage], ptx::shared_address(s.k[k.stage]) + panel * Config::kKeyPanelBytes,
@@ -112,7 +134,7 @@ __device__ __forceinline__ void load_tiles(const ForwardKernelParams& p, typenam
     if (p.segments.mode && p.window.right == 0 && !place.is_last_section) {
       const int b = place.head / p.shape.num_heads, h = place.head % p.shape.num_heads;
       early_block = last_block_in_window<Config>(p, place.rank);
-      if (lane == 0) copy_query(place.rank, b, h), copy_key(early_block, b, h / group);
+      if (lane == 0) copy_query<Config>(p, s, q.stage, place.rank, b, h), copy_key(early_block, b, h / group);
     }
     ptx::wait_for_previous_kernel();
   }
@@ -139,14 +161,7 @@ __device__ __forceinline__ void load_tiles(const ForwardKernelParams& p, typenam
     for (bool is_first = true;; is_first = false) {
       block.is_last = !walk.find_next(next, test);
       if (lane == 0) {
-        // The next tile is taken late: a tile reserved behind a long one is what the other thread blocks would wait
-        // for.
-        if (block.is_last) {
-          if (kIsRepair)
-            number = s.repair.take(p.repair_list, p.schedule.tiles);
-          else
-            number = p.counters ? gridDim.x + atomicAdd(p.counters, 1) : p.schedule.tiles;
-        }
+        if (block.is_last) number = take_tile<Config, kIsRepair>(p, s);
         const bool is_copied = is_first && early_block >= 0;
         if (!is_copied) ptx::mbarrier_wait(s.k_empty[k.stage], k.parity ^ 1);
         announce_key(block);
@@ -156,8 +171,8 @@ __device__ __forceinline__ void load_tiles(const ForwardKernelParams& p, typenam
         if (is_first) {
           if (!is_copied) ptx::mbarrier_wait(s.q_empty[q.stage], q.parity ^ 1);
           s.repair.take_stage(q.stage, tile.head * p.schedule.tiles_per_head + tile.index, p.repair_list);
-          announce_query(tile, b);
-          if (!is_copied) copy_query(tile.index, b, h);
+          announce_query<Config>(p, s, q.stage, tile, b);
+          if (!is_copied) copy_query<Config>(p, s, q.stage, tile.index, b, h);
           q.advance();
         }
       }
@@ -171,9 +186,7 @@ __device__ __forceinline__ void load_tiles(const ForwardKernelParams& p, typenam
   }
   if (lane == 0) {
     load_value();
-    ptx::mbarrier_wait(s.q_empty[q.stage], q.parity ^ 1);
-    s.tile[q.stage].index = -1;
-    ptx::mbarrier_arrive(s.q_full[q.stage]);
+    announce_end<Config>(s, q);
   }
 }
 
