@@ -14,7 +14,6 @@ import torch
 
 ROOT = Path(__file__).resolve().parent
 sys.path.append(str(ROOT.parent / "tests" / "python"))  # support: problems that the tests share
-os.environ.setdefault("SELFATTN_KERNELS_ON_TRIAL", "1")  # kernels on trial are measured all the same
 Call = Callable[[], object]
 FAMILIES = ("sm80", "sm90")
 FAMILY_VARIABLE = "SELFATTN_FLASH_FAMILY"

@@ -64,11 +64,6 @@ Reason supported_head_dim(const AttentionProblem& problem) {
   return c10::str("head dimensions must be at most ", most, "; got ", dim, " and ", value_dim);
 }
 
-Reason positions_proven_on_cuda(const AttentionProblem& problem) {
-  if (!problem.query.is_cuda() || !problem.has_positions() || takes_kernels_on_trial()) return std::nullopt;
-  return "positions are on trial on CUDA, and taken where SELFATTN_KERNELS_ON_TRIAL=1 alone";
-}
-
 Reason rows_fit_kernels(const AttentionProblem& problem) {
   const KernelLimits* limits = cuda_limits(problem);
   if (!limits) return std::nullopt;
@@ -87,8 +82,9 @@ Reason rows_fit_metadata(const AttentionProblem& problem) {
 }
 
 constexpr Constraint kConstraints[] = {
-    has_kernel,       supported_device,  supported_dtype, supported_head_dim,           positions_proven_on_cuda,
-    rows_fit_kernels, rows_fit_metadata, no_empty_tensor, no_differentiation_transform, no_forward_mode_ad};
+    has_kernel,        supported_device,  supported_dtype, supported_head_dim,
+    rows_fit_kernels,  rows_fit_metadata, no_empty_tensor, no_differentiation_transform,
+    no_forward_mode_ad};
 
 }  // namespace
 

@@ -45,11 +45,6 @@ FlashSupport find_cuda_support(const KvCacheProblem& problem) {
   return find_flash_support(device.index(), *capability, /*is_float32=*/false, /*is_aligned=*/true);
 }
 
-Reason proven_on_cuda(const KvCacheProblem& problem) {
-  if (!problem.query.is_cuda() || takes_kernels_on_trial()) return std::nullopt;
-  return "its kernels over a KV cache on CUDA are on trial, and taken where SELFATTN_KERNELS_ON_TRIAL=1 alone";
-}
-
 Reason supported_cuda_device(const KvCacheProblem& problem) {
   if (!problem.query.is_cuda() || has_kernel(problem)) return std::nullopt;
   const FlashSupport support = find_cuda_support(problem);
@@ -123,9 +118,9 @@ Reason countable_cuda_work(const KvCacheProblem& problem) {
 }
 
 constexpr ConstraintOn<KvCacheProblem> kConstraints[] = {
-    has_kernel,           supported_dtype,     no_gradient,           proven_on_cuda,       supported_cuda_device,
-    supported_cuda_dtype, supported_cuda_dims, aligned_cuda_caches,   supported_cuda_pages, rows_fit_cuda_kernels,
-    countable_cuda_work,  no_empty_tensor,     no_function_transform, no_forward_mode_ad};
+    has_kernel,          supported_dtype,       no_gradient,          supported_cuda_device, supported_cuda_dtype,
+    supported_cuda_dims, aligned_cuda_caches,   supported_cuda_pages, rows_fit_cuda_kernels, countable_cuda_work,
+    no_empty_tensor,     no_function_transform, no_forward_mode_ad};
 
 }  // namespace
 

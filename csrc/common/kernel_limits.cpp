@@ -25,12 +25,4 @@ const std::string& forced_flash_family() {
   return family;
 }
 
-bool takes_kernels_on_trial() {
-  static const bool takes = [] {
-    const char* value = std::getenv("SELFATTN_KERNELS_ON_TRIAL");
-    return value && std::string(value) == "1";
-  }();
-  return takes;
-}
-
 }  // namespace selfattn

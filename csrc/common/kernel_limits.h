@@ -48,9 +48,4 @@ std::string capability_to_string(int capability);
 /// comparisons; empty where it is not set. Read once a process. ValueError for another value, at every call.
 const std::string& forced_flash_family();
 
-/// Whether calls on CUDA take what no GPU has run yet, where the environment variable SELFATTN_KERNELS_ON_TRIAL is 1:
-/// attention over a KV cache (docs/kernels/decode.md) and with positions (docs/kernels/forward.md), appending to a
-/// cache in one launch (docs/kernels/qk_norm_rope.md). Read once a process.
-bool takes_kernels_on_trial();
-
 }  // namespace selfattn

@@ -5,7 +5,6 @@
 #include <c10/cuda/CUDAGuard.h>
 
 #include "binding.h"
-#include "common/kernel_limits.h"
 #include "kv_cache/append.h"
 #include "qk_norm_rope/append_params.h"
 #include "qk_norm_rope/params.h"
@@ -263,7 +262,7 @@ CacheView view_of_cache(const Tensor& cache) {
 /// `heads`: of q, which has none where keys and values alone are written, and of k. Whether there is a kernel, which
 /// has then been launched.
 bool launch_append(const NormRopeCall& heads, const AppendCall& call, const Tensor& query_result) {
-  if (!takes_kernels_on_trial() || !float_type(heads.k.scalar_type())) return false;
+  if (!float_type(heads.k.scalar_type())) return false;
   AppendParams params{};
   params.norm_rope = make_params(heads, heads.k);
   if (!has_append_kernel(heads, call, params.norm_rope)) return false;

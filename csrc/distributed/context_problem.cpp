@@ -6,7 +6,6 @@
 #include <algorithm>
 
 #include "common/dense_tensor.h"
-#include "common/kernel_limits.h"
 #include "segment/segment_ids.h"
 
 namespace selfattn {
@@ -28,13 +27,10 @@ void check_heads_fit(const AttentionProblem& own, int64_t ranks, const char* arg
 
 /// Where all tokens travel the one that moves fewer bytes in both passes: keys and values are gathered twice and their
 /// gradients summed once, whole shards of every rank; of heads a rank receives and gives its share. Beside documents
-/// that stay whole keys: layouts even out what ranks do by keys, of which heads would be the same for all. Queries that
-/// meet gathered keys need positions, so heads travel, where they can, while kernels that take these are on trial.
+/// that stay whole keys: layouts even out what ranks do by keys, of which heads would be the same for all.
 ContextMethod choose_method(const ContextProblem& problem, int64_t ranks) {
   const AttentionProblem& own = problem.own;
   const bool fits = heads_fit(own, ranks);
-  const bool want_positions = own.has_positions() && !problem.needs_positions();
-  if (own.query.is_cuda() && want_positions && fits && !takes_kernels_on_trial()) return ContextMethod::kHeads;
   if (problem.shared < own.query_length()) return ContextMethod::kKeys;
   const c10::SymInt keys = 3 * own.key_heads() * ranks;
   const c10::SymInt heads = 2 * (own.query_heads() + std::max(own.key_heads(), c10::SymInt(ranks)));

@@ -15,8 +15,6 @@ if "SELFATTN_LIBRARY" in os.environ:
     sys.path.insert(0, str(ROOT))
 sys.path.append(str(ROOT / "examples" / "train_packed"))  # its parts are tested one by one
 
-# The CUDA kernels over a KV cache are tested, though nobody is given them yet who does not ask for them.
-os.environ.setdefault("SELFATTN_KERNELS_ON_TRIAL", "1")
 # Threads that wait for others sleep: on a machine with other work, spinning makes the tests several times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # Without it PyTorch refuses matrix products on a GPU where deterministic algorithms are asked for.

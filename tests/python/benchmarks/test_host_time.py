@@ -10,7 +10,7 @@ from support import ROOT
 
 PROGRAM = """#!/bin/sh
 echo '{"case": "C++, a call", "impl": "selfattn", "host_us": 2.5, "host_us_in_a_row": 1.5}'
-echo "repeats $1, on trial $SELFATTN_KERNELS_ON_TRIAL" >&2
+echo "repeats $1" >&2
 """
 
 
@@ -22,7 +22,7 @@ def test_rows_say_where_and_when(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, ROOT / "benchmarks" / "host_time.py", *options]
     said = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
-    assert "repeats 1, on trial 1" in said.stderr
+    assert "repeats 1" in said.stderr
     (row,) = (json.loads(line) for line in path.read_text().splitlines())
     assert row["case"] == "C++, a call" and row["host_us"] == 2.5 and row["host_us_in_a_row"] == 1.5
     assert row["commit"] == "abc1234" and row["date"] and row["device"]
