@@ -57,6 +57,7 @@ struct Config : Tiles {
 
   // Behind the rings. What there are two of is of two pieces in turn.
   struct SharedState {
+    KernelParams params;
     alignas(128) unsigned char query[kFinishers ? 2 : 1][Query::kBytes];
     SplitStats stats[2][kKeyGroups][kTileRows];  // of the groups
     const float* outputs[2][kKeyGroups];         // of the groups, in their slots; null: the group had no slice

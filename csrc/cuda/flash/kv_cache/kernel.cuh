@@ -80,7 +80,7 @@ __device__ __forceinline__ void attend_pieces(const KernelParams& p, typename Co
                                               GroupRing<Config>& ring) {
   using Rows = WarpRows<Config>;
   const int group = static_cast<int>(threadIdx.x) / Config::kGroupThreads;
-  Rows rows(p);
+  Rows rows(p, s_state.params);
   PieceTurn turn, turn_of_lent;
   bool is_first = true, is_at_begin = true;
   bool has_lent = false;            // a slot of the ring, to those who merge the piece before
@@ -140,12 +140,13 @@ template <class Config>
 __device__ __forceinline__ void attend_alone(const KernelParams& p, typename Config::SharedState& s_state,
                                              const Share& share, Walk& walk, bool has_piece, GroupRing<Config>& ring) {
   using Rows = WarpRows<Config>;
-  Rows rows(p);
+  const KernelParams& s_p = s_state.params;
+  Rows rows(p, s_state.params);
   ring.load();
   ptx::wait_for_previous_kernel();  // it clears the counters
 #pragma unroll 1
-  for (; has_piece; has_piece = find_next(p, share, walk)) {
-    load_query<Config>(p, walk, s_state.query[0], threadIdx.x, Config::kThreads);
+  for (; has_piece; has_piece = find_next(s_p, share, walk)) {
+    load_query<Config>(s_p, walk, s_state.query[0], threadIdx.x, Config::kThreads);
     __syncthreads();  // the queries are there
     rows.begin(walk);
     rows.take_query(ptx::shared_address(s_state.query[0]));
@@ -156,34 +157,32 @@ __device__ __forceinline__ void attend_alone(const KernelParams& p, typename Con
       ring.release();
       ring.load();
     }
-    const Parts parts(p, share, walk);
+    const Parts parts(s_p, share, walk);
     const int count = walk.tile.count;
     const SplitStats stats[2] = {rows.stats(0), rows.stats(1)};
 #pragma unroll
     for (int r = 0; r < 2; r++) {
       const int row = rows.tile_row(r);
       if (row >= count) continue;
-      const auto target = target_of<Config>(p, walk, parts, row, stats[r], rows.lane() % 4 == 0);
+      const auto target = target_of<Config>(s_p, walk, parts, row, stats[r], rows.lane() % 4 == 0);
       const int column = ptx::forget(rows.lane()) % 4 * 2;  // what depends on it is wanted here alone
       rows.give_output([&](int of_row, int eight, const float2& out) {
         if (of_row == r) target.template store<2>(eight + column, {out.x, out.y});
       });
     }
     __syncthreads();  // all results of the piece are written; the queries are free
-    if (ends_head_tile(p, parts, walk, s_state.is_last_arriver, threadIdx.x, [] { __syncthreads(); }))
-      merge_parts<Config>(p, parts, walk, static_cast<int>(threadIdx.x) / kWarpSize);
+    if (ends_head_tile(s_p, parts, walk, s_state.is_last_arriver, threadIdx.x, [] { __syncthreads(); }))
+      merge_parts<Config>(s_p, parts, walk, static_cast<int>(threadIdx.x) / kWarpSize);
   }
 }
 
-// Words of it side by side.
-template <class SharedState>
-__device__ __forceinline__ void publish_piece(SharedState& s_state, const Walk& s_walk, bool has_piece) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
-  static_assert(sizeof(Walk) % sizeof(int) == 0);
+// By so many threads, a word each.
+template <class Value>
+__device__ __forceinline__ void copy_words(const Value& source, Value& target, int thread, int threads) {
+  static_assert(sizeof(Value) % sizeof(int) == 0);
 #pragma unroll 1
-  for (int i = lane; i < int(sizeof(Walk) / sizeof(int)); i += kWarpSize)
-    reinterpret_cast<int*>(&s_state.pieces[0])[i] = reinterpret_cast<const int*>(&s_walk)[i];
-  if (lane == 0) s_state.has_piece[0] = has_piece;
+  for (int i = thread; i < int(sizeof(Value) / sizeof(int)); i += threads)
+    reinterpret_cast<int*>(&target)[i] = reinterpret_cast<const int*>(&source)[i];
 }
 
 template <class Config>
@@ -192,6 +191,10 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMostBlocks)
   extern __shared__ __align__(128) unsigned char s_memory[];
   auto& s_state = *reinterpret_cast<typename Config::SharedState*>(s_memory + p.stages * Config::kStageBytes);
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize, lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  // Functions read their parameters there: once they are here, nobody waits for memory that holds them.
+  const KernelParams& s_p = s_state.params;
+  copy_words(p, s_state.params, threadIdx.x, Config::kThreads);
+  __syncthreads();
   // Each warp finds the share, and its first piece, for itself, but for those that finish pieces.
   Share& share = s_state.shares[warp];
   Walk& walk = s_state.walks[warp];
@@ -199,28 +202,31 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMostBlocks)
   if (warp < Config::kWarps) {
     if (!p.schedule.is_prepared) prefetch_lengths(p.call);
     if (p.schedule.is_prepared) ptx::wait_for_previous_kernel();  // its schedule is there
-    const Share found = find_share(p);
+    const Share found = find_share(s_p);
     if (lane == 0) share = found, walk = begin_walk(found);
     __syncwarp();
-    has_piece = find_next(p, share, walk);
+    has_piece = find_next(s_p, share, walk);
   }
   const int group = warp / Config::kRowWarps;
   unsigned char* s_slots = s_memory + group * p.stages * Config::kSlotBytes;
   if constexpr (Config::kFinishers > 0) {
     if (warp < Config::kWarps) {
-      if (warp == 0) publish_piece(s_state, walk, has_piece);
+      if (warp == 0) {
+        copy_words(walk, s_state.pieces[0], lane, kWarpSize);
+        if (lane == 0) s_state.has_piece[0] = has_piece;
+      }
       ptx::barrier_arrive(kPieceBarrier, Config::kThreads);
-      Loader<Config> loader(p, share, walk, has_piece);
+      Loader<Config> loader(p, s_p, share, walk, has_piece);
       GroupRing<Config> ring(p, s_slots, loader);
       attend_pieces<Config>(p, s_state, ring);
     } else {
-      finish_pieces<Config>(p, s_state, s_state.shares[0], walk);
+      finish_pieces<Config>(s_p, s_state, s_state.shares[0], walk);
     }
   } else {
     Walk& loading = s_state.loading[warp];
     if (lane == 0) loading = walk;
     __syncwarp();
-    Loader<Config> loader(p, share, loading, has_piece);
+    Loader<Config> loader(p, s_p, share, loading, has_piece);
     GroupRing<Config> ring(p, s_slots, loader);
     attend_alone<Config>(p, s_state, share, walk, has_piece, ring);
   }

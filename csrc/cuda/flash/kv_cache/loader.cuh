@@ -33,8 +33,10 @@ class Loader {
   using Operand = typename Config::Operand;
 
   // s_walk is at the first piece, where there is one.
-  __device__ __forceinline__ Loader(const KernelParams& p, const Share& s_share, Walk& s_walk, bool has_piece)
-      : p_(p), s_share_(s_share), s_walk_(s_walk), has_piece_(has_piece) {
+  // s_p: the same as p, in shared memory.
+  __device__ __forceinline__ Loader(const KernelParams& p, const KernelParams& s_p, const Share& s_share, Walk& s_walk,
+                                    bool has_piece)
+      : p_(p), s_p_(s_p), s_share_(s_share), s_walk_(s_walk), has_piece_(has_piece) {
     if (has_piece) begin_piece();
   }
 
@@ -42,7 +44,7 @@ class Loader {
   // copies.
   __device__ __forceinline__ void load_next(uint32_t s_slot) {
     while (slice_ >= last_slice_ && has_piece_) {
-      has_piece_ = find_next(p_, s_share_, s_walk_);
+      has_piece_ = find_next(s_p_, s_share_, s_walk_);
       if (has_piece_) begin_piece();
     }
     if (has_piece_) {
@@ -75,14 +77,14 @@ class Loader {
     page_ = kNoPage, page_token_ = 0;
     first_of_pages_ = slice_;
     if (key >= keys_.end || key + kPageMultiple <= keys_.begin) return;
-    const KvCacheParams& call = p_.call;
-    const int column = key / p_.schedule.page_size, row = s_walk_.tile.entry.row;
+    const KvCacheParams& call = s_p_.call;
+    const int column = key / s_p_.schedule.page_size, row = s_walk_.tile.entry.row;
     const int64_t page = call.page_table ? call.page_table.at(row, column) : row;
     page_token_ = key - column * call.page_size;
     if (page >= 0 && page < call.pages) {
       page_ = static_cast<int>(page);
     } else {
-      const bool is_used = is_wanted(p_, s_walk_.tile, keys_ & Interval{key, key + kPageMultiple});
+      const bool is_used = is_wanted(s_p_, s_walk_.tile, keys_ & Interval{key, key + kPageMultiple});
       assert(!is_used && "the page table must name pages of the cache");
     }
   }
@@ -127,7 +129,7 @@ class Loader {
   }
 
   static constexpr int kNoPage = -1;
-  const KernelParams& p_;
+  const KernelParams &p_, &s_p_;
   const Share& s_share_;
   Walk& s_walk_;
   Interval keys_{0, 0};

@@ -49,7 +49,10 @@ class WarpRows {
   using Query = typename Config::Query;
   static constexpr int kSteps = Config::kDim / 16, kSliceKeys = Config::kSliceKeys;
 
-  __device__ __forceinline__ explicit WarpRows(const KernelParams& p) : p_(p) { softmax_.c = logit_scale(p) * kLog2E; }
+  // s_p: the same as p, in shared memory.
+  __device__ __forceinline__ WarpRows(const KernelParams& p, const KernelParams& s_p) : p_(p), s_p_(s_p) {
+    softmax_.c = logit_scale(p) * kLog2E;
+  }
 
   // Of the 16 rows a lane has rows lane / 4 and + 8.
   static __device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x) % kWarpSize; }
@@ -63,7 +66,7 @@ class WarpRows {
     // Each lane finds what one row may see.
     const int own_row = first_row() + lane() % kCacheTileRows;
     VisibleKeys own{s_walk.piece.keys, 0, 0};  // rows past the last one see all, which concerns nobody
-    if (own_row < s_walk.tile.count) own = visible_keys(p_, s_walk.tile, own_row);
+    if (own_row < s_walk.tile.count) own = visible_keys(s_p_, s_walk.tile, own_row);
     shared_ =
         s_walk.piece.keys & Interval{__reduce_max_sync(~0u, own.keys.begin), __reduce_min_sync(~0u, own.keys.end)};
     first_draft_ = s_walk.tile.length - p_.call.queries;
@@ -93,7 +96,7 @@ class WarpRows {
     const unsigned char* s_values = s_slot + Operand::kBytes;
     float scores[kSliceKeys / 2];
     multiply_scores(Operand::right_place(ptx::shared_address(s_slot)), scores);
-    if (p_.call.softcap > 0.f) apart(scores, [&](auto& copy) { apply_softcap(p_.softcap, copy); });
+    if (p_.call.softcap > 0.f) apart(scores, [&](auto& copy) { apply_softcap(s_p_.softcap, copy); });
     const bool is_cut = first_key < shared_.begin || first_key + kSliceKeys > shared_.end;
     if (is_cut) mask(first_key, scores);
     softmax_.template take_max<false, true>(scores);
@@ -189,7 +192,7 @@ class WarpRows {
     }
   }
 
-  const KernelParams& p_;
+  const KernelParams &p_, &s_p_;
   uint32_t query_place_, query_[Config::kHoldsQuery ? kSteps : 1][4];
   int begin_[2], count_[2];  // the keys of the lane's rows
   uint32_t drafts_[2];       // and drafts, from the first on
