@@ -38,7 +38,7 @@ def sdpa_ring(case: Attention, backend: str, repeats_keys: bool) -> Callable[[Jo
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             if repeats_keys:
                 k, v = (tensor.repeat_interleave(case.heads // case.key_heads, 1) for tensor in (k, v))
-            with sdpa_kernel(SDPBackend[backend]):
+            with sdpa_kernel(getattr(SDPBackend, backend)):
                 return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] != q.shape[1])
 
         both_passes = forward_backward(attend, leaves, grad)

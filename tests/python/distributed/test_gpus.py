@@ -179,7 +179,7 @@ def check_memory(method: str) -> None:
     def run() -> None:
         context_parallel_attention(*own, layout, method=method).square().sum().backward()
 
-    assert peak_of(run) < length * length / 8  # a mask of a shard's pairs is four times that
+    assert peak_of(run) < length * length / 4  # a mask of the pairs that a rank computes is twice to four times that
 
 
 @pytest.mark.parametrize("method", ["keys", "heads"])

@@ -36,7 +36,10 @@ struct OrderedRow : RowIds<Id, 2> {
     const int other = 1 - side;
     const int64_t position = position_of(side, token);
     const int id = ids(side)[token];
-    if (id < 0) return {length(other), length(other)};
+    if (id < 0) {  // behind all others: tiles that hold some of both meet no padding of the other side for it
+      const int end = count_ahead_of(other, kFirstPadding);
+      return {end, end};
+    }
     const SegmentPositions& window = p.positions;
     const int64_t before = side == kQuerySide ? window.left : window.right,
                   after = side == kQuerySide ? window.right : window.left;
@@ -51,6 +54,8 @@ struct OrderedRow : RowIds<Id, 2> {
     return g_positions[b * length(side) + token];
   }
   __device__ __forceinline__ bool is_padding(int side, int token) const { return ids(side)[token] < 0; }
+
+  static constexpr uint64_t kFirstPadding = uint64_t(~0u) << 32;
 
   // By id, all padding behind the others, then by position.
   static __device__ __forceinline__ uint64_t place(int id, int64_t position) {
