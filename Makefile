@@ -101,10 +101,10 @@ sdist: $(VENV)/.packages
 	$(BIN)/python -c "from setuptools import build_meta; build_meta.build_sdist('dist')"
 
 # ---------------------------------------------------------------- for aarch64, from here
-# The CPU library, compiled by a cross compiler; its C++ tests run in emulation, as if on these processors: one of the first
-# instruction set, and one of every extension that the emulation knows.
+# The CPU library, compiled by a cross compiler; its C++ tests run in emulation, as if on these processors: one without SVE, and
+# one of every extension that the emulation knows. PyPI's torch needs ARMv8.1.
 AARCH64 = build-aarch64/torch$(TORCH)
-PROCESSORS ?= cortex-a72 max
+PROCESSORS ?= neoverse-n1 max
 TOOLCHAIN = -DCMAKE_TOOLCHAIN_FILE=$(abspath cmake/aarch64.cmake)
 
 $(AARCH64)/.torch: .ci/torch_for_aarch64 $(VENV)/.packages

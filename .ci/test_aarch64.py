@@ -1,7 +1,7 @@
 """Runs the C++ tests of a build for aarch64 in emulation, on each processor that is named, and appends a record of each
 run to --record.
 
-    python .ci/test_aarch64.py build-aarch64/build --torch build-aarch64/site-packages --processors cortex-a72 max
+    python .ci/test_aarch64.py build-aarch64/build --torch build-aarch64/site-packages --processors neoverse-n1 max
 
 --library names the folder of a libselfattn.so that is loaded in the place of the build's, e.g. a wheel's.
 """
