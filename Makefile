@@ -107,18 +107,18 @@ AARCH64 = build-aarch64/torch$(TORCH)
 PROCESSORS ?= neoverse-n1 max
 TOOLCHAIN = -DCMAKE_TOOLCHAIN_FILE=$(abspath cmake/aarch64.cmake)
 
-$(AARCH64)/.torch: .ci/torch_for_aarch64 $(VENV)/.packages
+$(AARCH64)/.torch: .ci/torch_for_aarch64 | $(VENV)/.packages
 	sh .ci/debian_packages aarch64
 	sh .ci/torch_for_aarch64 $(TORCH) $(BIN)/python $(abspath $(AARCH64)/site-packages)
 	touch $@
 
-build-aarch64/googletest/install/lib/libgtest.a: $(AARCH64)/.torch
+build-aarch64/googletest/install/lib/libgtest.a: | $(AARCH64)/.torch
 	$(BIN)/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) $(TOOLCHAIN) -DBUILD_GMOCK=OFF \
 	  -DCMAKE_BUILD_TYPE=Release -DCMAKE_INSTALL_LIBDIR=lib -Wno-dev -S /usr/src/googletest -B build-aarch64/googletest
 	$(BIN)/cmake --build build-aarch64/googletest -j $(JOBS)
 	$(BIN)/cmake --install build-aarch64/googletest --prefix build-aarch64/googletest/install
 
-build-aarch64: build-aarch64/googletest/install/lib/libgtest.a
+build-aarch64: $(AARCH64)/.torch build-aarch64/googletest/install/lib/libgtest.a
 	$(CONFIGURE) -B $(AARCH64)/build $(TOOLCHAIN) -DLibTorch_ROOT=$(abspath $(AARCH64)/site-packages/torch) \
 	  -DCMAKE_PREFIX_PATH=$(abspath build-aarch64/googletest/install) -DSELFATTN_TESTS=ON -DSELFATTN_CUDA=OFF $(CMAKE_ARGS)
 	$(BIN)/cmake --build $(AARCH64)/build -j $(JOBS)
