@@ -1,5 +1,5 @@
-# make demo | test | test-integrations | test-matrix | lint | docs | bench-cpu | sanitize | coverage | install | wheel | clean
-# (see CONTRIBUTING.md)
+# make demo | test | test-integrations | test-matrix | lint | docs | bench-cpu | sanitize | coverage | install | wheel |
+# aarch64 | wheel-aarch64 | clean (see CONTRIBUTING.md)
 # Everything lies in this folder: .venv (Python packages), build (CMake), build/install (the C++ package).
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
@@ -24,7 +24,7 @@ SPILLS = sm90+backward=496 sm90+backward_dkdv=832 sm90+forward=272 \
 SOURCES = $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
 .PHONY: all build install demo test test-cpp test-python test-integrations test-matrix coverage sanitize lint format docs \
-  bench-cpu wheel sdist clean
+  bench-cpu wheel sdist build-aarch64 aarch64 wheel-aarch64 clean
 
 all: build
 
@@ -47,6 +47,11 @@ $(VENV)/.packages: $(VENV)/.python pyproject.toml
 $(VENV)/.integrations: $(VENV)/.packages pyproject.toml
 	$(BIN)/python .ci/requirements.py integrations > $(VENV)/requirements-integrations.txt
 	$(BIN)/python -m pip install --quiet --requirement $(VENV)/requirements-integrations.txt
+	touch $@
+
+$(VENV)/.wheel: $(VENV)/.packages pyproject.toml
+	$(BIN)/python .ci/requirements.py wheel > $(VENV)/requirements-wheel.txt
+	$(BIN)/python -m pip install --quiet --requirement $(VENV)/requirements-wheel.txt
 	touch $@
 
 $(VENV)/.docs: $(VENV)/.packages pyproject.toml
@@ -94,6 +99,46 @@ wheel: $(VENV)/.debian
 
 sdist: $(VENV)/.packages
 	$(BIN)/python -c "from setuptools import build_meta; build_meta.build_sdist('dist')"
+
+# ---------------------------------------------------------------- for aarch64, from here
+# The CPU library, compiled by a cross compiler; its C++ tests run in emulation, as if on these processors: one without SVE, and
+# one of every extension that the emulation knows. PyPI's torch needs ARMv8.1.
+AARCH64 = build-aarch64/torch$(TORCH)
+PROCESSORS ?= neoverse-n1 max
+TOOLCHAIN = -DCMAKE_TOOLCHAIN_FILE=$(abspath cmake/aarch64.cmake)
+
+$(AARCH64)/.torch: .ci/torch_for_aarch64 | $(VENV)/.packages
+	sh .ci/debian_packages aarch64
+	sh .ci/torch_for_aarch64 $(TORCH) $(BIN)/python $(abspath $(AARCH64)/site-packages)
+	touch $@
+
+build-aarch64/googletest/install/lib/libgtest.a: | $(AARCH64)/.torch
+	$(BIN)/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) $(TOOLCHAIN) -DBUILD_GMOCK=OFF \
+	  -DCMAKE_BUILD_TYPE=Release -DCMAKE_INSTALL_LIBDIR=lib -Wno-dev -S /usr/src/googletest -B build-aarch64/googletest
+	$(BIN)/cmake --build build-aarch64/googletest -j $(JOBS)
+	$(BIN)/cmake --install build-aarch64/googletest --prefix build-aarch64/googletest/install
+
+build-aarch64: $(AARCH64)/.torch build-aarch64/googletest/install/lib/libgtest.a
+	$(CONFIGURE) -B $(AARCH64)/build $(TOOLCHAIN) -DLibTorch_ROOT=$(abspath $(AARCH64)/site-packages/torch) \
+	  -DCMAKE_PREFIX_PATH=$(abspath build-aarch64/googletest/install) -DSELFATTN_TESTS=ON -DSELFATTN_CUDA=OFF $(CMAKE_ARGS)
+	$(BIN)/cmake --build $(AARCH64)/build -j $(JOBS)
+
+aarch64: build-aarch64
+	$(BIN)/python .ci/test_aarch64.py $(AARCH64)/build --torch $(AARCH64)/site-packages --processors $(PROCESSORS)
+
+# What builds finds torch for aarch64 in the place of this machine's. The tests load the library of the wheel.
+wheel-aarch64: build-aarch64 $(VENV)/.wheel
+	rm -rf $(AARCH64)/linux $(AARCH64)/manylinux $(AARCH64)/site-packages/selfattn* build/lib.linux-aarch64*
+	export PATH=$(abspath $(BIN)):$$PATH PYTHONPATH=$(abspath $(AARCH64)/site-packages) _PYTHON_HOST_PLATFORM=linux-aarch64 && \
+	  MAX_JOBS=$(JOBS) SELFATTN_CMAKE_ARGS="$(TOOLCHAIN) -DSELFATTN_CUDA=OFF $(CMAKE_ARGS)" \
+	  SELFATTN_LOCAL_VERSION=torch$(TORCH).cpu \
+	  python -m pip wheel --no-build-isolation --no-deps --wheel-dir $(AARCH64)/linux . && \
+	  auditwheel repair $(EXCLUDED) --wheel-dir $(AARCH64)/manylinux $(AARCH64)/linux/*.whl
+	$(BIN)/python .ci/check_wheel.py $(AARCH64)/manylinux/*.whl
+	$(BIN)/python -m zipfile -e $(AARCH64)/manylinux/*.whl $(AARCH64)/site-packages
+	$(BIN)/python .ci/test_aarch64.py $(AARCH64)/build --torch $(AARCH64)/site-packages --processors $(PROCESSORS) \
+	  --library $(AARCH64)/site-packages/selfattn/lib
+	mkdir -p dist && cp $(AARCH64)/manylinux/*.whl dist
 
 # ---------------------------------------------------------------- use
 # On several processes of this machine, one a GPU where there are any: `make demo RANKS=2`.
@@ -163,4 +208,4 @@ format: $(VENV)/.packages
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf build build-coverage build-sanitize build-wheel build-matrix
+	rm -rf build build-coverage build-sanitize build-wheel build-matrix build-aarch64

@@ -6,7 +6,7 @@
 # only calls ATen needs none, so this module takes the headers and libraries as they lie in the package.
 #
 # Searched: LibTorch_ROOT, TORCH_INSTALL_PREFIX, CMAKE_PREFIX_PATH (also torch.utils.cmake_prefix_path), and at last the
-# package that `python3 -c "import torch"` finds.
+# package that `python3 -c "import torch"` finds, which is for this machine: not where another one is compiled for.
 # Sets: LibTorch_FOUND, LibTorch_VERSION, LibTorch_ROOT_DIR, LibTorch_CUDA (the package holds libtorch_cuda),
 # LibTorch_CUDA_VERSION (that it was built with, of a Python package).
 
@@ -16,7 +16,7 @@ foreach(_prefix IN LISTS CMAKE_PREFIX_PATH)
 endforeach()
 find_path(LibTorch_INCLUDE_DIR torch/library.h HINTS ${_libtorch_hints} PATH_SUFFIXES include NO_DEFAULT_PATH)
 
-if(NOT LibTorch_INCLUDE_DIR)
+if(NOT LibTorch_INCLUDE_DIR AND NOT CMAKE_CROSSCOMPILING)
   find_package(Python3 QUIET COMPONENTS Interpreter)
   if(Python3_FOUND)
     execute_process(

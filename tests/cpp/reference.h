@@ -36,3 +36,9 @@ inline torch::Tensor loop_attention(torch::Tensor q, torch::Tensor k, torch::Ten
 inline torch::Tensor random_ids(int64_t batch, int64_t length) {
   return torch::randint(-1, 3, {batch, length}, torch::kInt32);
 }
+
+/// The norm of the difference beside that of what is expected.
+inline double relative_error(const torch::Tensor& actual, const torch::Tensor& expected) {
+  const torch::Tensor reference = expected.to(torch::kDouble);
+  return ((actual.to(torch::kDouble) - reference).norm() / reference.norm().clamp_min(1e-6)).item<double>();
+}

@@ -39,11 +39,6 @@ struct Inputs {
   }
 };
 
-double relative_error(const torch::Tensor& actual, const torch::Tensor& expected) {
-  const torch::Tensor reference = expected.to(torch::kDouble);
-  return ((actual.to(torch::kDouble) - reference).norm() / reference.norm().clamp_min(1e-6)).item<double>();
-}
-
 class FlashMatchesReference : public testing::TestWithParam<std::tuple<torch::ScalarType, double>> {
  protected:
   /// A query with one key has no gradient through its softmax: of dq and dk the difference of two rounded sums remains
