@@ -29,6 +29,7 @@ TABLES = [
     Table("qk_norm_rope_h100", "qk_norm_rope", "gbps", "GB/s"),
     Table("finetune_hf_h200", "Fine-tuning with transformers", "ms", "milliseconds", digits=1),
     Table("lora_h200", "A layer with adapters", "ms", "milliseconds", digits=2),
+    Table("scale_h200", "Two GPUs beside one", "efficiency", "the time of one GPU over twice that of two", digits=2),
     Table("attention_cpu", "Attention on the CPU", "ms", "milliseconds", digits=1),
     Table("decode_h200", "Attention over a KV cache", "us", "microseconds", digits=1),
     Table("decode_h200", "A stack of layers that decodes", "tokens_per_s", "tokens a second"),
