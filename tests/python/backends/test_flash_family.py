@@ -283,6 +283,10 @@ def test_forced_family_computes_or_is_refused_with_its_reason(family: str | None
         reason = f"SELFATTN_FLASH_FAMILY=sm90 forces kernels that need compute capability 9.0; got {major}.{minor}"
         assert said == f"flash: cannot serve this call: {reason}"
         assert reason in rest[0]
+    elif family == "sm80" and (major, minor) == (9, 0) and said != "flash: chosen":
+        # Of a build for 9.0 and for cards before it, but without PTX.
+        reason = "this build of selfattn holds no flash kernels for compute capability 9.0"
+        assert said.startswith(f"flash: cannot serve this call: {reason}") and reason in rest[0]
     else:
         assert said == "flash: chosen"
         assert rest == [str({family or ("sm90" if (major, minor) == (9, 0) else "sm80")})]
@@ -309,7 +313,7 @@ def test_shared_memory_that_is_no_number_is_an_error(value: str) -> None:
 q = torch.ones(1, 8, 2, 64, dtype=torch.bfloat16, device="cuda")
 selfattn.multihead_attention(q, q, q, torch.zeros(1, 8, dtype=torch.int32, device="cuda"), backend="flash")
 """
-    done = run_program(program, "sm80", SELFATTN_SHARED_MEMORY=value)
+    done = run_program(program, None, SELFATTN_SHARED_MEMORY=value)
     assert done.returncode != 0
     expected = "the environment variable SELFATTN_SHARED_MEMORY must be a number of KiB or unset"
     assert f"{expected}; got '{value}'" in done.stderr
