@@ -99,7 +99,11 @@ at::Tensor positions_of_tokens(const at::Tensor& lengths, const OptionalTensor& 
     const at::Tensor given = as_int32(*positions, "positions").to(at::kLong, /*non_blocking=*/false, /*copy=*/true);
     return segment_ids ? given.masked_fill(*segment_ids < 0, -1) : given;
   }
-  if (!segment_ids) return ends.unsqueeze(1) - num_queries + at::arange(num_queries, ends.options());
+  if (!segment_ids) {
+    // Of one query, as every step of generation has, one kernel does in the place of three.
+    if (num_queries.maybe_as_int() == 1) return ends.unsqueeze(1) - 1;
+    return ends.unsqueeze(1) - num_queries + at::arange(num_queries, ends.options());
+  }
   const at::Tensor ids = segment_ids->reshape({-1}).to(at::kLong);
   const at::Tensor of_rows = ends.index_select(0, ids.clamp(0)) - tokens_from_here(ids, lengths.sym_size(0));
   return of_rows.masked_fill(ids < 0, -1).view_symint(segment_ids->sym_sizes());
