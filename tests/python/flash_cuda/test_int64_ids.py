@@ -7,10 +7,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from support.launches import launches
 from support.problems import make_ids
 from torch import Tensor
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
 
 import selfattn
 from selfattn import SelfAttention, SelfAttentionConfig
@@ -109,16 +108,6 @@ def test_module_trains_as_with_int32(qk_norm: bool) -> None:
         return [out, *torch.autograd.grad(out.float().square().sum(), [x, *module.parameters()])]
 
     assert_same_bits(step(ids.long()), step(ids))
-
-
-def launches(call: Callable[[], object]) -> list[str]:
-    """What a call runs on the device, by name; of the second of two records, since the first one starts the tracing."""
-    for _ in range(2):
-        torch.cuda.synchronize()
-        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-            call()
-            torch.cuda.synchronize()
-    return [event.name for event in profiler.events() if event.device_type == DeviceType.CUDA]
 
 
 def assert_no_more_launches(call: Callable[[Tensor], Callable[[], object]]) -> None:

@@ -5,16 +5,24 @@ of the table that name no page."""
 import math
 import subprocess
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
-from support.kv_cache import LAYOUTS, WINDOWS, CacheCase, attention, cases, check_results, formula, rows_formula
+from support.kv_cache import (
+    LAYOUTS,
+    WINDOWS,
+    CacheCase,
+    attention,
+    cases,
+    check_results,
+    formula,
+    replays,
+    rows_formula,
+)
+from support.launches import launches
 from torch import Tensor
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
 
 import selfattn
 
@@ -173,16 +181,6 @@ def test_the_formula_by_rows_is_the_promise(case: CacheCase) -> None:
 # ---------------------------------------------------------------- on a GPU alone
 
 
-def launches(call: Callable[[], object]) -> list[str]:
-    """What a call runs on the device, by name; of the second of two records, since the first one starts the tracing."""
-    for _ in range(2):
-        torch.cuda.synchronize()
-        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-            call()
-            torch.cuda.synchronize()
-    return [event.name for event in profiler.events() if event.device_type == DeviceType.CUDA]
-
-
 FORWARD, FEW_QUERIES = "flash_attention_forward_kernel", "flash_attention_kv_cache_kernel"
 
 
@@ -215,17 +213,8 @@ def test_a_graph_is_replayed_with_other_lengths_and_tables(options: dict[str, An
         chunks("cuda", dim=128, seed=seed, lengths=kind, **options, **PAGES[pages]).make("cuda")
         for seed, kind in enumerate(("one", "mixed", "full", "zero", "edges"))
     ]
-    static = {name: value.clone() if isinstance(value, Tensor) else value for name, value in calls[0].items()}
-    flash(static)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out, lse = flash(static)
-    for call in [*calls, *reversed(calls)]:
-        for name, value in call.items():
-            if isinstance(value, Tensor):
-                static[name].copy_(value)
-        graph.replay()
-        check_results(call, out, lse, by_rows=True)
+    for call, results in replays(flash, calls):
+        check_results(call, *results, by_rows=True)
 
 
 @pytest.mark.gpu

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
-from support.kv_cache import CacheCase, attention, cases, check_results
+from support.kv_cache import CacheCase, attention, cases, check_results, replays
 from torch import Tensor
 
 import selfattn
@@ -147,17 +147,8 @@ def test_a_graph_is_replayed_with_other_lengths_tables_and_ids(options: dict[str
         big_case(seed=seed, lengths=kind, **options).make("cuda")
         for seed, kind in enumerate(("one", "mixed", "full", "zero"))
     ]
-    static = {name: value.clone() if isinstance(value, Tensor) else value for name, value in calls[0].items()}
-    flash(static)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out, lse = flash(static)
-    for call in [*calls, *reversed(calls)]:
-        for name, value in call.items():
-            if isinstance(value, Tensor):
-                static[name].copy_(value)
-        graph.replay()
-        check_results(call, out, lse)
+    for call, results in replays(flash, calls):
+        check_results(call, *results)
 
 
 def test_two_streams_do_not_meet() -> None:

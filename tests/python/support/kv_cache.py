@@ -13,6 +13,7 @@ Shapes as in selfattn.attention_with_kv_cache: R rows, P pages, q (B, Sq, NH, DQ
 """
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -450,3 +451,21 @@ def cases(draw: st.DrawFn, **fixed: Any) -> CacheCase:
         "seed": draw(st.integers(0, 2**20)),
     }
     return CacheCase(**(drawn | fixed))
+
+
+def replays(
+    attend: Callable[[dict[str, Any]], tuple[Tensor, Tensor]], calls: list[dict[str, Any]]
+) -> Iterator[tuple[dict[str, Any], tuple[Tensor, Tensor]]]:
+    """Each call, forth and back, with what one CUDA graph gives for it: captured of the first, and replayed over the
+    values of each. The next replay overwrites the results."""
+    static = {name: value.clone() if isinstance(value, Tensor) else value for name, value in calls[0].items()}
+    attend(static)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = attend(static)
+    for call in [*calls, *reversed(calls)]:
+        for name, value in call.items():
+            if isinstance(value, Tensor):
+                static[name].copy_(value)
+        graph.replay()
+        yield call, results
