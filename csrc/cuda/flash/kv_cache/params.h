@@ -31,6 +31,7 @@ struct KvCacheParams {
   IntegerView lengths;      // (rows, 1)
   IntegerView page_table;   // (rows, pages_per_row), or null
   IntegerView segment_ids;  // (batch, queries) the row that a query belongs to, negative: none; or null
+  bool has_short_rows;      // with ids: a row has few queries, however many there are
   IntegerView positions;    // (batch, queries), or null
   const bool* draft_mask;   // (rows, queries, queries), contiguous, or null; queries <= kMaxDraft, no ids
   void* workspace;          // kv_cache_workspace_bytes of them, 256-byte aligned; what they hold does not matter

@@ -43,14 +43,14 @@ struct ScheduleParams {
   int splits_per_head_tile;  // with split_keys: places for partial results of a head tile; else 0
 
   // Written by prepare_kv_cache_kernel.
-  int* counters;                                   // (thread_blocks) zeros
-  bool is_prepared;                                // whether what follows is filled, too
-  int* total;                                      // the count of all tiles
-  ShareStart* starts;                              // (thread_blocks)
-  TileEntry* entries;                              // (tiles), with ids
-  int* token_order;                                // (batch * queries) tokens of all rows, by row, with ids
-  int *token_counts, *token_starts, *tile_starts;  // (rows + 1), for prepare alone, with ids
-  int* tile_counts_before;                         // (tiles), for prepare alone
+  int* counters;                     // (thread_blocks) zeros
+  bool is_prepared;                  // whether what follows is filled, too
+  int* total;                        // the count of all tiles
+  ShareStart* starts;                // (thread_blocks)
+  TileEntry* entries;                // (tiles), with ids
+  int* token_order;                  // (batch * queries) tokens of all rows, by row, with ids
+  int *token_counts, *token_starts;  // (rows + 1), for prepare alone, with ids
+  int* tile_counts_before;           // (tiles), for prepare alone
 };
 
 // Keys or values of the cache, as TensorView.
