@@ -98,6 +98,24 @@ inline __device__ __noinline__ FinishedRow finish(const KernelParams& p, const W
   return {((int64_t(query.batch) * call.queries + query.index) * call.num_heads + head) * call.dim_v, end.factor};
 }
 
+// Of queries that belong to no row of the cache, which see nothing: each by one thread block.
+inline __device__ __noinline__ void finish_queries_of_none(const KernelParams& p) {
+  const KvCacheParams& call = p.call;
+  const int threads = static_cast<int>(blockDim.x), chunks = call.num_heads * call.dim_v / 8;  // of 16 bytes
+  const int count = p.schedule.token_counts[call.rows], first = call.batch * call.queries - count;
+#pragma unroll 1
+  for (int i = static_cast<int>(blockIdx.x); i < count; i += static_cast<int>(gridDim.x)) {
+    const int token = p.schedule.token_order[first + i], batch = token / p.schedule.queries;
+    auto* out = static_cast<uint4*>(call.out) + int64_t(token) * chunks;
+#pragma unroll 1
+    for (int chunk = static_cast<int>(threadIdx.x); chunk < chunks; chunk += threads) out[chunk] = {};
+#pragma unroll 1
+    for (int head = static_cast<int>(threadIdx.x); head < call.num_heads; head += threads)
+      call.lse[(int64_t(batch) * call.num_heads + head) * call.queries + token - batch * call.queries] =
+          call.sinks ? call.sinks[head] : -infinity();
+  }
+}
+
 // Where a row's result goes.
 template <class Config>
 class RowTarget {
