@@ -82,14 +82,19 @@ AttentionResults attend_chunks(const KvCacheProblem& problem) {
   });
 }
 
+/// (NH,) contiguous, in a type that the kernel for few queries reads.
+OptionalTensor readable_sinks(const OptionalTensor& sinks) {
+  if (!sinks) return sinks;
+  return (sinks->scalar_type() == at::kDouble ? sinks->to(at::kFloat) : *sinks).contiguous();
+}
+
 /// Few queries of each row, or any that ids, positions or a draft mask name.
 AttentionResults attend_rows(const KvCacheProblem& problem) {
   const at::Tensor &q = problem.query, &k = problem.key, &v = problem.value;
   const cudaStream_t stream = at::cuda::getCurrentCUDAStream();
   const ScaledQuery scaled = with_positive_scale(q, problem.scale);
   const at::Tensor query = with_kernel_layout(scaled.query, RowLayout::kAligned);
-  const OptionalTensor sinks =
-      problem.sinks ? OptionalTensor(problem.sinks->to(at::kFloat).contiguous()) : std::nullopt;
+  const OptionalTensor sinks = readable_sinks(problem.sinks);
   const OptionalTensor draft_mask =
       problem.draft_mask ? OptionalTensor(problem.draft_mask->contiguous()) : std::nullopt;
   const at::Tensor out = empty({q.size(0), q.size(1), q.size(2), v.size(3)}, q.scalar_type(), q.device());
@@ -109,7 +114,7 @@ AttentionResults attend_rows(const KvCacheProblem& problem) {
   params.split_keys = problem.split_keys;
   params.q = view_of(query), params.k = view_of(k), params.v = view_of(v);
   params.out = out.mutable_data_ptr(), params.lse = lse.mutable_data_ptr<float>();
-  params.sinks = sinks ? sinks->const_data_ptr<float>() : nullptr;
+  if (sinks) params.sinks = sinks->const_data_ptr(), params.sink_type = element_of(*sinks);
   params.lengths = integers_of(problem.lengths);
   params.page_table = integers_of(problem.page_table);
   params.segment_ids = integers_of(problem.segment_ids);
