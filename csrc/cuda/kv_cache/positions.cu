@@ -20,9 +20,9 @@ cudaError_t launch_kv_cache_positions(const PositionsParams& params, cudaStream_
   if (params.rows == 0) return cudaSuccess;  // and so no tokens
   const bool is_order_needed = params.segment_ids && (!params.given || params.lengths_after);
   if (is_order_needed) {
-    const int sections = std::clamp(ceil_div(params.tokens, kSectionTokens), 1, kMostSections);
+    const int stretches = std::clamp(ceil_div(params.tokens, kStretchTokens), 1, kMostStretches);
     const int blocks = std::min(params.rows, kMostBlocks);
-    ragged_kv_cache_positions_kernel<<<blocks, sections * kWarpSize, 0, stream>>>(params);
+    ragged_kv_cache_positions_kernel<<<blocks, stretches * kWarpSize, 0, stream>>>(params);
   } else {
     const int blocks = ceil_div(std::max(params.rows, params.tokens), kPositionThreads);
     kv_cache_positions_kernel<<<std::min(blocks, kMostBlocks), kPositionThreads, 0, stream>>>(params);

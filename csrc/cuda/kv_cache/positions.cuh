@@ -3,9 +3,9 @@
 // Without ids a batch row is a row of the cache, and everything follows from its length. With ids a thread block takes
 // a row of the cache, and looks for its tokens among all:
 //
-//     section of a warp | section | ...      each counts the row's tokens in its own
-//        | thread block                      the counts of the sections ahead: where its own begin
-//     section of a warp | section | ...      each ranks them, and writes their slots
+//     stretch of a warp | stretch | ...      each counts the row's tokens in its own
+//        | thread block                      the counts of the stretches ahead: where its own begin
+//     stretch of a warp | stretch | ...      each ranks them, and writes their slots
 //
 // The tokens of no row are written, and ids checked, by whichever thread comes to them.
 #pragma once
@@ -18,9 +18,9 @@
 
 namespace selfattn::cuda {
 
-constexpr int kPositionThreads = 256;  // of a thread block, where no order is looked for
-constexpr int kMostSections = 32;      // warps of a thread block, where it is; so many as give each
-constexpr int kSectionTokens = 256;    // at most so many tokens
+constexpr int kPositionThreads = 256;  // of a thread block, without ids
+// With ids a thread block has a warp for each kStretchTokens tokens, but no more than so many warps.
+constexpr int kStretchTokens = 256, kMostStretches = 32;
 constexpr unsigned kWholeWarp = ~0u;
 
 // A token's place in the tensors of the call.
@@ -106,11 +106,11 @@ __device__ __forceinline__ int find_tokens(const PositionsParams& p, int row, in
 }
 
 // With ids.
-__global__ void __launch_bounds__(kMostSections* kWarpSize)
+__global__ void __launch_bounds__(kMostStretches* kWarpSize)
     ragged_kv_cache_positions_kernel(const __grid_constant__ PositionsParams p) {
-  __shared__ int s_counts[kMostSections];  // of the row's tokens in each section
+  __shared__ int s_counts[kMostStretches];  // of the row's tokens in each stretch
   const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarpSize;
-  const int sections = static_cast<int>(blockDim.x) / kWarpSize;
+  const int stretches = static_cast<int>(blockDim.x) / kWarpSize;
 
   const int threads = gridDim.x * blockDim.x;
   for (int token = blockIdx.x * blockDim.x + thread; token < p.tokens; token += threads) {
@@ -120,14 +120,14 @@ __global__ void __launch_bounds__(kMostSections* kWarpSize)
     if (p.given || !has_row) p.positions[token] = has_row ? given : -1;
   }
 
-  const int steps = (p.tokens + kWarpSize - 1) / kWarpSize, section = (steps + sections - 1) / sections * kWarpSize;
-  const int begin = ::min(warp * section, p.tokens), end = ::min(begin + section, p.tokens);
+  const int steps = (p.tokens + kWarpSize - 1) / kWarpSize, stretch = (steps + stretches - 1) / stretches * kWarpSize;
+  const int begin = ::min(warp * stretch, p.tokens), end = ::min(begin + stretch, p.tokens);
   for (int row = blockIdx.x; row < p.rows; row += gridDim.x) {
     const int own = find_tokens(p, row, begin, end, [](int, int) {});
     if (thread % kWarpSize == 0) s_counts[warp] = own;
-    __syncthreads();  // all sections are counted
+    __syncthreads();  // all stretches are counted
     int before = 0, count = 0;
-    for (int other = 0; other < sections; other++) {
+    for (int other = 0; other < stretches; other++) {
       before += other < warp ? s_counts[other] : 0;
       count += s_counts[other];
     }
