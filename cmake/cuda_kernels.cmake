@@ -39,4 +39,7 @@ foreach(name IN ITEMS unaligned float32 kv_cache segments)
 endforeach()
 
 file(GLOB_RECURSE qk_norm_rope_sources CONFIGURE_DEPENDS csrc/cuda/qk_norm_rope/*.cu)
-add_cuda_kernels(selfattn_qk_norm_rope ARCHITECTURES ${SELFATTN_CUDA_ARCHITECTURES} SOURCES ${qk_norm_rope_sources})
+file(GLOB kv_cache_positions_sources CONFIGURE_DEPENDS csrc/cuda/kv_cache/*.cu)
+foreach(name IN ITEMS qk_norm_rope kv_cache_positions)
+  add_cuda_kernels(selfattn_${name} ARCHITECTURES ${SELFATTN_CUDA_ARCHITECTURES} SOURCES ${${name}_sources})
+endforeach()

@@ -113,6 +113,12 @@ AttentionResults attend_chunks(const KvCacheProblem& problem) {
   return run_forward_over_cache(problem, problem.query, pages, /*tiles=*/nullptr);
 }
 
+/// (NH,) contiguous, in a type that the kernel for few queries reads.
+OptionalTensor readable_sinks(const OptionalTensor& sinks) {
+  if (!sinks) return sinks;
+  return (sinks->scalar_type() == at::kDouble ? sinks->to(at::kFloat) : *sinks).contiguous();
+}
+
 /// Few queries of each row, or any that ids, positions or a draft mask name. `ids`: of the call, or of those queries
 /// alone that are not left to another kernel, and then rows have few.
 AttentionResults attend_rows(const KvCacheProblem& problem, const IntegerView& ids, bool has_short_rows) {
@@ -120,8 +126,7 @@ AttentionResults attend_rows(const KvCacheProblem& problem, const IntegerView& i
   const cudaStream_t stream = at::cuda::getCurrentCUDAStream();
   const ScaledQuery scaled = with_positive_scale(q, problem.scale);
   const at::Tensor query = with_kernel_layout(scaled.query, RowLayout::kAligned);
-  const OptionalTensor sinks =
-      problem.sinks ? OptionalTensor(problem.sinks->to(at::kFloat).contiguous()) : std::nullopt;
+  const OptionalTensor sinks = readable_sinks(problem.sinks);
   const OptionalTensor draft_mask =
       problem.draft_mask ? OptionalTensor(problem.draft_mask->contiguous()) : std::nullopt;
   const at::Tensor out = empty({q.size(0), q.size(1), q.size(2), v.size(3)}, q.scalar_type(), q.device());
@@ -141,7 +146,7 @@ AttentionResults attend_rows(const KvCacheProblem& problem, const IntegerView& i
   params.split_keys = problem.split_keys;
   params.q = view_of(query), params.k = view_of(k), params.v = view_of(v);
   params.out = out.mutable_data_ptr(), params.lse = lse.mutable_data_ptr<float>();
-  params.sinks = sinks ? sinks->const_data_ptr<float>() : nullptr;
+  if (sinks) params.sinks = sinks->const_data_ptr(), params.sink_type = element_of(*sinks);
   params.lengths = integers_of(problem.lengths);
   params.page_table = integers_of(problem.page_table);
   params.segment_ids = ids, params.has_short_rows = has_short_rows;

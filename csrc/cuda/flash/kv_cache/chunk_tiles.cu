@@ -8,7 +8,6 @@
 namespace selfattn::cuda {
 namespace {
 
-using kv_cache::Divisor;
 using kv_cache::kPrepareThreads;
 using kv_cache::kPrepareWarps;
 using kv_cache::RowTokens;

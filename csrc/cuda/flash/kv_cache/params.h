@@ -27,7 +27,8 @@ struct KvCacheParams {
   TensorView k, v;          // (pages, page_size, num_kv_heads, dim_qk | dim_v)
   void* out;                // (batch, queries, num_heads, dim_v), contiguous
   float* lse;               // (batch, num_heads, queries), natural logarithm
-  const float* sinks;       // (num_heads,), or null
+  const void* sinks;        // (num_heads,) contiguous, or null
+  ElementType sink_type;    // of sinks
   IntegerView lengths;      // (rows, 1)
   IntegerView page_table;   // (rows, pages_per_row), or null
   IntegerView segment_ids;  // (batch, queries) the row that a query belongs to, negative: none; or null
