@@ -175,7 +175,7 @@ def ragged(device: str, **fields: Any) -> CacheCase:
     sizes = (
         {"rows": 5, "num_heads": 16, "num_kv_heads": 4, "num_queries": 600}
         if device == "cuda"
-        else {"rows": 4, "num_heads": 2, "num_kv_heads": 1, "num_queries": 150}
+        else {"rows": 4, "num_heads": 2, "num_kv_heads": 1, "num_queries": 80}
     )
     usual = {"ids": "step", "dim": 64, "dtype": torch.bfloat16}
     return CacheCase(**(usual | PAGES["pages64"] | sizes | fields))
@@ -215,7 +215,7 @@ def test_layouts_with_ids(layout: str, device: str) -> None:
 @pytest.mark.parametrize("rows", [1, 2, 40])
 def test_numbers_of_rows_and_tokens(rows: int, num_queries: int, device: str) -> None:
     heads = {"num_heads": 32, "num_kv_heads": 8} if device == "cuda" else {}
-    tokens = num_queries if device == "cuda" else min(num_queries, 200)
+    tokens = num_queries if device == "cuda" else min(num_queries, 100)
     for ids in ("step", "any_order"):
         check_ragged(ragged(device, rows=rows, num_queries=tokens, ids=ids, lengths="full", **heads), device)
 
