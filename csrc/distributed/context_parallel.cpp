@@ -7,6 +7,8 @@
 #include <selfattn/context_parallel.h>
 #include <torch/library.h>
 
+#include <utility>
+
 #include "distributed/context_parallel_op.h"
 #include "distributed/context_part.h"
 #include "distributed/shared_part.h"
@@ -58,7 +60,8 @@ ContextResults context_parallel_forward(const ContextProblem& problem) {
   Tensor local, shared;
   std::vector<Tensor> exchanged;
   if (problem.has_local_part()) std::tie(local, lse) = attend_part(local_part(problem), problem.backend);
-  if (problem.has_shared_part()) std::tie(shared, shared_lse, exchanged) = finish_shared_forward(problem, started);
+  if (problem.has_shared_part())
+    std::tie(shared, shared_lse, exchanged) = finish_shared_forward(problem, std::move(started));
   return {join_parts(problem, local, shared), lse, shared_lse, exchanged};
 }
 
@@ -77,7 +80,7 @@ ContextGradients context_parallel_backward(const ContextProblem& problem, const 
     local = attend_part_backward(local_part(problem), problem.backend,
                                  gradients_of(problem.local_start, grad_out.size(1), lse));
   }
-  if (problem.has_shared_part()) shared = finish_shared_backward(problem, started, of_shared, exchanged);
+  if (problem.has_shared_part()) shared = finish_shared_backward(problem, std::move(started), of_shared, exchanged);
   Tensor sinks = at::zeros({problem.own.sinks ? problem.own.sinks->size(0) : 0},
                            problem.own.sinks.value_or(problem.own.query).options());
   for (const PartGradients* part : {&local, &shared}) {

@@ -160,7 +160,7 @@ ContextResults empty_context_results(const ContextProblem& problem, at::Device d
   return {out,
           lse,
           at::empty_symint({batch, own_heads, tokens}, of_lse),
-          {at::empty_symint({ranks, batch, problem.shared, features}, options),
+          {at::empty_symint({batch, tokens, features}, options),
            at::empty_symint({batch, tokens, own_heads, width}, options)}};
 }
 
