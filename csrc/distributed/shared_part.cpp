@@ -7,7 +7,6 @@
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros_like.h>
 
-#include <algorithm>
 #include <limits>
 #include <utility>
 
@@ -17,10 +16,6 @@ namespace selfattn {
 namespace {
 
 using at::Tensor;
-
-/// What a collective moves at a time, at the least: smaller ones are far from a link's speed.
-constexpr int64_t kBytesOfTransfer = int64_t{4} << 20;
-constexpr int64_t kMostGroupsOfHeads = 4;
 
 // ---------------------------------------------------------------- heads
 
@@ -199,26 +194,14 @@ std::vector<Tensor> finish_exchanging_back(const ContextProblem& problem, const 
   return results;
 }
 
-/// How many groups of heads a pass takes in which keys travel, one after another.
-int64_t groups_of_keys_step(const ContextProblem& problem) {
-  if (problem.keys.size() == 1 || problem.heads.size() > 1) return 1;
-  const int64_t key_heads = problem.own.key.size(2), width = problem.own.key.size(3) + problem.own.value.size(3);
-  const int64_t tokens = problem.own.query.size(0) * problem.shared * problem.keys.size();
-  const int64_t bytes = tokens * key_heads * width * problem.own.key.element_size();
-  const int64_t most = std::clamp<int64_t>(bytes / kBytesOfTransfer, 1, kMostGroupsOfHeads);
-  for (int64_t groups = std::min(most, key_heads); groups > 1; --groups) {
-    if (key_heads % groups == 0) return groups;
-  }
-  return 1;
-}
-
 }  // namespace
 
 SharedTransfers start_shared_forward(const ContextProblem& problem) {
   problem.rank();  // groups of other sizes are refused
   SharedTransfers started;
-  // Where no rank has a local part, which all keys could travel beside.
-  started.groups = problem.shared == problem.own.query.size(1) ? groups_of_keys_step(problem) : 1;
+  // Keys alone, from which nothing goes back in this pass, travel beside the local part where ranks have one.
+  const bool has_local_parts = problem.shared < problem.own.query.size(1);
+  started.groups = problem.heads.size() == 1 && has_local_parts ? 1 : problem.groups_of_heads();
   if (problem.heads.size() > 1) {
     const AttentionProblem own = problem.narrow_tokens(0, problem.shared);
     start_exchanging(problem, started.groups,
@@ -266,7 +249,7 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> finish_shared_forward(const Cont
 SharedTransfers start_shared_backward(const ContextProblem& problem, const Tensor& grad_out, at::TensorList exchanged) {
   problem.rank();
   SharedTransfers started;
-  started.groups = groups_of_keys_step(problem);
+  started.groups = problem.groups_of_heads();
   if (problem.heads.size() > 1) start_exchanging(problem, started.groups, {grad_out}, started);
   if (problem.keys.size() > 1) {
     std::vector<Tensor> rows;
