@@ -35,9 +35,9 @@ std::vector<HeadsOfGroup> heads_of_group(const ContextProblem& problem, int64_t 
   return {query_heads(problem, width, groups), {key_heads, width}, {key_heads, problem.own.value.size(3)}};
 }
 
-/// Where the sinks of group `i` of this rank stand among those of all heads.
+/// The sinks of group `i` of this rank, or their gradients, among those of all heads. A view.
 Tensor sinks_of_group(const ContextProblem& problem, const Tensor& sinks, int64_t i, int64_t groups) {
-  const int64_t count = query_heads(problem, 0, groups).count;
+  const int64_t count = sinks.size(0) / (problem.heads.size() * groups);
   return sinks.narrow(0, (problem.heads.rank() * groups + i) * count, count);
 }
 
