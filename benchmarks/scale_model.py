@@ -134,7 +134,7 @@ def deal_one_document(length: int, ranks: int) -> Deal:
 def groups_of_heads(key_heads: int, smallest: float, bytes_: float, keys: int, dim: int) -> int:
     """In how many groups heads travel, as csrc/distributed/context_problem.cpp has it: key heads of a rank, bytes of
     the smallest transfer and of all in a forward pass, keys of the row."""
-    return 2 if key_heads % 2 == 0 and smallest >= 2 * 2**24 and 8 * bytes_ >= 128 * keys * dim else 1
+    return 2 if key_heads % 2 == 0 and smallest >= 2 * 2**26 and 8 * bytes_ >= 128 * keys * dim else 1
 
 
 def until_computed(local: float, shared: float, come: float, groups: int) -> float:

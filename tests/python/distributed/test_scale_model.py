@@ -58,7 +58,7 @@ def test_without_communication_only_the_balance_is_lost(case: Attention, ranks: 
 
 
 @pytest.mark.parametrize(
-    ("case", "groups"), [(ONE_DOCUMENT, 1), (Attention(Row(32768), 16, 8, 128), 2)], ids=["one group", "two groups"]
+    ("case", "groups"), [(ONE_DOCUMENT, 1), (Attention(Row(131072), 16, 8, 128), 2)], ids=["one group", "two groups"]
 )
 def test_what_nothing_hides_is_added(case: Attention, groups: int) -> None:
     """Of each pass the first group of heads to come, and the last to go."""
