@@ -11,6 +11,7 @@ CMakeLists.txt says what is compiled and how. The environment says more:
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from importlib import metadata
@@ -54,6 +55,22 @@ def as_numbers(version: str) -> tuple[int, ...]:
     return tuple(map(int, version.split(".")))
 
 
+def find_tool(name: str) -> str:
+    """The program of the Python package of that name, whose folder may be in no PATH, or what PATH has."""
+    try:
+        files = metadata.files(name) or []
+    except metadata.PackageNotFoundError:
+        files = []
+    tools = [str(file.locate()) for file in files if file.name == name and file.parent.name == "bin"]
+    tool = tools[0] if tools else shutil.which(name)
+    if tool is None:
+        sys.exit(
+            f"selfattn: {name} must be installed to build, and there is none in {sys.prefix} or PATH; install it with "
+            f"`pip install {name}`, or build without --no-build-isolation"
+        )
+    return tool
+
+
 def needed_torch() -> str:
     """A compiled package serves one minor version; a source distribution can be compiled for any."""
     is_source = {"sdist", "egg_info"} & set(sys.argv[1:])
@@ -74,16 +91,19 @@ class CMakeBuild(build_ext):
         package = Path(self.get_ext_fullpath("selfattn._")).parent.resolve()
         build = Path(self.build_temp).resolve()
         torch = metadata.distribution("torch").locate_file("torch")
+        cmake = find_tool("cmake")
         configure = [
-            "cmake",
+            cmake,
             "-S",
             str(ROOT),
             "-B",
             str(build),
             "-G",
             "Ninja",
+            f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja')}",
             "-ULibTorch_*",  # an earlier build in this folder may have found another torch
             "-DCMAKE_INSTALL_LIBDIR=lib",
+            "-DSELFATTN_PRECOMPILED_HEADERS=ON",
             "-DSELFATTN_SITE_PACKAGES=ON",
             f"-DLibTorch_ROOT={torch}",
             f"-DPython3_EXECUTABLE={sys.executable}",
@@ -91,8 +111,8 @@ class CMakeBuild(build_ext):
         ]
         subprocess.run(configure, check=True)
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
-        subprocess.run(["cmake", "--build", str(build), "--target", "selfattn", "-j", jobs], check=True)
-        subprocess.run(["cmake", "--install", str(build), "--prefix", str(package)], check=True)
+        subprocess.run([cmake, "--build", str(build), "--target", "selfattn", "-j", jobs], check=True)
+        subprocess.run([cmake, "--install", str(build), "--prefix", str(package)], check=True)
 
     def get_ext_filename(self, fullname: str) -> str:
         return os.path.join(*fullname.split("."))  # a plain shared library: no Python ABI in its name

@@ -10,7 +10,7 @@ find_package(OpenMP COMPONENTS CXX)
 if(OpenMP_CXX_FOUND)
   set_source_files_properties(csrc/cpu/flash_attention.cpp csrc/cpu/kv_cache.cpp csrc/cpu/kv_cache_append.cpp
                               csrc/cpu/qk_norm_rope.cpp
-                              PROPERTIES COMPILE_OPTIONS "${OpenMP_CXX_FLAGS}")
+                              PROPERTIES COMPILE_OPTIONS "${OpenMP_CXX_FLAGS}" SKIP_PRECOMPILE_HEADERS ON)
 endif()
 
 # Attention rounds a product before a difference where its kernels say so: see differentiate_row.

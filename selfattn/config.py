@@ -2,6 +2,7 @@
 
 import math
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -157,6 +158,12 @@ class ParallelConfig(_ValidatedConfig):
 
     def _field(self, name: str) -> str:
         return f"{name} {getattr(self, name)!r}"
+
+    def require_single_device(self, module_name: str) -> None:
+        """Deprecated: ``request_to`` says what is asked of a module. Raises NotImplementedError where something is."""
+        warnings.warn("ParallelConfig.require_single_device: use request_to", DeprecationWarning, stacklevel=2)
+        if (request := self.request_to(module_name)) is not None:
+            raise NotImplementedError(f"ParallelConfig: expected nothing asked of {module_name}, got {request}")
 
     def context_layout(self, segment_ids: "Tensor", mesh: "DeviceMesh", **options: Any) -> "ContextLayout":
         """``ContextLayout.from_segment_ids`` over the context axis of ``device_mesh``, with ``context_balance``.

@@ -200,7 +200,8 @@ def test_training_step_of_the_module(how: str, qk_norm: bool) -> None:
     torch.compiler.reset()
     run = module
     if how in ("aot_eager", "dynamic"):
-        run = torch.compile(module, backend="aot_eager", fullgraph=True, dynamic=how == "dynamic")
+        # Not as a whole graph: since torch 2.15 that is an error, of any module, where a mode (the counter) is active.
+        run = torch.compile(module, backend="aot_eager", dynamic=how == "dynamic")
         step_of(run, x, ids)  # compiled before it is counted
     projections = 3 * 2 * x.shape[0] * length * embedding * (2 * embedding + 2 * 32)
     heads = (torch.empty(2, length, n, 16) for n in (4, 2, 2))

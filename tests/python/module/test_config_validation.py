@@ -125,3 +125,13 @@ def test_every_backend_name_is_a_valid_field(name: str) -> None:
 def test_field_cannot_be_changed_past_the_validation() -> None:
     with pytest.raises(AttributeError):
         SelfAttentionConfig().head_dim = -1
+
+
+def test_name_of_an_earlier_version_works_and_warns() -> None:
+    with pytest.warns(DeprecationWarning, match="use request_to"):
+        ParallelConfig().require_single_device("SelfAttention")
+    with (
+        pytest.warns(DeprecationWarning),
+        pytest.raises(NotImplementedError, match="model_axis_size 2"),
+    ):
+        ParallelConfig(model_axis_size=2).require_single_device("SelfAttention")

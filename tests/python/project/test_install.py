@@ -26,8 +26,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tool("cmake")
     folder = tmp_path_factory.mktemp("site")
     options = ["--no-build-isolation", "--no-deps", "--quiet", "--disable-pip-version-check"]
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    environment = {**os.environ, "SELFATTN_CMAKE_ARGS": "-DSELFATTN_CUDA=OFF", "PATH": path}
+    environment = {**os.environ, "SELFATTN_CMAKE_ARGS": "-DSELFATTN_CUDA=OFF"}
     command = [sys.executable, "-m", "pip", "install", *options, "--target", str(folder), str(ROOT)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -154,11 +153,11 @@ def test_nvcc_of_another_cuda_is_refused_with_both_versions(tmp_path: Path) -> N
 # ---------------------------------------------------------------- what stops a build
 
 
-def setup_with(stub: str, tmp_path: Path) -> str:
-    """What `setup.py` says in a process in which `stub` ran first."""
+def setup_with(stub: str, tmp_path: Path, *arguments: str) -> str:
+    """What `setup.py` says, of metadata unless `arguments` ask for more, in a process in which `stub` ran first."""
     (tmp_path / "sitecustomize.py").write_text(stub)
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    command = [sys.executable, "setup.py", "dist_info", f"--output-dir={tmp_path}"]
+    command = [sys.executable, "setup.py", *(arguments or ("dist_info", f"--output-dir={tmp_path}"))]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode != 0, result.stdout
     return result.stderr
@@ -188,3 +187,17 @@ metadata.version = version
 def test_old_setuptools_stops_the_build(tmp_path: Path) -> None:
     said = setup_with("import setuptools; setuptools.__version__ = '61.0.0'", tmp_path)
     assert "setuptools must be 78 or newer to build; got 61.0.0" in said
+
+
+@pytest.mark.parametrize("missing", ["cmake", "ninja"])
+def test_missing_tool_stops_the_build(missing: str, tmp_path: Path) -> None:
+    stub = f"""
+import shutil
+from importlib import metadata
+def without(right):
+    return lambda name, *rest, **options: None if name == {missing!r} else right(name, *rest, **options)
+shutil.which = without(shutil.which)
+metadata.files = without(metadata.files)
+"""
+    said = setup_with(stub, tmp_path, "build_ext", f"--build-temp={tmp_path}", f"--build-lib={tmp_path}")
+    assert f"{missing} must be installed to build" in said
