@@ -92,8 +92,8 @@ c10::SymInt ContextProblem::key_heads_of_rank() const {
 int64_t ContextProblem::groups_of_heads() const {
   // Two groups hide half of what travels; a third would hide a sixth more.
   constexpr int64_t kMostGroups = 2;
-  // Over the NVLink of two H200 smaller groups cost more than they hide (benchmarks/results/scale_tuning.txt): collectives
-  // take SMs and memory from the attention that they run beside.
+  // Over the NVLink of two H200 smaller groups cost more than they hide (benchmarks/results/scale_tuning.txt):
+  // collectives take SMs and memory from the attention that they run beside.
   constexpr int64_t kBytesOfTransfer = int64_t{64} << 20;
   // A group's attention ends with SMs that wait for the last tiles, of 128 rows, on average for half a tile: that is
   // what another group costs. (Less where the last tiles are the shortest.) It is to be no more than what is hidden,
