@@ -11,7 +11,8 @@ the implementations take turns. The flush reads: one that writes leaves dirty li
 Peers take dense caches of one length (cudnn, flash2) and pages (FlashInfer's, where it can be imported and its modules
 are built; its plan() is not counted). ``selfattn_pages`` reads the same cache in pages of 64 in random order,
 ``selfattn_pages16`` in pages of 16, ``selfattn_ids`` takes the queries as one row with segment ids. ``forward`` is the
-forward kernel on the same shape, for chunks.
+forward kernel on the same shape, for chunks. Where one row alone has a chunk of queries, as a server's step gives them,
+the others make two calls, one of that row and one of the rest.
 """
 
 import argparse
@@ -44,13 +45,15 @@ class Case:
     kv_heads: int
     dim: int
     queries: int = 1
+    chunk: int = 0  # queries of the first row; 0: as many as the others have
     shortest: int = 0  # lengths are spread from here on; 0: all are equal
     appends: bool = False  # what writes a token of every row into the cache, with norm and rotation
     device: str = "cuda"
 
     def __str__(self) -> str:
         length = f"{self.shortest}-{self.length}" if self.shortest else f"{self.length}"
-        more = (f" Sq{self.queries}" if self.queries > 1 else "") + (" append" if self.appends else "")
+        more = (f" Sq{self.queries}" if self.queries > 1 else "") + (f" chunk{self.chunk}" if self.chunk else "")
+        more += " append" if self.appends else ""
         return f"B{self.batch} L{length} {self.heads}:{self.kv_heads} D{self.dim}{more}"
 
     def lengths(self) -> list[int]:
@@ -61,7 +64,7 @@ class Case:
 
     def bytes(self) -> int:
         """That a call must move, of 16-bit elements."""
-        tokens = self.batch * self.queries
+        tokens = self.batch * self.queries + (self.chunk - self.queries if self.chunk else 0)
         if self.appends:
             return 2 * 2 * tokens * (self.heads + 2 * self.kv_heads) * self.dim
         return 2 * self.dim * (2 * sum(self.lengths()) * self.kv_heads + 2 * tokens * self.heads)
@@ -81,6 +84,8 @@ CASES = [
     Case(8, 8192, 8, 2, 256),
     Case(32, 4096, 32, 8, 128, queries=4),
     Case(1, 8192, 32, 8, 128, queries=512),
+    Case(64, 8192, 32, 8, 128, chunk=512),
+    Case(16, 8192, 32, 8, 128, chunk=2048),
     Case(1, 1024, 32, 8, 128, appends=True),
     Case(64, 1024, 32, 8, 128, appends=True),
     Case(16, 4096, 32, 8, 128, queries=1024, appends=True),
@@ -96,6 +101,7 @@ class Data:
 
         self.case = case
         self.q = randn(case.batch, case.queries, case.heads, case.dim)
+        self.chunk = randn(1, case.chunk, case.heads, case.dim)
         self.caches = [randn(case.batch, case.length, case.kv_heads, case.dim) for _ in range(2)]
         self.lengths = torch.tensor(case.lengths(), dtype=torch.int32, device=case.device)
 
@@ -109,15 +115,24 @@ class Data:
 
 
 def ours(data: Data, page_size: int = 0, by_ids: bool = False) -> Call:
-    op = torch.ops.selfattn.attention_with_kv_cache
+    op, case, lengths = torch.ops.selfattn.attention_with_kv_cache, data.case, data.lengths
     caches, table = data.pages(page_size) if page_size else (data.caches, None)
-    q, ids = data.q, None
     if by_ids:
-        q = q.flatten(0, 1)[None]
-        ids = torch.arange(data.case.batch, device=q.device, dtype=torch.int32).repeat_interleave(data.case.queries)[
-            None
-        ]
-    return lambda: op(q, *caches, data.lengths, table, ids, backend="flash")
+        counts = [case.chunk or case.queries, *[case.queries] * (case.batch - 1)]
+        ids = torch.arange(case.batch, dtype=torch.int32).repeat_interleave(torch.tensor(counts))[None]
+        ids = ids.to(case.device)
+        rows = data.q[1:] if case.chunk else data.q
+        q = torch.cat([data.chunk, rows.flatten(0, 1)[None]], 1)
+        return lambda: op(q, *caches, lengths, table, ids, backend="flash")
+    if not case.chunk:
+        return lambda: op(data.q, *caches, lengths, table, backend="flash")
+
+    def call() -> None:
+        for q, rows in ((data.chunk, slice(1)), (data.q[1:], slice(1, None))):
+            own = caches if page_size else [cache[rows] for cache in caches]
+            op(q, *own, lengths[rows], None if table is None else table[rows], backend="flash")
+
+    return call
 
 
 def append(data: Data) -> Call:
@@ -132,8 +147,8 @@ def append(data: Data) -> Call:
 
 
 def dense_sdpa(data: Data, backend: SDPBackend) -> Call:
-    if data.case.shortest:
-        raise NotImplementedError("rows of one length only")
+    if data.case.shortest or data.case.chunk:
+        raise NotImplementedError("rows of one length and one number of queries only")
     q, k, v = (tensor.transpose(1, 2) for tensor in (data.q, *data.caches))
     mask = None
     if data.case.queries > 1:
@@ -150,7 +165,7 @@ def flashinfer(data: Data, tensor_cores: bool) -> Call:
     from flashinfer import BatchDecodeWithPagedKVCacheWrapper
 
     case = data.case
-    if case.queries > 1:
+    if case.queries > 1 or case.chunk:
         raise NotImplementedError("one query a row only")
     (k, v), table = data.pages(PAGE)
     workspace = torch.zeros(256 << 20, dtype=torch.uint8, device=case.device)
@@ -264,8 +279,9 @@ def main() -> None:
     arguments = parse_with_tiny(parser)
     cases = CASES
     if arguments.tiny:
+        small = {"batch": 2, "length": 128}
         cases = [
-            replace(case, batch=2, length=128, shortest=min(case.shortest, 64), queries=min(case.queries, 64))
+            replace(case, **small, **{name: min(getattr(case, name), 64) for name in ("shortest", "queries", "chunk")})
             for case in CASES
         ]
         if not torch.cuda.is_available():

@@ -2,9 +2,11 @@
 
     SELFATTN_LIBRARY=build/libselfattn.so python benchmarks/gpu_tests.py --workers 8
 
-A record: counts, names of what failed, what pytest was asked for besides, device, family of CUDA kernels, the shared
-memory that a thread block was allowed (SELFATTN_SHARED_MEMORY, KiB; null: the card's own), software, commit, date.
---family forces a family, so that both can be tested on one card.
+A record: counts, names of what failed, what pytest was asked for besides, device, family of CUDA kernels, what the
+families were compiled for (a "virtual" one is PTX, which the driver compiles), the shared memory that a thread block
+was allowed (SELFATTN_SHARED_MEMORY, KiB; null: the card's own), software, commit, date. --family forces a family, so
+that both can be tested on one card. A library of PTX alone, as a card unknown to this build meets it, comes of
+TORCH_CUDA_ARCH_LIST=13.0; CUDA_FORCE_PTX_JIT=1 is of no use, since PyTorch's own kernels have none for every card.
 """
 
 import argparse
@@ -17,6 +19,8 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 from measure import add_family_option, add_record_options, describe_run
+
+from selfattn._library import build_of, library_path
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -51,7 +55,8 @@ def main() -> int:
         run_tests(report, arguments.workers, extra)
         result = summarise(report)
     asked = {"arguments": extra, "shared_memory": os.environ.get("SELFATTN_SHARED_MEMORY")}
-    record = {**result, **asked, **describe_run(arguments.commit)}
+    kernels = build_of(library_path()).get("kernels")
+    record = {**result, **asked, "kernels": kernels, **describe_run(arguments.commit)}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     with arguments.out.open("a") as out:
         out.write(json.dumps(record) + "\n")

@@ -5,8 +5,8 @@
 Forms: each tile of head dimensions; no ids, documents, ids in any order, positions; finite values, NaN in a row of
 every tensor and logits so large that their rows are repaired; deterministic mode; a negative scale; and, in memcheck
 alone for its length, rows of 1,700 tokens. Over a KV cache: each tile, dense, pages, ids, drafts, split keys, chunks,
-and the appends. The tools run at the same time. Only kernels of this library are looked at. --family forces a family
-of kernels.
+the appends and their slots. The tools run at the same time. Only kernels of this library are looked at. --family forces
+a family of kernels.
 """
 
 import argparse
@@ -76,6 +76,17 @@ def append_to_cache(dim: int) -> None:
     torch.cuda.synchronize()
 
 
+def place_tokens(columns: int) -> None:
+    """Slots of the tokens of three rows, and the lengths behind them, in order and ragged."""
+    lengths, ids = torch.tensor([0, 5, 9], device="cuda"), torch.randint(-1, 3, (3, columns), device="cuda")
+    for segment_ids in (None, ids):
+        call = (segment_ids, columns, 10_000)
+        after, positions = torch.ops.selfattn.positions_of_append(lengths, *call)
+        torch.ops.selfattn.kv_cache_positions(after, *call)
+        torch.ops.selfattn.kv_cache_positions(after, *call, positions)
+    torch.cuda.synchronize()
+
+
 CHUNK = {"rows": 4, "num_heads": 32, "num_kv_heads": 4, "num_queries": 70}  # which the forward kernel takes
 CACHE_FORMS = [
     *({"dim": dim, "table": table} for dim in (64, 128, 256) for table in (None, "shuffled")),
@@ -119,10 +130,12 @@ def run_forms(tool: str) -> int:
         call_with_cache(**form)
     for dim in (64, 128, 256):
         append_to_cache(dim)
+    for columns in (1, 600):
+        place_tokens(columns)
     torch.use_deterministic_algorithms(True)
     for dim in (64, 128, 256):
         call(dim, causal=False)
-    return len(problems) + len(CACHE_FORMS) + 3 + 3
+    return len(problems) + len(CACHE_FORMS) + 3 + 2 + 3
 
 
 def start(tool: str, log: Path) -> subprocess.Popen:

@@ -34,7 +34,6 @@ FORWARD = 2 / 7
 RANKS = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 FEWEST_TOKENS = 1024
 """Of a rank, where one row is spread over ever more: below, kernels are no longer in proportion to pairs."""
-MOST_GROUPS_OF_HEADS = 4  # csrc/distributed/context_parallel.cpp
 ELEMENT, FLOAT = 2, 4  # bytes
 Records = list[dict[str, Any]]
 
@@ -132,6 +131,23 @@ def deal_one_document(length: int, ranks: int) -> Deal:
     return Deal([0.0] * ranks, [length**2 / 2 / ranks] * ranks, length // ranks)
 
 
+def groups_of_heads(key_heads: int, smallest: float, bytes_: float, keys: int, dim: int) -> int:
+    """In how many groups heads travel, as csrc/distributed/context_problem.cpp has it: key heads of a rank, bytes of
+    the smallest transfer and of all in a forward pass, keys of the row."""
+    return 2 if key_heads % 2 == 0 and smallest >= 2 * 2**26 and 8 * bytes_ >= 128 * keys * dim else 1
+
+
+def until_computed(local: float, shared: float, come: float, groups: int) -> float:
+    """Until the shared part is computed, whose `come` seconds of transfers run beside the local part, and those of a
+    group of heads beside the group before."""
+    return max(max(local, come / groups) + shared, come + shared / groups)
+
+
+def exposed(shared: float, go: float, groups: int) -> float:
+    """Of `go` seconds in which results go back, those that the groups behind do not hide."""
+    return max((groups - 1) * (go - shared) / groups, 0.0) + go / groups
+
+
 @dataclass(frozen=True)
 class Context:
     """Attention of one row over ranks: seconds of both passes, as csrc/distributed/context_parallel.cpp does it."""
@@ -152,42 +168,46 @@ class Context:
         case, links = self.case, self.links
         features = 2 * case.key_heads * case.dim * dealt.slots * ranks  # keys and values of all ranks
         gathered = bus_bytes("all_gather", ELEMENT * features, ranks)
-        sum_bytes = bus_bytes("reduce_scatter", (FLOAT if ranks > 2 else ELEMENT) * features, ranks)
-        groups = min(MOST_GROUPS_OF_HEADS, case.key_heads)
-        sum_of_group = links.of("reduce_scatter", ranks).seconds(sum_bytes / groups)
-
-        def behind(local: float, shared: float, groups: int) -> float:
-            gather = links.of("all_gather", ranks).seconds(gathered / groups)
-            return max(max(local, gather) + shared, groups * gather + shared / groups)
-
+        groups = groups_of_heads(case.key_heads, gathered, gathered, ranks * dealt.slots, case.dim)
+        summed = bus_bytes("reduce_scatter", (FLOAT if ranks > 2 else ELEMENT) * features, ranks)
+        all_gather, reduce_scatter = links.of("all_gather", ranks), links.of("reduce_scatter", ranks)
+        come, go = groups * all_gather.seconds(gathered / groups), groups * reduce_scatter.seconds(summed / groups)
         slowest = 0.0
         for local, shared in zip(dealt.local, dealt.shared, strict=True):
             first, local_back = self.compute(local, case.heads)
             second, shared_back = self.compute(shared, case.heads)
-            forward = behind(first, second, 1 if any(dealt.local) else groups)
-            exposed = max((groups - 1) * (sum_of_group - shared_back / groups), 0.0) + sum_of_group
-            slowest = max(slowest, forward + behind(local_back, shared_back, groups) + exposed)
+            if any(dealt.local):
+                forward = until_computed(first, second, all_gather.seconds(gathered), 1)
+            else:
+                forward = until_computed(first, second, come, groups)
+            backward = until_computed(local_back, shared_back, come, groups) + exposed(shared_back, go, groups)
+            slowest = max(slowest, forward + backward)
         return slowest
 
     def by_heads(self, dealt: Deal, ranks: int) -> float | None:
-        """Shared tokens arrive beside the local part, and go back behind the shared part; None where they cannot."""
+        """Shared tokens arrive beside the local part and go back behind the shared part, a group of heads beside the
+        other; None where they cannot."""
         case = self.case
         key_heads = max(case.key_heads, ranks)
         if case.heads % ranks or key_heads % ranks or key_heads % case.key_heads:
             return None
         link = self.links.of("all_to_all", ranks)
-
-        def exchange(heads: int) -> float:
-            return link.seconds(bus_bytes("all_to_all", ELEMENT * heads * case.dim * dealt.slots, ranks))
-
-        queries, all_heads = exchange(case.heads), exchange(case.heads + 2 * key_heads)
+        of_head = ELEMENT * case.dim * dealt.slots  # bytes of a rank's tokens
+        of_out, of_all = (
+            bus_bytes("all_to_all", heads * of_head, ranks) for heads in (case.heads, case.heads + 2 * key_heads)
+        )
+        groups = groups_of_heads(key_heads // ranks, of_out, of_out + of_all, ranks * dealt.slots, case.dim)
+        queries, all_heads = (groups * link.seconds(bytes_ / groups) for bytes_ in (of_out, of_all))
         passes = zip(
             self.compute(max(dealt.local), case.heads),
             self.compute(sum(dealt.shared), case.heads / ranks),
             ((all_heads, queries), (queries, all_heads)),
             strict=True,
         )
-        return sum(max(local, come) + shared + go for local, shared, (come, go) in passes)
+        return sum(
+            until_computed(local, shared, come, groups) + exposed(shared, go, groups)
+            for local, shared, (come, go) in passes
+        )
 
     def by_heads_and_keys(self, length: int, ranks: int) -> float | None:
         """One document, heads exchanged within each node, the keys of a rank's heads gathered between nodes."""

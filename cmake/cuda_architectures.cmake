@@ -44,7 +44,9 @@ function(selfattn_find_capabilities result)
 endfunction()
 
 # SELFATTN_SM80_ARCHITECTURES and SELFATTN_SM90_ARCHITECTURES: of these families. SELFATTN_FLASH_ARCHITECTURES: of what
-# every card with flash kernels runs. SELFATTN_CUDA_ARCHITECTURES: of what older cards run, too.
+# every card with flash kernels runs. SELFATTN_RARE_ARCHITECTURES: the same, of what few calls want and many bytes hold:
+# where there is PTX, the driver makes code for 10.0 and later cards of it, once a machine. SELFATTN_CUDA_ARCHITECTURES:
+# of what older cards run, too.
 function(selfattn_set_architectures capabilities)
   set(sm80)
   set(sm90)
@@ -80,6 +82,10 @@ function(selfattn_set_architectures capabilities)
   list(REMOVE_DUPLICATES sm80)
   list(REMOVE_DUPLICATES flash)
   list(REMOVE_DUPLICATES older)
+  set(rare ${flash})
+  if(80-virtual IN_LIST flash AND 80-real IN_LIST flash)
+    list(REMOVE_ITEM rare 100-real 120-real)
+  endif()
   set(SELFATTN_SM80_ARCHITECTURES ${sm80} PARENT_SCOPE)
   if(sm90)
     set(SELFATTN_SM90_ARCHITECTURES 90a-real PARENT_SCOPE)
@@ -87,6 +93,7 @@ function(selfattn_set_architectures capabilities)
     set(SELFATTN_SM90_ARCHITECTURES 90a-virtual PARENT_SCOPE)
   endif()
   set(SELFATTN_FLASH_ARCHITECTURES ${flash} PARENT_SCOPE)
+  set(SELFATTN_RARE_ARCHITECTURES ${rare} PARENT_SCOPE)
   set(SELFATTN_CUDA_ARCHITECTURES ${older} ${flash} PARENT_SCOPE)
 endfunction()
 

@@ -99,10 +99,15 @@ TORCH_LIBRARY(selfattn, m) {
         ", bool norm=True, float eps=1e-06, bool rope=True, float theta=10000.0, str "
         "pairing=\"interleaved\", " SELFATTN_CACHE_SCALES ") -> Tensor",
         tags);
-  // What reads a cache's integers, with the checks of their values: the slot of each token, and the pages in use.
+  // What reads a cache's integers, with the checks of their values: the slot of each token, that and the lengths after
+  // an append, and the pages in use.
   m.def(
       "kv_cache_positions(Tensor lengths, Tensor? segment_ids, SymInt num_queries, SymInt capacity, "
       "Tensor? positions=None) -> Tensor",
+      tags);
+  m.def(
+      "positions_of_append(Tensor lengths, Tensor? segment_ids, SymInt num_tokens, SymInt capacity, "
+      "Tensor? positions=None) -> (Tensor lengths, Tensor positions)",
       tags);
   m.def("kv_cache_pages(Tensor page_table, Tensor is_used, SymInt pages) -> Tensor", tags);
   m.def("lengths_after_append(Tensor lengths, Tensor? segment_ids, SymInt num_tokens) -> Tensor", tags);

@@ -28,6 +28,7 @@ KERNEL_OPERATORS = (
     "append_kv_cache",
     "qk_norm_rope_append",
     "kv_cache_positions",
+    "positions_of_append",
     "kv_cache_pages",
 )
 

@@ -380,8 +380,7 @@ class SelfAttention(nn.Module):
             )
         keys, _, lengths, page_table = cache
         capacity = keys.size(1) if page_table is None else keys.size(1) * page_table.size(1)
-        after = torch.ops.selfattn.lengths_after_append(lengths, segment_ids, x.size(1))
-        return torch.ops.selfattn.kv_cache_positions(after, segment_ids, x.size(1), capacity)
+        return torch.ops.selfattn.positions_of_append(lengths, segment_ids, x.size(1), capacity)[1]
 
     @torch.jit.unused
     def _check_context(

@@ -5,6 +5,7 @@
 #include <torch/library.h>
 
 #include "binding.h"
+#include "flash/kv_cache/chunk_tiles.h"
 #include "flash/kv_cache/params.h"
 #include "forward.h"
 #include "kv_cache/attention_op.h"
@@ -22,74 +23,110 @@ AttentionShape shape_of_rows(const KvCacheProblem& problem) {
   return shape;
 }
 
-/// Whether the forward kernel of the current device serves the call, and sooner than the kernel for few queries. Of
-/// shapes and layouts alone.
-bool takes_forward_kernel(const KvCacheProblem& problem) {
-  const at::Tensor& q = problem.query;
-  if (problem.segment_ids || problem.positions || problem.draft_mask || problem.split_keys) return false;
-  constexpr int64_t kLeastQueries = 64;
-  if (q.size(1) < kLeastQueries || q.size(1) > kMaxSegmentLength) return false;
+/// Whether forward kernels of the current device can read the cache, and apply all that the call asks for.
+bool has_forward_kernel(const KvCacheProblem& problem, bool from_pages) {
+  if (problem.positions || problem.draft_mask || problem.split_keys) return false;
   if (const int64_t capacity = capacity_of(problem); capacity == 0 || capacity > kMaxCacheCapacity) return false;
   for (const at::Tensor* cache : {&problem.key, &problem.value})
     if (!has_kernel_layout(*cache, RowLayout::kAligned)) return false;
-  const FlashKernels& kernels = flash_kernels(element_of(q), RowLayout::kAligned);
-  if (problem.page_table && !kernels.reads_pages) return false;
-  // It has the several times higher speed, but takes whole tiles of a head, and never two thread blocks for one tile:
-  // of the rows that the device has room for, in as many waves as it takes, enough must be in use
-  // (docs/kernels/decode.md).
-  constexpr int64_t kSpeed = 3;
-  ForwardParams params{};
-  params.shape = shape_of_rows(problem), params.softcap = static_cast<float>(problem.softcap);
-  const int64_t tile = kernels.forward_tiles(params).query, heads = q.size(0) * q.size(2);
-  const int64_t tiles = heads * ((q.size(1) + tile - 1) / tile);
-  const int64_t sms = at::cuda::getCurrentDeviceProperties()->multiProcessorCount;
-  return (tiles + sms - 1) / sms * sms * tile <= kSpeed * heads * q.size(1);
+  return !from_pages || flash_kernels(element_of(problem.query), RowLayout::kAligned).reads_pages;
 }
 
-/// A chunk of queries of each row by the forward kernel, to which a row is a batch row with all slots as keys, and
-/// lengths and windows are intervals of them.
-AttentionResults attend_chunks(const KvCacheProblem& problem) {
-  const at::Tensor& k = problem.key;
+/// The queries of a tile of the forward kernel.
+int64_t forward_tile(const KvCacheProblem& problem) {
+  ForwardParams params{};
+  params.shape = shape_of_rows(problem), params.softcap = static_cast<float>(problem.softcap);
+  return flash_kernels(element_of(problem.query), RowLayout::kAligned).forward_tiles(params).query;
+}
+
+/// Whether the forward kernel ends sooner than the one for few queries, over `rows` rows of so many queries. It has the
+/// several times higher speed, but takes whole tiles of a head, and never two thread blocks for one tile: of the rows
+/// that the device has room for, in as many waves as it takes, enough must be in use (docs/kernels/decode.md).
+bool fills_forward_tiles(const KvCacheProblem& problem, int64_t rows, int64_t queries) {
+  constexpr int64_t kSpeed = 3;
+  const int64_t tile = forward_tile(problem), heads = rows * problem.query.size(2);
+  const int64_t tiles = heads * ((queries + tile - 1) / tile);
+  const int64_t sms = at::cuda::getCurrentDeviceProperties()->multiProcessorCount;
+  return (tiles + sms - 1) / sms * sms * tile <= kSpeed * heads * queries;
+}
+
+/// Whether the forward kernel serves the call, and sooner than the kernel for few queries. Of shapes and layouts alone.
+bool takes_forward_kernel(const KvCacheProblem& problem) {
+  const at::Tensor& q = problem.query;
+  if (problem.segment_ids || q.size(1) < kLeastQueriesOfChunk || q.size(1) > kMaxSegmentLength) return false;
+  return has_forward_kernel(problem, problem.page_table.has_value()) &&
+         fills_forward_tiles(problem, q.size(0), q.size(1));
+}
+
+/// Whether some row of a call with ids may have a chunk of queries, which the forward kernel would take sooner. Which
+/// rows do is known on the device alone: where every row could have a query and no chunk be left, none is looked for.
+bool may_have_chunks(const KvCacheProblem& problem) {
+  if (!problem.segment_ids) return false;
+  const int64_t tokens = problem.query.size(0) * problem.query.size(1);
+  if (tokens < problem.lengths.size(0) + kLeastQueriesOfChunk || tokens > kMaxSegmentLength) return false;
+  return has_forward_kernel(problem, /*from_pages=*/true) && fills_forward_tiles(problem, 1, tokens);
+}
+
+/// The forward kernel over batch rows of a cache, to which all slots of a row are keys, and lengths and windows are
+/// intervals of them. `pages`: with a table of the batch rows, or without any. `tiles`: CacheRows has it.
+AttentionResults run_forward_over_cache(const KvCacheProblem& problem, const at::Tensor& query, const KeyPages& pages,
+                                        const CacheTile* tiles) {
   const AttentionWindow window = window_of(problem.is_causal, problem.window_left, problem.window_right);
-  ForwardCall call{.query = problem.query,
-                   .key = k,
+  ForwardCall call{.query = query,
+                   .key = problem.key,
                    .value = problem.value,
                    .sinks = problem.sinks,
                    .scale = problem.scale,
                    .softcap = problem.softcap,
-                   .shape = shape_of_rows(problem),
-                   .window = {}};
-  if (problem.page_table) {
-    call.pages = {.table = integers_of(problem.page_table),
-                  .pages_per_row = static_cast<int>(problem.page_table->size(1)),
-                  .size = static_cast<int>(k.size(1)),
-                  .count = static_cast<int>(k.size(0))};
-  }
-  return run_forward(call, [&](const TileSizes& tiles) {
+                   .shape = shape_of(query, problem.key, problem.value),
+                   .window = {},
+                   .pages = pages};
+  call.shape.key_length = static_cast<int>(capacity_of(problem));
+  return run_forward(call, [&](const TileSizes& sizes) {
     SegmentProblem segments{};
     segments.batch = call.shape.batch;
     segments.query_length = call.shape.query_length, segments.key_length = call.shape.key_length;
-    segments.query_tile = tiles.query, segments.key_tile = tiles.key;
+    segments.query_tile = sizes.query, segments.key_tile = sizes.key;
     segments.window_left = segments.window_right = AttentionWindow::kUnbounded;
     segments.order_of = SegmentSide::kQueries;
     segments.cache = {.lengths = integers_of(problem.lengths),
-                      .page_table = call.pages.table,
-                      .page_size = call.pages.size,
-                      .pages = call.pages.count,
+                      .page_table = pages.table,
+                      .page_size = pages.size,
+                      .pages = pages.count,
                       .window_left = window.left,
-                      .window_right = window.right};
+                      .window_right = window.right,
+                      .tiles = tiles};
     return segments;
   });
 }
 
-/// Few queries of each row, or any that ids, positions or a draft mask name.
-AttentionResults attend_rows(const KvCacheProblem& problem) {
+KeyPages pages_of(const KvCacheProblem& problem, const IntegerView& table) {
+  return {.table = table,
+          .pages_per_row = static_cast<int>(problem.page_table ? problem.page_table->size(1) : 1),
+          .size = static_cast<int>(problem.key.size(1)),
+          .count = static_cast<int>(problem.key.size(0))};
+}
+
+/// A chunk of queries of each row.
+AttentionResults attend_chunks(const KvCacheProblem& problem) {
+  const KeyPages pages = problem.page_table ? pages_of(problem, integers_of(problem.page_table)) : KeyPages{};
+  return run_forward_over_cache(problem, problem.query, pages, /*tiles=*/nullptr);
+}
+
+/// (NH,) contiguous, in a type that the kernel for few queries reads.
+OptionalTensor readable_sinks(const OptionalTensor& sinks) {
+  if (!sinks) return sinks;
+  return (sinks->scalar_type() == at::kDouble ? sinks->to(at::kFloat) : *sinks).contiguous();
+}
+
+/// Few queries of each row, or any that ids, positions or a draft mask name. `ids`: of the call, or of those queries
+/// alone that are not left to another kernel, and then rows have few.
+AttentionResults attend_rows(const KvCacheProblem& problem, const IntegerView& ids, bool has_short_rows) {
   const at::Tensor &q = problem.query, &k = problem.key, &v = problem.value;
   const cudaStream_t stream = at::cuda::getCurrentCUDAStream();
   const ScaledQuery scaled = with_positive_scale(q, problem.scale);
   const at::Tensor query = with_kernel_layout(scaled.query, RowLayout::kAligned);
-  const OptionalTensor sinks =
-      problem.sinks ? OptionalTensor(problem.sinks->to(at::kFloat).contiguous()) : std::nullopt;
+  const OptionalTensor sinks = readable_sinks(problem.sinks);
   const OptionalTensor draft_mask =
       problem.draft_mask ? OptionalTensor(problem.draft_mask->contiguous()) : std::nullopt;
   const at::Tensor out = empty({q.size(0), q.size(1), q.size(2), v.size(3)}, q.scalar_type(), q.device());
@@ -109,10 +146,10 @@ AttentionResults attend_rows(const KvCacheProblem& problem) {
   params.split_keys = problem.split_keys;
   params.q = view_of(query), params.k = view_of(k), params.v = view_of(v);
   params.out = out.mutable_data_ptr(), params.lse = lse.mutable_data_ptr<float>();
-  params.sinks = sinks ? sinks->const_data_ptr<float>() : nullptr;
+  if (sinks) params.sinks = sinks->const_data_ptr(), params.sink_type = element_of(*sinks);
   params.lengths = integers_of(problem.lengths);
   params.page_table = integers_of(problem.page_table);
-  params.segment_ids = integers_of(problem.segment_ids);
+  params.segment_ids = ids, params.has_short_rows = has_short_rows;
   params.positions = integers_of(problem.positions);
   params.draft_mask = draft_mask ? draft_mask->const_data_ptr<bool>() : nullptr;
   const at::Tensor workspace = empty({kv_cache_workspace_bytes(params)}, at::kByte, q.device());
@@ -121,9 +158,44 @@ AttentionResults attend_rows(const KvCacheProblem& problem) {
   return {out, lse};
 }
 
+/// Rows that ids name, some of them perhaps with a chunk of queries: those by the forward kernel, the others as few.
+AttentionResults attend_ragged_rows(const KvCacheProblem& problem) {
+  const at::Tensor& q = problem.query;
+  const cudaStream_t stream = at::cuda::getCurrentCUDAStream();
+  const at::Tensor query = with_kernel_layout(q, RowLayout::kAligned);
+  ChunkTiles chunks{};
+  chunks.batch = static_cast<int>(q.size(0)), chunks.queries = static_cast<int>(q.size(1));
+  chunks.rows = static_cast<int>(problem.lengths.size(0));
+  chunks.ids = integers_of(problem.segment_ids);
+  chunks.lengths = integers_of(problem.lengths), chunks.page_table = integers_of(problem.page_table);
+  chunks.num_heads = static_cast<int>(q.size(2));
+  chunks.dim_qk = static_cast<int>(q.size(3)), chunks.dim_v = static_cast<int>(problem.value.size(3));
+  chunks.q = view_of(query);
+  chunks.tile = static_cast<int>(forward_tile(problem));
+  chunks.count = static_cast<int>(most_chunk_tiles(q.size(0) * q.size(1), chunks.rows, chunks.tile));
+  chunks.pages_per_row = pages_of(problem, {}).pages_per_row;
+  const at::Tensor memory = empty({place_chunk_tiles(chunks, nullptr)}, at::kByte, q.device());
+  place_chunk_tiles(chunks, memory.mutable_data_ptr());
+  const at::Tensor tiled = empty({chunks.count, chunks.tile, q.size(2), q.size(3)}, q.scalar_type(), q.device());
+  chunks.queries_tiled = tiled.mutable_data_ptr();
+
+  C10_CUDA_CHECK(launch_plan_chunk_tiles(chunks, stream));
+  C10_CUDA_CHECK(launch_gather_chunk_tiles(chunks, stream));
+  const IntegerView table{chunks.pages_tiled, /*is_int64=*/false, chunks.pages_per_row, 1};
+  const AttentionResults of_tiles = run_forward_over_cache(problem, tiled, pages_of(problem, table), chunks.tiles);
+  const IntegerView rest{chunks.rest_ids, /*is_int64=*/false, chunks.queries, 1};
+  AttentionResults results = attend_rows(problem, rest, /*has_short_rows=*/true);
+  C10_CUDA_CHECK(launch_scatter_chunk_tiles(
+      chunks, std::get<0>(of_tiles).const_data_ptr(), std::get<1>(of_tiles).const_data_ptr<float>(),
+      std::get<0>(results).mutable_data_ptr(), std::get<1>(results).mutable_data_ptr<float>(), stream));
+  return results;
+}
+
 AttentionResults attend(const KvCacheProblem& problem) {
   const c10::cuda::CUDAGuard guard(problem.query.device());
-  return takes_forward_kernel(problem) ? attend_chunks(problem) : attend_rows(problem);
+  if (takes_forward_kernel(problem)) return attend_chunks(problem);
+  if (may_have_chunks(problem)) return attend_ragged_rows(problem);
+  return attend_rows(problem, integers_of(problem.segment_ids), /*has_short_rows=*/false);
 }
 
 }  // namespace

@@ -42,7 +42,7 @@ struct RowShards {
   bool documents_are_runs;
 };
 
-RowShards shard_row(const int64_t* ids, int64_t length, int64_t ranks, ContextBalance balance) {
+RowShards shard_row(const int32_t* ids, int64_t length, int64_t ranks, ContextBalance balance) {
   const RowDocuments documents = find_documents(ids, length);
   const std::vector<int64_t> owners = deal_tokens(documents, length, ranks, balance);
   RowShards row{.tokens = std::vector<std::vector<int64_t>>(ranks),
@@ -101,10 +101,11 @@ LayoutResults lay_out(const Tensor& segment_ids, int64_t group_rank, int64_t gro
                     "selfattn: segment_ids must have rows of at least 1 token, whose indices fit in int32; got shape ",
                     segment_ids.sizes());
 
-  const Tensor ids = segment_ids.to(at::kLong).contiguous();
+  // What attention compares: calls would narrow them every time.
+  const Tensor ids = as_int32(segment_ids, "segment_ids").contiguous();
   std::vector<RowShards> rows;
   for (int64_t b = 0; b < batch; ++b) {
-    rows.push_back(shard_row(ids.const_data_ptr<int64_t>() + b * length, length, group_size, balance));
+    rows.push_back(shard_row(ids.const_data_ptr<int32_t>() + b * length, length, group_size, balance));
   }
 
   const int64_t slots = (length + group_size - 1) / group_size;
@@ -119,21 +120,21 @@ LayoutResults lay_out(const Tensor& segment_ids, int64_t group_rank, int64_t gro
   }
 
   const auto longs = at::TensorOptions(at::kLong), ints = at::TensorOptions(at::kInt);
-  const Tensor indices = at::full({batch, slots}, -1, longs), own_ids = at::full({batch, slots}, -1, longs);
+  const Tensor indices = at::full({batch, slots}, -1, longs), own_ids = at::full({batch, slots}, -1, ints);
   const Tensor positions = at::zeros({batch, slots}, ints), document_positions = at::zeros({batch, slots}, ints);
-  const Tensor kv_ids = at::full({batch, group_size * shared}, -1, longs);
+  const Tensor kv_ids = at::full({batch, group_size * shared}, -1, ints);
   const Tensor kv_positions = at::zeros({batch, group_size * shared}, ints);
   const Tensor kv_order = at::empty({batch, group_size * shared}, longs);
   const Tensor slot_of = at::full({batch, length}, -1, longs);
   auto* const indices_data = indices.mutable_data_ptr<int64_t>();
-  auto* const own_ids_data = own_ids.mutable_data_ptr<int64_t>();
+  auto* const own_ids_data = own_ids.mutable_data_ptr<int32_t>();
   auto* const positions_data = positions.mutable_data_ptr<int32_t>();
   auto* const document_positions_data = document_positions.mutable_data_ptr<int32_t>();
-  auto* const kv_ids_data = kv_ids.mutable_data_ptr<int64_t>();
+  auto* const kv_ids_data = kv_ids.mutable_data_ptr<int32_t>();
   auto* const kv_positions_data = kv_positions.mutable_data_ptr<int32_t>();
   auto* const kv_order_data = kv_order.mutable_data_ptr<int64_t>();
   auto* const slot_of_data = slot_of.mutable_data_ptr<int64_t>();
-  const auto* const ids_data = ids.const_data_ptr<int64_t>();
+  const auto* const ids_data = ids.const_data_ptr<int32_t>();
   bool documents_are_runs = true;
   for (int64_t b = 0; b < batch; ++b) {
     const RowShards& row = rows[b];
@@ -165,9 +166,8 @@ LayoutResults lay_out(const Tensor& segment_ids, int64_t group_rank, int64_t gro
       for (int64_t slot = row.split[rank]; slot < shared; ++slot) *next++ = rank * shared + slot;
     }
   }
-  const auto dtype = segment_ids.scalar_type();
-  return {indices,  own_ids.to(dtype), positions, document_positions, kv_ids.to(dtype),  kv_positions,
-          kv_order, slot_of,           shared,    local_start,        documents_are_runs};
+  return {indices, own_ids, positions,   document_positions, kv_ids, kv_positions, kv_order,
+          slot_of, shared,  local_start, documents_are_runs};
 }
 
 }  // namespace

@@ -3,9 +3,11 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
 #include <selfattn/context_parallel.h>
 #include <torch/library.h>
+
+#include <utility>
 
 #include "distributed/context_parallel_op.h"
 #include "distributed/context_part.h"
@@ -26,9 +28,9 @@ AttentionProblem local_part(const ContextProblem& problem) {
   AttentionProblem part = problem.narrow_tokens(begin, end);
   Tensor ids = problem.own.query_segment_ids->narrow(1, begin, end - begin);
   if (begin < shared) {
+    ids = ids.clone(at::MemoryFormat::Contiguous);
     const Tensor is_split = own_shared_ids(problem).narrow(1, begin, shared - begin) >= 0;
-    const Tensor masked = ids.narrow(1, 0, shared - begin).masked_fill(is_split, -1);
-    ids = at::cat({masked, ids.narrow(1, shared - begin, end - shared)}, 1);
+    ids.narrow(1, 0, shared - begin).masked_fill_(is_split, -1);
   }
   part.query_segment_ids = part.key_segment_ids = ids.contiguous();
   part.query_positions = part.key_positions =
@@ -38,14 +40,15 @@ AttentionProblem local_part(const ContextProblem& problem) {
   return part;
 }
 
-/// The results of both parts for the tokens of this rank, of which at most one is not 0 for a token.
+/// The results of both parts for the tokens of this rank, of which at most one is not 0 for a token. May be written
+/// over `local`.
 Tensor join_parts(const ContextProblem& problem, const Tensor& local, const Tensor& shared) {
   if (!problem.has_local_part()) return shared.contiguous();
   if (!problem.has_shared_part()) return local.contiguous();
   const int64_t begin = problem.local_start, in_both = problem.shared - begin;
-  return at::cat({shared.narrow(1, 0, begin), shared.narrow(1, begin, in_both) + local.narrow(1, 0, in_both),
-                  local.narrow(1, in_both, local.size(1) - in_both)},
-                 1);
+  const Tensor joined = begin == 0 ? local.contiguous() : at::cat({shared.narrow(1, 0, begin), local}, 1);
+  if (in_both > 0) joined.narrow(1, begin, in_both).add_(shared.narrow(1, begin, in_both));
+  return joined;
 }
 
 }  // namespace
@@ -54,11 +57,13 @@ ContextResults context_parallel_forward(const ContextProblem& problem) {
   SharedTransfers started;
   if (problem.has_shared_part()) started = start_shared_forward(problem);
   const auto options = problem.own.query.options().dtype(at::kFloat);
-  Tensor lse = at::empty({problem.own.query.size(0), problem.own.query.size(2), 0}, options), shared_lse = lse.clone();
+  const auto no_lse = [&] { return at::empty({problem.own.query.size(0), problem.own.query.size(2), 0}, options); };
+  Tensor lse = no_lse(), shared_lse = no_lse();
   Tensor local, shared;
   std::vector<Tensor> exchanged;
   if (problem.has_local_part()) std::tie(local, lse) = attend_part(local_part(problem), problem.backend);
-  if (problem.has_shared_part()) std::tie(shared, shared_lse, exchanged) = finish_shared_forward(problem, started);
+  if (problem.has_shared_part())
+    std::tie(shared, shared_lse, exchanged) = finish_shared_forward(problem, std::move(started));
   return {join_parts(problem, local, shared), lse, shared_lse, exchanged};
 }
 
@@ -77,9 +82,8 @@ ContextGradients context_parallel_backward(const ContextProblem& problem, const 
     local = attend_part_backward(local_part(problem), problem.backend,
                                  gradients_of(problem.local_start, grad_out.size(1), lse));
   }
-  if (problem.has_shared_part()) shared = finish_shared_backward(problem, started, of_shared, exchanged);
-  Tensor sinks = at::zeros({problem.own.sinks ? problem.own.sinks->size(0) : 0},
-                           problem.own.sinks.value_or(problem.own.query).options());
+  if (problem.has_shared_part()) shared = finish_shared_backward(problem, std::move(started), of_shared, exchanged);
+  Tensor sinks = problem.own.sinks ? at::zeros_like(*problem.own.sinks) : at::empty({0}, problem.own.query.options());
   for (const PartGradients* part : {&local, &shared}) {
     if (part->sinks.defined()) sinks += part->sinks;
   }

@@ -89,6 +89,39 @@ c10::SymInt ContextProblem::key_heads_of_rank() const {
   return std::max(own.key_heads(), c10::SymInt(heads.size())) / heads.size();
 }
 
+int64_t ContextProblem::groups_of_heads() const {
+  // Two groups hide half of what travels; a third would hide a sixth more.
+  constexpr int64_t kMostGroups = 2;
+  // Over the NVLink of two H200 smaller groups cost more than they hide (benchmarks/results/scale_tuning.txt):
+  // collectives take SMs and memory from the attention that they run beside.
+  constexpr int64_t kBytesOfTransfer = int64_t{64} << 20;
+  // A group's attention ends with SMs that wait for the last tiles, of 128 rows, on average for half a tile: that is
+  // what another group costs. (Less where the last tiles are the shortest.) It is to be no more than what is hidden,
+  // and how many tiles there are for an SM plays no part: with more tokens tiles are as much longer as transfers are.
+  // An SM of an H200 computes 5 Top/s, while 0.3 TB/s arrive over NVLink.
+  constexpr int64_t kRowsOfTile = 128, kOperationsPerByte = 16;
+
+  if (heads.size() * keys.size() == 1) return 1;
+  const int64_t queries = heads.size() * shared, others = heads.size() - 1;
+  const c10::SymInt element = own.batch() * static_cast<int64_t>(own.query.element_size());
+  const c10::SymInt width = own.head_dim() + own.value_head_dim();  // of a query with its out, of a key with its value
+  const c10::SymInt query_heads = query_heads_of_rank(), key_heads = key_heads_of_rank();
+  // What a rank receives in a forward pass. In a backward pass that, and operations, are about twice as much.
+  const c10::SymInt bytes_of_keys = (keys.size() - 1) * queries * key_heads * width * element;
+  const c10::SymInt bytes_of_heads = others * shared * (query_heads + key_heads) * width * element;
+  const c10::SymInt bytes_of_out = others * shared * query_heads * own.value_head_dim() * element;
+  const c10::SymInt smallest = heads.size() == 1  ? bytes_of_keys
+                               : keys.size() == 1 ? bytes_of_out
+                                                  : std::min(bytes_of_keys, bytes_of_out);
+  const int64_t keys_of_query = keys.size() * queries / (own.is_causal ? 2 : 1);
+  const c10::SymInt hidden = (bytes_of_keys + bytes_of_heads) / 2 * kOperationsPerByte;
+  const c10::SymInt idle = kRowsOfTile / 2 * keys_of_query * 2 * width;
+  for (int64_t groups = kMostGroups; groups > 1; --groups) {
+    if (key_heads % groups == 0 && smallest >= groups * kBytesOfTransfer && hidden >= idle) return groups;
+  }
+  return 1;
+}
+
 AttentionProblem ContextProblem::narrow_tokens(int64_t begin, int64_t end) const {
   AttentionProblem part = own;
   for (Tensor* tensor : {&part.query, &part.key, &part.value}) *tensor = tensor->narrow(1, begin, end - begin);
@@ -157,11 +190,13 @@ ContextResults empty_context_results(const ContextProblem& problem, at::Device d
   }
   const c10::SymInt own_heads = problem.query_heads_of_rank(), key_heads = problem.key_heads_of_rank();
   const c10::SymInt features = own_heads * own.head_dim() + key_heads * (own.head_dim() + width);
-  return {out,
-          lse,
-          at::empty_symint({batch, own_heads, tokens}, of_lse),
-          {at::empty_symint({ranks, batch, problem.shared, features}, options),
-           at::empty_symint({batch, tokens, own_heads, width}, options)}};
+  const int64_t groups = problem.groups_of_heads();
+  std::vector<Tensor> exchanged;
+  for (int64_t i = 0; i < groups; ++i) {
+    exchanged.push_back(at::empty_symint({batch, tokens, features / groups}, options));
+    exchanged.push_back(at::empty_symint({batch, tokens, own_heads / groups, width}, options));
+  }
+  return {out, lse, at::empty_symint({batch, own_heads, tokens}, of_lse), exchanged};
 }
 
 }  // namespace selfattn

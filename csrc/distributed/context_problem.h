@@ -29,7 +29,8 @@ struct ContextCall {
 };
 
 /// What a forward pass gives: out (B, L, NH, DV) in q's dtype; what the backward pass takes of it: lse of the local
-/// part (B, NH, L - local_start) and of the shared part, float32, and what a heads group exchanged.
+/// part (B, NH, L - local_start) and of the shared part, float32, and of a heads group two tensors for each group of
+/// heads: q, k and v of h * shared tokens side by side as attention took them, (B, h * shared, F), and their out.
 using ContextResults = std::tuple<at::Tensor, at::Tensor, at::Tensor, std::vector<at::Tensor>>;
 
 /// dq, dk, dv, dsinks; the last is empty without sinks.
@@ -73,6 +74,9 @@ struct ContextProblem {
   /// those that a rank computes of shared tokens.
   c10::SymInt query_heads_of_rank() const { return own.query_heads() / heads.size(); }
   c10::SymInt key_heads_of_rank() const;
+  /// In how many groups these heads travel and are computed, one after another, where results go back to other ranks: a
+  /// group travels while another is computed.
+  int64_t groups_of_heads() const;
   /// The call's attention of these tokens of this rank, with the ids and positions of all.
   AttentionProblem narrow_tokens(int64_t begin, int64_t end) const;
 };

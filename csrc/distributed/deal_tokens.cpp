@@ -155,9 +155,9 @@ bool RowDocuments::are_runs() const {
   return true;
 }
 
-RowDocuments find_documents(const int64_t* ids, int64_t length) {
+RowDocuments find_documents(const int32_t* ids, int64_t length) {
   RowDocuments documents;
-  std::unordered_map<int64_t, int64_t> numbers;
+  std::unordered_map<int32_t, int64_t> numbers;
   std::vector<int64_t> number_of(length, -1);
   std::vector<int64_t> lengths;
   for (int64_t i = 0; i < length; ++i) {

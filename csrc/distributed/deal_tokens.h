@@ -22,7 +22,7 @@ struct RowDocuments {
   bool are_runs() const;
 };
 
-RowDocuments find_documents(const int64_t* ids, int64_t length);
+RowDocuments find_documents(const int32_t* ids, int64_t length);
 
 /// The rank of each token; none gets more than ceil(length / ranks) of them.
 std::vector<int64_t> deal_tokens(const RowDocuments& documents, int64_t length, int64_t ranks, ContextBalance balance);

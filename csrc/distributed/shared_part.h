@@ -13,11 +13,12 @@
 
 namespace selfattn {
 
-/// What is on its way between ranks; nothing for a step that the call does not need. Keys travel in groups of heads, so
-/// that the first are attended to while others travel, and their gradients are summed while others are computed.
+/// What is on its way between ranks, a tensor for each group of heads; none for a step that the call does not need.
+/// Heads travel in groups, so that the first are attended to while others travel, and what goes back does while others
+/// are computed.
 struct SharedTransfers {
-  at::Tensor heads;
-  std::vector<at::Tensor> keys;
+  int64_t groups = 1;
+  std::vector<at::Tensor> heads, keys;
 };
 
 /// Throws c10::ValueError, before any collective, where a group is of another size.
@@ -25,7 +26,7 @@ SharedTransfers start_shared_forward(const ContextProblem& problem);
 
 /// out (B, shared, NH, DV) of this rank's tokens, then lse and `exchanged` as ContextResults has them.
 std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>> finish_shared_forward(const ContextProblem& problem,
-                                                                                  const SharedTransfers& started);
+                                                                                  SharedTransfers started);
 
 /// grad_out (B, shared, NH, DV)
 SharedTransfers start_shared_backward(const ContextProblem& problem, const at::Tensor& grad_out,
@@ -33,7 +34,7 @@ SharedTransfers start_shared_backward(const ContextProblem& problem, const at::T
 
 /// Of this rank's tokens; `gradients` with its grad_out and out (B, shared, NH, DV), and lse as the forward pass gave
 /// it.
-PartGradients finish_shared_backward(const ContextProblem& problem, const SharedTransfers& started,
-                                     AttentionGradients gradients, at::TensorList exchanged);
+PartGradients finish_shared_backward(const ContextProblem& problem, SharedTransfers started,
+                                     const AttentionGradients& gradients, at::TensorList exchanged);
 
 }  // namespace selfattn

@@ -15,9 +15,15 @@ namespace selfattn {
 at::Tensor kv_cache_positions(const at::Tensor& lengths, const OptionalTensor& segment_ids,
                               const c10::SymInt& num_queries, const c10::SymInt& capacity,
                               const OptionalTensor& positions) {
-  using Schema = at::Tensor(const at::Tensor&, const OptionalTensor&, c10::SymInt, c10::SymInt, const OptionalTensor&);
-  static const auto op = find_op<Schema>("selfattn::kv_cache_positions");
+  static const auto op = find_op<decltype(positions_from_schema<nullptr>)>("selfattn::kv_cache_positions");
   return op.call(lengths, segment_ids, num_queries, capacity, positions);
+}
+
+LengthsAndPositions positions_of_append(const at::Tensor& lengths, const OptionalTensor& segment_ids,
+                                        const c10::SymInt& num_tokens, const c10::SymInt& capacity,
+                                        const OptionalTensor& positions) {
+  static const auto op = find_op<decltype(append_positions_from_schema<nullptr>)>("selfattn::positions_of_append");
+  return op.call(lengths, segment_ids, num_tokens, capacity, positions);
 }
 
 at::Tensor kv_cache_pages(const at::Tensor& page_table, const at::Tensor& is_used, const c10::SymInt& pages) {
@@ -51,18 +57,6 @@ void check_lengths_call(const at::Tensor& lengths, const OptionalTensor& segment
   TORCH_CHECK_VALUE(lengths.sym_size(0) > 0, "selfattn: lengths must not be empty beside segment_ids; got none");
 }
 
-void check_positions_call(const at::Tensor& lengths, const OptionalTensor& segment_ids, const c10::SymInt& num_queries,
-                          const OptionalTensor& positions) {
-  check_lengths_call(lengths, segment_ids, num_queries, "num_queries");
-  if (!positions) return;
-  check_integer_rows(*positions, "positions");
-  check_device(*positions, "positions", lengths.device(), "lengths");
-  const c10::SymInt batch = segment_ids ? segment_ids->sym_size(0) : lengths.sym_size(0);
-  TORCH_CHECK_VALUE(positions->sym_size(0) == batch && positions->sym_size(1) == num_queries,
-                    "selfattn: positions must have the shape (B, num_queries) = [", batch, ", ", num_queries, "]; got ",
-                    positions->sym_sizes());
-}
-
 void check_lengths(const at::Tensor& lengths, const c10::SymInt& capacity) {
   check_values(
       at::logical_and(lengths >= 0, lengths <= at::Scalar(capacity)),
@@ -89,9 +83,32 @@ void check_ids(const at::Tensor& segment_ids, const c10::SymInt& rows) {
       "a larger one");
 }
 
-at::Tensor positions_of_tokens(const at::Tensor& lengths, const OptionalTensor& segment_ids, c10::SymInt num_queries,
-                               c10::SymInt capacity, const OptionalTensor& positions) {
-  check_positions_call(lengths, segment_ids, num_queries, positions);
+/// Requires ids of the call's rows.
+at::Tensor appended_lengths(const at::Tensor& lengths, const OptionalTensor& segment_ids,
+                            const c10::SymInt& num_tokens) {
+  if (!segment_ids) return lengths + at::Scalar(num_tokens);
+  const at::Tensor counts = tokens_of_rows(segment_ids->reshape({-1}), lengths.sym_size(0)).sum(0);
+  return lengths + counts.to(lengths.scalar_type());
+}
+
+}  // namespace
+
+PositionsCall make_positions_call(const at::Tensor& lengths, const OptionalTensor& segment_ids,
+                                  const c10::SymInt& num_tokens, const char* num_tokens_name,
+                                  const c10::SymInt& capacity, const OptionalTensor& positions) {
+  check_lengths_call(lengths, segment_ids, num_tokens, num_tokens_name);
+  const PositionsCall call{lengths, segment_ids, num_tokens, capacity, positions};
+  if (!positions) return call;
+  check_integer_rows(*positions, "positions");
+  check_device(*positions, "positions", lengths.device(), "lengths");
+  TORCH_CHECK_VALUE(positions->sym_size(0) == call.batch() && positions->sym_size(1) == num_tokens,
+                    "selfattn: positions must have the shape (B, ", num_tokens_name, ") = [", call.batch(), ", ",
+                    num_tokens, "]; got ", positions->sym_sizes());
+  return call;
+}
+
+at::Tensor compose_positions(const PositionsCall& call) {
+  const auto& [lengths, segment_ids, num_tokens, capacity, positions] = call;
   const at::Tensor ends = lengths.to(at::kLong);
   check_lengths(ends, capacity);
   if (segment_ids) check_ids(*segment_ids, lengths.sym_size(0));
@@ -100,20 +117,29 @@ at::Tensor positions_of_tokens(const at::Tensor& lengths, const OptionalTensor& 
     return segment_ids ? given.masked_fill(*segment_ids < 0, -1) : given;
   }
   if (!segment_ids) {
-    // Of one query, as every step of generation has, one kernel does in the place of three.
-    if (num_queries.maybe_as_int() == 1) return ends.unsqueeze(1) - 1;
-    return ends.unsqueeze(1) - num_queries + at::arange(num_queries, ends.options());
+    // Of one query, as every step of generation has, one operator does in the place of three.
+    if (num_tokens.maybe_as_int() == 1) return ends.unsqueeze(1) - 1;
+    return ends.unsqueeze(1) - num_tokens + at::arange(num_tokens, ends.options());
   }
   const at::Tensor ids = segment_ids->reshape({-1}).to(at::kLong);
   const at::Tensor of_rows = ends.index_select(0, ids.clamp(0)) - tokens_from_here(ids, lengths.sym_size(0));
   return of_rows.masked_fill(ids < 0, -1).view_symint(segment_ids->sym_sizes());
 }
 
-at::Tensor empty_positions(const at::Tensor& lengths, const OptionalTensor& segment_ids, c10::SymInt num_queries,
-                           c10::SymInt, const OptionalTensor& positions) {
-  check_positions_call(lengths, segment_ids, num_queries, positions);
-  const c10::SymInt batch = segment_ids ? segment_ids->sym_size(0) : lengths.sym_size(0);
-  return at::empty_symint({batch, num_queries}, lengths.options().dtype(at::kLong));
+LengthsAndPositions compose_positions_of_append(const PositionsCall& call) {
+  PositionsCall after = call;
+  after.lengths = appended_lengths(call.lengths, call.segment_ids, call.num_tokens);
+  return {after.lengths, compose_positions(after)};
+}
+
+namespace {
+
+at::Tensor empty_positions(const PositionsCall& call) {
+  return at::empty_symint({call.batch(), call.num_tokens}, call.lengths.options().dtype(at::kLong));
+}
+
+LengthsAndPositions empty_positions_of_append(const PositionsCall& call) {
+  return {at::empty_symint(call.lengths.sym_sizes(), call.lengths.options()), empty_positions(call)};
 }
 
 void check_pages_call(const at::Tensor& page_table, const at::Tensor& is_used) {
@@ -139,24 +165,26 @@ at::Tensor empty_pages(const at::Tensor& page_table, const at::Tensor& is_used, 
   return at::empty_symint(page_table.sym_sizes(), page_table.options().dtype(at::kLong));
 }
 
-at::Tensor appended_lengths(const at::Tensor& lengths, const OptionalTensor& segment_ids, c10::SymInt num_tokens) {
+at::Tensor lengths_from_schema(const at::Tensor& lengths, const OptionalTensor& segment_ids, c10::SymInt num_tokens) {
   check_lengths_call(lengths, segment_ids, num_tokens, "num_tokens");
-  if (!segment_ids) return lengths + at::Scalar(num_tokens);
-  const at::Tensor counts = tokens_of_rows(segment_ids->reshape({-1}), lengths.sym_size(0)).sum(0);
-  return lengths + counts.to(lengths.scalar_type());
+  return appended_lengths(lengths, segment_ids, num_tokens);
 }
 
 }  // namespace
 }  // namespace selfattn
 
 TORCH_LIBRARY_IMPL(selfattn, CompositeImplicitAutograd, m) {
-  m.impl("lengths_after_append", TORCH_FN(selfattn::appended_lengths));
+  m.impl("lengths_after_append", TORCH_FN(selfattn::lengths_from_schema));
 }
 TORCH_LIBRARY_IMPL(selfattn, CompositeExplicitAutograd, m) {
-  m.impl("kv_cache_positions", TORCH_FN(selfattn::positions_of_tokens));
-  m.impl("kv_cache_pages", TORCH_FN(selfattn::used_pages));
+  using namespace selfattn;
+  m.impl("kv_cache_positions", TORCH_FN(positions_from_schema<compose_positions>));
+  m.impl("positions_of_append", TORCH_FN(append_positions_from_schema<compose_positions_of_append>));
+  m.impl("kv_cache_pages", TORCH_FN(used_pages));
 }
 TORCH_LIBRARY_IMPL(selfattn, Meta, m) {
-  m.impl("kv_cache_positions", TORCH_FN(selfattn::empty_positions));
-  m.impl("kv_cache_pages", TORCH_FN(selfattn::empty_pages));
+  using namespace selfattn;
+  m.impl("kv_cache_positions", TORCH_FN(positions_from_schema<empty_positions>));
+  m.impl("positions_of_append", TORCH_FN(append_positions_from_schema<empty_positions_of_append>));
+  m.impl("kv_cache_pages", TORCH_FN(empty_pages));
 }

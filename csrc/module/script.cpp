@@ -41,8 +41,7 @@ constexpr const char* kMakeTables = R"(
             capacity = cache[0].size(1)
             if page_table is not None:
                 capacity = capacity * page_table.size(1)
-            lengths = selfattn.lengths_after_append(cache[2], segment_ids, x.size(1))
-            positions = selfattn.kv_cache_positions(lengths, segment_ids, x.size(1), capacity)
+            lengths, positions = selfattn.positions_of_append(cache[2], segment_ids, x.size(1), capacity)
             max_length = None
         sin, cos = selfattn.rope_tables(
             self.rotary_dim, positions, max_length, rope_type=self.rope_type, rope_theta=self.rope_theta,

@@ -114,8 +114,8 @@ torch::Tensor SelfAttentionImpl::forward_with_cache(const torch::Tensor& x, cons
                       type, "; got none");
     const OptionalTensor ids = as_optional(segment_ids);
     const c10::SymInt pages_per_row = cache.page_table ? cache.page_table->sym_size(1) : c10::SymInt(1);
-    positions = kv_cache_positions(lengths_after_append(cache.lengths, ids, x.sym_size(1)), ids, x.sym_size(1),
-                                   pages_per_row * cache.keys.sym_size(1), /*positions=*/std::nullopt);
+    positions = std::get<1>(positions_of_append(cache.lengths, ids, x.sym_size(1),
+                                                pages_per_row * cache.keys.sym_size(1), /*positions=*/std::nullopt));
   }
   return forward_at(x, positions, freqs_sin, freqs_cos, segment_ids, &cache);
 }

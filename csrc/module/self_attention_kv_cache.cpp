@@ -45,12 +45,13 @@ at::Tensor append_and_attend(LayerCall call, const LayerCache& cache, const at::
   call.norm_rope.k = heads_for_cache(k, call, cache);
   const AttentionArguments& of = call.arguments;
   KvCacheProblem problem = make_kv_cache_problem(
-      call.norm_rope.q, cache.key, cache.value, lengths_after_append(cache.lengths, of.segment_ids, q.sym_size(1)),
+      call.norm_rope.q, cache.key, cache.value, cache.lengths,
       {cache.page_table, of.segment_ids, of.is_causal, of.qk_scale, cache.positions, of.window_left, of.window_right,
        of.softcap, of.sinks, cache.draft_mask, cache.k_scale, cache.v_scale, cache.split_keys});
   const KvCacheBackend& backend = select_backend(parse_backend(call.backend), problem);
-  const at::Tensor positions = kv_cache_positions(problem.lengths, problem.segment_ids, problem.query_length(),
-                                                  problem.capacity(), problem.positions);
+  at::Tensor positions;
+  std::tie(problem.lengths, positions) = positions_of_append(cache.lengths, problem.segment_ids, problem.query_length(),
+                                                             problem.capacity(), problem.positions);
   const AppendCall append{
       call.norm_rope.k, heads_for_cache(v, call, cache), positions, problem.page_table, problem.segment_ids, cache.key,
       cache.value};

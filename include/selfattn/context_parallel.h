@@ -28,13 +28,13 @@ struct ContextLayoutOptions {
 struct ContextLayout {
   /// (B, L) int64: the index in its row of each slot's token; -1 where no token is.
   at::Tensor indices;
-  /// (B, L), of the ids' dtype; -1 where no token is.
+  /// (B, L) int32; -1 where no token is.
   at::Tensor segment_ids;
   /// (B, L) int32: the index in the row; 0 where no token is.
   at::Tensor positions;
   /// (B, L) int32: how many earlier tokens of the row have the same id, for rotary tables; 0 in padding.
   at::Tensor document_positions;
-  /// (B, n * shared), of the ids' dtype: of the first `shared` slots of every rank, rank after rank, the number of the
+  /// (B, n * shared) int32: of the first `shared` slots of every rank, rank after rank, the number of the
   /// document among those of the row, which come by their first tokens; -1 but for split documents.
   at::Tensor kv_segment_ids;
   /// (B, n * shared) int32.
@@ -55,7 +55,7 @@ struct ContextLayout {
 
 /// The layout of rank `group_rank` of `group_size`. segment_ids (B, S) int32 or int64 of whole rows, the same on every
 /// rank: equal ids are a document, in any order, negative ones padding. Throws c10::TypeError where they are no plain
-/// CPU tensor, c10::ValueError for a wrong shape or number.
+/// CPU tensor, c10::ValueError for a wrong shape or number, or ids that do not fit in int32.
 SELFATTN_API ContextLayout context_layout(const at::Tensor& segment_ids, int64_t group_rank, int64_t group_size,
                                           const ContextLayoutOptions& options = {});
 

@@ -33,13 +33,13 @@ class ContextLayout:
     indices: Tensor
     """(B, L) int64: the index in its row of each slot's token; -1 where no token is."""
     segment_ids: Tensor
-    """(B, L): the ids of this rank's tokens; -1 where no token is."""
+    """(B, L) int32: the ids of this rank's tokens; -1 where no token is."""
     positions: Tensor
     """(B, L) int32: the index in the row; 0 where no token is."""
     document_positions: Tensor
     """(B, L) int32: how many earlier tokens of the row have the same id, for rotary tables; 0 in padding."""
     kv_segment_ids: Tensor
-    """(B, n * shared), of the ids' dtype: of the first ``shared`` slots of every rank the number of the document among
+    """(B, n * shared) int32: of the first ``shared`` slots of every rank the number of the document among
     those of the row, which come by their first tokens; -1 but for split documents."""
     kv_positions: Tensor
     """(B, n * shared) int32."""
@@ -90,8 +90,8 @@ class ContextLayout:
 
         Raises:
             TypeError: an argument of another type.
-            ValueError: ids that are not (B, S); a mesh of several dimensions, or a pair that is none of one mesh;
-                another balance or bucket.
+            ValueError: ids that are not (B, S) or do not fit in int32; a mesh of several dimensions, or a pair that is
+                none of one mesh; another balance or bucket.
         """
         if not isinstance(ids, Tensor):
             raise TypeError(f"ContextLayout: ids: expected a tensor, got {type(ids).__name__}")

@@ -11,7 +11,21 @@ from support import ROOT
 
 def test_rows_name_what_they_measured(tmp_path: Path) -> None:
     path = tmp_path / "decode.jsonl"
-    chosen = ["--tiny", "--case", "D64", "--case", "append", "--impl", "selfattn", "--impl", "flashinfer"]
+    chosen = [
+        "--tiny",
+        "--case",
+        "D64",
+        "--case",
+        "append",
+        "--case",
+        "chunk",
+        "--impl",
+        "selfattn",
+        "--impl",
+        "selfattn_ids",
+        "--impl",
+        "flashinfer",
+    ]
     quick = ["--rounds", "1", "--repeats", "1", "--out", str(path)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, ROOT / "benchmarks" / "decode.py", *chosen, *quick]

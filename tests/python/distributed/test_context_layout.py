@@ -97,7 +97,7 @@ def test_every_token_has_its_slot(ids: Tensor, ranks: int, balance: str, bucket:
         is_whole = (shard.segment_ids >= 0) & (torch.arange(slots) >= torch.tensor([s[rank] for s in splits])[:, None])
         assert not is_whole[:, : shard.local_start].any()
         assert shard.local_start == shared or is_whole[:, : shard.local_start + bucket].any()
-        assert shard.segment_ids.dtype == shard.kv_segment_ids.dtype == ids.dtype
+        assert shard.segment_ids.dtype == shard.kv_segment_ids.dtype == torch.int32
     runs = [sum(a != b for a, b in zip([None, *row], row, strict=False) if b >= 0) for row in ids.tolist()]
     numbers = [len({number for number in row if number >= 0}) for row in ids.tolist()]
     assert shards[0].documents_are_runs == (runs == numbers)
@@ -163,6 +163,7 @@ def test_a_thousand_ranks() -> None:
     [
         ((torch.zeros(1, 4), 0, 2), TypeError, "segment_ids must be int32 or int64"),
         ((torch.zeros(4, dtype=torch.int32), 0, 2), ValueError, r"segment_ids must have two dimensions"),
+        ((torch.tensor([[0, 2**31]]), 0, 2), ValueError, "segment_ids must hold values that fit in int32"),
         ((torch.zeros(1, 0, dtype=torch.int32), 0, 2), ValueError, "segment_ids must have rows of at least 1 token"),
         ((torch.zeros(1, 4, dtype=torch.int32, device="meta"), 0, 2), TypeError, "must be a plain tensor on the CPU"),
         ((torch.zeros(1, 4, dtype=torch.int32), 0, 0), ValueError, "group_size must be from 1"),

@@ -1,6 +1,7 @@
 """Promise: attention whose rows are spread over ranks is attention of one process, forward and backward, for every
 method, layout, kind of ids and option; only split documents travel, and a traced graph sees one operator."""
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -136,32 +137,72 @@ def test_heads_within_nodes_and_keys_between(ranks: Ranks) -> None:
     ranks.run(check_pair, 4)
 
 
-def check_groups_of_heads() -> None:
-    """So many keys that heads go in groups: each is attended to while the next travels, and in the backward pass summed
-    while the next is computed."""
-    whole = [torch.randn(1, 512, 8, 256) for _ in range(3)]
-    ids, grad = torch.zeros(1, 512, dtype=torch.int32), torch.randn(1, 512, 8, 256)
-    layout = ContextLayout.from_segment_ids(ids, mesh_of(2), "head_tail")
-    own = [layout.shard(x).requires_grad_() for x in whole]
+def check_groups_of_heads(sizes: tuple[int, ...], method: str, collectives: dict[str, int]) -> None:
+    """So many rows that heads travel in two groups: one is attended to while the other comes, and goes back while the
+    other is computed. Every eighth row is the same."""
+    generator = torch.Generator().manual_seed(2)
+    length = 16 * math.prod(sizes)
+    rows = [torch.randn(8, length, heads, dim, generator=generator) for heads, dim in ((8, 8), (4, 8), (4, 256))]
+    grad, sinks = (torch.randn(shape, generator=generator) for shape in ((8, length, 8, 256), (8,)))
+    ids = torch.zeros(2048, length, dtype=torch.int32)
+    layout = ContextLayout.from_segment_ids(ids, mesh_of(*sizes), "head_tail", bucket=1)
+    own = [layout.shard(x.repeat(256, 1, 1, 1)).requires_grad_() for x in rows]
+    own.append(sinks.clone().requires_grad_())
+    options: dict[str, Any] = {"method": method, "sinks": own[3]}
     with torch.profiler.profile() as profile:
-        context_parallel_attention(*own, layout, method="keys").backward(layout.shard(grad))
+        out = context_parallel_attention(*own[:3], layout, **options)
+        found = torch.autograd.grad(out, own, layout.shard(grad.repeat(256, 1, 1, 1)))
     names = [event.name for event in profile.events()]
-    assert names.count("_c10d_functional::all_gather_into_tensor") == 4  # in both passes
-    assert names.count("_c10d_functional::reduce_scatter_tensor") == 2
-    for x in whole:
+    for name, number in collectives.items():
+        assert names.count(f"_c10d_functional::{name}") == number, name
+
+    rows.append(sinks)
+    for x in rows:
         x.requires_grad_()
-    selfattn.multihead_attention(*whole, ids).backward(grad)
-    for x, reference in zip(own, whole, strict=True):
-        assert error(x.grad, layout.shard(reference.grad)) < 2e-5
+    reference = selfattn.multihead_attention(*rows[:3], ids[:8], sinks=sinks)
+    of_eight = dataclasses.replace(layout, **{name: getattr(layout, name)[:8] for name in ("indices", "slots")})
+    expected = [reference, *torch.autograd.grad(reference, rows, grad)]
+    for x, whole in zip((out, *found[:3]), expected[:4], strict=True):
+        for same in (x[:8], x[-8:]):
+            assert error(same, of_eight.shard(whole)) < 2e-5
+    (of_sinks,) = found[3:]
+    dist.all_reduce(of_sinks)
+    assert error(of_sinks, 256 * expected[4]) < 2e-5
+    check_traced_shapes(own, layout, options)
 
 
-def test_groups_of_heads(ranks: Ranks) -> None:
-    ranks.run(check_groups_of_heads, 2)
+def check_traced_shapes(own: list[Tensor], layout: ContextLayout, options: dict[str, Any]) -> None:
+    """A tracer knows the shapes of what the forward pass keeps."""
+    names = ("positions", "kv_positions", "shared", "group_size", "group_name", "heads_group_size", "heads_group_name")
+    options = options | {name: getattr(layout, name) for name in names}
+    found = []
+    for mode in (contextlib.nullcontext(), FakeTensorMode(allow_non_fake_inputs=True)):
+        with mode, torch.no_grad():
+            *results, exchanged = torch.ops.selfattn.context_parallel_attention_forward(
+                *own[:3], layout.segment_ids, layout.kv_segment_ids, **options
+            )
+        found.append([(x.shape, x.dtype) for x in (*results, *exchanged)])
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "method", "collectives"),
+    [
+        ((2,), "keys", {"all_gather_into_tensor": 4, "reduce_scatter_tensor": 2}),
+        ((2,), "heads", {"all_to_all_single": 8}),
+        ((2, 2), "auto", {"all_to_all_single": 8, "all_gather_into_tensor": 4, "reduce_scatter_tensor": 2}),
+    ],
+    ids=["keys", "heads", "a pair"],
+)
+def test_groups_of_heads(ranks: Ranks, sizes: tuple[int, ...], method: str, collectives: dict[str, int]) -> None:
+    ranks.run(check_groups_of_heads, math.prod(sizes), sizes, method, collectives)
 
 
 def check_half_precision() -> None:
     for method, (heads, kv_heads) in itertools.product(("keys", "heads"), ((8, 8), (8, 2))):
-        whole = [torch.randn(1, 64, number, 16, dtype=torch.bfloat16) for number in (heads, kv_heads, kv_heads)]
+        # Values of a key head on a rank of its own are no multiple of 16 bytes.
+        shapes = ((heads, 16), (kv_heads, 16), (kv_heads, 12))
+        whole = [torch.randn(1, 64, *shape, dtype=torch.bfloat16) for shape in shapes]
         layout = ContextLayout.from_segment_ids(torch.zeros(1, 64, dtype=torch.int64), mesh_of(4), "head_tail")
         own = [layout.shard(x).requires_grad_() for x in whole]
         with torch.autocast("cpu", torch.bfloat16):

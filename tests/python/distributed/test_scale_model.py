@@ -57,12 +57,21 @@ def test_without_communication_only_the_balance_is_lost(case: Attention, ranks: 
         assert alone / (ranks * seconds) == pytest.approx(dealt.balance(method)) and 0.5 < dealt.balance(method) <= 1
 
 
-def test_what_nothing_hides_is_added() -> None:
-    seconds = context(ONE_DOCUMENT, LINK).by_keys(deal(ONE_DOCUMENT.row, 2), 2)
-    free = context(ONE_DOCUMENT, FREE).by_keys(deal(ONE_DOCUMENT.row, 2), 2)
-    keys_and_values = 2 * 2 * 2 * 64 * 4096 / 2  # bytes of the other rank: bfloat16, key heads
-    transfer = 20e-6 + keys_and_values / 2 / 200e9  # of the first, or the last, of two groups of heads
-    assert seconds - free == pytest.approx(3 * transfer)
+@pytest.mark.parametrize(
+    ("case", "groups"), [(ONE_DOCUMENT, 1), (Attention(Row(131072), 16, 8, 128), 2)], ids=["one group", "two groups"]
+)
+def test_what_nothing_hides_is_added(case: Attention, groups: int) -> None:
+    """Of each pass the first group of heads to come, and the last to go."""
+    dealt = deal(case.row, 2)
+    linked, free = context(case, LINK), context(case, FREE)
+    of_head = 2 * case.dim * case.row.length / 2  # bytes of a rank's tokens: bfloat16
+    keys = 2 * case.key_heads * of_head  # of the other rank
+    every = case.heads * of_head + keys
+    for seconds, bytes_ in (
+        (linked.by_keys(dealt, 2) - free.by_keys(dealt, 2), (keys, keys, keys)),
+        (linked.by_heads(dealt, 2) - free.by_heads(dealt, 2), [x / 2 for x in (every, every - keys) * 2]),
+    ):
+        assert seconds == pytest.approx(sum(20e-6 + x / groups / 200e9 for x in bytes_))
 
 
 def test_many_ranks_need_heads_within_nodes() -> None:

@@ -158,6 +158,7 @@ WITHOUT_PRODUCTS = {
     "kv_cache_positions",
     "lengths_after_append",
     "merge_attention",
+    "positions_of_append",
     "precompute_freqs",
     "qk_norm_rope",
     "qk_norm_rope_append",

@@ -229,6 +229,11 @@ SAMPLES = {
         ((LENGTHS, ROWS_OF_TOKENS, 3, 8), {}),
         ((LENGTHS, ROWS_OF_TOKENS, 3, 8, torch.arange(6).view(2, 3)), {}),
     ],
+    "positions_of_append": lambda: [
+        ((LENGTHS - 3, None, 3, 8), {}),
+        ((LENGTHS - 3, ROWS_OF_TOKENS, 3, 8), {}),
+        ((LENGTHS - 3, ROWS_OF_TOKENS, 3, 8, torch.arange(6).view(2, 3)), {}),
+    ],
     "kv_cache_pages": lambda: [
         ((torch.tensor([[0, -1], [2, 9]]), torch.tensor([[True, False], [True, False]]), 3), {}),
     ],

@@ -302,6 +302,7 @@ def test_hessian_equals_second_derivatives() -> None:
 
 OVER_A_CACHE = (
     "kv_cache_positions",
+    "positions_of_append",
     "kv_cache_pages",
     "flash_attention_kv_cache",
     "append_kv_cache",

@@ -1,6 +1,6 @@
 """Chunks of queries over a KV cache, as prefill gives them: on CUDA the forward kernel takes them, from dense rows and
-from pages. Each call is as poisoned as the others' (support/kv_cache.py): NaN in every slot that no query sees, entries
-of the table that name no page."""
+from pages, of all rows or of those that ids name. Each call is as poisoned as the others' (support/kv_cache.py): NaN in
+every slot that no query sees, entries of the table that name no page."""
 
 import math
 import subprocess
@@ -167,6 +167,59 @@ def test_a_prefill_in_chunks_equals_the_packed_forward(device: str) -> None:
     torch.testing.assert_close(torch.cat([out for out, _ in found], 1), expected, atol=2e-2, rtol=2e-2)
 
 
+# ---------------------------------------------------------------- chunks that ids name
+
+
+def ragged(device: str, **fields: Any) -> CacheCase:
+    """On CUDA so many heads and tokens that the forward kernel takes the rows of 64 queries and more."""
+    sizes = (
+        {"rows": 5, "num_heads": 16, "num_kv_heads": 4, "num_queries": 600}
+        if device == "cuda"
+        else {"rows": 4, "num_heads": 2, "num_kv_heads": 1, "num_queries": 80}
+    )
+    usual = {"ids": "step", "dim": 64, "dtype": torch.bfloat16}
+    return CacheCase(**(usual | PAGES["pages64"] | sizes | fields))
+
+
+def check_ragged(case: CacheCase, device: str) -> None:
+    call = case.make(device)
+    check_results(call, *flash(call))
+
+
+@pytest.mark.parametrize("ids", ["step", "chunks", "padded", "any_order", "all_padding"])
+@pytest.mark.parametrize("pages", ["dense", "pages16", "pages64"])
+def test_ids(pages: str, ids: str, device: str) -> None:
+    for seed, lengths in enumerate(("mixed", "full")):
+        check_ragged(ragged(device, ids=ids, lengths=lengths, seed=seed, **PAGES[pages]), device)
+
+
+@pytest.mark.parametrize("dim", [(128, 128), (192, 128), (256, 256), (72, 40)])
+@pytest.mark.parametrize("pages", ["dense", "pages48"])
+def test_head_dimensions_with_ids(pages: str, dim: tuple[int, int], device: str) -> None:
+    check_ragged(ragged(device, dtype=torch.float16, dim=dim[0], value_dim=dim[1], **PAGES[pages]), device)
+
+
+@pytest.mark.parametrize("options", [{"window_left": 100}, {"window_right": 5, "causal": False}, {"causal": False}])
+@pytest.mark.parametrize("more", [{}, {"softcap": 20.0, "has_sinks": True, "qk_scale": -0.3}])
+def test_options_with_ids(more: dict[str, Any], options: dict[str, Any], device: str) -> None:
+    for lengths in ("mixed", "edges"):
+        check_ragged(ragged(device, dim=128, lengths=lengths, **options, **more), device)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_with_ids(layout: str, device: str) -> None:
+    check_ragged(ragged(device, layout=layout, index_dtype=torch.int64, **PAGES["pages16"]), device)
+
+
+@pytest.mark.parametrize("num_queries", [64, 70, 1200])
+@pytest.mark.parametrize("rows", [1, 2, 40])
+def test_numbers_of_rows_and_tokens(rows: int, num_queries: int, device: str) -> None:
+    heads = {"num_heads": 32, "num_kv_heads": 8} if device == "cuda" else {}
+    tokens = num_queries if device == "cuda" else min(num_queries, 100)
+    for ids in ("step", "any_order"):
+        check_ragged(ragged(device, rows=rows, num_queries=tokens, ids=ids, lengths="full", **heads), device)
+
+
 @given(case=cases(ids=None, has_draft_mask=False, dtype=torch.float64))
 def test_the_formula_by_rows_is_the_promise(case: CacheCase) -> None:
     call = case.make()
@@ -206,6 +259,36 @@ def test_others_go_to_the_kernel_for_few_queries(fields: dict[str, Any]) -> None
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(("ids", "has_chunks"), [("step", True), ("chunks", True), ("decode", False)])
+@pytest.mark.parametrize("pages", ["dense", "pages16"])
+def test_the_forward_kernel_takes_chunks_that_ids_name(pages: str, ids: str, has_chunks: bool) -> None:
+    rows = {} if has_chunks else {"rows": 600, "num_queries": 600, "page_size": 16, "pages_per_row": 1}
+    call = ragged("cuda", ids=ids, **PAGES[pages] | rows).make("cuda")
+    names = launches(lambda: flash(call))
+    assert any(FORWARD in name for name in names) == has_chunks, names
+    assert any(FEW_QUERIES in name for name in names), names
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pages", ["dense", "pages16"])
+def test_a_graph_is_replayed_with_other_ids(pages: str) -> None:
+    calls = [
+        ragged("cuda", seed=seed, ids=ids, **PAGES[pages]).make("cuda")
+        for seed, ids in enumerate(("step", "chunks", "all_padding", "step"))
+    ]
+    for call, results in replays(flash, calls):
+        check_results(call, *results)
+
+
+@pytest.mark.gpu
+def test_chunks_that_ids_name_give_the_same_bits_every_time() -> None:
+    call = ragged("cuda", dim=128, ids="any_order").make("cuda")
+    first = flash(call)
+    for _ in range(20):
+        assert all(map(torch.equal, flash(call), first))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("pages", ["dense", "pages16", "pages128"])
 @pytest.mark.parametrize("options", [{}, {"window_left": 100}, {"softcap": 20.0, "has_sinks": True}])
 def test_a_graph_is_replayed_with_other_lengths_and_tables(options: dict[str, Any], pages: str) -> None:
@@ -241,20 +324,30 @@ OUT_OF_RANGE = {
     "page_table[1, 0] = 16": "the page table must name pages of the cache",
     "page_table[1, 3] = -1": "the page table must name pages of the cache",
 }
+OUT_OF_RANGE_WITH_IDS = OUT_OF_RANGE | {
+    "ids[0, 5] = 4": "segment ids must name rows of the cache",
+    "page_table[1, 0] = 2**40 + 1": "the page table must name pages of the cache",
+}
+CHANGES = [(False, *item) for item in OUT_OF_RANGE.items()] + [(True, *item) for item in OUT_OF_RANGE_WITH_IDS.items()]
 
 
 @pytest.mark.gpu
 @pytest.mark.slow
-@pytest.mark.parametrize(("change", "message"), OUT_OF_RANGE.items())
-def test_values_out_of_range_stop_the_device(change: str, message: str) -> None:
+@pytest.mark.parametrize(("has_ids", "change", "message"), CHANGES)
+def test_values_out_of_range_stop_the_device(has_ids: bool, change: str, message: str) -> None:
     program = f"""
 import torch, selfattn
 q = torch.randn(4, 100, 32, 64, device="cuda").bfloat16()
 cache = torch.randn(16, 16, 4, 64, device="cuda").bfloat16()
 lengths = torch.full((4,), 64, device="cuda")
 page_table = torch.arange(16, device="cuda").view(4, 4)
+ids = torch.arange(4, device="cuda").repeat_interleave(100)[None]
 {change}
-selfattn.attention_with_kv_cache(q, cache, cache, lengths, page_table, backend="flash")
+if {has_ids}:
+    q = q.reshape(1, 400, 32, 64)
+else:
+    ids = None
+selfattn.attention_with_kv_cache(q, cache, cache, lengths, page_table, segment_ids=ids, backend="flash")
 torch.cuda.synchronize()
 """
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)

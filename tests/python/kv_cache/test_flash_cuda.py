@@ -117,6 +117,15 @@ def test_scales(scale: float) -> None:
     check(CacheCase(page_size=32, pages_per_row=4, dim=64, dtype=torch.float16, qk_scale=scale))
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float32, torch.float64], ids=str)
+def test_sinks_are_read_in_every_dtype(dtype: torch.dtype) -> None:
+    call = CacheCase(page_size=32, pages_per_row=4, dim=64, dtype=torch.bfloat16, has_sinks=True).make("cuda")
+    call["sinks"] = call["sinks"].to(dtype)
+    results = flash(call)
+    check_results(call, *results)
+    assert all(map(torch.equal, results, flash(call | {"sinks": call["sinks"].float()})))
+
+
 def test_a_value_that_is_not_finite_reaches_those_alone_who_see_it() -> None:
     call = CacheCase(
         rows=1, num_queries=4, page_size=96, dim=64, lengths="full", table=None, dtype=torch.bfloat16

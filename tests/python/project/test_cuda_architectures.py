@@ -9,20 +9,21 @@ import pytest
 from support import ROOT
 from support.cpp_build import tool
 
-NAMES = ("SM90", "SM80", "FLASH", "CUDA")
+NAMES = ("SM90", "SM80", "FLASH", "RARE", "CUDA")
 SCRIPT = f'include("{ROOT}/cmake/cuda_architectures.cmake")\n' + "".join(
     f'message(NOTICE "{name}=${{SELFATTN_{name}_ARCHITECTURES}}")\n' for name in NAMES
 )
 EVERY = ["80-real", "80-virtual", "100-real", "120-real"]
+BOTH = ["80-real", "90-real"]
 CASES = {
-    "all": (["90a-real"], EVERY, [*EVERY, "90-real"], ["75-real", *EVERY, "90-real"]),
-    "8.6;9.0": (["90a-real"], ["80-real"], ["80-real", "90-real"], ["80-real", "90-real"]),
-    "8.0;8.6;8.9": (["90a-virtual"], ["80-real"], ["80-real"], ["80-real"]),
-    "9.0a": (["90a-real"], ["80-virtual"], ["90-real"], ["90-real"]),
-    "10.3;12.1": (["90a-virtual"], ["100-real", "120-real"], ["100-real", "120-real"], ["100-real", "120-real"]),
-    "9.0+PTX": (["90a-real"], ["80-virtual"], ["80-virtual", "90-real"], ["80-virtual", "90-real"]),
-    "11.0": (["90a-virtual"], ["80-virtual"], ["80-virtual"], ["80-virtual"]),
-    "7.5": (["90a-virtual"], ["80-virtual"], ["80-virtual"], ["75-real", "80-virtual"]),
+    "all": (["90a-real"], EVERY, [*EVERY, "90-real"], [*BOTH, "80-virtual"], ["75-real", *EVERY, "90-real"]),
+    "8.6;9.0": (["90a-real"], ["80-real"], BOTH, BOTH, BOTH),
+    "8.0;8.6;8.9": (["90a-virtual"], ["80-real"], ["80-real"], ["80-real"], ["80-real"]),
+    "9.0a": (["90a-real"], ["80-virtual"], ["90-real"], ["90-real"], ["90-real"]),
+    "10.3;12.1": (["90a-virtual"], *[["100-real", "120-real"]] * 4),
+    "9.0+PTX": (["90a-real"], ["80-virtual"], *[["80-virtual", "90-real"]] * 3),
+    "11.0": (["90a-virtual"], *[["80-virtual"]] * 4),
+    "7.5": (["90a-virtual"], *[["80-virtual"]] * 3, ["75-real", "80-virtual"]),
 }
 
 

@@ -26,7 +26,7 @@ from support.problems import allowed_pairs, dense_attention, error, norm_error
 LENGTH_KINDS = ("mixed", "zero", "one", "edges", "full")
 TABLE_KINDS = (None, "ordered", "shuffled", "shared", "ring")
 """None: no table, a page a row."""
-ID_KINDS = (None, "decode", "chunks", "padded", "any_order", "all_padding")
+ID_KINDS = (None, "decode", "chunks", "padded", "any_order", "step", "all_padding")
 """None: no ids, queries of row b in batch b."""
 POSITION_KINDS = (None, "end", "any")
 LAYOUTS = ("nhd", "hnd", "joined", "padded")
@@ -168,6 +168,12 @@ class CacheCase:
                 return ids
             case "any_order":
                 return draw(-1, (2, self.num_queries))
+            case "step":  # of a server: runs in any order, a long chunk, one of about 64 tokens, else single tokens
+                order, counts = torch.randperm(self.rows, generator=generator), torch.ones(self.rows, dtype=torch.int64)
+                short = min(62 + self.seed % 2, max(self.num_queries - self.rows, 0) // 2)
+                counts[-1] += short
+                counts[0] += max(self.num_queries - self.rows - short, 0)
+                return order.repeat_interleave(counts)[None, : self.num_queries]
             case "all_padding":
                 return torch.full((1, self.num_queries), -2)
         raise ValueError(self.ids)

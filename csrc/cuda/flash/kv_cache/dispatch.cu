@@ -30,7 +30,10 @@ constexpr Kernel kKernels[] = {kernel_for<kElement, 64, kKind>(), kernel_for<kEl
 // split_keys is given.
 TileKind kind_of(const KvCacheParams& params) {
   int64_t queries = params.queries;  // of a row
-  if (params.segment_ids) queries = params.split_keys ? 1 : int64_t(params.batch) * params.queries / params.rows;
+  if (params.segment_ids) {
+    const bool is_one = params.split_keys || params.has_short_rows;
+    queries = is_one ? 1 : int64_t(params.batch) * params.queries / params.rows;
+  }
   return queries * params.group() <= kv_cache::kDecodeRows ? TileKind::kDecode : TileKind::kChunk;
 }
 

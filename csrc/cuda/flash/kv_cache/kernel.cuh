@@ -231,6 +231,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMostBlocks)
     attend_alone<Config>(p, s_state, share, walk, has_piece, ring);
   }
   ptx::wait_for_previous_kernel();
+  if (s_p.call.segment_ids) finish_queries_of_none(s_p);
 }
 
 }  // namespace selfattn::cuda::kv_cache

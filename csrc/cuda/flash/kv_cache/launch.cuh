@@ -51,7 +51,7 @@ KernelParams make_kernel_params(const KvCacheParams& call, int sms, int shared_m
   // Each row with ids may have one tile that is not full.
   schedule.tiles =
       call.segment_ids
-          ? static_cast<int>(tokens * call.group() / Config::kTileRows + std::min<int64_t>(tokens, call.rows + 1))
+          ? static_cast<int>(tokens * call.group() / Config::kTileRows + std::min<int64_t>(tokens, call.rows))
           : call.rows * schedule.tiles_per_row.value;
   const int64_t most_keys = std::max<int64_t>(ceil_div(capacity, kUnitKeys), 1) * kUnitKeys;
   const int unit_keys = static_cast<int>(call.split_keys ? std::min(call.split_keys, most_keys) : kUnitKeys);

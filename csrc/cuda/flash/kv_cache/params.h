@@ -27,10 +27,12 @@ struct KvCacheParams {
   TensorView k, v;          // (pages, page_size, num_kv_heads, dim_qk | dim_v)
   void* out;                // (batch, queries, num_heads, dim_v), contiguous
   float* lse;               // (batch, num_heads, queries), natural logarithm
-  const float* sinks;       // (num_heads,), or null
+  const void* sinks;        // (num_heads,) contiguous, or null
+  ElementType sink_type;    // of sinks
   IntegerView lengths;      // (rows, 1)
   IntegerView page_table;   // (rows, pages_per_row), or null
   IntegerView segment_ids;  // (batch, queries) the row that a query belongs to, negative: none; or null
+  bool has_short_rows;      // with ids: a row has few queries, however many there are
   IntegerView positions;    // (batch, queries), or null
   const bool* draft_mask;   // (rows, queries, queries), contiguous, or null; queries <= kMaxDraft, no ids
   void* workspace;          // kv_cache_workspace_bytes of them, 256-byte aligned; what they hold does not matter

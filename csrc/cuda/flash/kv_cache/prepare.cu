@@ -4,77 +4,26 @@
 #include "prepare.h"
 
 #include "ptx/launch.cuh"
+#include "row_tokens.cuh"
 
 namespace selfattn::cuda::kv_cache {
 namespace {
 
-constexpr int kClearThreads = 256, kPrepareThreads = 1024, kPrepareWarps = kPrepareThreads / kWarpSize;
+constexpr int kClearThreads = 256;
 
-// By the whole thread block: the sum of the values of the threads before this one, and `total` grows by that of all.
-__device__ int sum_before(int value, int& total, int* s_sums) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarpSize, warp = static_cast<int>(threadIdx.x) / kWarpSize;
-  int up_to = value;
-#pragma unroll
-  for (int distance = 1; distance < kWarpSize; distance *= 2) {
-    const int before = __shfl_up_sync(~0u, up_to, distance);
-    if (lane >= distance) up_to += before;
-  }
-  if (lane == kWarpSize - 1) s_sums[warp] = up_to;
-  __syncthreads();
-  int before = total;
-  for (int other = 0; other < kPrepareWarps; other++) {
-    if (other < warp) before += s_sums[other];
-    total += s_sums[other];
-  }
-  __syncthreads();
-  return before + up_to - value;
-}
-
-// Tokens in the order of their rows, those of a row in the call's order, and the tiles of all rows. The tokens of no
-// row make up one more.
+// Tokens by their rows, and the tiles of all rows.
 __device__ int sort_tokens(const KernelParams& p, int* s_sums) {
   const KvCacheParams& call = p.call;
   const ScheduleParams& schedule = p.schedule;
-  const int tokens = call.batch * call.queries, thread = static_cast<int>(threadIdx.x);
-  const auto row_of = [&](int token) {
-    const int64_t id = call.segment_ids.at(token / schedule.queries, token - token / schedule.queries * call.queries);
-    assert(id < call.rows && "segment ids must name rows of the cache");
-    return id < 0 ? call.rows : static_cast<int>(id);
-  };
-  for (int row = thread; row <= call.rows; row += kPrepareThreads) schedule.token_counts[row] = 0;
-  __syncthreads();
-  for (int token = thread; token < tokens; token += kPrepareThreads)
-    atomicAdd(schedule.token_counts + row_of(token), 1);
-  __syncthreads();
-
-  int tokens_before = 0, tiles = 0;
-  for (int first = 0; first <= call.rows; first += kPrepareThreads) {
-    const int row = first + thread, count = row <= call.rows ? schedule.token_counts[row] : 0;
-    const int row_tiles = (count * schedule.group.value + schedule.tile_rows - 1) / schedule.tile_rows;
-    const int start = sum_before(count, tokens_before, s_sums), first_tile = sum_before(row_tiles, tiles, s_sums);
-    if (row <= call.rows) schedule.token_starts[row] = start;
+  const RowTokens tokens{call.segment_ids,     schedule.queries,      call.batch * call.queries, call.rows,
+                         schedule.token_order, schedule.token_counts, schedule.token_starts};
+  int tiles = 0;
+  tokens.sort(s_sums, [&](int row, int start, int count) {
+    const int rows = row < p.call.rows ? count * schedule.group.value : 0;  // of tiles
+    const int row_tiles = (rows + schedule.tile_rows - 1) / schedule.tile_rows;
+    const int first_tile = sum_before(row_tiles, tiles, s_sums);
     for (int i = 0; i < row_tiles; i++) schedule.entries[first_tile + i] = {row, i * schedule.tile_rows, start, count};
-  }
-  __syncthreads();
-
-  // Warp after warp, so that tokens stay in order. token_starts: of the tokens yet to come.
-  for (int first = 0; first < tokens; first += kPrepareThreads) {
-    const int token = first + thread;
-    const int row = token < tokens ? row_of(token) : -1;
-    for (int warp = 0; warp < kPrepareWarps && first + warp * kWarpSize < tokens; warp++) {
-      if (thread / kWarpSize == warp) {
-        const unsigned same = __match_any_sync(~0u, row);
-        const int rank = __popc(same & ((1u << thread % kWarpSize) - 1));
-        const int start = row >= 0 ? schedule.token_starts[row] : 0;
-        __syncwarp();
-        if (row >= 0) {
-          schedule.token_order[start + rank] = token;
-          if (rank == 0) schedule.token_starts[row] = start + __popc(same);
-        }
-      }
-      __syncthreads();
-    }
-  }
+  });
   return tiles;
 }
 

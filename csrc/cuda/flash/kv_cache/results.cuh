@@ -82,6 +82,13 @@ struct FinishedRow {
   float factor;    // of what has been added up
 };
 
+__device__ __forceinline__ float read_sink(const KvCacheParams& call, int head) {
+  if (call.sink_type == ElementType::kFloat) return static_cast<const float*>(call.sinks)[head];
+  const uint16_t bits = static_cast<const uint16_t*>(call.sinks)[head];
+  return call.sink_type == ElementType::kHalf ? __half2float(__ushort_as_half(bits))
+                                              : __bfloat162float(__ushort_as_bfloat16(bits));
+}
+
 // Writes lse.
 inline __device__ __noinline__ FinishedRow finish(const KernelParams& p, const Walk& s_walk, int tile_row,
                                                   SplitStats stats, bool is_first_lane) {
@@ -91,11 +98,29 @@ inline __device__ __noinline__ FinishedRow finish(const KernelParams& p, const W
   const float scale = logit_scale(p);
   RowEnd end;
   if (call.sinks)
-    end = finish_row_with_sink(stats.x, stats.y, scale, call.sinks[head]);
+    end = finish_row_with_sink(stats.x, stats.y, scale, read_sink(call, head));
   else
     end = finish_row(stats.x, stats.y, scale);
   if (is_first_lane) call.lse[(int64_t(query.batch) * call.num_heads + head) * call.queries + query.index] = end.lse;
   return {((int64_t(query.batch) * call.queries + query.index) * call.num_heads + head) * call.dim_v, end.factor};
+}
+
+// Of queries that belong to no row of the cache, which see nothing: each by one thread block.
+inline __device__ __noinline__ void finish_queries_of_none(const KernelParams& p) {
+  const KvCacheParams& call = p.call;
+  const int threads = static_cast<int>(blockDim.x), chunks = call.num_heads * call.dim_v / 8;  // of 16 bytes
+  const int count = p.schedule.token_counts[call.rows], first = call.batch * call.queries - count;
+#pragma unroll 1
+  for (int i = static_cast<int>(blockIdx.x); i < count; i += static_cast<int>(gridDim.x)) {
+    const int token = p.schedule.token_order[first + i], batch = token / p.schedule.queries;
+    auto* out = static_cast<uint4*>(call.out) + int64_t(token) * chunks;
+#pragma unroll 1
+    for (int chunk = static_cast<int>(threadIdx.x); chunk < chunks; chunk += threads) out[chunk] = {};
+#pragma unroll 1
+    for (int head = static_cast<int>(threadIdx.x); head < call.num_heads; head += threads)
+      call.lse[(int64_t(batch) * call.num_heads + head) * call.queries + token - batch * call.queries] =
+          call.sinks ? read_sink(call, head) : -infinity();
+  }
 }
 
 // Where a row's result goes.

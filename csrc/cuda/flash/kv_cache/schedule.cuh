@@ -20,7 +20,7 @@ namespace selfattn::cuda::kv_cache {
 
 // A tile of a row: pairs (token of the row, head of the group) first .. first + count - 1.
 struct TileEntry {
-  int row;          // of the cache; `rows` of them: queries that belong to none
+  int row;          // of the cache
   int first;        // a multiple of the tile's rows
   int first_token;  // where the row's tokens begin in token_order
   int tokens;       // of the row
@@ -43,14 +43,14 @@ struct ScheduleParams {
   int splits_per_head_tile;  // with split_keys: places for partial results of a head tile; else 0
 
   // Written by prepare_kv_cache_kernel.
-  int* counters;                                   // (thread_blocks) zeros
-  bool is_prepared;                                // whether what follows is filled, too
-  int* total;                                      // the count of all tiles
-  ShareStart* starts;                              // (thread_blocks)
-  TileEntry* entries;                              // (tiles), with ids
-  int* token_order;                                // (batch * queries) tokens of all rows, by row, with ids
-  int *token_counts, *token_starts, *tile_starts;  // (rows + 1), for prepare alone, with ids
-  int* tile_counts_before;                         // (tiles), for prepare alone
+  int* counters;                     // (thread_blocks) zeros
+  bool is_prepared;                  // whether what follows is filled, too
+  int* total;                        // the count of all tiles
+  ShareStart* starts;                // (thread_blocks)
+  TileEntry* entries;                // (tiles), with ids
+  int* token_order;                  // (batch * queries) tokens of all rows, by row, with ids
+  int *token_counts, *token_starts;  // (rows + 1), for prepare alone, with ids
+  int* tile_counts_before;           // (tiles), for prepare alone
 };
 
 // Keys or values of the cache, as TensorView.
@@ -162,7 +162,7 @@ inline __device__ __noinline__ Tile describe_tile(const KernelParams& p, int ind
   Tile tile;
   tile.entry = find_entry(p, index);
   tile.count = ::min(p.schedule.tile_rows, tile.entry.tokens * p.schedule.group.value - tile.entry.first);
-  tile.length = tile.entry.row == call.rows ? 0 : read_length(call, tile.entry.row);
+  tile.length = read_length(call, tile.entry.row);
   const int first = tile.entry.first / p.schedule.group, last = (tile.entry.first + tile.count - 1) / p.schedule.group;
   int lowest = tile.length - tile.entry.tokens + first, highest = lowest + last - first;
   if (call.positions) {
@@ -203,7 +203,7 @@ struct Share {
 
 __device__ __forceinline__ Share cut_share(const KernelParams& p, int total, int part) {
   Share share{};
-  const int parts = ::min(p.schedule.thread_blocks, total);
+  const int parts = ::max(::min(p.schedule.thread_blocks, total), 1);
   share.least = total / parts, share.longer = total - parts * share.least;
   if (part < parts) share.begin = share.begin_of(part), share.end = share.begin_of(part + 1);
   return share;

@@ -15,11 +15,14 @@ struct CacheRow {
   const SegmentProblem& p;
   int64_t b;
   int slots;  // in use
+  CacheTile tile;
 
   __device__ CacheRow(const SegmentProblem& p, int64_t b, unsigned*, int, int) : p(p), b(b) {
-    const int64_t found = p.cache.lengths.at(b, 0);
+    tile = p.cache.tiles ? p.cache.tiles[b] : CacheTile{static_cast<int>(b), 0, p.query_length};
+    const int64_t found = tile.count ? p.cache.lengths.at(tile.row, 0) : 0;
     assert(found >= 0 && found <= p.key_length && "lengths must fit the cache");
     slots = static_cast<int>(found);
+    if (!p.cache.tiles) tile.first_position = slots - p.query_length;
   }
 
   __device__ __forceinline__ int length(int side) const { return side == kQuerySide ? p.query_length : p.key_length; }
@@ -27,8 +30,8 @@ struct CacheRow {
   // Called by the thread blocks of the row, each for a share of the pages, to see that those in reach are there. What
   // one query sees meets what the next one sees.
   __device__ __forceinline__ bool find_intervals() const {
-    if (!p.cache.page_table) return true;
-    const Interval reach{interval(kQuerySide, 0).begin, interval(kQuerySide, p.query_length - 1).end};
+    if (!p.cache.page_table || tile.count == 0) return true;
+    const Interval reach{interval(kQuerySide, 0).begin, interval(kQuerySide, tile.count - 1).end};
     const int first = blockIdx.y * blockDim.x + threadIdx.x, step = gridDim.y * blockDim.x;
     const int end = (reach.end + p.cache.page_size - 1) / p.cache.page_size;
 #pragma unroll 1
@@ -40,7 +43,11 @@ struct CacheRow {
   }
 
   __device__ __forceinline__ Interval interval(int, int query) const {
-    return slots_of_query({p.cache.window_left, p.cache.window_right}, slots - p.query_length + query, slots);
+    const AttentionWindow window{p.cache.window_left, p.cache.window_right};
+    if (query < tile.count) return slots_of_query(window, tile.first_position + query, slots);
+    // Nothing, behind what the last query sees.
+    const int end = tile.count ? slots_of_query(window, tile.first_position + tile.count - 1, slots).end : 0;
+    return {end, end};
   }
 };
 

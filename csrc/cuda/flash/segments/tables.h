@@ -93,14 +93,22 @@ struct SegmentPositions {
   int64_t left = kUnbounded, right = kUnbounded;
 };
 
+// Queries of a batch row that follow one another in a row of a KV cache.
+struct CacheTile {
+  int row;
+  int first_position;  // of the first query
+  int count;           // of queries; those of the batch row behind them see nothing
+};
+
 // Rows of a KV cache, of which each batch row has one, in the place of ids: its last query stands at the last slot in
 // use. A length that is negative or beyond key_length, and an entry of the page table that names no page while some
 // query sees a slot of it, stop the kernel (device assert).
 struct CacheRows {
-  IntegerView lengths;     // (batch, 1) slots in use; null: there is no cache
+  IntegerView lengths;     // (batch, 1), or with tiles (rows, 1): slots in use; null: there is no cache
   IntegerView page_table;  // (batch, pages of a row), or null
   int page_size = 0, pages = 0;
   int window_left = 0, window_right = 0;  // AttentionWindow
+  const CacheTile* tiles = nullptr;       // (batch) which queries a batch row has; null: as many as all, of its own row
 };
 
 // The ids and how the kernel that follows will cut the problem.

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-namespace selfattn::cuda::kv_cache {
+namespace selfattn::cuda {
 
 // Of numbers below 2^31. With 2^(shift - 1) < divisor <= 2^shift, the multiplier 2^(31 + shift) / divisor rounded up
 // has 32 bits, and its error is too small to reach the next quotient (Granlund and Montgomery 1994).
@@ -25,4 +25,4 @@ __device__ __forceinline__ int operator/(int number, const Divisor& divisor) {
   return static_cast<int>(uint64_t(static_cast<uint32_t>(number)) * divisor.multiplier >> (31 + divisor.shift));
 }
 
-}  // namespace selfattn::cuda::kv_cache
+}  // namespace selfattn::cuda
