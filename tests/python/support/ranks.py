@@ -27,6 +27,9 @@ import selfattn.distributed  # noqa: F401 -- these take long: once, before proce
 
 _TIMEOUT = 60
 """Seconds after which a collective gives up, and with it a test that hangs."""
+_MOST_CALLS = 30
+"""Of one process: PyTorch keeps the groups that DTensors were on, with two threads each that poll for messages, and
+some hundred of them leave little of a machine of two cores to the tests."""
 
 
 def in_fake_job(world_size: int, function: Callable[[], None]) -> None:
@@ -39,7 +42,7 @@ def in_fake_job(world_size: int, function: Callable[[], None]) -> None:
 
 
 class Ranks:
-    """A pool of processes; those that a test ends are started again for the next.
+    """A pool of processes; those that a test ends are started again for the next, and after some calls all of them.
 
     A test hands a function of its own file to ``run``, which calls it once a rank, in a process group of so many ranks.
     On ``device_type`` "cuda" GPU r is the current device of rank r.
@@ -50,6 +53,7 @@ class Ranks:
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload([__name__])
         self._workers: list[tuple[multiprocessing.Process, Connection]] = []
+        self._calls = 0
 
     def run(self, function: Callable[..., Any], world_size: int, *arguments: Any) -> list[Any]:
         """What ``function(*arguments)`` returns on every rank.
@@ -74,6 +78,9 @@ class Ranks:
             return [_outcome(process, connection) for process, connection in workers]
 
     def _start(self, count: int) -> None:
+        self._calls += 1
+        if self._calls % _MOST_CALLS == 0:
+            self.close()
         self._workers = [worker for worker in self._workers if worker[0].is_alive()]
         with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):  # the fork server takes no other
             while len(self._workers) < count:
@@ -87,6 +94,7 @@ class Ranks:
             if process.is_alive():
                 connection.send(None)
                 process.join()
+        self._workers = []
 
 
 def _outcome(process: multiprocessing.Process, connection: Connection) -> tuple[bool, Any]:
