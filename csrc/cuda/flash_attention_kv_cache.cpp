@@ -13,12 +13,15 @@
 namespace selfattn::cuda {
 namespace {
 
-int64_t capacity_of(const KvCacheProblem& problem) {
-  return problem.key.size(1) * (problem.page_table ? problem.page_table->size(1) : 1);
+int pages_per_row(const KvCacheProblem& problem) {
+  return problem.page_table ? static_cast<int>(problem.page_table->size(1)) : 1;
 }
 
-AttentionShape shape_of_rows(const KvCacheProblem& problem) {
-  AttentionShape shape = shape_of(problem.query, problem.key, problem.value);
+int64_t capacity_of(const KvCacheProblem& problem) { return problem.key.size(1) * pages_per_row(problem); }
+
+/// Of `query` (batch rows, queries, NH, DQK), to which all slots of a row are keys.
+AttentionShape shape_over_cache(const KvCacheProblem& problem, const at::Tensor& query) {
+  AttentionShape shape = shape_of(query, problem.key, problem.value);
   shape.key_length = static_cast<int>(capacity_of(problem));
   return shape;
 }
@@ -35,7 +38,7 @@ bool has_forward_kernel(const KvCacheProblem& problem, bool from_pages) {
 /// The queries of a tile of the forward kernel.
 int64_t forward_tile(const KvCacheProblem& problem) {
   ForwardParams params{};
-  params.shape = shape_of_rows(problem), params.softcap = static_cast<float>(problem.softcap);
+  params.shape = shape_over_cache(problem, problem.query), params.softcap = static_cast<float>(problem.softcap);
   return flash_kernels(element_of(problem.query), RowLayout::kAligned).forward_tiles(params).query;
 }
 
@@ -72,16 +75,15 @@ bool may_have_chunks(const KvCacheProblem& problem) {
 AttentionResults run_forward_over_cache(const KvCacheProblem& problem, const at::Tensor& query, const KeyPages& pages,
                                         const CacheTile* tiles) {
   const AttentionWindow window = window_of(problem.is_causal, problem.window_left, problem.window_right);
-  ForwardCall call{.query = query,
-                   .key = problem.key,
-                   .value = problem.value,
-                   .sinks = problem.sinks,
-                   .scale = problem.scale,
-                   .softcap = problem.softcap,
-                   .shape = shape_of(query, problem.key, problem.value),
-                   .window = {},
-                   .pages = pages};
-  call.shape.key_length = static_cast<int>(capacity_of(problem));
+  const ForwardCall call{.query = query,
+                         .key = problem.key,
+                         .value = problem.value,
+                         .sinks = problem.sinks,
+                         .scale = problem.scale,
+                         .softcap = problem.softcap,
+                         .shape = shape_over_cache(problem, query),
+                         .window = {},
+                         .pages = pages};
   return run_forward(call, [&](const TileSizes& sizes) {
     SegmentProblem segments{};
     segments.batch = call.shape.batch;
@@ -102,7 +104,7 @@ AttentionResults run_forward_over_cache(const KvCacheProblem& problem, const at:
 
 KeyPages pages_of(const KvCacheProblem& problem, const IntegerView& table) {
   return {.table = table,
-          .pages_per_row = static_cast<int>(problem.page_table ? problem.page_table->size(1) : 1),
+          .pages_per_row = pages_per_row(problem),
           .size = static_cast<int>(problem.key.size(1)),
           .count = static_cast<int>(problem.key.size(0))};
 }
@@ -136,7 +138,7 @@ AttentionResults attend_rows(const KvCacheProblem& problem, const IntegerView& i
   params.batch = static_cast<int>(q.size(0)), params.queries = static_cast<int>(q.size(1));
   params.rows = static_cast<int>(problem.lengths.size(0));
   params.pages = static_cast<int>(k.size(0)), params.page_size = static_cast<int>(k.size(1));
-  params.pages_per_row = problem.page_table ? static_cast<int>(problem.page_table->size(1)) : 1;
+  params.pages_per_row = pages_per_row(problem);
   params.num_heads = static_cast<int>(q.size(2)), params.num_kv_heads = static_cast<int>(k.size(2));
   params.dim_qk = static_cast<int>(q.size(3)), params.dim_v = static_cast<int>(v.size(3));
   params.window = window_of(/*is_causal=*/false, problem.window_left, problem.window_right);
@@ -173,7 +175,7 @@ AttentionResults attend_ragged_rows(const KvCacheProblem& problem) {
   chunks.q = view_of(query);
   chunks.tile = static_cast<int>(forward_tile(problem));
   chunks.count = static_cast<int>(most_chunk_tiles(q.size(0) * q.size(1), chunks.rows, chunks.tile));
-  chunks.pages_per_row = pages_of(problem, {}).pages_per_row;
+  chunks.pages_per_row = pages_per_row(problem);
   const at::Tensor memory = empty({place_chunk_tiles(chunks, nullptr)}, at::kByte, q.device());
   place_chunk_tiles(chunks, memory.mutable_data_ptr());
   const at::Tensor tiled = empty({chunks.count, chunks.tile, q.size(2), q.size(3)}, q.scalar_type(), q.device());
