@@ -90,8 +90,8 @@ c10::SymInt ContextProblem::key_heads_of_rank() const {
 }
 
 int64_t ContextProblem::groups_of_heads() const {
-  // Two groups hide half of what travels; a third would hide a sixth more.
-  constexpr int64_t kMostGroups = 2;
+  // They hide half of what travels; a third group would hide a sixth more.
+  constexpr int64_t kGroups = 2;
   // Over the NVLink of two H200 smaller groups cost more than they hide (benchmarks/results/scale_tuning.txt):
   // collectives take SMs and memory from the attention that they run beside.
   constexpr int64_t kBytesOfTransfer = int64_t{64} << 20;
@@ -116,10 +116,7 @@ int64_t ContextProblem::groups_of_heads() const {
   const int64_t keys_of_query = keys.size() * queries / (own.is_causal ? 2 : 1);
   const c10::SymInt hidden = (bytes_of_keys + bytes_of_heads) / 2 * kOperationsPerByte;
   const c10::SymInt idle = kRowsOfTile / 2 * keys_of_query * 2 * width;
-  for (int64_t groups = kMostGroups; groups > 1; --groups) {
-    if (key_heads % groups == 0 && smallest >= groups * kBytesOfTransfer && hidden >= idle) return groups;
-  }
-  return 1;
+  return key_heads % kGroups == 0 && smallest >= kGroups * kBytesOfTransfer && hidden >= idle ? kGroups : 1;
 }
 
 AttentionProblem ContextProblem::narrow_tokens(int64_t begin, int64_t end) const {
