@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kPrepareThreads) plan_chunk_tiles_kernel(const
 struct CopyParams {
   ChunkTiles chunks;
   Divisor queries;
-  int head_chunks;  // of 16 bytes, of a token's head on the side that has any strides
+  int head_chunks;  // of 16 bytes, of a head of what is copied: a query, or an output
 };
 
 // One thread block a (tile, share of its queries), one warp a query.

@@ -19,7 +19,7 @@ __device__ int sort_tokens(const KernelParams& p, int* s_sums) {
                          schedule.token_order, schedule.token_counts, schedule.token_starts};
   int tiles = 0;
   tokens.sort(s_sums, [&](int row, int start, int count) {
-    const int rows = row < p.call.rows ? count * schedule.group.value : 0;  // of tiles
+    const int rows = row < call.rows ? count * schedule.group.value : 0;  // of tiles
     const int row_tiles = (rows + schedule.tile_rows - 1) / schedule.tile_rows;
     const int first_tile = sum_before(row_tiles, tiles, s_sums);
     for (int i = 0; i < row_tiles; i++) schedule.entries[first_tile + i] = {row, i * schedule.tile_rows, start, count};

@@ -49,7 +49,7 @@ struct ScheduleParams {
   ShareStart* starts;                // (thread_blocks)
   TileEntry* entries;                // (tiles), with ids
   int* token_order;                  // (batch * queries) tokens of all rows, by row, with ids
-  int *token_counts, *token_starts;  // (rows + 1), for prepare alone, with ids
+  int *token_counts, *token_starts;  // (rows + 1), with ids; token_starts for prepare alone
   int* tile_counts_before;           // (tiles), for prepare alone
 };
 
