@@ -55,7 +55,7 @@ def flash(call: dict[str, Any]) -> tuple[Tensor, Tensor]:
 
 def check(case: CacheCase, device: str) -> None:
     call = case.make(device)
-    check_results(call, *flash(call), by_rows=True)
+    check_results(call, *flash(call), by_rows=case.ids is None)
 
 
 # ---------------------------------------------------------------- calls of every kind
@@ -181,34 +181,29 @@ def ragged(device: str, **fields: Any) -> CacheCase:
     return CacheCase(**(usual | PAGES["pages64"] | sizes | fields))
 
 
-def check_ragged(case: CacheCase, device: str) -> None:
-    call = case.make(device)
-    check_results(call, *flash(call))
-
-
 @pytest.mark.parametrize("ids", ["step", "chunks", "padded", "any_order", "all_padding"])
 @pytest.mark.parametrize("pages", ["dense", "pages16", "pages64"])
 def test_ids(pages: str, ids: str, device: str) -> None:
     for seed, lengths in enumerate(("mixed", "full")):
-        check_ragged(ragged(device, ids=ids, lengths=lengths, seed=seed, **PAGES[pages]), device)
+        check(ragged(device, ids=ids, lengths=lengths, seed=seed, **PAGES[pages]), device)
 
 
 @pytest.mark.parametrize("dim", [(128, 128), (192, 128), (256, 256), (72, 40)])
 @pytest.mark.parametrize("pages", ["dense", "pages48"])
 def test_head_dimensions_with_ids(pages: str, dim: tuple[int, int], device: str) -> None:
-    check_ragged(ragged(device, dtype=torch.float16, dim=dim[0], value_dim=dim[1], **PAGES[pages]), device)
+    check(ragged(device, dtype=torch.float16, dim=dim[0], value_dim=dim[1], **PAGES[pages]), device)
 
 
 @pytest.mark.parametrize("options", [{"window_left": 100}, {"window_right": 5, "causal": False}, {"causal": False}])
 @pytest.mark.parametrize("more", [{}, {"softcap": 20.0, "has_sinks": True, "qk_scale": -0.3}])
 def test_options_with_ids(more: dict[str, Any], options: dict[str, Any], device: str) -> None:
     for lengths in ("mixed", "edges"):
-        check_ragged(ragged(device, dim=128, lengths=lengths, **options, **more), device)
+        check(ragged(device, dim=128, lengths=lengths, **options, **more), device)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_with_ids(layout: str, device: str) -> None:
-    check_ragged(ragged(device, layout=layout, index_dtype=torch.int64, **PAGES["pages16"]), device)
+    check(ragged(device, layout=layout, index_dtype=torch.int64, **PAGES["pages16"]), device)
 
 
 @pytest.mark.parametrize("num_queries", [64, 70, 1200])
@@ -217,7 +212,7 @@ def test_numbers_of_rows_and_tokens(rows: int, num_queries: int, device: str) ->
     heads = {"num_heads": 32, "num_kv_heads": 8} if device == "cuda" else {}
     tokens = num_queries if device == "cuda" else min(num_queries, 100)
     for ids in ("step", "any_order"):
-        check_ragged(ragged(device, rows=rows, num_queries=tokens, ids=ids, lengths="full", **heads), device)
+        check(ragged(device, rows=rows, num_queries=tokens, ids=ids, lengths="full", **heads), device)
 
 
 @given(case=cases(ids=None, has_draft_mask=False, dtype=torch.float64))
