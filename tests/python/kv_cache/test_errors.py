@@ -166,14 +166,17 @@ def test_positions_name_their_arguments() -> None:
         ((lengths.float(), None, 1, 8), TypeError, "lengths"),
         ((lengths[None], None, 1, 8), ValueError, "lengths"),
         ((lengths, IDS, 2, 8), ValueError, "segment_ids"),
-        ((lengths, None, -1, 8), ValueError, "num_(queries|tokens)"),
+        ((lengths, None, -1, 8), ValueError, "{tokens}"),
         ((lengths, None, 3, 8, IDS[:1]), ValueError, "positions"),
         ((lengths, None, 3, 3), ValueError, "lengths must hold"),
         ((lengths, IDS + 2, 3, 8), ValueError, "segment_ids must hold"),
         ((lengths, IDS, 3, 16, IDS.long() + 2**31), ValueError, "positions must hold"),
     ):
-        for operator in (selfattn.kv_cache_positions, torch.ops.selfattn.positions_of_append):
-            with pytest.raises(kind, match=rf"^selfattn: {name}"):
+        for operator, tokens in (
+            (selfattn.kv_cache_positions, "num_queries"),
+            (torch.ops.selfattn.positions_of_append, "num_tokens"),
+        ):
+            with pytest.raises(kind, match=rf"^selfattn: {name.format(tokens=tokens)}"):
                 operator(*arguments)
     with pytest.raises(ValueError, match=r"^selfattn: lengths must hold"):  # after the call
         torch.ops.selfattn.positions_of_append(lengths, None, 5, 8)
