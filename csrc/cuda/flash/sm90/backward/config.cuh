@@ -5,7 +5,7 @@
 #include "flash/params.h"
 #include "flash/sm90/pipeline.cuh"
 #include "flash/sm90/repair_list.cuh"
-#include "flash/sm90/tensor_map.h"
+#include "flash/tensor_map.h"
 
 namespace selfattn::cuda::sm90 {
 

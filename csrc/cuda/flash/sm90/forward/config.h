@@ -3,7 +3,7 @@
 #include <cstdint>
 
 #include "flash/sm90/repair_list.cuh"
-#include "flash/sm90/tensor_map.h"
+#include "flash/tensor_map.h"
 #include "flash/tile/constants.h"
 #include "flash/tile/window.h"
 

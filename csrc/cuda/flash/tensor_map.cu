@@ -1,4 +1,4 @@
-#include "tensor_map.h"
+#include "flash/tensor_map.h"
 
 #include <cudaTypedefs.h>
 #include <cuda_runtime.h>
@@ -6,7 +6,7 @@
 #include <stdexcept>
 #include <string>
 
-namespace selfattn::cuda::sm90 {
+namespace selfattn::cuda {
 namespace {
 
 PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
@@ -35,7 +35,7 @@ bool bind_context() {
 }  // namespace
 
 CUtensorMap make_tensor_map(const TensorView& view, ElementType element, int batch, int length, int heads, int dim,
-                            int rows) {
+                            int rows, CUtensorMapL2promotion promotion) {
   constexpr cuuint64_t kElementBytes = 2;
   const cuuint64_t sizes[4] = {cuuint64_t(dim), cuuint64_t(length), cuuint64_t(heads), cuuint64_t(batch)};
   // A dimension of size 1 may come with any stride; the encoder wants a positive multiple of 16 bytes all the same.
@@ -50,8 +50,8 @@ CUtensorMap make_tensor_map(const TensorView& view, ElementType element, int bat
   const auto encode = [&] {
     return tensor_map_encoder()(
         &map, element == ElementType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 4,
-        view.data, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-        CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+        view.data, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, promotion,
+        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   };
   thread_local const bool is_bound = bind_context();
   CUresult status = is_bound ? encode() : CUDA_ERROR_INVALID_CONTEXT;
@@ -64,4 +64,4 @@ CUtensorMap make_tensor_map(const TensorView& view, ElementType element, int bat
   return map;
 }
 
-}  // namespace selfattn::cuda::sm90
+}  // namespace selfattn::cuda
