@@ -1,6 +1,6 @@
 // Every wrapper of csrc/cuda/ptx on the GPU against a scalar computation on the host, on random data, exactly.
 // Builds alone: nvcc -std=c++20 -gencode=arch=compute_90a,code=sm_90a tests/cuda/test_ptx.cu
-// csrc/cuda/flash/sm90/tensor_map.cu
+// csrc/cuda/flash/tensor_map.cu
 #include <cuda_runtime.h>
 
 #include <cmath>
@@ -9,9 +9,11 @@
 #include <ctime>
 #include <vector>
 
-#include "flash/sm90/tensor_map.h"
+#include "flash/tensor_map.h"
 #include "ptx/arithmetic.cuh"
+#include "ptx/async_copy.cuh"
 #include "ptx/barrier.cuh"
+#include "ptx/cluster.cuh"
 #include "ptx/fence.cuh"
 #include "ptx/launch.cuh"
 #include "ptx/matrix.cuh"
@@ -293,8 +295,8 @@ void test_tensor_copies() {
       const int h = 2, b = 1;
       Array<uint16_t> g_in(in), g_out(blank), g_box(std::vector<uint16_t>(kBoxRows * 64, 7));
       const auto map = [&](uint16_t* data) {
-        return cuda::sm90::make_tensor_map({data, kLength * kHeads * kPadded, kHeads * kPadded, kPadded},
-                                           cuda::ElementType::kHalf, kBatch, kLength, kHeads, kDim, kBoxRows);
+        return cuda::make_tensor_map({data, kLength * kHeads * kPadded, kHeads * kPadded, kPadded},
+                                     cuda::ElementType::kHalf, kBatch, kLength, kHeads, kDim, kBoxRows);
       };
       copy_kernel<<<1, 64>>>(map(g_in.device), map(g_out.device), g_box.device, column, row, h, b);
       const auto box = g_box.read();
@@ -457,6 +459,55 @@ void test_arithmetic() {
   report("exp2_approx, reciprocal_approx, pack", wrong);
 }
 
+// ------------------------------------------------------------------------------------------------ clusters
+constexpr int kClusterBlocks = 4, kClusterThreads = 64;
+
+// Each thread block copies its part of g_in into its own shared memory, and reads that of its right neighbour.
+__global__ void __cluster_dims__(kClusterBlocks, 1, 1) cluster_kernel(const float* g_in, float* g_out, int* g_places) {
+  __shared__ __align__(16) float s_part[4 * kClusterThreads];
+  __shared__ __align__(8) uint64_t s_barrier;
+  const int rank = ptx::cluster_rank(), blocks = ptx::cluster_blocks(), thread = static_cast<int>(threadIdx.x);
+  if (thread == 0) ptx::mbarrier_init(s_barrier, kClusterThreads);
+  __syncthreads();
+  const float* g_part = g_in + (blockIdx.x * kClusterThreads + thread) * 4;
+  ptx::copy_async(ptx::shared_address(s_part + 4 * thread), g_part, true);
+  ptx::arrive_after_copies(s_barrier);
+  ptx::mbarrier_wait(s_barrier, 0);
+  ptx::cluster_arrive();
+  ptx::cluster_wait();
+  const uint32_t place =
+      ptx::address_in_block(ptx::shared_address(s_part + 4 * (kClusterThreads - 1 - thread)), (rank + 1) % blocks);
+  const float4 four = ptx::load_four_of_cluster(place);
+  const float2 pair = ptx::load_pair_of_cluster(place + 2 * int(sizeof(float)));
+  float* g_result = g_out + (blockIdx.x * kClusterThreads + thread) * 4;
+  g_result[0] = four.x, g_result[1] = four.y, g_result[2] = pair.x, g_result[3] = pair.y;
+  if (four.z != pair.x || four.w != pair.y) g_result[0] = -1.f;
+  if (thread == 0) g_places[2 * blockIdx.x] = rank, g_places[2 * blockIdx.x + 1] = blocks;
+  ptx::cluster_arrive();
+  ptx::cluster_wait();
+}
+
+void test_clusters() {
+  constexpr int kBlocks = 3 * kClusterBlocks, kCount = kBlocks * kClusterThreads * 4;
+  std::vector<float> in(kCount);
+  for (auto& x : in) x = float(std::rand());
+  Array<float> g_in(in), g_out(std::vector<float>(kCount, 0.f));
+  Array<int> g_places(std::vector<int>(2 * kBlocks, -1));
+  cluster_kernel<<<kBlocks, kClusterThreads>>>(g_in.device, g_out.device, g_places.device);
+  const auto out = g_out.read();
+  const auto places = g_places.read();
+  long long wrong = 0;
+  for (int block = 0; block < kBlocks; block++) {
+    const int rank = block % kClusterBlocks, neighbour = block - rank + (rank + 1) % kClusterBlocks;
+    wrong += places[2 * block] != rank || places[2 * block + 1] != kClusterBlocks;
+    for (int i = 0; i < kClusterThreads; i++)
+      for (int j = 0; j < 4; j++)
+        wrong += out[(block * kClusterThreads + i) * 4 + j] !=
+                 in[(neighbour * kClusterThreads + kClusterThreads - 1 - i) * 4 + j];
+  }
+  report("clusters, arrive_after_copies", wrong);
+}
+
 }  // namespace
 
 int main() {
@@ -479,6 +530,7 @@ int main() {
   test_tf32();
   test_tensor_copies();
   test_bulk_copies();
+  test_clusters();
   test_named_barriers();
   test_dependent_launch();
   test_arithmetic();

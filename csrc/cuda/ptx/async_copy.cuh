@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "address.cuh"
+
 namespace selfattn::ptx {
 
 // Zeros where is_there is false; the source is not read then.
@@ -35,6 +37,11 @@ __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_
 template <int kGroups>
 __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
+}
+
+// One arrival at an mbarrier, of those that it counts, once all copies that this thread has started are there.
+__device__ __forceinline__ void arrive_after_copies(uint64_t& barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(&barrier)) : "memory");
 }
 
 }  // namespace selfattn::ptx
