@@ -78,10 +78,11 @@ Reason aligned_cuda_caches(const KvCacheProblem& problem) {
     for (int64_t dim = 0; dim < 3; dim++) {
       is_aligned = is_aligned && (cache->sym_size(dim) <= 1 || cache->sym_stride(dim) % chunk == 0);
     }
+    is_aligned = is_aligned && (cache->sym_size(1) <= 1 || cache->sym_stride(1) != 0);
     if (!is_aligned) {
       return c10::str(name,
-                      " must have a contiguous last dimension, and strides and a storage offset that are "
-                      "multiples of ",
+                      " must have a contiguous last dimension, tokens that do not lie over each other, and strides "
+                      "and a storage offset that are multiples of ",
                       chunk, " elements on CUDA; got strides ", cache->sym_strides(), " and offset ",
                       cache->sym_storage_offset());
     }

@@ -20,7 +20,7 @@ constexpr int kRowChunkBytes = 16;
 /// What the CUDA kernels over a KV cache take: pages of a multiple of kCachePageMultiple tokens where a row has
 /// several, and less than kMaxCacheWork pieces of kCacheTileRows query heads with kCacheUnitKeys keys, which they
 /// count.
-constexpr int kCachePageMultiple = 16, kCacheUnitKeys = 64, kCacheTileRows = 16;
+constexpr int kCachePageMultiple = 16, kCacheUnitKeys = 64, kCacheTileRows = 8;
 constexpr int64_t kMaxCacheWork = int64_t(1) << 30;
 
 /// Whether rows of these head dimensions are whole multiples of that: other kernels serve those that are not. Int: an

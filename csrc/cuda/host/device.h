@@ -85,12 +85,18 @@ bool is_built_for(int device) {
   return find_ptx_version<kKernel>(device) >= 0;
 }
 
+// Whether kKernel was made for Hopper or a later card, and so may do what these can, where its source says so.
+template <auto kKernel>
+bool is_built_for_hopper(int device) {
+  constexpr int kHopper = 90;
+  return find_ptx_version<kKernel>(device) >= kHopper;
+}
+
 // Whether kKernel may start before the kernel ahead of it has ended (ptx/launch.cuh): from Hopper on, unless it was
 // made from older PTX, in which it does not wait.
 template <auto kKernel>
 bool has_dependent_launch(int device) {
-  constexpr int kHopper = 90;
-  return find_ptx_version<kKernel>(device) >= kHopper;
+  return is_built_for_hopper<kKernel>(device);
 }
 
 // The attribute of a launch that asks for it.

@@ -34,13 +34,17 @@ TileKind kind_of(const KvCacheParams& params) {
     const bool is_one = params.split_keys || params.has_short_rows;
     queries = is_one ? 1 : int64_t(params.batch) * params.queries / params.rows;
   }
-  return queries * params.group() <= kv_cache::kDecodeRows ? TileKind::kDecode : TileKind::kChunk;
+  const int64_t rows = queries * params.group();
+  if (rows <= kv_cache::kFewRows) return TileKind::kFew;
+  return rows <= kv_cache::kDecodeRows ? TileKind::kDecode : TileKind::kChunk;
 }
 
 template <ElementType kElement>
 const Kernel& find_kernel(const KvCacheParams& params) {
-  const auto& kernels = kind_of(params) == TileKind::kDecode ? kKernels<kElement, TileKind::kDecode>
-                                                             : kKernels<kElement, TileKind::kChunk>;
+  const TileKind kind = kind_of(params);
+  const auto& kernels = kind == TileKind::kFew      ? kKernels<kElement, TileKind::kFew>
+                        : kind == TileKind::kDecode ? kKernels<kElement, TileKind::kDecode>
+                                                    : kKernels<kElement, TileKind::kChunk>;
   return *std::find_if(std::begin(kernels), std::end(kernels) - 1,
                        [&](const Kernel& kernel) { return params.dim_qk <= kernel.dim && params.dim_v <= kernel.dim; });
 }

@@ -4,9 +4,10 @@
 
 namespace selfattn::cuda::kv_cache {
 
-// Rows of a call's tiles: kDecode for up to kDecodeRows queries and heads that share a kv head, kChunk for more.
-enum class TileKind { kDecode, kChunk };
-constexpr int kDecodeRows = 16;
+// By the rows of a call, that is queries times heads that share a kv head: kFew for up to kFewRows, kDecode for up to
+// kDecodeRows, kChunk for more.
+enum class TileKind { kFew, kDecode, kChunk };
+constexpr int kFewRows = 8, kDecodeRows = 16;
 
 template <ElementType kElement, int kDim, TileKind kKind>
 struct Launcher {

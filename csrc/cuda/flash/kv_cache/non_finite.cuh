@@ -6,6 +6,7 @@
 #include "flash/tile/online_softmax.cuh"
 #include "ptx/arithmetic.cuh"
 #include "ptx/mma.cuh"
+#include "ptx/transpose.cuh"
 
 namespace selfattn::cuda::kv_cache {
 
@@ -71,6 +72,40 @@ __device__ __noinline__ void multiply_non_finite_values(uint32_t s_values, const
 #pragma unroll
         for (int i = 0; i < 4; i++) out[8 * pair + 4 * half + i] += sum[i] + sum_of_kinds(met[i]);
       }
+    }
+  }
+}
+
+// Weights of 16 keys with 8 rows, laid out as a product that has the keys as its rows: the right operand of the next.
+template <class Element>
+__device__ __forceinline__ void take_weights(const float* weights, uint32_t (&b)[2]) {
+#pragma unroll
+  for (int i = 0; i < 2; i++) b[i] = ptx::transpose_matrix(ptx::pack<Element>(weights[2 * i], weights[2 * i + 1]));
+}
+
+// The same of 8 rows: out^T += V^T P^T (few_rows.cuh).
+template <class Element, class Operand, int kCount, int kOut>
+__device__ __noinline__ void multiply_non_finite_values_of_few_rows(uint32_t s_values, const float (&weights)[kCount],
+                                                                    float (&out)[kOut]) {
+#pragma unroll 1
+  for (int step = 0; step < kCount / 4; step++) {
+    float is_met_by[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) is_met_by[i] = weights[4 * step + i] != 0.f;
+    uint32_t b[2], is_met[2];
+    take_weights<Element>(weights + 4 * step, b), take_weights<Element>(is_met_by, is_met);
+#pragma unroll 1
+    for (int tile = 0; tile < kOut / 4; tile++) {
+      uint32_t r[4], kinds[4];
+      Operand::load_right_transposed(s_values, step, tile, r);
+#pragma unroll
+      for (int i = 0; i < 4; i++) kinds[i] = take_out_non_finite<Element>(r[i]);
+      const uint32_t a[4] = {r[0], r[2], r[1], r[3]}, a_kinds[4] = {kinds[0], kinds[2], kinds[1], kinds[3]};
+      float met[4], sum[4];
+      ptx::multiply_overwrite<Element>(met, a_kinds, is_met[0], is_met[1]);
+      ptx::multiply_overwrite<Element>(sum, a, b[0], b[1]);
+#pragma unroll
+      for (int i = 0; i < 4; i++) out[4 * tile + i] += sum[i] + sum_of_kinds(met[i]);
     }
   }
 }

@@ -28,7 +28,7 @@ __device__ int sort_tokens(const KernelParams& p, int* s_sums) {
 }
 
 __global__ void __launch_bounds__(kPrepareThreads) prepare_kv_cache_kernel(const __grid_constant__ KernelParams p) {
-  __shared__ int s_sums[kPrepareWarps];
+  __shared__ int s_sums[kPrepareWarps], s_least, s_most;
   ptx::launch_dependents();
   const ScheduleParams& schedule = p.schedule;
   const int thread = static_cast<int>(threadIdx.x);
@@ -36,17 +36,23 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_kv_cache_kernel(const
   if (!schedule.is_prepared) return;
 
   const int tiles = p.call.segment_ids ? sort_tokens(p, s_sums) : schedule.tiles;
-  int total = 0;
+  int total = 0, least = INT_MAX, most = 0;
   for (int first = 0; first < tiles; first += kPrepareThreads) {
     const int tile = first + thread, count = tile < tiles ? count_of(p, describe_tile(p, tile)) : 0;
     const int before = sum_before(count, total, s_sums);
-    if (tile < tiles) schedule.tile_counts_before[tile] = before;
+    if (tile >= tiles) continue;
+    schedule.tile_counts_before[tile] = before;
+    least = ::min(least, count), most = ::max(most, count);
   }
+  if (thread == 0) s_least = INT_MAX, s_most = 0;
   __syncthreads();
-  if (thread == 0) *schedule.total = total;
+  atomicMin(&s_least, least), atomicMax(&s_most, most);
+  __syncthreads();
+  const int of_tile = s_least == s_most ? s_most : 0;
+  if (thread == 0) *schedule.totals = {total, of_tile};
   for (int part = thread; part < schedule.thread_blocks; part += kPrepareThreads) {
-    const Share share = cut_share(p, total, part);
-    if (share.begin == share.end) continue;
+    const Share share = cut_share(p, total, of_tile, part);
+    if (share.begin == share.end || share.stride > 0) continue;
     int low = 0, high = tiles - 1;  // the last tile that begins at or before the share
     while (low < high) {
       const int middle = (low + high + 1) / 2;

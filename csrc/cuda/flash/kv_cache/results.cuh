@@ -3,6 +3,7 @@
 #include "config.h"
 #include "flash/tile/online_softmax.cuh"
 #include "ptx/arithmetic.cuh"
+#include "ptx/grid.cuh"
 #include "rows.cuh"
 #include "schedule.cuh"
 
@@ -14,7 +15,8 @@ struct Parts {
   int first_block, blocks, count, step, shift;
   int64_t base;
 
-  Parts() = default;
+  __device__ __forceinline__ Parts() : first_block(0), blocks(1), count(1), step(1), shift(0), base(0) {}
+  // Of a piece that is not a whole head tile.
   __device__ __forceinline__ Parts(const KernelParams& p, const Share& s_share, const Walk& s_walk) {
     const int first_unit = s_walk.head_tile_start + p.schedule.overhead;
     first_block = s_share.owner(first_unit);
@@ -36,6 +38,11 @@ struct Parts {
     return place(p.call.split_keys ? piece.first_unit : static_cast<int>(blockIdx.x) - first_block);
   }
 };
+
+// Of a whole head tile there are none.
+__device__ __forceinline__ Parts find_parts(const KernelParams& p, const Share& s_share, const Walk& s_walk) {
+  return s_walk.is_whole() ? Parts() : Parts(p, s_share, s_walk);
+}
 
 // Results of parts of a row's keys become one, part after part.
 template <int kWidth>
@@ -200,15 +207,15 @@ __device__ __forceinline__ float warp_sum(float value) {
   return value;
 }
 
-// When all partial results of a head tile are there, by `warp` of so many that finish pieces: a warp a row. Of so many
+// When all partial results of a head tile are there, by `warp` of those that attend: a warp a row. Of so many
 // parts as a warp has lanes, each lane weighs one.
 template <class Config>
 __device__ __noinline__ void merge_parts(const KernelParams& p, const Parts parts, const Walk& s_walk, int warp) {
-  constexpr int kWidth = Config::kDim / kWarpSize, kAtOnce = Config::kDim == 256 ? 8 : 16;
+  constexpr int kWidth = Config::kDim / kWarpSize, kAtOnce = 8;
   const float c = logit_scale(p) * kLog2E;
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize, column = lane * kWidth;
 #pragma unroll 1
-  for (int row = warp; row < s_walk.tile.count; row += Config::kFinishers ? Config::kFinishers : Config::kWarps) {
+  for (int row = warp; row < s_walk.tile.count; row += Config::kWarps) {
     float max = -infinity(), sum = 0.f, weight = 0.f, out[kWidth] = {};
 #pragma unroll 1
     for (int first = 0; first < parts.count; first += kAtOnce) {
@@ -243,6 +250,48 @@ __device__ __noinline__ void merge_parts(const KernelParams& p, const Parts part
     }
     RowTarget<Config>(p, s_walk, row, {max, sum}, lane == 0).store(column, out);
   }
+}
+
+// The results of a piece's groups become its own: some of the rows by each of the warps that attend.
+template <class Config>
+__device__ __forceinline__ void merge_groups(const KernelParams& p, const SplitStats* s_stats,
+                                             const float* const* outputs, const Parts& parts, const Walk& s_walk,
+                                             int warp) {
+  constexpr int kWidth = Config::kDim / kWarpSize;
+  const float c = logit_scale(p) * kLog2E;
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize, column = lane * kWidth;
+#pragma unroll 1
+  for (int row = warp; row < s_walk.tile.count; row += Config::kWarps) {
+    RowMerge<kWidth> merge;
+    float top = -infinity();
+#pragma unroll
+    for (int g = 0; g < Config::kKeyGroups; g++) top = fmaxf(top, s_stats[g * Config::kTileRows + row].x);
+    merge.raise(top, c);
+#pragma unroll
+    for (int g = 0; g < Config::kKeyGroups; g++) {
+      const float* s_out = outputs[g];
+      if (!s_out) continue;  // it had no slice
+      float out[kWidth];
+      load_columns(s_out + place_of_output<Config>(row, column), out, [](const auto* s) { return *s; });
+      merge.add(s_stats[g * Config::kTileRows + row], out, c);
+    }
+    target_of<Config>(p, s_walk, parts, row, {merge.max, merge.sum}, lane == 0).store(column, merge.out);
+  }
+}
+
+// Once all results of a piece are written, by some of the threads, which `sync` synchronises: whether those of the head
+// tile are to be merged, since it was the last that was wanted.
+template <class Sync>
+__device__ __forceinline__ bool ends_head_tile(const KernelParams& p, const Parts& parts, const Walk& s_walk,
+                                               int& s_is_last_arriver, int thread, const Sync& sync) {
+  if (s_walk.is_whole() || !s_walk.piece.ends_part) return false;
+  if (parts.blocks == 1) return true;
+  if (thread == 0) {
+    const int before = ptx::add_acquire_release(p.schedule.counters + parts.first_block, 1);
+    s_is_last_arriver = before == parts.blocks - 1;
+  }
+  sync();
+  return s_is_last_arriver;
 }
 
 }  // namespace selfattn::cuda::kv_cache

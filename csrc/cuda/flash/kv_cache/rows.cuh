@@ -22,23 +22,95 @@ __device__ __noinline__ void apply_softcap(const Softcap& softcap, float (&score
   softcap.apply(scores);
 }
 
-// A tile's queries into shared memory, by so many threads.
-template <class Config>
-__device__ __forceinline__ void load_query(const KernelParams& p, const Walk& s_walk, unsigned char* s_query,
-                                           int thread, int threads) {
-  using Query = typename Config::Query;
+// Eight columns of a tile's row.
+__device__ __forceinline__ const uint4* query_chunk(const KernelParams& p, const Walk& s_walk, int tile_row,
+                                                    int chunk) {
   const KvCacheParams& call = p.call;
+  const QueryRow query = s_walk.tile.query(p, tile_row);
+  const int64_t head = int64_t(s_walk.piece.kv_head) * p.schedule.group.value + query.head;
+  return reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(call.q.data) + query.batch * call.q.stride_batch +
+                                        query.index * call.q.stride_token + head * call.q.stride_head +
+                                        chunk * sm80::kChunkElements);
+}
+
+// A tile's queries into shared memory, by all threads that attend.
+template <class Config>
+__device__ __forceinline__ void load_query(const KernelParams& p, const Walk& s_walk, unsigned char* s_query) {
+  using Query = typename Config::Query;
 #pragma unroll 1
-  for (int i = ptx::forget(thread); i < s_walk.tile.count * Query::kChunks; i += threads) {
+  for (int i = ptx::forget(threadIdx.x); i < s_walk.tile.count * Query::kChunks; i += Config::kWarps * kWarpSize) {
     const int row = i / Query::kChunks, chunk = i % Query::kChunks;
-    const QueryRow query = s_walk.tile.query(p, row);
-    const int64_t head = int64_t(s_walk.piece.kv_head) * p.schedule.group.value + query.head;
-    const auto* g_chunk = static_cast<const uint16_t*>(call.q.data) + query.batch * call.q.stride_batch +
-                          query.index * call.q.stride_token + head * call.q.stride_head + chunk * sm80::kChunkElements;
     uint4 columns{};
-    if (chunk * sm80::kChunkElements < call.dim_qk) columns = *reinterpret_cast<const uint4*>(g_chunk);
+    if (chunk * sm80::kChunkElements < p.call.dim_qk) columns = *query_chunk(p, s_walk, row, chunk);
     *reinterpret_cast<uint4*>(s_query + Query::place(row, chunk)) = columns;
   }
+}
+
+// Starts the same and does not wait.
+template <class Config>
+__device__ __forceinline__ void copy_query(const KernelParams& p, const Walk& s_walk, uint32_t s_query) {
+  using Query = typename Config::Query;
+#pragma unroll 1
+  for (int i = ptx::forget(threadIdx.x); i < s_walk.tile.count * Query::kChunks; i += Config::kWarps * kWarpSize) {
+    const int row = i / Query::kChunks, chunk = i % Query::kChunks;
+    ptx::copy_async(s_query + Query::place(row, chunk), query_chunk(p, s_walk, row, chunk),
+                    chunk * sm80::kChunkElements < p.call.dim_qk);
+  }
+  ptx::commit_copies();
+}
+
+// What the two rows of a tile that a lane has to do with may see of a piece, a bit a draft.
+class VisibleOfLane {
+ public:
+  // s_p: the same as p, in shared memory. In lane l of the warp: own_row(l). Rows past the tile's last see all, which
+  // concerns nobody.
+  __device__ __forceinline__ void begin(const KernelParams& p, const KernelParams& s_p, const Walk& s_walk, int own_row,
+                                        const int (&source_lanes)[2]) {
+    VisibleKeys own{s_walk.piece.keys, 0, 0};
+    if (own_row < s_walk.tile.count) own = visible_keys(s_p, s_walk.tile, own_row);
+    shared_ =
+        s_walk.piece.keys & Interval{__reduce_max_sync(~0u, own.keys.begin), __reduce_min_sync(~0u, own.keys.end)};
+    first_draft_ = s_walk.tile.length - p.call.queries;
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      begin_[r] = __shfl_sync(~0u, own.keys.begin, source_lanes[r]);
+      count_[r] = __shfl_sync(~0u, own.keys.end, source_lanes[r]) - begin_[r];
+      drafts_[r] = __shfl_sync(~0u, own.drafts, source_lanes[r]);
+    }
+  }
+  // Whether some row of the warp does not see all of these keys.
+  __device__ __forceinline__ bool cuts(int first_key, int keys) const {
+    return first_key < shared_.begin || first_key + keys > shared_.end;
+  }
+  __device__ __forceinline__ bool sees(int r, int key) const {
+    const unsigned draft = static_cast<unsigned>(key - first_draft_);
+    const bool is_draft = draft < kMaxDraft && (drafts_[r] >> draft & 1);
+    return static_cast<unsigned>(key - begin_[r]) < static_cast<unsigned>(count_[r]) || is_draft;
+  }
+
+ private:
+  int begin_[2], count_[2];
+  uint32_t drafts_[2];  // from the first on
+  int first_draft_;
+  Interval shared_;  // keys of the piece that all rows of the warp see
+};
+
+// For a function that is not inlined: what it is given lies in memory, and the values themselves must not.
+template <int kCount, class Call>
+__device__ __forceinline__ void apart(float (&values)[kCount], const Call& call) {
+  float copy[kCount];
+#pragma unroll
+  for (int i = 0; i < kCount; i++) copy[i] = values[i];
+  call(copy);
+#pragma unroll
+  for (int i = 0; i < kCount; i++) values[i] = copy[i];
+}
+
+// Where an element of a group's output is, in a slot of its ring: the columns of a row stand in groups of 8, swizzled.
+// Rows 8 apart lie 8 * kDim apart.
+template <class Config>
+__device__ __forceinline__ int place_of_output(int row, int column) {
+  return (row * Config::kDim + row % 8 * 8 + column % 8) ^ (column / 8 * 8);
 }
 
 template <class Config>
@@ -57,26 +129,14 @@ class WarpRows {
   // Of the 16 rows a lane has rows lane / 4 and + 8.
   static __device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x) % kWarpSize; }
   static __device__ __forceinline__ int first_row() {
-    return static_cast<int>(threadIdx.x) / kWarpSize % Config::kRowWarps * kCacheTileRows;
+    return static_cast<int>(threadIdx.x) / kWarpSize % Config::kRowWarps * Config::kWarpRows;
   }
   static __device__ __forceinline__ int tile_row(int r) { return first_row() + lane() / 4 + 8 * r; }
 
   // A piece.
   __device__ __forceinline__ void begin(const Walk& s_walk) {
-    // Each lane finds what one row may see.
-    const int own_row = first_row() + lane() % kCacheTileRows;
-    VisibleKeys own{s_walk.piece.keys, 0, 0};  // rows past the last one see all, which concerns nobody
-    if (own_row < s_walk.tile.count) own = visible_keys(s_p_, s_walk.tile, own_row);
-    shared_ =
-        s_walk.piece.keys & Interval{__reduce_max_sync(~0u, own.keys.begin), __reduce_min_sync(~0u, own.keys.end)};
-    first_draft_ = s_walk.tile.length - p_.call.queries;
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-      const int source = lane() / 4 + 8 * r;
-      begin_[r] = __shfl_sync(~0u, own.keys.begin, source);
-      count_[r] = __shfl_sync(~0u, own.keys.end, source) - begin_[r];
-      drafts_[r] = __shfl_sync(~0u, own.drafts, source);
-    }
+    const int source_lanes[2] = {lane() / 4, lane() / 4 + 8};
+    visible_.begin(p_, s_p_, s_walk, first_row() + lane() % Config::kWarpRows, source_lanes);
     softmax_.state = {{-infinity(), -infinity()}, {0.f, 0.f}};
 #pragma unroll
     for (int i = 0; i < Config::kDim / 2; i++) out_[i] = 0.f;
@@ -97,7 +157,7 @@ class WarpRows {
     float scores[kSliceKeys / 2];
     multiply_scores(Operand::right_place(ptx::shared_address(s_slot)), scores);
     if (p_.call.softcap > 0.f) apart(scores, [&](auto& copy) { apply_softcap(s_p_.softcap, copy); });
-    const bool is_cut = first_key < shared_.begin || first_key + kSliceKeys > shared_.end;
+    const bool is_cut = visible_.cuts(first_key, kSliceKeys);
     if (is_cut) mask(first_key, scores);
     softmax_.template take_max<false, true>(scores);
     softmax_.rescale(out_);
@@ -120,6 +180,25 @@ class WarpRows {
     return {softmax_.state.max[r], sum};
   }
 
+  // A row's stats by one of its lanes.
+  __device__ __forceinline__ void leave_stats(SplitStats* s_stats) const {
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      const SplitStats own = stats(r);
+      if (lane() % 4 == 0) s_stats[tile_row(r)] = own;
+    }
+  }
+
+  // Into a slot of the ring, the tile's first `count` rows.
+  __device__ __forceinline__ void leave_output(float* s_out, int count) const {
+    const int row = ptx::forget(lane()) / 4;  // what depends on it is wanted here alone
+    const int first = place_of_output<Config>(row, ptx::forget(lane()) % 4 * 2);
+    const bool is_row[2] = {row < count, row + 8 < count};
+    give_output([&](int r, int eight, const float2& out) {
+      if (is_row[r]) *reinterpret_cast<float2*>(s_out + (first ^ eight) + r * 8 * Config::kDim) = out;
+    });
+  }
+
   // take(row r of the lane, first of eight columns, those of them that begin at 2 * (lane % 4)).
   template <class Take>
   __device__ __forceinline__ void give_output(const Take& take) const {
@@ -128,17 +207,6 @@ class WarpRows {
   }
 
  private:
-  // For a function that is not inlined: what it is given lies in memory, and the values themselves must not.
-  template <int kCount, class Call>
-  static __device__ __forceinline__ void apart(float (&values)[kCount], const Call& call) {
-    float copy[kCount];
-#pragma unroll
-    for (int i = 0; i < kCount; i++) copy[i] = values[i];
-    call(copy);
-#pragma unroll
-    for (int i = 0; i < kCount; i++) values[i] = copy[i];
-  }
-
   __device__ __forceinline__ void multiply_scores(uint32_t s_keys, float (&scores)[kSliceKeys / 2]) const {
 #pragma unroll
     for (int step = 0; step < kSteps; step++) {
@@ -168,11 +236,7 @@ class WarpRows {
     const int first_column = first_key + ptx::forget(lane()) % 4 * 2;
 #pragma unroll
     for (int i = 0; i < kSliceKeys / 2; i++) {
-      const int r = i / 2 % 2, key = first_column + i / 4 * 8 + i % 2;
-      const unsigned draft = static_cast<unsigned>(key - first_draft_);
-      const bool is_draft = draft < kMaxDraft && (drafts_[r] >> draft & 1);
-      if (static_cast<unsigned>(key - begin_[r]) >= static_cast<unsigned>(count_[r]) && !is_draft)
-        scores[i] = -infinity();
+      if (!visible_.sees(i / 2 % 2, first_column + i / 4 * 8 + i % 2)) scores[i] = -infinity();
     }
   }
 
@@ -194,10 +258,7 @@ class WarpRows {
 
   const KernelParams &p_, &s_p_;
   uint32_t query_place_, query_[Config::kHoldsQuery ? kSteps : 1][4];
-  int begin_[2], count_[2];  // the keys of the lane's rows
-  uint32_t drafts_[2];       // and drafts, from the first on
-  int first_draft_;
-  Interval shared_;  // keys of the piece that all rows of the warp see
+  VisibleOfLane visible_;
   OnlineSoftmax<kSliceKeys> softmax_;
   float out_[Config::kDim / 2];
 };

@@ -1,8 +1,9 @@
 // Who does what. Work is counted in units: kUnitKeys keys (split_keys, where they are given) of one tile of rows and
 // one kv head, in the order (tile, kv head, keys), and each head tile, a tile with one kv head, counts `overhead` units
-// more. Every thread block takes an equal share of that count, wherever its ends fall. The count follows from the
-// lengths, which are on the device alone; so each warp finds its thread block's share for itself, or reads what
-// prepare.cu has left.
+// more. Every thread block takes an equal share of that count, wherever its ends fall; where all tiles have the same
+// count, whole head tiles, which nobody merges: those that stand side by side at the same time, since their keys lie
+// side by side in memory. The count follows from the lengths, which are on the device
+// alone; so each warp finds its thread block's share for itself, or reads what prepare.cu has left.
 #pragma once
 // The range checks of lengths, tables, ids and positions are part of the operator, not a debugging aid.
 #undef NDEBUG
@@ -31,6 +32,11 @@ struct ShareStart {
   int tile, count;
 };
 
+struct ShareTotals {
+  int all;      // the count of all tiles
+  int of_tile;  // where it is the same in all, or 0
+};
+
 struct ScheduleParams {
   int tile_rows;               // of kernel
   Divisor group;               // heads that share a kv head
@@ -40,12 +46,14 @@ struct ScheduleParams {
   Divisor unit_keys;
   int overhead;
   int thread_blocks;         // the grid
+  int cluster_blocks;        // of each cluster; 0: the grid is none of clusters, and has shares
+  bool is_level;             // clusters, whatever the lengths
   int splits_per_head_tile;  // with split_keys: places for partial results of a head tile; else 0
 
   // Written by prepare_kv_cache_kernel.
-  int* counters;                     // (thread_blocks) zeros
-  bool is_prepared;                  // whether what follows is filled, too
-  int* total;                        // the count of all tiles
+  int* counters;     // (thread_blocks) zeros
+  bool is_prepared;  // whether what follows is filled, too
+  ShareTotals* totals;
   ShareStart* starts;                // (thread_blocks)
   TileEntry* entries;                // (tiles), with ids
   int* token_order;                  // (batch * queries) tokens of all rows, by row, with ids
@@ -69,6 +77,15 @@ struct KernelParams {
   int stages;             // of the rings
   Softcap softcap;
 };
+
+// By so many threads, a word each.
+template <class Value>
+__device__ __forceinline__ void copy_words(const Value& source, Value& target, int thread, int threads) {
+  static_assert(sizeof(Value) % sizeof(int) == 0);
+#pragma unroll 1
+  for (int i = thread; i < int(sizeof(Value) / sizeof(int)); i += threads)
+    reinterpret_cast<int*>(&target)[i] = reinterpret_cast<const int*>(&source)[i];
+}
 
 // Of one row of a tile.
 struct QueryRow {
@@ -138,10 +155,26 @@ inline __device__ __noinline__ VisibleKeys visible_keys(const KernelParams& p, c
   return visible;
 }
 
+// Whether some row of the tile may see one of the keys.
+inline __device__ __noinline__ bool is_wanted(const KernelParams& p, const Tile& tile, const Interval& keys) {
+#pragma unroll 1
+  for (int row = 0; row < tile.count; row++) {
+    const VisibleKeys visible = visible_keys(p, tile, row);
+#pragma unroll 1
+    for (int key = keys.begin; key < keys.end; key++)
+      if (visible.has(key)) return true;
+  }
+  return false;
+}
+
 __device__ __forceinline__ TileEntry find_entry(const KernelParams& p, int tile) {
   if (p.call.segment_ids) return p.schedule.entries[tile];
   const int row = tile / p.schedule.tiles_per_row;
   return {row, (tile - row * p.schedule.tiles_per_row.value) * p.schedule.tile_rows, 0, p.call.queries};
+}
+
+__device__ __forceinline__ int rows_of(const KernelParams& p, const TileEntry& entry) {
+  return ::min(p.schedule.tile_rows, entry.tokens * p.schedule.group.value - entry.first);
 }
 
 __device__ __forceinline__ int read_length(const KvCacheParams& call, int row) {
@@ -157,12 +190,12 @@ __device__ __forceinline__ void prefetch_lengths(const KvCacheParams& call) {
   if (row < call.rows) ptx::prefetch_to_l2(call.lengths.place(row, 0));
 }
 
-inline __device__ __noinline__ Tile describe_tile(const KernelParams& p, int index) {
+inline __device__ __noinline__ Tile describe_tile(const KernelParams& p, const TileEntry& entry, int length) {
   const KvCacheParams& call = p.call;
   Tile tile;
-  tile.entry = find_entry(p, index);
-  tile.count = ::min(p.schedule.tile_rows, tile.entry.tokens * p.schedule.group.value - tile.entry.first);
-  tile.length = read_length(call, tile.entry.row);
+  tile.entry = entry;
+  tile.count = rows_of(p, tile.entry);
+  tile.length = length;
   const int first = tile.entry.first / p.schedule.group, last = (tile.entry.first + tile.count - 1) / p.schedule.group;
   int lowest = tile.length - tile.entry.tokens + first, highest = lowest + last - first;
   if (call.positions) {
@@ -183,6 +216,11 @@ inline __device__ __noinline__ Tile describe_tile(const KernelParams& p, int ind
   return tile;
 }
 
+__device__ __forceinline__ Tile describe_tile(const KernelParams& p, int index) {
+  const TileEntry entry = find_entry(p, index);
+  return describe_tile(p, entry, read_length(p.call, entry.row));
+}
+
 __device__ __forceinline__ int count_of(const KernelParams& p, const Tile& tile) {
   return (tile.units + p.schedule.overhead) * p.call.num_kv_heads;
 }
@@ -192,6 +230,7 @@ struct Share {
   int begin, end;
   ShareStart start;
   int least, longer;
+  int stride;  // of whole head tiles begin, begin + stride .. up to end: these are their numbers; 0: units
 
   __device__ __forceinline__ int begin_of(int part) const { return part * least + ::min(part, longer); }
   // Which thread block has a unit.
@@ -201,9 +240,19 @@ struct Share {
   }
 };
 
-__device__ __forceinline__ Share cut_share(const KernelParams& p, int total, int part) {
+// count: of each tile, where it is the same in all, or 0. Few thread blocks less do no harm, since one takes more from
+// memory than its share.
+__device__ __forceinline__ Share cut_share(const KernelParams& p, int total, int count, int part) {
   Share share{};
   const int parts = ::max(::min(p.schedule.thread_blocks, total), 1);
+  if (count > 0 && !p.call.split_keys) {
+    const int head_tiles = total / count * p.call.num_kv_heads, each = (head_tiles + parts - 1) / parts;
+    const int takers = (head_tiles + each - 1) / each;
+    if (4 * takers >= 3 * parts) {
+      share.stride = takers, share.begin = ::min(part, takers), share.end = part < takers ? head_tiles : share.begin;
+      return share;
+    }
+  }
   share.least = total / parts, share.longer = total - parts * share.least;
   if (part < parts) share.begin = share.begin_of(part), share.end = share.begin_of(part + 1);
   return share;
@@ -216,22 +265,27 @@ constexpr int kMaxTilesOfWarp = 8 * kWarpSize;
 inline __device__ __noinline__ Share find_share(const KernelParams& p) {
   const int part = static_cast<int>(blockIdx.x), lane = static_cast<int>(threadIdx.x) % kWarpSize;
   if (p.schedule.is_prepared) {
-    Share share = cut_share(p, *p.schedule.total, part);
-    if (share.begin < share.end) share.start = p.schedule.starts[part];
+    Share share = cut_share(p, p.schedule.totals->all, p.schedule.totals->of_tile, part);
+    if (share.begin < share.end && share.stride == 0) share.start = p.schedule.starts[part];
     return share;
   }
   const int per_lane = (p.schedule.tiles + kWarpSize - 1) / kWarpSize;
   const int first_tile = lane * per_lane, last_tile = ::min(first_tile + per_lane, p.schedule.tiles);
-  int sum = 0;
+  int sum = 0, least = INT_MAX, most = 0;
 #pragma unroll 1
-  for (int tile = first_tile; tile < last_tile; tile++) sum += count_of(p, describe_tile(p, tile));
+  for (int tile = first_tile; tile < last_tile; tile++) {
+    const int count = count_of(p, describe_tile(p, tile));
+    sum += count, least = ::min(least, count), most = ::max(most, count);
+  }
+  least = __reduce_min_sync(~0u, least), most = __reduce_max_sync(~0u, most);
   int up_to = sum;  // this lane's tiles included
 #pragma unroll
   for (int distance = 1; distance < kWarpSize; distance *= 2) {
     const int before = __shfl_up_sync(~0u, up_to, distance);
     if (lane >= distance) up_to += before;
   }
-  Share share = cut_share(p, __shfl_sync(~0u, up_to, kWarpSize - 1), part);
+  Share share = cut_share(p, __shfl_sync(~0u, up_to, kWarpSize - 1), least == most ? most : 0, part);
+  if (share.stride > 0) return share;
   // Of the lanes whose tiles end behind the beginning the first has it.
   const unsigned ends_behind = __ballot_sync(~0u, up_to > share.begin);
   const int source = ends_behind ? __ffs(ends_behind) - 1 : 0;
@@ -275,7 +329,15 @@ inline __device__ __noinline__ bool find_next(const KernelParams& p, const Share
   const int overhead = p.schedule.overhead;
   Walk walk = s_walk;
   bool is_found = false;
-  while (!is_found && walk.next < share.end) {
+  if (share.stride > 0 && walk.next < share.end) {
+    walk.tile_index = walk.next / p.call.num_kv_heads;
+    walk.kv_head = walk.next - walk.tile_index * p.call.num_kv_heads;
+    walk.tile = describe_tile(p, walk.tile_index);
+    walk.piece = {walk.tile.keys, walk.kv_head, 0, walk.tile.units, true};
+    walk.next += share.stride;
+    is_found = true;
+  }
+  while (share.stride == 0 && !is_found && walk.next < share.end) {
     if (walk.kv_head < 0) {
       walk.tile = describe_tile(p, walk.tile_index);
       const int length = walk.tile.units + overhead;

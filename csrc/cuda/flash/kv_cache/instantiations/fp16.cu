@@ -3,10 +3,13 @@
 
 namespace selfattn::cuda::kv_cache {
 
+template struct Launcher<ElementType::kHalf, 64, TileKind::kFew>;
 template struct Launcher<ElementType::kHalf, 64, TileKind::kDecode>;
 template struct Launcher<ElementType::kHalf, 64, TileKind::kChunk>;
+template struct Launcher<ElementType::kHalf, 128, TileKind::kFew>;
 template struct Launcher<ElementType::kHalf, 128, TileKind::kDecode>;
 template struct Launcher<ElementType::kHalf, 128, TileKind::kChunk>;
+template struct Launcher<ElementType::kHalf, 256, TileKind::kFew>;
 template struct Launcher<ElementType::kHalf, 256, TileKind::kDecode>;
 template struct Launcher<ElementType::kHalf, 256, TileKind::kChunk>;
 
