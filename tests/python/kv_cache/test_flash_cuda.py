@@ -112,6 +112,85 @@ def test_tree_drafts_across_two_blocks_of_keys(options: dict[str, Any]) -> None:
         )
 
 
+def gathered_attention(call: dict[str, Any]) -> Tensor:
+    """Of one query a row and its whole cache, in float64, on the call's device: for more keys than loops take."""
+    rows, heads, kv_heads = call["q"].shape[0], call["q"].shape[2], call["k_cache"].shape[2]
+    out = torch.zeros(rows, 1, heads, call["v_cache"].shape[3], dtype=torch.float64, device=call["q"].device)
+    for row, length in enumerate(call["lengths"].tolist()):
+        pages = slice(row, row + 1) if call.get("page_table") is None else call["page_table"][row].long()
+        k, v = (call[name][pages].flatten(0, 1)[:length].double() for name in ("k_cache", "v_cache"))
+        q = call["q"][row, 0].double().view(kv_heads, heads // kv_heads, -1)
+        weights = (torch.einsum("ngd,knd->ngk", q, k) / q.shape[2] ** 0.5).softmax(-1)
+        if length:
+            out[row, 0] = torch.einsum("ngk,knd->ngd", weights, v).flatten(0, 1)
+    return out
+
+
+LENGTHS = {
+    "equal": lambda rows: torch.full((rows,), 777),
+    "about equal": lambda rows: 700 + 13 * torch.arange(rows) % 97,
+    "one long": lambda rows: torch.where(torch.arange(rows) == rows // 2, 30_000, torch.arange(rows) % 300),
+}
+
+
+# Rows and kv heads: fewer than there are SMs, in clusters of one thread block and of several, and more. With so large a
+# capacity the kernel finds out by the lengths whether rows are levelled.
+@pytest.mark.parametrize("capacity", [2048, 32768])
+@pytest.mark.parametrize("lengths", list(LENGTHS))
+@pytest.mark.parametrize(("rows", "kv_heads", "group"), [(1, 1, 4), (2, 8, 4), (3, 2, 16), (40, 2, 8), (100, 2, 4)])
+@pytest.mark.parametrize("page_size", [0, 16, 96])
+def test_rows_of_many_lengths(
+    page_size: int, rows: int, kv_heads: int, group: int, lengths: str, capacity: int
+) -> None:
+    torch.manual_seed(0)
+    per_row = math.ceil(capacity / page_size) if page_size else 1
+    counts = LENGTHS[lengths](rows).clamp(max=capacity)
+    pages = rows if page_size == 0 else 2048
+    shape = (pages, page_size or capacity, kv_heads, 64)
+    call = {
+        "q": torch.randn(rows, 1, kv_heads * group, 64, device="cuda").bfloat16(),
+        "k_cache": torch.randn(shape, device="cuda").bfloat16(),
+        "v_cache": torch.randn(shape, device="cuda").bfloat16(),
+        "lengths": counts.int().cuda(),
+        "page_table": torch.randint(pages, (rows, per_row), device="cuda").int() if page_size else None,
+    }
+    out, _ = flash(call)
+    torch.testing.assert_close(out.double(), gathered_attention(call), atol=5e-3, rtol=1e-2)
+
+
+def test_slots_behind_a_row_do_not_matter() -> None:
+    """Whatever they hold: the first copies of a row start before its length is known."""
+    torch.manual_seed(0)
+    q = torch.randn(2, 1, 8, 64, device="cuda").half()
+    k, v = torch.randn(2, 2, 4096, 2, 64, device="cuda").half()
+    lengths = torch.tensor([0, 1001], device="cuda")
+    want = [selfattn.attention_with_kv_cache(q, k, v, lengths, backend="flash")]
+    for value in (math.nan, math.inf, -math.inf):
+        for cache in (k, v):
+            cache[0], cache[1, 1001:] = value, value
+        want.append(selfattn.attention_with_kv_cache(q, k, v, lengths, backend="flash"))
+    assert all(torch.equal(want[0], found) for found in want[1:])
+    assert want[0][0].abs().sum() == 0
+
+
+@pytest.mark.parametrize("num_queries", [1, 3, 8, 20])
+def test_caches_that_rows_or_heads_share(num_queries: int) -> None:
+    q = torch.randn(6, num_queries, 8, 64, device="cuda").bfloat16()
+    k, v = torch.randn(2, 1, 500, 1, 64, device="cuda").bfloat16()
+    lengths = torch.tensor([500, 20, 333, 64, 7, 499], device="cuda")
+    shared = [cache.expand(6, 500, 4, 64) for cache in (k, v)]
+    assert all(
+        map(
+            torch.equal,
+            OPS.attention_with_kv_cache_lse(q, *shared, lengths, backend="flash"),
+            OPS.attention_with_kv_cache_lse(q, *(c.contiguous() for c in shared), lengths, backend="flash"),
+        )
+    )
+    over = k.new_zeros(1, 1, 1, 64).expand(6, 500, 4, 64)
+    with pytest.raises(NotImplementedError, match="tokens that do not lie over each other"):
+        OPS.attention_with_kv_cache(q, over, over, lengths, backend="flash")
+
+
 @pytest.mark.parametrize("scale", [-0.3, 0.0, 20.0])
 def test_scales(scale: float) -> None:
     check(CacheCase(page_size=32, pages_per_row=4, dim=64, dtype=torch.float16, qk_scale=scale))
