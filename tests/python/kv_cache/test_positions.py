@@ -203,19 +203,14 @@ LAYERS: dict[str, dict[str, Any]] = {
     "bias": {"use_bias": True, "qk_scale": 0.1},
     "sinks": {"sinks": True},
 }
-KERNELS_OF_A_STEP = (
-    "kv_cache_positions_kernel",
-    "qk_norm_rope_append_kernel",
-    "prepare_kv_cache_kernel",
-    "flash_attention_kv_cache_kernel",
-)
+KERNELS_OF_A_STEP = ("kv_cache_positions_kernel", "qk_norm_rope_append_kernel", "flash_attention_kv_cache_kernel")
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["dense", "paged", "ragged"])
 @pytest.mark.parametrize("options", LAYERS.values(), ids=LAYERS.keys())
 @torch.no_grad()
-def test_a_layer_launches_its_products_and_four_kernels(options: dict[str, Any], kind: str) -> None:
+def test_a_layer_launches_its_products_and_few_kernels(options: dict[str, Any], kind: str) -> None:
     rows, width, placed = 3, 256, {"device": "cuda", "dtype": torch.bfloat16}
     config = SelfAttentionConfig(head_dim=64, attention_backend="flash", **options)
     layer = SelfAttention(width, config, **placed).eval()
@@ -235,9 +230,12 @@ def test_a_layer_launches_its_products_and_four_kernels(options: dict[str, Any],
     products = Counter(launches(lambda: [projection(x) for projection in projections]))
     names = launches(lambda: layer(x, segment_ids=ids, cache=cache.layer(0)))
     own = [name for name in names if "selfattn" in name]
-    for kernel in KERNELS_OF_A_STEP:
+    kernels = list(KERNELS_OF_A_STEP)
+    if kind == "ragged" or torch.cuda.get_device_capability() < (9, 0):
+        kernels.append("prepare_kv_cache_kernel")  # what clusters of thread blocks do without
+    for kernel in kernels:
         assert len([name for name in own if kernel in name]) == 1, (kernel, names)
-    assert len(own) == len(KERNELS_OF_A_STEP), names
+    assert len(own) == len(kernels), names
     assert Counter(name for name in names if "selfattn" not in name) == products, (names, products)
 
 
