@@ -22,14 +22,16 @@ struct Pipeline {
   static constexpr int kLeastStages = 2;
 };
 
-// Of decode_kernel.cuh. kRows: 8 or 16. kIsSmall: for cards that have less than two stages of the others: 99 KB.
-template <int kDim, int kRows, bool kIsSmall>
+// Of decode_kernel.cuh. kRows: 8 or 16. kIsSmall_: for cards that have less than two stages of the others: 99 KB.
+template <int kDim, int kRows, bool kIsSmall_>
 struct DecodeTiles : Pipeline {
+  static constexpr bool kIsSmall = kIsSmall_;
   static constexpr int kWarpRows = kRows, kRowWarps = 1, kKeyGroups = 4, kSubSlices = 256 / kDim, kMostBlocks = 1,
                        kMostStages = 4;
 };
 template <int kDim, int kRows>
 struct DecodeTiles<kDim, kRows, true> : Pipeline {
+  static constexpr bool kIsSmall = true;
   static constexpr int kWarpRows = kRows, kRowWarps = 1, kKeyGroups = kDim == 256 ? 2 : 4,
                        kSubSlices = kDim == 64 ? 2 : 1, kMostBlocks = 1, kMostStages = 4;
 };

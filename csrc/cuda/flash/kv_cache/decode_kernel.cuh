@@ -385,21 +385,41 @@ __device__ __forceinline__ bool are_rows_level(const KernelParams& p) {
 // call for code that it does not want to come from memory.
 enum class Cut { kShares, kClusters, kEither };
 
+// Cards of compute capability 12.0 have little shared memory, those of 9.0 and 10.0 much, where tiles for little are
+// for tests; kEither is for Hopper, on which it was measured. What no card asks for is left out of the library
+// (launch.cuh chooses likewise).
+constexpr int kSmallCards = 120, kHopper = 90;
+
+template <class Config>
+constexpr bool kFindsOut = Config::kWarpRows == 8;  // for 16 rows there is no kEither
+
+template <class Config, Cut kCut>
+__device__ constexpr bool is_kernel_wanted() {
+#ifdef __CUDA_ARCH__
+  constexpr int kCapability = __CUDA_ARCH__ / 10;
+  if (kCut == Cut::kEither && kCapability != kHopper) return false;
+  if (kCut != Cut::kShares && kCapability < (Config::kIsSmall ? kSmallCards : kHopper)) return false;
+  return Config::kIsSmall || kCapability < kSmallCards;
+#else
+  return true;
+#endif
+}
+
 template <class Config, Cut kCut>
 __global__ void __launch_bounds__(DecodeState<Config>::kThreads, Config::kMostBlocks)
     flash_attention_kv_cache_kernel(const __grid_constant__ KernelParams p, const __grid_constant__ CacheMaps maps) {
-  extern __shared__ __align__(1024) unsigned char s_rings[];  // as the swizzle of TMA wants
-  auto& s_state = *reinterpret_cast<DecodeState<Config>*>(s_rings + p.stages * Config::kStageBytes);
-  const Ring<Config> ring = begin_thread_block(p, maps, s_state, s_rings);
-  if constexpr (kCut == Cut::kClusters) {
-    if constexpr (kHasTma) attend_in_cluster(p, maps, s_state, ring, s_rings);
-  } else if constexpr (kCut == Cut::kEither && kHasTma) {
-    if (are_rows_level<Config>(s_state.params))
-      attend_in_cluster(p, maps, s_state, ring, s_rings);
-    else
+  if constexpr (is_kernel_wanted<Config, kCut>()) {
+    extern __shared__ __align__(1024) unsigned char s_rings[];  // as the swizzle of TMA wants
+    auto& s_state = *reinterpret_cast<DecodeState<Config>*>(s_rings + p.stages * Config::kStageBytes);
+    const Ring<Config> ring = begin_thread_block(p, maps, s_state, s_rings);
+    if constexpr (kCut == Cut::kShares) {
       attend_share(p, maps, s_state, ring);
-  } else if constexpr (kCut == Cut::kShares) {
-    attend_share(p, maps, s_state, ring);
+    } else {
+      if (kCut == Cut::kClusters || are_rows_level<Config>(s_state.params))
+        attend_in_cluster(p, maps, s_state, ring, s_rings);
+      else
+        attend_share(p, maps, s_state, ring);
+    }
   }
 }
 

@@ -169,10 +169,14 @@ int bytes_of_block(const Card& card) {
 }
 
 // Of more thread blocks than every card has room for.
-template <class Config, Cut kCut>
+template <class Config>
 bool allow_large_clusters() {
-  return cudaFuncSetAttribute(flash_attention_kv_cache_kernel<Config, kCut>,
-                              cudaFuncAttributeNonPortableClusterSizeAllowed, 1) == cudaSuccess;
+  const auto allow = [](auto kernel) {
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) == cudaSuccess;
+  };
+  if constexpr (kFindsOut<Config>)
+    if (!allow(flash_attention_kv_cache_kernel<Config, Cut::kEither>)) return false;
+  return allow(flash_attention_kv_cache_kernel<Config, Cut::kClusters>);
 }
 
 // How many clusters of so many thread blocks run at once; 0 where the card, or what this build has for it, knows none.
@@ -186,8 +190,7 @@ int find_active_clusters(const Card& card, int blocks) {
     const int bytes = bytes_of_block<Config>(card);
     const Launch launch(blocks, DecodeState<Config>::kThreads, bytes, blocks, false, nullptr);
     const bool is_known = allow_shared_memory<KernelTag<kKernel>>(kKernel, bytes, card.device) == cudaSuccess &&
-                          allow_large_clusters<Config, Cut::kClusters>() &&
-                          allow_large_clusters<Config, Cut::kEither>() &&
+                          allow_large_clusters<Config>() &&
                           cudaOccupancyMaxActiveClusters(&count, kKernel, launch.config()) == cudaSuccess;
     if (!is_known || count == 0) count = kNone;
     cudaGetLastError();  // an answer, not an error that a later check should find
@@ -205,9 +208,8 @@ ClusterChoice choose_clusters(const KvCacheParams& call, const Card& card) {
   if constexpr (Config::kKeyGroups == 1) {
     return {};
   } else {
-    if (call.segment_ids || call.split_keys ||
-        !is_built_for_hopper<flash_attention_kv_cache_kernel<Config, Cut::kClusters>>(card.device))
-      return {};
+    const int version = find_ptx_version<flash_attention_kv_cache_kernel<Config, Cut::kClusters>>(card.device);
+    if (call.segment_ids || call.split_keys || version < (Config::kIsSmall ? kSmallCards : kHopper)) return {};
     constexpr int64_t kWorst = int64_t(128) << 20;  // bytes that the memory gives: 30 us on an H200
     constexpr int kLeastKeys = 2 * Config::kKeyGroups * Config::kSliceKeys;  // of a thread block, beside its start
     const int64_t head_tiles = int64_t(call.rows) * call.num_kv_heads;       // a row has one tile
@@ -218,7 +220,8 @@ ClusterChoice choose_clusters(const KvCacheParams& call, const Card& card) {
       if (head_tiles > find_active_clusters<Config>(card, blocks)) continue;
       const int64_t worst = kBlocksForMemory * bytes_of_head / blocks;
       const bool is_level = worst <= bytes_of_head * call.num_kv_heads + kWorst;
-      if (!is_level && head_tiles * blocks < kBlocksForMemory) return {};
+      const bool finds_out = kFindsOut<Config> && version == kHopper && head_tiles * blocks >= kBlocksForMemory;
+      if (!is_level && !finds_out) return {};
       return {blocks, is_level};
     }
     return {};
@@ -287,8 +290,9 @@ cudaError_t Launcher<kElement, kDim, kKind>::launch(const KvCacheParams& params,
         return launch_kernel<Config, kKernel>(p, card, DecodeState<Config>::kThreads, stream, maps);
       };
       if (p.schedule.cluster_blocks == 0) return launch.template operator()<Cut::kShares>();
-      return p.schedule.is_level ? launch.template operator()<Cut::kClusters>()
-                                 : launch.template operator()<Cut::kEither>();
+      if constexpr (kFindsOut<Config>)
+        if (!p.schedule.is_level) return launch.template operator()<Cut::kEither>();
+      return launch.template operator()<Cut::kClusters>();
     }
   });
 }
