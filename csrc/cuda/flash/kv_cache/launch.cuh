@@ -128,7 +128,9 @@ auto with_config(const Card& card, const Call& call) {
     constexpr int kRows = kKind == TileKind::kFew ? kFewRows : kDecodeRows;
     using Large = Config<Element, kDim, DecodeTiles<kDim, kRows, false>>;
     using Small = Config<Element, kDim, DecodeTiles<kDim, kRows, true>>;
-    static_assert(StateOf<Small>::shared_bytes(Small::kLeastStages) <= 99 * 1024, "what every card has");
+    constexpr int kOfEveryCard = 99 * 1024;
+    static_assert(StateOf<Small>::shared_bytes(Small::kLeastStages) <= kOfEveryCard &&
+                  StateOf<Large>::shared_bytes(Large::kLeastStages) > kOfEveryCard);
     return StateOf<Large>::shared_bytes(Large::kLeastStages) <= card.shared_memory ? call(Large()) : call(Small());
   }
 }
