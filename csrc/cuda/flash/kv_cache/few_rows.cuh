@@ -72,7 +72,7 @@ class FewRows {
     }
   }
 
-  // Into a slot of the ring, the tile's first `count` rows.
+  // For the merge, the tile's first `count` rows.
   __device__ __forceinline__ void leave_output(float* s_out, int count) const {
 #pragma unroll
     for (int r = 0; r < 2; r++) {

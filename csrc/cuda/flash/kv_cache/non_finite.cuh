@@ -45,6 +45,18 @@ __device__ __forceinline__ float sum_of_kinds(float kinds) {
   return (has_plus ? infinity() : 0.f) - (has_minus ? infinity() : 0.f);
 }
 
+// out += A B, and what is not finite in it: of the weights' part in a product, whether they are 0 (met), and of the
+// values' part the kinds.
+template <class Element>
+__device__ __forceinline__ void add_product(float* out, const uint32_t* a, const uint32_t* b, const uint32_t* met_a,
+                                            const uint32_t* met_b) {
+  float met[4], sum[4];
+  ptx::multiply_overwrite<Element>(met, met_a, met_b[0], met_b[1]);
+  ptx::multiply_overwrite<Element>(sum, a, b[0], b[1]);
+#pragma unroll
+  for (int i = 0; i < 4; i++) out[i] += sum[i] + sum_of_kinds(met[i]);
+}
+
 // out += P V of 16 rows; `weights` and `out` as mma's results are laid out. From OperandTile::left_place(values, 0).
 template <class Element, class Operand, int kCount, int kOut>
 __device__ __noinline__ void multiply_non_finite_values(uint32_t s_values, const float (&weights)[kCount],
@@ -65,13 +77,8 @@ __device__ __noinline__ void multiply_non_finite_values(uint32_t s_values, const
 #pragma unroll
       for (int i = 0; i < 4; i++) kinds[i] = take_out_non_finite<Element>(b[i]);
 #pragma unroll
-      for (int half = 0; half < 2; half++) {
-        float met[4], sum[4];
-        ptx::multiply_overwrite<Element>(met, is_met, kinds[2 * half], kinds[2 * half + 1]);
-        ptx::multiply_overwrite<Element>(sum, a, b[2 * half], b[2 * half + 1]);
-#pragma unroll
-        for (int i = 0; i < 4; i++) out[8 * pair + 4 * half + i] += sum[i] + sum_of_kinds(met[i]);
-      }
+      for (int half = 0; half < 2; half++)
+        add_product<Element>(out + 8 * pair + 4 * half, a, b + 2 * half, is_met, kinds + 2 * half);
     }
   }
 }
@@ -101,11 +108,7 @@ __device__ __noinline__ void multiply_non_finite_values_of_few_rows(uint32_t s_v
 #pragma unroll
       for (int i = 0; i < 4; i++) kinds[i] = take_out_non_finite<Element>(r[i]);
       const uint32_t a[4] = {r[0], r[2], r[1], r[3]}, a_kinds[4] = {kinds[0], kinds[2], kinds[1], kinds[3]};
-      float met[4], sum[4];
-      ptx::multiply_overwrite<Element>(met, a_kinds, is_met[0], is_met[1]);
-      ptx::multiply_overwrite<Element>(sum, a, b[0], b[1]);
-#pragma unroll
-      for (int i = 0; i < 4; i++) out[4 * tile + i] += sum[i] + sum_of_kinds(met[i]);
+      add_product<Element>(out + 4 * tile, a, b, a_kinds, is_met);
     }
   }
 }

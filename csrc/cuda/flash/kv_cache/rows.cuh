@@ -33,37 +33,39 @@ __device__ __forceinline__ const uint4* query_chunk(const KernelParams& p, const
                                         chunk * sm80::kChunkElements);
 }
 
-// A tile's queries into shared memory, by all threads that attend.
-template <class Config>
-__device__ __forceinline__ void load_query(const KernelParams& p, const Walk& s_walk, unsigned char* s_query) {
+// take(where a chunk of a tile's queries belongs in Query, where it lies, whether it does), by all threads that attend.
+template <class Config, class Take>
+__device__ __forceinline__ void take_query_chunks(const KernelParams& p, const Walk& s_walk, const Take& take) {
   using Query = typename Config::Query;
 #pragma unroll 1
   for (int i = ptx::forget(threadIdx.x); i < s_walk.tile.count * Query::kChunks; i += Config::kWarps * kWarpSize) {
     const int row = i / Query::kChunks, chunk = i % Query::kChunks;
-    uint4 columns{};
-    if (chunk * sm80::kChunkElements < p.call.dim_qk) columns = *query_chunk(p, s_walk, row, chunk);
-    *reinterpret_cast<uint4*>(s_query + Query::place(row, chunk)) = columns;
+    take(Query::place(row, chunk), query_chunk(p, s_walk, row, chunk), chunk * sm80::kChunkElements < p.call.dim_qk);
   }
+}
+
+// A tile's queries into shared memory, by all threads that attend.
+template <class Config>
+__device__ __forceinline__ void load_query(const KernelParams& p, const Walk& s_walk, unsigned char* s_query) {
+  take_query_chunks<Config>(p, s_walk, [&](int place, const uint4* g_chunk, bool is_there) {
+    *reinterpret_cast<uint4*>(s_query + place) = is_there ? *g_chunk : uint4{};
+  });
 }
 
 // Starts the same and does not wait.
 template <class Config>
 __device__ __forceinline__ void copy_query(const KernelParams& p, const Walk& s_walk, uint32_t s_query) {
-  using Query = typename Config::Query;
-#pragma unroll 1
-  for (int i = ptx::forget(threadIdx.x); i < s_walk.tile.count * Query::kChunks; i += Config::kWarps * kWarpSize) {
-    const int row = i / Query::kChunks, chunk = i % Query::kChunks;
-    ptx::copy_async(s_query + Query::place(row, chunk), query_chunk(p, s_walk, row, chunk),
-                    chunk * sm80::kChunkElements < p.call.dim_qk);
-  }
+  take_query_chunks<Config>(p, s_walk, [&](int place, const uint4* g_chunk, bool is_there) {
+    ptx::copy_async(s_query + place, g_chunk, is_there);
+  });
   ptx::commit_copies();
 }
 
 // What the two rows of a tile that a lane has to do with may see of a piece, a bit a draft.
 class VisibleOfLane {
  public:
-  // s_p: the same as p, in shared memory. In lane l of the warp: own_row(l). Rows past the tile's last see all, which
-  // concerns nobody.
+  // s_p: the same as p, in shared memory. own_row: which row this lane finds out about, for source_lanes of others.
+  // Rows past the tile's last see all, which concerns nobody.
   __device__ __forceinline__ void begin(const KernelParams& p, const KernelParams& s_p, const Walk& s_walk, int own_row,
                                         const int (&source_lanes)[2]) {
     VisibleKeys own{s_walk.piece.keys, 0, 0};
@@ -106,8 +108,8 @@ __device__ __forceinline__ void apart(float (&values)[kCount], const Call& call)
   for (int i = 0; i < kCount; i++) values[i] = copy[i];
 }
 
-// Where an element of a group's output is, in a slot of its ring: the columns of a row stand in groups of 8, swizzled.
-// Rows 8 apart lie 8 * kDim apart.
+// Where an element of a group's output is, in what it leaves for the merge: the columns of a row stand in groups of 8,
+// swizzled. Rows 8 apart lie 8 * kDim apart.
 template <class Config>
 __device__ __forceinline__ int place_of_output(int row, int column) {
   return (row * Config::kDim + row % 8 * 8 + column % 8) ^ (column / 8 * 8);
@@ -189,7 +191,7 @@ class WarpRows {
     }
   }
 
-  // Into a slot of the ring, the tile's first `count` rows.
+  // For the merge, the tile's first `count` rows.
   __device__ __forceinline__ void leave_output(float* s_out, int count) const {
     const int row = ptx::forget(lane()) / 4;  // what depends on it is wanted here alone
     const int first = place_of_output<Config>(row, ptx::forget(lane()) % 4 * 2);
