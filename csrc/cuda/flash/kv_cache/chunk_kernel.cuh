@@ -7,7 +7,6 @@
 // memory: once they are there, nobody waits for memory that holds them.
 #pragma once
 #include "chunk_loader.cuh"
-#include "ptx/barrier.cuh"
 #include "ptx/launch.cuh"
 #include "ptx/register.cuh"
 #include "results.cuh"
@@ -121,14 +120,9 @@ __global__ void __launch_bounds__(Config::kWarps* kWarpSize, Config::kMostBlocks
   const KernelParams& s_p = s_state.params;
   copy_words(p, s_state.params, threadIdx.x, Config::kWarps * kWarpSize);
   __syncthreads();
-  // Each warp finds the share, and its first piece, for itself.
   Share& share = s_state.shares[warp];
   Walk &walk = s_state.walks[warp], &loading = s_state.loading[warp];
-  if (!p.schedule.is_prepared) prefetch_lengths(p.call);
-  if (p.schedule.is_prepared) ptx::wait_for_previous_kernel();  // its schedule is there
-  const Share found = find_share(s_p);
-  if (lane == 0) share = found, walk = begin_walk(found);
-  __syncwarp();
+  begin_share(s_p, share, walk);
   const bool has_piece = find_next(s_p, share, walk);
   if (lane == 0) loading = walk;
   __syncwarp();

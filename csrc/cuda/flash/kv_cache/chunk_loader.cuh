@@ -11,8 +11,6 @@ namespace selfattn::cuda::kv_cache {
 template <class Config>
 class ChunkLoader {
  public:
-  using Operand = typename Config::Operand;
-
   // s_walk is at the first piece, where there is one.
   // s_p: the same as p, in shared memory.
   __device__ __forceinline__ ChunkLoader(const KernelParams& p, const KernelParams& s_p, const Share& s_share,
@@ -66,21 +64,10 @@ class ChunkLoader {
     }
   }
 
-  // A loop over sub-slices, keys and values: what a warp meets first comes from cold memory, and less code sooner.
   __device__ __forceinline__ void load(uint32_t s_slot) {
     if (slice_ - first_of_pages_ >= kSlicesAhead) find_pages();
-    const int source_lane = (slice_ - first_of_pages_) * Config::kSubSlices;
-#pragma unroll 1
-    for (int i = 0; i < 2 * Config::kSubSlices; i++) {
-      const int sub = i / 2, which = i % 2;
-      const int page = __shfl_sync(~0u, page_, source_lane + sub);
-      const int page_token = __shfl_sync(~0u, page_token_, source_lane + sub);
-      const int key = slice_ * Config::kSliceKeys + sub * kPageMultiple;
-      // Rows of the sub-slice in the piece; none without a page.
-      Interval rows{keys_.begin - key, keys_.end - key};
-      if (page == kNoPage) rows.end = rows.begin;
-      copy_sub_slice<Config>(s_slot + which * Operand::kBytes, sub, p_.caches[which], kv_head_, page, page_token, rows);
-    }
+    copy_slice<Config>(p_.caches, s_slot, keys_, kv_head_, slice_, page_, page_token_,
+                       (slice_ - first_of_pages_) * Config::kSubSlices, kNoPage);
   }
 
   static constexpr int kNoPage = -1;

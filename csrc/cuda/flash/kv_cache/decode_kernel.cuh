@@ -86,6 +86,13 @@ __device__ __forceinline__ int attend_slices(const KernelParams& p, const Ring<C
 
 // ---------------------------------------------------------------- shares
 
+// The first slice of an interval of keys that a group has.
+template <class Config>
+__device__ __forceinline__ int first_slice_of(const Interval& keys, int group) {
+  const int first = keys.begin / Config::kSliceKeys;
+  return first + (group + Config::kKeyGroups - first % Config::kKeyGroups) % Config::kKeyGroups;
+}
+
 template <class Config>
 __device__ __forceinline__ void read_share(const KernelParams& p, DecodeState<Config>& s_state,
                                            const Ring<Config>& ring, const Share& s_share, int group) {
@@ -312,16 +319,9 @@ __device__ __forceinline__ void attend_share(const KernelParams& p, const CacheM
   using State = DecodeState<Config>;
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize, group = warp % State::kGroups;
   const KernelParams& s_p = s_state.params;
-  // Each warp finds the share, and its pieces, for itself.
   Share& share = s_state.shares[warp];
   Walk& walk = s_state.walks[0][warp];
-  if (p.schedule.is_prepared)
-    ptx::wait_for_previous_kernel();  // its schedule is there
-  else
-    prefetch_lengths(s_p.call);
-  const Share found = find_share(s_p);
-  if (threadIdx.x % kWarpSize == 0) share = found, walk = begin_walk(found);
-  __syncwarp();
+  begin_share(s_p, share, walk);
   if (warp < State::kGroups)
     read_share(p, s_state, ring, share, group);
   else
@@ -386,29 +386,25 @@ __device__ __forceinline__ bool are_rows_level(const KernelParams& p) {
 enum class Cut { kShares, kClusters, kEither };
 
 // Cards of compute capability 12.0 have little shared memory, those of 9.0 and 10.0 much, where tiles for little are
-// for tests; kEither is for Hopper, on which it was measured. What no card asks for is left out of the library
-// (launch.cuh chooses likewise).
+// for tests; kEither is for Hopper, on which it was measured. What no card asks for is left out of the library.
 constexpr int kSmallCards = 120, kHopper = 90;
 
 template <class Config>
 constexpr bool kFindsOut = Config::kWarpRows == 8;  // for 16 rows there is no kEither
 
+// capability: 10 * major + minor.
 template <class Config, Cut kCut>
-__device__ constexpr bool is_kernel_wanted() {
-#ifdef __CUDA_ARCH__
-  constexpr int kCapability = __CUDA_ARCH__ / 10;
-  if (kCut == Cut::kEither && kCapability != kHopper) return false;
-  if (kCut != Cut::kShares && kCapability < (Config::kIsSmall ? kSmallCards : kHopper)) return false;
-  return Config::kIsSmall || kCapability < kSmallCards;
-#else
-  return true;
-#endif
+__host__ __device__ constexpr bool is_kernel_wanted(int capability) {
+  if (kCut == Cut::kEither && (!kFindsOut<Config> || capability != kHopper)) return false;
+  if (kCut != Cut::kShares && capability < (Config::kIsSmall ? kSmallCards : kHopper)) return false;
+  return Config::kIsSmall || capability < kSmallCards;
 }
 
 template <class Config, Cut kCut>
 __global__ void __launch_bounds__(DecodeState<Config>::kThreads, Config::kMostBlocks)
     flash_attention_kv_cache_kernel(const __grid_constant__ KernelParams p, const __grid_constant__ CacheMaps maps) {
-  if constexpr (is_kernel_wanted<Config, kCut>()) {
+#ifdef __CUDA_ARCH__
+  if constexpr (is_kernel_wanted<Config, kCut>(__CUDA_ARCH__ / 10)) {
     extern __shared__ __align__(1024) unsigned char s_rings[];  // as the swizzle of TMA wants
     auto& s_state = *reinterpret_cast<DecodeState<Config>*>(s_rings + p.stages * Config::kStageBytes);
     const Ring<Config> ring = begin_thread_block(p, maps, s_state, s_rings);
@@ -421,6 +417,7 @@ __global__ void __launch_bounds__(DecodeState<Config>::kThreads, Config::kMostBl
         attend_share(p, maps, s_state, ring);
     }
   }
+#endif
 }
 
 }  // namespace selfattn::cuda::kv_cache

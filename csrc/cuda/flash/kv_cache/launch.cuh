@@ -211,7 +211,7 @@ ClusterChoice choose_clusters(const KvCacheParams& call, const Card& card) {
     return {};
   } else {
     const int version = find_ptx_version<flash_attention_kv_cache_kernel<Config, Cut::kClusters>>(card.device);
-    if (call.segment_ids || call.split_keys || version < (Config::kIsSmall ? kSmallCards : kHopper)) return {};
+    if (call.segment_ids || call.split_keys || !is_kernel_wanted<Config, Cut::kClusters>(version)) return {};
     constexpr int64_t kWorst = int64_t(128) << 20;  // bytes that the memory gives: 30 us on an H200
     constexpr int kLeastKeys = 2 * Config::kKeyGroups * Config::kSliceKeys;  // of a thread block, beside its start
     const int64_t head_tiles = int64_t(call.rows) * call.num_kv_heads;       // a row has one tile
@@ -222,7 +222,7 @@ ClusterChoice choose_clusters(const KvCacheParams& call, const Card& card) {
       if (head_tiles > find_active_clusters<Config>(card, blocks)) continue;
       const int64_t worst = kBlocksForMemory * bytes_of_head / blocks;
       const bool is_level = worst <= bytes_of_head * call.num_kv_heads + kWorst;
-      const bool finds_out = kFindsOut<Config> && version == kHopper && head_tiles * blocks >= kBlocksForMemory;
+      const bool finds_out = is_kernel_wanted<Config, Cut::kEither>(version) && head_tiles * blocks >= kBlocksForMemory;
       if (!is_level && !finds_out) return {};
       return {blocks, is_level};
     }

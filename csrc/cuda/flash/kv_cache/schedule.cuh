@@ -2,8 +2,8 @@
 // one kv head, in the order (tile, kv head, keys), and each head tile, a tile with one kv head, counts `overhead` units
 // more. Every thread block takes an equal share of that count, wherever its ends fall; where all tiles have the same
 // count, whole head tiles, which nobody merges: those that stand side by side at the same time, since their keys lie
-// side by side in memory. The count follows from the lengths, which are on the device
-// alone; so each warp finds its thread block's share for itself, or reads what prepare.cu has left.
+// side by side in memory. The count follows from the lengths, which are on the device alone; so each warp finds its
+// thread block's share for itself, or reads what prepare.cu has left.
 #pragma once
 // The range checks of lengths, tables, ids and positions are part of the operator, not a debugging aid.
 #undef NDEBUG
@@ -15,6 +15,7 @@
 #include "flash/tile/softcap.cuh"
 #include "flash/tile/window.h"
 #include "params.h"
+#include "ptx/launch.cuh"
 #include "ptx/prefetch.cuh"
 
 namespace selfattn::cuda::kv_cache {
@@ -322,6 +323,17 @@ __device__ __forceinline__ Walk begin_walk(const Share& share) {
   walk.next = share.begin, walk.tile_index = share.start.tile, walk.head_tile_start = share.start.count;
   walk.kv_head = -1;
   return walk;
+}
+
+// By a whole warp, each of which finds its thread block's share, and the pieces of it, for itself.
+__device__ __forceinline__ void begin_share(const KernelParams& p, Share& s_share, Walk& s_walk) {
+  if (p.schedule.is_prepared)
+    ptx::wait_for_previous_kernel();  // its schedule is there
+  else
+    prefetch_lengths(p.call);
+  const Share found = find_share(p);
+  if (threadIdx.x % kWarpSize == 0) s_share = found, s_walk = begin_walk(found);
+  __syncwarp();
 }
 
 // By a whole warp. Whether there is one more piece, which is then walk.piece.

@@ -37,10 +37,9 @@ constexpr bool kHasTma = false;
 struct Slot {
   int stage = 0;
   unsigned parity = 0;
-  bool is_first_time = true;
 
   __device__ __forceinline__ void advance(int stages) {
-    if (++stage == stages) stage = 0, parity ^= 1, is_first_time = false;
+    if (++stage == stages) stage = 0, parity ^= 1;
   }
 };
 
@@ -63,7 +62,7 @@ class SliceCopies {
                                          int step)
       : p_(p), maps_(maps), ring_(ring), step_(step) {}
 
-  // From here on: some keys of a kv head, every step-th slice from a first one on. s_tile: whose keys they are.
+  // From here on: some keys of a kv head, every step-th slice from a first one on.
   __device__ __forceinline__ void begin(const Interval& keys, int kv_head, int first_slice) {
     keys_ = keys, kv_head_ = kv_head, slice_ = first_slice;
     page_lane_ = kWarpSize;
@@ -73,8 +72,8 @@ class SliceCopies {
 
   __device__ __forceinline__ bool has_next() const { return slice_ * Config::kSliceKeys < keys_.end; }
 
-  // Each lane looks up the page of one of the next sub-slices. What the table says of keys that there are not does not
-  // matter.
+  // Each lane looks up the page of one of the next sub-slices. s_tile: whose keys they are. What the table says of keys
+  // that there are not does not matter.
   __device__ __forceinline__ int64_t look_up_page(const Tile& s_tile) const {
     const KvCacheParams& call = p_.call;
     const int column = key_of_lane() / p_.schedule.page_size, row = s_tile.entry.row;
@@ -104,7 +103,7 @@ class SliceCopies {
       start_boxes(s_slot, filled);
     } else {
       wait_until_read();
-      start_rows(s_slot);
+      copy_slice<Config>(p_.caches, s_slot, keys_, kv_head_, slice_, page_, page_token_, page_lane_, p_.call.pages);
       ptx::arrive_after_copies(filled);
     }
     slice_ += step_, page_lane_ += Config::kSubSlices;
@@ -119,8 +118,9 @@ class SliceCopies {
     return (slice_ + lane() / Config::kSubSlices * step_) * Config::kSliceKeys +
            lane() % Config::kSubSlices * kPageMultiple;
   }
+  // The first time round it is free (mbarrier_wait).
   __device__ __forceinline__ void wait_until_read() const {
-    if (!slot_.is_first_time) ptx::mbarrier_wait(ring_.read[slot_.stage], slot_.parity ^ 1);
+    ptx::mbarrier_wait(ring_.read[slot_.stage], slot_.parity ^ 1);
   }
 
   // Keys that are not wanted come too: what lies there, where it lies in the same box.
@@ -150,19 +150,6 @@ class SliceCopies {
       }
     }
     __syncwarp();
-  }
-
-  __device__ __forceinline__ void start_rows(uint32_t s_slot) const {
-#pragma unroll 1
-    for (int i = 0; i < 2 * Config::kSubSlices; i++) {
-      const int sub = i / 2, which = i % 2;
-      const int page = __shfl_sync(~0u, page_, page_lane_ + sub);
-      const int token = __shfl_sync(~0u, page_token_, page_lane_ + sub);
-      const int key = slice_ * Config::kSliceKeys + sub * kPageMultiple;
-      Interval rows{keys_.begin - key, keys_.end - key};  // of the sub-slice
-      if (page == p_.call.pages) rows.end = rows.begin;
-      copy_sub_slice<Config>(s_slot + which * Operand::kBytes, sub, p_.caches[which], kv_head_, page, token, rows);
-    }
   }
 
   const KernelParams& p_;

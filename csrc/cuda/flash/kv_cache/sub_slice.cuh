@@ -1,4 +1,4 @@
-// Copies of kPageMultiple keys or values of a page into shared memory by cp.async.
+// Copies of slices into shared memory by cp.async, kPageMultiple keys or values of a page at a time.
 #pragma once
 #include "config.h"
 #include "ptx/async_copy.cuh"
@@ -36,11 +36,23 @@ __device__ __forceinline__ void copy_sub_slice(uint32_t s_operand, int sub, cons
   }
 }
 
-// The first slice of an interval of keys that a group has.
+// A slice of some keys, and their values, into a slot; zeros past the keys and where there is no page. page, token: of
+// sub-slices, in lanes from first_lane on.
+// A loop over sub-slices, keys and values: what a warp meets first comes from cold memory, and less code sooner.
 template <class Config>
-__device__ __forceinline__ int first_slice_of(const Interval& keys, int group) {
-  const int first = keys.begin / Config::kSliceKeys;
-  return first + (group + Config::kKeyGroups - first % Config::kKeyGroups) % Config::kKeyGroups;
+__device__ __forceinline__ void copy_slice(const CacheSource (&caches)[2], uint32_t s_slot, const Interval& keys,
+                                           int kv_head, int slice, int page, int token, int first_lane, int no_page) {
+#pragma unroll 1
+  for (int i = 0; i < 2 * Config::kSubSlices; i++) {
+    const int sub = i / 2, which = i % 2;
+    const int page_of_sub = __shfl_sync(~0u, page, first_lane + sub);
+    const int token_of_sub = __shfl_sync(~0u, token, first_lane + sub);
+    const int key = slice * Config::kSliceKeys + sub * kPageMultiple;
+    Interval rows{keys.begin - key, keys.end - key};
+    if (page_of_sub == no_page) rows.end = rows.begin;
+    copy_sub_slice<Config>(s_slot + which * Config::Operand::kBytes, sub, caches[which], kv_head, page_of_sub,
+                           token_of_sub, rows);
+  }
 }
 
 }  // namespace selfattn::cuda::kv_cache
