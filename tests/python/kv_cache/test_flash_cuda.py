@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from support.kv_cache import CacheCase, attention, cases, check_results, replays
+from support.problems import dense_attention
 from torch import Tensor
 
 import selfattn
@@ -114,15 +115,12 @@ def test_tree_drafts_across_two_blocks_of_keys(options: dict[str, Any]) -> None:
 
 def gathered_attention(call: dict[str, Any]) -> Tensor:
     """Of one query a row and its whole cache, in float64, on the call's device: for more keys than loops take."""
-    rows, heads, kv_heads = call["q"].shape[0], call["q"].shape[2], call["k_cache"].shape[2]
-    out = torch.zeros(rows, 1, heads, call["v_cache"].shape[3], dtype=torch.float64, device=call["q"].device)
+    out = call["q"].new_zeros(*call["q"].shape[:3], call["v_cache"].shape[3], dtype=torch.float64)
     for row, length in enumerate(call["lengths"].tolist()):
         pages = slice(row, row + 1) if call.get("page_table") is None else call["page_table"][row].long()
         k, v = (call[name][pages].flatten(0, 1)[:length].double() for name in ("k_cache", "v_cache"))
-        q = call["q"][row, 0].double().view(kv_heads, heads // kv_heads, -1)
-        weights = (torch.einsum("ngd,knd->ngk", q, k) / q.shape[2] ** 0.5).softmax(-1)
         if length:
-            out[row, 0] = torch.einsum("ngk,knd->ngd", weights, v).flatten(0, 1)
+            out[row] = dense_attention(call["q"][row : row + 1].double(), k[None], v[None])["out"]
     return out
 
 
