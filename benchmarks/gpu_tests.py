@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def run_tests(report: Path, workers: int, extra: list[str]) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", f"--junitxml={report}", "--tb=short", *extra]
     if workers > 1:
-        command += ["-n", str(workers)]
+        command += ["-n", str(workers), "--dist", "worksteal"]  # slow tests stand together
     subprocess.run(command, cwd=ROOT, check=False)
 
 

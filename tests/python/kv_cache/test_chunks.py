@@ -19,7 +19,11 @@ from support.kv_cache import (
     check_results,
     formula,
     replays,
+    row_calls,
     rows_formula,
+    tokens,
+    visible_pairs,
+    visible_slots,
 )
 from support.launches import launches
 from torch import Tensor
@@ -55,7 +59,7 @@ def flash(call: dict[str, Any]) -> tuple[Tensor, Tensor]:
 
 def check(case: CacheCase, device: str) -> None:
     call = case.make(device)
-    check_results(call, *flash(call), by_rows=case.ids is None)
+    check_results(call, *flash(call), by_rows=True)
 
 
 # ---------------------------------------------------------------- calls of every kind
@@ -215,9 +219,15 @@ def test_numbers_of_rows_and_tokens(rows: int, num_queries: int, device: str) ->
         check(ragged(device, rows=rows, num_queries=tokens, ids=ids, lengths="full", **heads), device)
 
 
-@given(case=cases(ids=None, has_draft_mask=False, dtype=torch.float64))
+@given(case=cases(has_draft_mask=False, dtype=torch.float64))
 def test_the_formula_by_rows_is_the_promise(case: CacheCase) -> None:
     call = case.make()
+    seen = [
+        (row + first, slot)
+        for first, _, of_row in row_calls(call)
+        for row, _, slot in visible_pairs(of_row).nonzero().tolist()
+    ]
+    assert sorted(seen) == sorted((row, slot) for b, i, row in tokens(call) for slot in visible_slots(call, b, i))
     for found, exact in zip(rows_formula(call, torch.float64), attention(call), strict=True):
         torch.testing.assert_close(found, exact)
     for found, own in zip(
@@ -272,7 +282,7 @@ def test_a_graph_is_replayed_with_other_ids(pages: str) -> None:
         for seed, ids in enumerate(("step", "chunks", "all_padding", "step"))
     ]
     for call, results in replays(flash, calls):
-        check_results(call, *results)
+        check_results(call, *results, by_rows=True)
 
 
 @pytest.mark.gpu

@@ -212,10 +212,14 @@ def poison(call: dict[str, Any], generator: torch.Generator) -> None:
     seen_slots = torch.zeros(num_pages, page_size, dtype=torch.bool)
     table = call.get("page_table")
     seen_entries = None if table is None else torch.zeros_like(table, dtype=torch.bool)
-    if "segment_ids" in call or "draft_mask" in call:
+    if "draft_mask" in call:
         seen = {(row, slot) for b, i, row in tokens(call) for slot in visible_slots(call, b, i)}
     else:
-        seen = set(map(tuple, visible_pairs(call).any(1).nonzero().tolist()))
+        seen = {
+            (row + first, slot)
+            for first, _, of_row in row_calls(call)
+            for row, slot in visible_pairs(of_row).any(1).nonzero().tolist()
+        }
     for row, slot in seen:
         page, offset = divmod(slot, page_size)
         if seen_entries is not None:
@@ -348,6 +352,22 @@ def formula(call: dict[str, Any], precision: torch.dtype, rounding: torch.dtype 
     return out, lse
 
 
+def row_calls(call: dict[str, Any]) -> Iterator[tuple[int, Tensor, dict[str, Any]]]:
+    """A call without draft mask as some without ids: the first row of the cache of each, which of the tokens (B, Sq)
+    are its own, and its arguments."""
+    ids = call.get("segment_ids")
+    if ids is None:
+        yield 0, torch.ones(call["q"].shape[:2], dtype=torch.bool, device=call["q"].device), call
+        return
+    positions = torch.tensor(positions_of_tokens(call), device=ids.device)
+    rest = {name: value for name, value in call.items() if name != "segment_ids"}
+    for row in ids[ids >= 0].unique().tolist():
+        per_row = ("lengths", "page_table") if "page_table" in call else ("lengths", "k_cache", "v_cache")
+        own = {name: call[name][row : row + 1] for name in per_row}
+        is_own = ids == row
+        yield row, is_own, rest | own | {"q": call["q"][is_own][None], "positions": positions[is_own][None]}
+
+
 def visible_pairs(call: dict[str, Any]) -> Tensor:
     """(B, Sq, slots of a row), True for what visible_slots names, of a call without ids and draft mask."""
     return allowed_pairs(**_as_rows(call))[:, 0]
@@ -375,7 +395,21 @@ def _as_rows(call: dict[str, Any]) -> dict[str, Any]:
 
 
 def rows_formula(call: dict[str, Any], precision: torch.dtype, rounding: torch.dtype | None = None) -> list[Tensor]:
-    """As ``formula``, of a call without ids and draft mask, by one dense product a row, on the device of the call."""
+    """As ``formula``, of a call without draft mask, by one dense product a row, on the device of the call."""
+    q, v = call["q"], call["v_cache"]
+    out = torch.zeros(*q.shape[:3], v.shape[3], dtype=precision, device=q.device)
+    lse = torch.full(q.shape[:3], -math.inf, dtype=precision, device=q.device)
+    if call.get("sinks") is not None:
+        lse[:] = call["sinks"]
+    for _, is_own, of_row in row_calls(call):
+        own_out, own_lse = _formula_without_ids(of_row, precision, rounding)
+        out[is_own], lse[is_own] = own_out.flatten(0, 1), own_lse.transpose(1, 2).flatten(0, 1)
+    return [out, lse.transpose(1, 2)]
+
+
+def _formula_without_ids(
+    call: dict[str, Any], precision: torch.dtype, rounding: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
     rows, page_size, table = _as_rows(call), call["k_cache"].shape[1], call.get("page_table")
     slots = rows["kv_positions"]
     table = torch.arange(len(slots), device=slots.device)[:, None] if table is None else table.long()
@@ -384,7 +418,7 @@ def rows_formula(call: dict[str, Any], precision: torch.dtype, rounding: torch.d
     k, v = (call[name][pages, slots % page_size].masked_fill(unseen, 0.0) for name in ("k_cache", "v_cache"))
     options = {name: call[name] for name in ("qk_scale", "softcap", "sinks") if name in call}
     results = dense_attention(**rows | {"k": k, "v": v}, **options, precision=precision, rounding=rounding)
-    return [results["out"], results["lse"]]
+    return results["out"], results["lse"]
 
 
 def check_results(call: dict[str, Any], out: Tensor, lse: Tensor | None = None, by_rows: bool = False) -> None:
@@ -410,10 +444,11 @@ def check_results(call: dict[str, Any], out: Tensor, lse: Tensor | None = None, 
         found = norm_error(actual.cpu(), exact, smallest=1e-3)
         assert found <= allowed, f"{name}: error {found}, allowed {allowed}"
         assert error(actual, exact) <= ABSOLUTE[kind], f"{name}: an element is off by {error(actual, exact)}"
+    blind = torch.ones(out.shape[:2], dtype=torch.bool, device=out.device)
     if by_rows:
-        blind = ~visible_pairs(call).any(-1)
+        for _, is_own, of_row in row_calls(call):
+            blind[is_own] = ~visible_pairs(of_row).any(-1).flatten()
     else:
-        blind = torch.zeros(out.shape[:2], dtype=torch.bool, device=out.device)
         for b, i, _ in tokens(call):
             blind[b, i] = not visible_slots(call, b, i)
     assert (out[blind] == 0).all(), "out must be 0 where a query sees no key"
