@@ -1,8 +1,8 @@
 // The producer warp where keys and values lie in pages (ForwardParams::pages). A key block comes in boxes, of one page
-// each: every lane looks up the page of its own, a block ahead of its copy, and issues it.
+// each: every lane looks up the page of its own, a block ahead of its copy, and the first lane issues them all. Lanes
+// that issue their own do so in turn, which takes longer.
 //
-// The warp has few registers. What it knows from one block to the next lies in shared memory, where each lane reads
-// what it has written itself, or all have.
+// The warp has few registers. What it knows from one block to the next lies in shared memory.
 #pragma once
 #include "producer.cuh"
 
@@ -28,17 +28,22 @@ class PageBoxes {
     s_.boxes[turn][box()] = {page, key % p_.pages.size, s_.paged.kv_head};
   }
 
-  // By all lanes, behind the one that has announced the bytes of the whole block. `map`: of p.key or p.value.
+  // By all lanes, of which the first has announced the bytes of the whole block. `map`: of p.key or p.value.
   template <int kPanels>
   __device__ __forceinline__ void copy(const CUtensorMap& map, uint64_t& barrier, const unsigned char* s_block,
                                        int turn) const {
-    __syncwarp();
-    if (!is_in_block()) return;
-    const PageBox& box_kept = s_.boxes[turn][box()];
-    const uint32_t s_rows = ptx::shared_address(s_block) + first_row_ * kPanelRowBytes;
-    for (int panel = 0; panel < kPanels; panel++)
-      ptx::tma_load_4d(&map, barrier, s_rows + panel * Config::kKeyPanelBytes, panel * kPanelColumns,
-                       box_kept.first_slot, box_kept.kv_head, box_kept.page);
+    __syncwarp();  // all pages are kept
+    if (box() == 0) {
+      const uint32_t s_rows = ptx::shared_address(s_block);
+#pragma unroll 1
+      for (int i = 0, row = 0; row < Config::kTileKey; i++, row += p_.box_rows) {
+        const PageBox kept = s_.boxes[turn][i];
+        for (int panel = 0; panel < kPanels; panel++)
+          ptx::tma_load_4d(&map, barrier, s_rows + row * kPanelRowBytes + panel * Config::kKeyPanelBytes,
+                           panel * kPanelColumns, kept.first_slot, kept.kv_head, kept.page);
+      }
+    }
+    __syncwarp();  // before the next pages take their place
   }
 
  private:
