@@ -29,7 +29,9 @@ def run_tests(report: Path, workers: int, extra: list[str]) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", f"--junitxml={report}", "--tb=short", *extra]
     if workers > 1:
         command += ["-n", str(workers), "--dist", "worksteal"]  # slow tests stand together
-    subprocess.run(command, cwd=ROOT, check=False)
+    # The float64 references of all workers compute at the same time.
+    threads = str(max((os.cpu_count() or 1) // workers, 1))
+    subprocess.run(command, cwd=ROOT, check=False, env={"OMP_NUM_THREADS": threads, **os.environ})
 
 
 def summarise(report: Path) -> dict[str, object]:

@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -312,14 +312,16 @@ class Step:
     def alone(self, job: Job) -> Ready:
         return self.ready(job, self.model(job))
 
-    def spread(self, context: int = 1, by_ddp: bool = False) -> Callable[[Job], Ready]:
+    def spread(
+        self, context: int = 1, by_ddp: bool = False, fsdp_modules: Sequence[str] = ("Block",)
+    ) -> Callable[[Job], Ready]:
         """Over every rank: ``context`` of them share rows, the others have rows of their own."""
 
         def make(job: Job) -> Ready:
             fields: dict[str, Any] = {}
             if not by_ddp:
                 fields = {
-                    "fsdp_modules": ["Block"],
+                    "fsdp_modules": fsdp_modules,
                     "fsdp_axis_size": job.size // context,
                     "context_axis_size": context,
                 }

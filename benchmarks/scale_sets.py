@@ -212,6 +212,7 @@ def step(job: Job, tiny: bool) -> Iterator[Contest]:
         contenders = {
             ALONE: Contender(case.alone, is_alone=True),
             "FSDP2": Contender(case.spread(), work=job.size),
+            "FSDP2, model at once": Contender(case.spread(fsdp_modules=()), work=job.size),
             "DDP": Contender(case.spread(by_ddp=True), work=job.size),
         }
         facts = {"parameters": parameters_of(case), "layers": case.layers, "tokens": case.rows * case.row.length}
