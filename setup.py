@@ -103,7 +103,7 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja')}",
             "-ULibTorch_*",  # an earlier build in this folder may have found another torch
             "-DCMAKE_INSTALL_LIBDIR=lib",
-            "-DSELFATTN_PRECOMPILED_HEADERS=ON",
+            "-DSELFATTN_UNITY_BUILD=ON",
             "-DSELFATTN_SITE_PACKAGES=ON",
             f"-DLibTorch_ROOT={torch}",
             f"-DPython3_EXECUTABLE={sys.executable}",

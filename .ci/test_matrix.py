@@ -55,7 +55,7 @@ def build(folder: Path, python: Path, jobs: int) -> Path:
     cmake = python.parent / "cmake"
     ninja = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={python.parent / 'ninja'}"]
     options = ["-DSELFATTN_CUDA=OFF", f"-DPython3_EXECUTABLE={python}", "-DCMAKE_INSTALL_LIBDIR=lib"]
-    options += ["-DSELFATTN_PRECOMPILED_HEADERS=ON"]
+    options += ["-DSELFATTN_UNITY_BUILD=ON"]
     must_run(cmake, *ninja, *options, "-B", folder, "-S", ROOT)
     must_run(cmake, "--build", folder, "-j", jobs)
     return folder / "libselfattn.so"

@@ -72,8 +72,8 @@ struct Part {
   }
 };
 
-std::tuple<at::Tensor, at::Tensor> merge_attention(const at::Tensor& out, const at::Tensor& lse,
-                                                   const at::Tensor& other_out, const at::Tensor& other_lse) {
+std::tuple<at::Tensor, at::Tensor> merge_parts(const at::Tensor& out, const at::Tensor& lse,
+                                               const at::Tensor& other_out, const at::Tensor& other_lse) {
   check_arguments(out, lse, other_out, other_lse);
   const bool is_double = out.scalar_type() == at::kDouble || lse.scalar_type() == at::kDouble;
   const at::ScalarType dtype = is_double ? at::kDouble : at::kFloat;
@@ -97,5 +97,6 @@ std::tuple<at::Tensor, at::Tensor> merge_attention(const at::Tensor& out, const 
 }  // namespace selfattn
 
 TORCH_LIBRARY_IMPL(selfattn, CompositeImplicitAutograd, m) {
-  m.impl("merge_attention", TORCH_FN(selfattn::merge_attention));
+  using namespace selfattn;
+  m.impl("merge_attention", TORCH_FN(merge_parts));
 }

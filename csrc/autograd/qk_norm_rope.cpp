@@ -73,7 +73,7 @@ NormRopeGradients qk_norm_rope_backward_autograd(const NormRopeCall& call, const
 }  // namespace selfattn
 
 TORCH_LIBRARY_IMPL(selfattn, Autograd, m) {
-  m.impl("qk_norm_rope", TORCH_FN(selfattn::NormRope::from_schema<selfattn::qk_norm_rope_autograd>));
-  m.impl("qk_norm_rope_backward",
-         TORCH_FN(selfattn::NormRopeBackward::from_schema<selfattn::qk_norm_rope_backward_autograd>));
+  using namespace selfattn;
+  m.impl("qk_norm_rope", TORCH_FN(NormRope::from_schema<selfattn::qk_norm_rope_autograd>));
+  m.impl("qk_norm_rope_backward", TORCH_FN(NormRopeBackward::from_schema<selfattn::qk_norm_rope_backward_autograd>));
 }

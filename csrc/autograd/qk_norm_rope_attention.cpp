@@ -111,9 +111,8 @@ NormRopeAttentionGradients qk_norm_rope_attention_backward_autograd(const NormRo
 }  // namespace selfattn
 
 TORCH_LIBRARY_IMPL(selfattn, Autograd, m) {
-  m.impl("qk_norm_rope_attention",
-         TORCH_FN(selfattn::NormRopeAttention::from_schema<selfattn::qk_norm_rope_attention_autograd>));
-  m.impl(
-      "qk_norm_rope_attention_backward",
-      TORCH_FN(selfattn::NormRopeAttentionBackward::from_schema<selfattn::qk_norm_rope_attention_backward_autograd>));
+  using namespace selfattn;
+  m.impl("qk_norm_rope_attention", TORCH_FN(NormRopeAttention::from_schema<selfattn::qk_norm_rope_attention_autograd>));
+  m.impl("qk_norm_rope_attention_backward",
+         TORCH_FN(NormRopeAttentionBackward::from_schema<selfattn::qk_norm_rope_attention_backward_autograd>));
 }

@@ -33,7 +33,7 @@ void check_then_call_parts(const c10::OperatorHandle& op, torch::jit::Stack* sta
   op.callBoxedForDispatchKey(c10::DispatchKey::CompositeImplicitAutograd, *stack);
 }
 
-void refuse(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+void refuse_others(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   check_dense_arguments(op, *stack);
   TORCH_CHECK_NOT_IMPLEMENTED(false, "selfattn: ", op.schema().name(),
                               " has no kernel for the kind of tensor given, nor for any but dense ones");
@@ -85,7 +85,7 @@ void check_dtype(const at::Tensor& tensor, const char* name, at::ScalarType dtyp
 void refuse_tensors_of_key(torch::Library& library) {
   for (const c10::OperatorName& op : c10::Dispatcher::singleton().getAllOpNames()) {
     if (op.getNamespace() != "selfattn") continue;
-    library.impl(c10::toString(op).c_str(), torch::CppFunction::makeFromBoxedFunction<&refuse>());
+    library.impl(c10::toString(op).c_str(), torch::CppFunction::makeFromBoxedFunction<&refuse_others>());
   }
 }
 

@@ -13,8 +13,6 @@ namespace {
 
 using namespace cpu;
 
-constexpr int64_t kRangeElements = 32768;  // worth a hand-over to a thread
-
 /// Where a token of the call goes; a page of -1: nowhere.
 struct Slot {
   int64_t page, offset;

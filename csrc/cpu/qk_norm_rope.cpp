@@ -13,8 +13,7 @@ namespace {
 
 using namespace cpu;
 
-constexpr int64_t kRangeElements = 32768;  // worth a hand-over to a thread
-constexpr int64_t kMostRanges = 1024;      // each has its own sum of the weight's gradient
+constexpr int64_t kMostRanges = 1024;  // each has its own sum of the weight's gradient
 
 bool has_kernel(const at::Tensor& x) {
   const auto dtype = x.scalar_type();

@@ -6,6 +6,8 @@
 
 namespace selfattn::cpu {
 
+constexpr int64_t kRangeElements = 32768;  // of a range of tokens that is worth a hand-over to a thread
+
 /// The view of a tensor that with_contiguous_rows gave.
 inline TokenView view_of(const at::Tensor& tensor) {
   return {const_cast<void*>(tensor.const_data_ptr()), tensor.stride(0), tensor.stride(1), tensor.stride(2)};

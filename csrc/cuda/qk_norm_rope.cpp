@@ -306,8 +306,9 @@ void append_kv_cache_cuda(const AppendCall& call) {
 }  // namespace selfattn::cuda
 
 TORCH_LIBRARY_IMPL(selfattn, CUDA, m) {
+  using namespace selfattn;
   using namespace selfattn::cuda;
-  m.impl("qk_norm_rope_append", TORCH_FN(selfattn::norm_rope_append_from_schema<qk_norm_rope_append_cuda>));
-  m.impl("append_kv_cache", TORCH_FN(selfattn::append_from_schema<append_kv_cache_cuda>));
+  m.impl("qk_norm_rope_append", TORCH_FN(norm_rope_append_from_schema<qk_norm_rope_append_cuda>));
+  m.impl("append_kv_cache", TORCH_FN(append_from_schema<append_kv_cache_cuda>));
   selfattn::register_norm_rope<qk_norm_rope_cuda, qk_norm_rope_backward_cuda, qk_norm_rope_backward_in_place_cuda>(m);
 }

@@ -192,4 +192,7 @@ ContextLayout context_layout(const Tensor& segment_ids, int64_t group_rank, int6
 
 }  // namespace selfattn
 
-TORCH_LIBRARY_IMPL(selfattn, CompositeImplicitAutograd, m) { m.impl("context_layout", TORCH_FN(selfattn::lay_out)); }
+TORCH_LIBRARY_IMPL(selfattn, CompositeImplicitAutograd, m) {
+  using namespace selfattn;
+  m.impl("context_layout", TORCH_FN(lay_out));
+}

@@ -5,14 +5,14 @@
 namespace selfattn {
 namespace {
 
-void refuse(const c10::OperatorHandle& op, torch::jit::Stack*) {
+void refuse_map(const c10::OperatorHandle& op, torch::jit::Stack*) {
   TORCH_CHECK_NOT_IMPLEMENTED(false, "selfattn: ", op.schema().name(),
                               " has no vmap (nor is_grads_batched); a batch is the first dimension of q, k and v");
 }
 
 void register_refusals(torch::Library& m) {
   for (const char* name : {"context_parallel_attention_forward", "context_parallel_attention_backward"}) {
-    m.impl(name, torch::CppFunction::makeFromBoxedFunction<refuse>());
+    m.impl(name, torch::CppFunction::makeFromBoxedFunction<refuse_map>());
   }
 }
 

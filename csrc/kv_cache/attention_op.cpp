@@ -42,7 +42,7 @@ AttentionResults attend_lse(const KvCacheProblem& problem, Backend name) {
 std::string explain(const KvCacheProblem& problem, Backend name) { return explain_selection(name, problem); }
 
 /// Of a device without kernels: the check before it has said so.
-AttentionResults refuse(const KvCacheProblem&) {
+AttentionResults refuse_device(const KvCacheProblem&) {
   TORCH_INTERNAL_ASSERT(false, "a device without kernels serves nothing");
 }
 
@@ -57,5 +57,5 @@ TORCH_LIBRARY_IMPL(selfattn, CompositeImplicitAutograd, m) {
 }
 TORCH_LIBRARY_IMPL(selfattn, CompositeExplicitAutograd, m) {
   using namespace selfattn;
-  m.impl("flash_attention_kv_cache", TORCH_FN(flash_kv_cache_from_schema<checked<refuse>>));
+  m.impl("flash_attention_kv_cache", TORCH_FN(flash_kv_cache_from_schema<checked<refuse_device>>));
 }

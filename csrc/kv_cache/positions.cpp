@@ -174,7 +174,8 @@ at::Tensor lengths_from_schema(const at::Tensor& lengths, const OptionalTensor& 
 }  // namespace selfattn
 
 TORCH_LIBRARY_IMPL(selfattn, CompositeImplicitAutograd, m) {
-  m.impl("lengths_after_append", TORCH_FN(selfattn::lengths_from_schema));
+  using namespace selfattn;
+  m.impl("lengths_after_append", TORCH_FN(lengths_from_schema));
 }
 TORCH_LIBRARY_IMPL(selfattn, CompositeExplicitAutograd, m) {
   using namespace selfattn;

@@ -216,7 +216,8 @@ torch::Tensor SelfAttentionImpl::compose(const torch::Tensor& x, const torch::Te
 }  // namespace selfattn
 
 TORCH_LIBRARY_IMPL(selfattn, CompositeImplicitAutograd, m) {
-  m.impl("self_attention", TORCH_FN(selfattn::self_attention));
-  m.impl("project_query_key_value", TORCH_FN(selfattn::project));
-  m.impl("projected_attention", TORCH_FN(selfattn::projected_attention));
+  using namespace selfattn;
+  m.impl("self_attention", TORCH_FN(self_attention));
+  m.impl("project_query_key_value", TORCH_FN(project));
+  m.impl("projected_attention", TORCH_FN(projected_attention));
 }

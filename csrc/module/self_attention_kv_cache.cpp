@@ -113,6 +113,7 @@ at::Tensor self_attention_kv_cache(const at::Tensor& x, const at::Tensor& q_weig
 }  // namespace selfattn
 
 TORCH_LIBRARY_IMPL(selfattn, CompositeImplicitAutograd, m) {
-  m.impl("self_attention_kv_cache", TORCH_FN(selfattn::self_attention_kv_cache));
-  m.impl("projected_attention_kv_cache", TORCH_FN(selfattn::projected_attention_kv_cache));
+  using namespace selfattn;
+  m.impl("self_attention_kv_cache", TORCH_FN(self_attention_kv_cache));
+  m.impl("projected_attention_kv_cache", TORCH_FN(projected_attention_kv_cache));
 }

@@ -83,7 +83,8 @@ NormRopeAttentionGradients backward_below_autograd(const NormRopeAttentionCall& 
 
 // For every device: the parts have kernels.
 TORCH_LIBRARY_IMPL(selfattn, CompositeExplicitAutograd, m) {
-  m.impl("qk_norm_rope_attention", TORCH_FN(selfattn::NormRopeAttention::from_schema<selfattn::norm_rope_then_attend>));
+  using namespace selfattn;
+  m.impl("qk_norm_rope_attention", TORCH_FN(NormRopeAttention::from_schema<selfattn::norm_rope_then_attend>));
   m.impl("qk_norm_rope_attention_backward",
-         TORCH_FN(selfattn::NormRopeAttentionBackward::from_schema<selfattn::backward_below_autograd>));
+         TORCH_FN(NormRopeAttentionBackward::from_schema<selfattn::backward_below_autograd>));
 }

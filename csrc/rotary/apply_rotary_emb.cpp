@@ -6,8 +6,8 @@
 namespace selfattn {
 namespace {
 
-NormRopeHeads apply_rotary_emb(const at::Tensor& xq, const at::Tensor& xk, const OptionalTensor& freqs_sin,
-                               const OptionalTensor& freqs_cos, double theta, c10::string_view pairing) {
+NormRopeHeads rotate_heads(const at::Tensor& xq, const at::Tensor& xk, const OptionalTensor& freqs_sin,
+                           const OptionalTensor& freqs_cos, double theta, c10::string_view pairing) {
   NormRopeCall call{xq, xk};
   call.freqs_sin = freqs_sin;
   call.freqs_cos = freqs_cos;
@@ -22,5 +22,6 @@ NormRopeHeads apply_rotary_emb(const at::Tensor& xq, const at::Tensor& xk, const
 }  // namespace selfattn
 
 TORCH_LIBRARY_IMPL(selfattn, CompositeImplicitAutograd, m) {
-  m.impl("apply_rotary_emb", TORCH_FN(selfattn::apply_rotary_emb));
+  using namespace selfattn;
+  m.impl("apply_rotary_emb", TORCH_FN(rotate_heads));
 }

@@ -6,10 +6,9 @@
 namespace selfattn {
 namespace {
 
-std::tuple<at::Tensor, at::Tensor> precompute_freqs(int64_t feat_dim, const OptionalTensor& pos_idx,
-                                                    std::optional<int64_t> max_length, double theta,
-                                                    std::optional<at::ScalarType> dtype,
-                                                    std::optional<at::Device> device) {
+std::tuple<at::Tensor, at::Tensor> make_freqs(int64_t feat_dim, const OptionalTensor& pos_idx,
+                                              std::optional<int64_t> max_length, double theta,
+                                              std::optional<at::ScalarType> dtype, std::optional<at::Device> device) {
   check_rotary_dim(feat_dim, "feat_dim");
   check_theta(theta, "theta");
   const at::Tensor positions = table_positions(
@@ -22,5 +21,6 @@ std::tuple<at::Tensor, at::Tensor> precompute_freqs(int64_t feat_dim, const Opti
 }  // namespace selfattn
 
 TORCH_LIBRARY_IMPL(selfattn, CompositeImplicitAutograd, m) {
-  m.impl("precompute_freqs", TORCH_FN(selfattn::precompute_freqs));
+  using namespace selfattn;
+  m.impl("precompute_freqs", TORCH_FN(make_freqs));
 }

@@ -74,5 +74,6 @@ std::tuple<at::Tensor, at::Tensor> make_rope_tables(
 }  // namespace selfattn
 
 TORCH_LIBRARY_IMPL(selfattn, CompositeImplicitAutograd, m) {
-  m.impl("rope_tables", TORCH_FN(selfattn::make_rope_tables));
+  using namespace selfattn;
+  m.impl("rope_tables", TORCH_FN(make_rope_tables));
 }

@@ -40,7 +40,7 @@ at::Tensor run_starts(const at::Tensor& tokens, const at::Tensor& is_break) {
 at::Tensor left_neighbours(const at::Tensor& tokens) { return tokens.slice_symint(1, 0, -1); }
 at::Tensor right_neighbours(const at::Tensor& tokens) { return tokens.slice_symint(1, 1); }
 
-at::Tensor segment_mask(const at::Tensor& segment_ids, const OptionalTensor& kv_segment_ids) {
+at::Tensor mask_of_segments(const at::Tensor& segment_ids, const OptionalTensor& kv_segment_ids) {
   const at::Tensor query = as_int32(segment_ids, "segment_ids");
   if (!kv_segment_ids) return same_segment(query, query);
   const at::Tensor key = as_int32(*kv_segment_ids, "kv_segment_ids");
@@ -50,13 +50,13 @@ at::Tensor segment_mask(const at::Tensor& segment_ids, const OptionalTensor& kv_
   return same_segment(query, key);
 }
 
-at::Tensor segment_ids_from_positions(const at::Tensor& positions) {
+at::Tensor ids_from_positions(const at::Tensor& positions) {
   check_integers_of_shape(positions, "positions", 2, "(B, S)");
   const at::Tensor starts = run_starts(positions, right_neighbours(positions) != left_neighbours(positions) + 1);
   return (at::cumsum(starts, 1, at::kInt) - 1).to(at::kInt);
 }
 
-at::Tensor segment_ids_from_cu_seqlens(const at::Tensor& cu_seqlens, int64_t length) {
+at::Tensor ids_from_cu_seqlens(const at::Tensor& cu_seqlens, int64_t length) {
   check_integers_of_shape(cu_seqlens, "cu_seqlens", 1, "(N + 1,)");
   TORCH_CHECK_VALUE(cu_seqlens.sym_size(0) >= 1, "selfattn: cu_seqlens must hold at least one boundary; got none");
   check_size(length, "length");
@@ -65,7 +65,7 @@ at::Tensor segment_ids_from_cu_seqlens(const at::Tensor& cu_seqlens, int64_t len
   return at::where(ids < cu_seqlens.sym_size(0) - 1, ids, -1).to(at::kInt);
 }
 
-at::Tensor cu_seqlens_from_segment_ids(const at::Tensor& segment_ids, int64_t max_segments) {
+at::Tensor cu_seqlens_from_ids(const at::Tensor& segment_ids, int64_t max_segments) {
   check_integers_of_shape(segment_ids, "segment_ids", 2, "(B, S)");
   check_size(max_segments, "max_segments");
   const c10::SymInt batch = segment_ids.sym_size(0), length = segment_ids.sym_size(1);
@@ -85,8 +85,9 @@ at::Tensor cu_seqlens_from_segment_ids(const at::Tensor& segment_ids, int64_t ma
 }  // namespace selfattn
 
 TORCH_LIBRARY_IMPL(selfattn, CompositeImplicitAutograd, m) {
-  m.impl("segment_mask", TORCH_FN(selfattn::segment_mask));
-  m.impl("segment_ids_from_positions", TORCH_FN(selfattn::segment_ids_from_positions));
-  m.impl("segment_ids_from_cu_seqlens", TORCH_FN(selfattn::segment_ids_from_cu_seqlens));
-  m.impl("cu_seqlens_from_segment_ids", TORCH_FN(selfattn::cu_seqlens_from_segment_ids));
+  using namespace selfattn;
+  m.impl("segment_mask", TORCH_FN(mask_of_segments));
+  m.impl("segment_ids_from_positions", TORCH_FN(ids_from_positions));
+  m.impl("segment_ids_from_cu_seqlens", TORCH_FN(ids_from_cu_seqlens));
+  m.impl("cu_seqlens_from_segment_ids", TORCH_FN(cu_seqlens_from_ids));
 }
