@@ -81,12 +81,12 @@ WHEEL = build-wheel/torch$(TORCH)
 # What torch brings; auditwheel takes every other library that manylinux does not promise into the wheel.
 EXCLUDED = $(addprefix --exclude ,libtorch.so libtorch_cpu.so libtorch_cuda.so libc10.so libc10_cuda.so 'libcudart.so.*')
 
-# build/lib.* may hold files of an earlier build.
+# build/lib.* may hold files of an earlier build, and selfattn.egg-info what another torch's needs, of which pip would warn.
 wheel: $(VENV)/.debian
+	rm -rf $(WHEEL)/linux $(WHEEL)/manylinux build/lib.* selfattn.egg-info
 	$(PYTHON) -m venv $(WHEEL)
 	$(WHEEL)/bin/python .ci/requirements.py build wheel > $(WHEEL)/requirements.txt
 	$(WHEEL)/bin/python -m pip install --quiet --requirement $(WHEEL)/requirements.txt 'torch==$(TORCH).*'
-	rm -rf $(WHEEL)/linux $(WHEEL)/manylinux build/lib.*
 	export PATH=$(abspath $(WHEEL)/bin):$$PATH && \
 	  MAX_JOBS=$(JOBS) SELFATTN_CMAKE_ARGS="-DSELFATTN_CUDA=ON -DSELFATTN_COMPUTE_CAPABILITIES=all $(CMAKE_ARGS)" \
 	  SELFATTN_LOCAL_VERSION=torch$(TORCH)$(if $(findstring SELFATTN_CUDA=OFF,$(CMAKE_ARGS)),.cpu) \
