@@ -32,6 +32,9 @@ def run_benchmark(out: Path) -> None:
     scale.run(job.Job.begin(), arguments)
 
 
+ROWS_OF_THEIR_OWN = ("FSDP2", "FSDP2, model at once", "DDP")
+
+
 def test_rows_name_what_was_measured(ranks: Ranks, tmp_path: Path) -> None:
     path = tmp_path / "scale.jsonl"
     ranks.run(run_benchmark, 2, path)
@@ -44,7 +47,7 @@ def test_rows_name_what_was_measured(ranks: Ranks, tmp_path: Path) -> None:
         *alone.items(),
         *((name, method) for name in ("operator", "layer") for method in ("auto", "heads", "keys")),
         *(("tensor", plan) for plan in ("overlap", "serial", "sequence_parallel")),
-        *(("step", spread) for spread in ("FSDP2", "DDP", "context 2 x FSDP2 1")),
+        *(("step", spread) for spread in (*ROWS_OF_THEIR_OWN, "context 2 x FSDP2 1")),
         ("peers", "selfattn"),
         ("primitives", "alone"),
         *(("primitives", f"{what} carveout {n}") for what in ("kernel", "before", "between") for n in (0, 8, 16)),
@@ -56,7 +59,7 @@ def test_rows_name_what_was_measured(ranks: Ranks, tmp_path: Path) -> None:
     times = {(row["set"], row["case"]): row["ms"] for row in rows if row["impl"] == "one rank" and "ms" in row}
     spread = [row for row in rows if row["set"] in alone and row.get("ranks") == 2 and "ms" in row]
     for row in spread:
-        rows_of_ranks = 2 if row["impl"] in ("FSDP2", "DDP") else 1
+        rows_of_ranks = 2 if row["impl"] in ROWS_OF_THEIR_OWN else 1
         expected = times[row["set"], row["case"]] * rows_of_ranks / (2 * row["ms"])
         assert row["efficiency"] == pytest.approx(expected, rel=0.01, abs=1e-3)
         assert row["set"] == "step" or row["difference"] < 1e-5
