@@ -42,7 +42,7 @@ def make_environment(folder: Path, python: str, torch: str) -> Path:
     must_run(python, "-m", "venv", folder)
     own = folder / "bin" / "python"
     groups = subprocess.run(
-        [own, ROOT / ".ci/requirements.py", "build", "test"], check=True, capture_output=True, text=True
+        [own, ROOT / ".ci/requirements.py", "build", "demo", "test"], check=True, capture_output=True, text=True
     )
     (folder / "requirements.txt").write_text(f"{groups.stdout}torch=={torch}.*\n")
     must_run(own, "-m", "pip", "install", "--quiet", "--requirement", folder / "requirements.txt")
