@@ -161,7 +161,7 @@ def summarise(tool: str, text: str) -> dict[str, object]:
         kernels = re.findall(r"(\w+_kernel)\b", line + place)
         files = re.findall(r"(\w+\.cuh?:\d+)", line + place)
         if tool == "initcheck" and kernels and "selfattn" not in place:
-            kernels = ["of another library", *re.findall(r"(\w*[kK]ernel\w*)", place)[:1]]
+            kernels.insert(0, "of another library")
         key = " | ".join([re.sub(r"0x[0-9a-f]+|\b\d+\b", "N", kind)[:120], *dict.fromkeys(kernels), *files])
         findings[key] = findings.get(key, 0) + 1
     summary = next((line for line in lines if "SUMMARY" in line), "none: stopped for time, or the tool failed")
