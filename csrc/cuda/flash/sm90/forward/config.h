@@ -123,6 +123,7 @@ struct ForwardConfig : ForwardTiles<kDimQk_, kDimV_> {
   static constexpr int kTableRows = kMask == MaskKind::kMasked ? kTileQuery : 0, kTableBytes = kTableRows * 4;
 
   static constexpr int kMostBoxes = kReadsPages ? Tiles::kTileKey / kCachePageMultiple : 1;
+  static constexpr int kBoxStages = kReadsPages ? 4 : 1;  // key blocks whose boxes are known
 
   struct SharedStorage {
     alignas(1024) unsigned char q[Tiles::kQueryStages][Tiles::kWarpgroups][kQueryWarpgroupBytes];  // and O
@@ -138,8 +139,9 @@ struct ForwardConfig : ForwardTiles<kDimQk_, kDimV_> {
     QueryTile upcoming;                    // the producer warp's own
     int block_message[Tiles::kKeyStages];  // KeyBlock, encoded
     RepairList<Tiles::kQueryStages> repair;
-    PagedTile paged;               // the producer warp's own, as are
-    PageBox boxes[2][kMostBoxes];  // those of a key block and of the one before
+    PagedTile paged;  // the producer warp's own
+    PageBox boxes[kBoxStages][kMostBoxes];
+    uint64_t boxes_full[kBoxStages], boxes_empty[kBoxStages];
   };
 
   static_assert(kDimQk % 32 == 0 && kDimV % 32 == 0, "whole steps of wgmma and of matrix stores");

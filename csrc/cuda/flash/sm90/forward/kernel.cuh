@@ -2,9 +2,11 @@
 //
 // A persistent thread block takes one tile of queries after the other. Its roles:
 //
-//   warp 0            producer: loads Q, K and V (producer.cuh, paged_producer.cuh)
+//   warp 0            producer: loads Q, K and V (producer.cuh)
 //   warps 1 .. W      one for each consumer: sends its rows of the output out
 //   warpgroups 1 .. W consumers, W = 2 or 3: 64 query rows each (consumer.cuh)
+//
+// Where keys and values lie in pages, warp 3 loads V (paged_producer.cuh), and warp 2 has all consumers but the first.
 //
 // One tile, key blocks from n down; a column is about one block's time:
 //
@@ -29,6 +31,8 @@
 
 namespace selfattn::cuda::sm90 {
 
+constexpr int kProducerWarps = kWarpgroupSize / kWarpSize;
+
 template <class Config>
 __device__ void init_barriers(typename Config::SharedStorage& s) {
   init_ring(s.q_full, s.q_empty, Config::kWarpgroups);
@@ -36,6 +40,7 @@ __device__ void init_barriers(typename Config::SharedStorage& s) {
     for (uint64_t& barrier : of_stage) ptx::mbarrier_init(barrier, kWarpgroupSize);
   init_ring(s.k_full, s.k_empty, Config::kConsumerWarps);
   init_ring(s.v_full, s.v_empty, Config::kConsumerWarps);
+  if constexpr (Config::kReadsPages) init_ring(s.boxes_full, s.boxes_empty, 1);
   ptx::fence_mbarrier_init();
 }
 
@@ -66,8 +71,12 @@ __device__ __forceinline__ void move_tiles(const ForwardKernelParams& p, typenam
       load_tiles_from_pages<Config, kIsRepair>(p, s);
     else
       load_tiles<Config, kIsRepair>(p, s);
-  } else if (warp <= Config::kWarpgroups && threadIdx.x % kWarpSize == 0) {
-    store_tiles<Config>(p, s, warp - 1);
+  } else if (Config::kReadsPages && warp == kProducerWarps - 1) {
+    if constexpr (Config::kReadsPages) load_values_from_pages<Config>(p, s);
+  } else if (warp <= Config::kWarpgroups) {
+    const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+    const int consumers = Config::kReadsPages && warp == kProducerWarps - 2 ? Config::kWarpgroups - warp + 1 : 1;
+    if (lane < consumers) store_tiles<Config>(p, s, warp - 1 + lane);
   }
   __syncwarp();
 }
@@ -76,6 +85,7 @@ template <class Config>
 __device__ __forceinline__ bool begin_forward_repair(const ForwardKernelParams& p, typename Config::SharedStorage& s) {
   return begin_repair<Config::kPassBarrier, Config::kThreads>(s.repair, p.repair_list, false, [&] {
     invalidate_barriers(s.q_full, s.v_empty + Config::kValueStages - 1);
+    if constexpr (Config::kReadsPages) invalidate_barriers(s.boxes_full, s.boxes_empty + Config::kBoxStages - 1);
     init_barriers<Config>(s);
   });
 }
@@ -93,7 +103,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   __syncthreads();
   const int warp = __shfl_sync(~0u, threadIdx.x / kWarpSize, 0);
 
-  if (warp < 4) {
+  if (warp < kProducerWarps) {
     ptx::lower_registers<Config::kProducerRegisters>();
     move_tiles<Config, false>(p, s, warp);
     if (begin_forward_repair<Config>(p, s)) move_tiles<Config, true>(p, s, warp);

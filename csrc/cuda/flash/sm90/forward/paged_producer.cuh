@@ -1,8 +1,9 @@
-// The producer warp where keys and values lie in pages (ForwardParams::pages). A key block comes in boxes, of one page
-// each: every lane looks up the page of its own, a block ahead of its copy, and issues it.
+// The producer warps where keys and values lie in pages (ForwardParams::pages): one for Q and K, one for V. A key block
+// comes in boxes, of one page each: every lane of the first looks up the page of its own, a block ahead of its copy,
+// and every lane of both issues it.
 //
-// The warp has few registers. What it knows from one block to the next lies in shared memory, where each lane reads
-// what it has written itself, or all have.
+// The warps have few registers. What they know from one block to the next lies in shared memory, in a ring from the
+// first to the second (boxes_full, boxes_empty).
 #pragma once
 #include "producer.cuh"
 
@@ -22,19 +23,19 @@ class PageBoxes {
     if (!is_in_reach) return p_.pages.count;
     return static_cast<int>(p_.pages.table.at(s_.paged.batch, key / p_.pages.size));
   }
-  __device__ __forceinline__ void keep(int turn, int block, int page) const {
+  __device__ __forceinline__ void keep(int stage, int block, int page) const {
     if (!is_in_block()) return;
     const int key = block * Config::kTileKey + first_row_;
-    s_.boxes[turn][box()] = {page, key % p_.pages.size, s_.paged.kv_head};
+    s_.boxes[stage][box()] = {page, key % p_.pages.size, s_.paged.kv_head};
   }
 
   // By all lanes, behind the one that has announced the bytes of the whole block. `map`: of p.key or p.value.
   template <int kPanels>
   __device__ __forceinline__ void copy(const CUtensorMap& map, uint64_t& barrier, const unsigned char* s_block,
-                                       int turn) const {
+                                       int stage) const {
     __syncwarp();
     if (!is_in_block()) return;
-    const PageBox& box_kept = s_.boxes[turn][box()];
+    const PageBox& box_kept = s_.boxes[stage][box()];
     const uint32_t s_rows = ptx::shared_address(s_block) + first_row_ * kPanelRowBytes;
     for (int panel = 0; panel < kPanels; panel++)
       ptx::tma_load_4d(&map, barrier, s_rows + panel * Config::kKeyPanelBytes, panel * kPanelColumns,
@@ -50,51 +51,43 @@ class PageBoxes {
   int first_row_;  // of the lane's box, in a key block
 };
 
-// As load_tiles. The keys of a query are an interval (SegmentProblem::cache), so that no block in reach is left out.
+// In place of the boxes' kv head: behind the last tile.
+constexpr int kNoMoreBoxes = -1;
+
+// As load_tiles, but for V. The keys of a query are an interval (SegmentProblem::cache), so that no block in reach is
+// left out.
 template <class Config, bool kIsRepair>
 __device__ __forceinline__ void load_tiles_from_pages(const ForwardKernelParams& p, typename Config::SharedStorage& s) {
   const bool is_first_lane = threadIdx.x % kWarpSize == 0;
   const PageBoxes<Config> boxes(p, s);
   Ring<Config::kQueryStages> q;
   Ring<Config::kKeyStages> k;
-  Ring<Config::kValueStages> v;
-  int turn = 0;  // of the boxes of the block in work
-
-  // V lags one block behind K, across tiles too: the order of use.
-  const auto load_value = [&](int turn) {
-    if (is_first_lane) {
-      ptx::mbarrier_wait(s.v_empty[v.stage], v.parity ^ 1);
-      ptx::mbarrier_arrive_expect(s.v_full[v.stage], Config::kValueBytes);
-    }
-    boxes.template copy<Config::kPanelsV>(p.value, s.v_full[v.stage], s.v[v.stage], turn);
-    v.advance();
-  };
+  Ring<Config::kBoxStages> box;
   int number = blockIdx.x;
   if (kIsRepair) number = __shfl_sync(~0u, is_first_lane ? take_tile<Config, kIsRepair>(p, s) : 0, 0);
   ptx::wait_for_previous_kernel();
-  // Loads the tiles in the order of use: K_n, (Q), V_{n+1}, ...
-  bool has_value = false;
+  // Loads the tiles in the order of use: K_n, (Q), K_{n-1}, ...
   while (number < p.schedule.tiles) {
     const Interval keys = describe_tile<Config, kIsRepair>(p, number, s.upcoming);
     const int heads = p.shape.num_heads, batch = s.upcoming.head / heads, head = s.upcoming.head - batch * heads;
     s.paged = {keys, batch, head, head / (heads / p.shape.num_kv_heads)};
     __syncwarp();
-    int index = s.upcoming.end_block - 1;
-    boxes.keep(turn, index, boxes.find_page(index));
+    int index = s.upcoming.end_block - 1, page = boxes.find_page(index);
 #pragma unroll 1
     for (bool is_first = true;; is_first = false) {
       const bool is_last = index == s.upcoming.first_block;
-      const int next_page = is_last ? 0 : boxes.find_page(index - 1);
+      ptx::mbarrier_wait(s.boxes_empty[box.stage], box.parity ^ 1);
+      boxes.keep(box.stage, index, page);
+      arrive_by_warp(s.boxes_full[box.stage], threadIdx.x % kWarpSize);
+      if (!is_last) page = boxes.find_page(index - 1);
       if (is_first_lane) {
         if (is_last) number = take_tile<Config, kIsRepair>(p, s);
         ptx::mbarrier_wait(s.k_empty[k.stage], k.parity ^ 1);
         s.block_message[k.stage] = KeyBlock{index, is_last, false}.encode();
         ptx::mbarrier_arrive_expect(s.k_full[k.stage], Config::kKeyBytes);
       }
-      boxes.template copy<Config::kPanelsQk>(p.key, s.k_full[k.stage], s.k[k.stage], turn);
-      k.advance(), turn ^= 1;
-      if (has_value) load_value(turn);
-      has_value = true;
+      boxes.template copy<Config::kPanelsQk>(p.key, s.k_full[k.stage], s.k[k.stage], box.stage);
+      k.advance(), box.advance();
       if (is_first) {
         if (is_first_lane) {
           ptx::mbarrier_wait(s.q_empty[q.stage], q.parity ^ 1);
@@ -107,12 +100,35 @@ __device__ __forceinline__ void load_tiles_from_pages(const ForwardKernelParams&
       }
       if (is_last) break;
       index--;
-      boxes.keep(turn, index, next_page);
     }
     number = __shfl_sync(~0u, number, 0);
   }
-  if (has_value) load_value(turn ^ 1);
-  if (is_first_lane) announce_end<Config>(s, q);
+  if (!is_first_lane) return;
+  ptx::mbarrier_wait(s.boxes_empty[box.stage], box.parity ^ 1);
+  s.boxes[box.stage][0].kv_head = kNoMoreBoxes;
+  ptx::mbarrier_arrive(s.boxes_full[box.stage]);
+  announce_end<Config>(s, q);
+}
+
+// The values of the same blocks, in the order of their keys: a warp of its own waits for no keys, and issues half the
+// boxes.
+template <class Config>
+__device__ __forceinline__ void load_values_from_pages(const ForwardKernelParams& p,
+                                                       typename Config::SharedStorage& s) {
+  const int lane = threadIdx.x % kWarpSize;
+  const PageBoxes<Config> boxes(p, s);
+  Ring<Config::kValueStages> v;
+  ptx::wait_for_previous_kernel();
+  for (Ring<Config::kBoxStages> box;; box.advance(), v.advance()) {
+    ptx::mbarrier_wait(s.boxes_full[box.stage], box.parity);
+    if (s.boxes[box.stage][0].kv_head == kNoMoreBoxes) return;
+    if (lane == 0) {
+      ptx::mbarrier_wait(s.v_empty[v.stage], v.parity ^ 1);
+      ptx::mbarrier_arrive_expect(s.v_full[v.stage], Config::kValueBytes);
+    }
+    boxes.template copy<Config::kPanelsV>(p.value, s.v_full[v.stage], s.v[v.stage], box.stage);
+    arrive_by_warp(s.boxes_empty[box.stage], lane);
+  }
 }
 
 }  // namespace selfattn::cuda::sm90
