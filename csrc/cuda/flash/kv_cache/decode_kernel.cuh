@@ -188,6 +188,7 @@ __device__ __forceinline__ void read_slices(const KernelParams& p, DecodeState<C
   const KvCacheParams& call = s_p.call;
   copy_query<Config>(s_p, s_walk, ptx::shared_address(s_state.query[0]));
   const Tile tile = describe_tile(s_p, s_walk.tile.entry, length);
+  __syncwarp();  // all have read the entry, which is written over itself
   if (threadIdx.x % kWarpSize == 0) s_walk.tile = tile, s_walk.piece.keys = tile.keys;
   __syncwarp();
   RowsOf<Config> rows(p, s_p);
@@ -221,6 +222,7 @@ __device__ __forceinline__ void fill_slices(const DecodeState<Config>& s_state, 
     if (!call.page_table && copies.has_next()) copies.load_next(s_walk.tile);
   }
   const Tile tile = describe_tile(s_p, s_walk.tile.entry, length);
+  __syncwarp();  // all have read the entry, which is written over itself
   if (threadIdx.x % kWarpSize == 0) s_walk.tile = tile;
   __syncwarp();
   if (is_early)
