@@ -154,9 +154,12 @@ AttentionResults attend_rows(const KvCacheProblem& problem, const IntegerView& i
   params.segment_ids = ids, params.has_short_rows = has_short_rows;
   params.positions = integers_of(problem.positions);
   params.draft_mask = draft_mask ? draft_mask->const_data_ptr<bool>() : nullptr;
-  const at::Tensor workspace = empty({kv_cache_workspace_bytes(params)}, at::kByte, q.device());
-  params.workspace = workspace.mutable_data_ptr();
-  C10_CUDA_CHECK(launch_attend_kv_cache(params, stream));
+  at::Tensor workspace;
+  const auto allocate = [&](int64_t bytes) {
+    workspace = empty({bytes}, at::kByte, q.device());
+    return workspace.mutable_data_ptr();
+  };
+  C10_CUDA_CHECK(launch_attend_kv_cache(params, allocate, stream));
   return {out, lse};
 }
 

@@ -11,14 +11,12 @@ using kv_cache::TileKind;
 
 struct Kernel {
   int dim;
-  int64_t (*workspace_bytes)(const KvCacheParams&);
-  cudaError_t (*launch)(const KvCacheParams&, cudaStream_t);
+  cudaError_t (*launch)(const KvCacheParams&, const WorkspaceAllocator&, cudaStream_t);
 };
 
 template <ElementType kElement, int kDim, TileKind kKind>
 constexpr Kernel kernel_for() {
-  using From = Launcher<kElement, kDim, kKind>;
-  return {kDim, From::workspace_bytes, From::launch};
+  return {kDim, Launcher<kElement, kDim, kKind>::launch};
 }
 
 // Each is instantiated in instantiations/.
@@ -56,10 +54,9 @@ const Kernel& find_kernel(const KvCacheParams& params) {
 
 }  // namespace
 
-int64_t kv_cache_workspace_bytes(const KvCacheParams& params) { return find_kernel(params).workspace_bytes(params); }
-
-cudaError_t launch_attend_kv_cache(const KvCacheParams& params, cudaStream_t stream) {
-  return find_kernel(params).launch(params, stream);
+cudaError_t launch_attend_kv_cache(const KvCacheParams& params, const WorkspaceAllocator& allocate,
+                                   cudaStream_t stream) {
+  return find_kernel(params).launch(params, allocate, stream);
 }
 
 }  // namespace selfattn::cuda

@@ -246,16 +246,15 @@ CacheMaps make_cache_maps(const KvCacheParams& call) {
   return maps;
 }
 
-template <ElementType kElement, int kDim, TileKind kKind>
-int64_t Launcher<kElement, kDim, kKind>::workspace_bytes(const KvCacheParams& params) {
-  Card card;
-  if (card.find() != cudaSuccess) return 0;
-  return with_config<kElement, kDim, kKind>(card, [&](auto config) {
-    using Config = decltype(config);
-    Carver carver{nullptr};
-    make_kernel_params<Config>(params, card, choose_clusters<Config>(params, card), carver);
-    return carver.used;
-  });
+// With scratch memory, where the call needs any.
+template <class Config>
+KernelParams make_kernel_params(const KvCacheParams& call, const Card& card, const WorkspaceAllocator& allocate) {
+  const ClusterChoice clusters = choose_clusters<Config>(call, card);
+  Carver needed{nullptr};
+  const KernelParams p = make_kernel_params<Config>(call, card, clusters, needed);
+  if (needed.used == 0) return p;
+  Carver carver{static_cast<char*>(allocate(needed.used))};
+  return make_kernel_params<Config>(call, card, clusters, carver);
 }
 
 template <class Config, auto kKernel, class... Maps>
@@ -274,13 +273,13 @@ cudaError_t launch_kernel(const KernelParams& p, const Card& card, int threads, 
 }
 
 template <ElementType kElement, int kDim, TileKind kKind>
-cudaError_t Launcher<kElement, kDim, kKind>::launch(const KvCacheParams& params, cudaStream_t stream) {
+cudaError_t Launcher<kElement, kDim, kKind>::launch(const KvCacheParams& params, const WorkspaceAllocator& allocate,
+                                                    cudaStream_t stream) {
   Card card;
   if (const cudaError_t status = card.find()) return status;
   return with_config<kElement, kDim, kKind>(card, [&](auto config) {
     using Config = decltype(config);
-    Carver carver{static_cast<char*>(params.workspace)};
-    const KernelParams p = make_kernel_params<Config>(params, card, choose_clusters<Config>(params, card), carver);
+    const KernelParams p = make_kernel_params<Config>(params, card, allocate);
     if constexpr (kKind == TileKind::kChunk) {
       constexpr auto kKernel = flash_attention_kv_cache_chunk_kernel<Config>;
       return launch_kernel<Config, kKernel>(p, card, Config::kWarps * kWarpSize, stream);

@@ -11,8 +11,7 @@ constexpr int kFewRows = 8, kDecodeRows = 16;
 
 template <ElementType kElement, int kDim, TileKind kKind>
 struct Launcher {
-  static int64_t workspace_bytes(const KvCacheParams& params);
-  static cudaError_t launch(const KvCacheParams& params, cudaStream_t stream);
+  static cudaError_t launch(const KvCacheParams& params, const WorkspaceAllocator& allocate, cudaStream_t stream);
 };
 
 }  // namespace selfattn::cuda::kv_cache

@@ -3,6 +3,7 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
+#include <functional>
 
 #include "flash/params.h"
 #include "integer_view.h"
@@ -35,15 +36,18 @@ struct KvCacheParams {
   bool has_short_rows;      // with ids: a row has few queries, however many there are
   IntegerView positions;    // (batch, queries), or null
   const bool* draft_mask;   // (rows, queries, queries), contiguous, or null; queries <= kMaxDraft, no ids
-  void* workspace;          // kv_cache_workspace_bytes of them, 256-byte aligned; what they hold does not matter
 
   int group() const { return num_heads / num_kv_heads; }
 };
 
 constexpr int kPageMultiple = kCachePageMultiple, kUnitKeys = kCacheUnitKeys, kMaxDraft = 32;
 
-int64_t kv_cache_workspace_bytes(const KvCacheParams& params);
+// So many bytes of device memory, 256-byte aligned, for what the stream is given until the launch returns; what they
+// hold does not matter.
+using WorkspaceAllocator = std::function<void*(int64_t bytes)>;
+
 // out and lse.
-cudaError_t launch_attend_kv_cache(const KvCacheParams& params, cudaStream_t stream);
+cudaError_t launch_attend_kv_cache(const KvCacheParams& params, const WorkspaceAllocator& allocate,
+                                   cudaStream_t stream);
 
 }  // namespace selfattn::cuda
