@@ -1,5 +1,5 @@
 # make demo | test | test-integrations | test-matrix | lint | docs | bench-cpu | sanitize | coverage | install | wheel |
-# aarch64 | wheel-aarch64 | clean (see CONTRIBUTING.md)
+# aarch64 | wheel-aarch64 | wheel-aarch64-cuda | clean (see CONTRIBUTING.md)
 # Everything lies in this folder: .venv (Python packages), build (CMake), build/install (the C++ package).
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
@@ -9,6 +9,7 @@ BIN := $(VENV)/bin
 PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 # Compilations and test processes at a time. A CUDA unit takes up to 2 GB.
 JOBS ?= $(shell nproc)
+comma := ,
 CMAKE_ARGS ?=
 CONFIGURE = $(BIN)/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
   -DPython3_EXECUTABLE=$(abspath $(BIN)/python) -DCMAKE_INSTALL_LIBDIR=lib -S .
@@ -24,7 +25,7 @@ SPILLS = sm90+backward=496 sm90+backward_dkdv=832 sm90+forward=272 \
 SOURCES = $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
 .PHONY: all build install demo test test-cpp test-python test-integrations test-matrix coverage sanitize lint format docs \
-  bench-cpu wheel sdist build-aarch64 aarch64 wheel-aarch64 clean
+  bench-cpu wheel sdist build-aarch64 aarch64 wheel-aarch64 wheel-aarch64-cuda clean
 
 all: build
 
@@ -90,7 +91,7 @@ wheel: $(VENV)/.debian
 	export PATH=$(abspath $(WHEEL)/bin):$$PATH && \
 	  MAX_JOBS=$(JOBS) SELFATTN_CMAKE_ARGS="-DSELFATTN_CUDA=ON -DSELFATTN_COMPUTE_CAPABILITIES=all $(CMAKE_ARGS)" \
 	  SELFATTN_LOCAL_VERSION=torch$(TORCH)$(if $(findstring SELFATTN_CUDA=OFF,$(CMAKE_ARGS)),.cpu) \
-	  python -m pip wheel --no-build-isolation --no-deps --wheel-dir $(WHEEL)/linux . && \
+	  pip wheel --no-build-isolation --no-deps --wheel-dir $(WHEEL)/linux . && \
 	  auditwheel repair $(EXCLUDED) --wheel-dir $(WHEEL)/manylinux $(WHEEL)/linux/*.whl
 	$(WHEEL)/bin/python .ci/check_wheel.py $(WHEEL)/manylinux/*.whl
 	$(WHEEL)/bin/python -m pip install --quiet --force-reinstall --no-deps $(WHEEL)/manylinux/*.whl
@@ -126,18 +127,30 @@ build-aarch64: $(AARCH64)/.torch build-aarch64/googletest/install/lib/libgtest.a
 aarch64: build-aarch64
 	$(BIN)/python .ci/test_aarch64.py $(AARCH64)/build --torch $(AARCH64)/site-packages --processors $(PROCESSORS)
 
-# What builds finds torch for aarch64 in the place of this machine's. The tests load the library of the wheel.
-wheel-aarch64: build-aarch64 $(VENV)/.wheel
-	rm -rf $(AARCH64)/linux $(AARCH64)/manylinux $(AARCH64)/site-packages/selfattn* build/lib.linux-aarch64*
+# A wheel of it: $(call wheel_for_aarch64,CMAKE OPTIONS,LOCAL VERSION). What builds finds torch for aarch64 in the place of this
+# machine's.
+define wheel_for_aarch64
+	rm -rf $(AARCH64)/linux $(AARCH64)/manylinux build/lib.linux-aarch64* build/temp.linux-aarch64* selfattn.egg-info
 	export PATH=$(abspath $(BIN)):$$PATH PYTHONPATH=$(abspath $(AARCH64)/site-packages) _PYTHON_HOST_PLATFORM=linux-aarch64 && \
-	  MAX_JOBS=$(JOBS) SELFATTN_CMAKE_ARGS="$(TOOLCHAIN) -DSELFATTN_CUDA=OFF $(CMAKE_ARGS)" \
-	  SELFATTN_LOCAL_VERSION=torch$(TORCH).cpu \
-	  python -m pip wheel --no-build-isolation --no-deps --wheel-dir $(AARCH64)/linux . && \
+	  MAX_JOBS=$(JOBS) SELFATTN_CMAKE_ARGS="$(TOOLCHAIN) $(1) $(CMAKE_ARGS)" SELFATTN_LOCAL_VERSION=$(2) \
+	  pip wheel --no-build-isolation --no-deps --wheel-dir $(AARCH64)/linux . && \
 	  auditwheel repair $(EXCLUDED) --wheel-dir $(AARCH64)/manylinux $(AARCH64)/linux/*.whl
 	$(BIN)/python .ci/check_wheel.py $(AARCH64)/manylinux/*.whl
+endef
+
+# The tests load the library of the wheel.
+wheel-aarch64: build-aarch64 $(VENV)/.wheel
+	$(call wheel_for_aarch64,-DSELFATTN_CUDA=OFF,torch$(TORCH).cpu)
+	rm -rf $(AARCH64)/site-packages/selfattn*
 	$(BIN)/python -m zipfile -e $(AARCH64)/manylinux/*.whl $(AARCH64)/site-packages
 	$(BIN)/python .ci/test_aarch64.py $(AARCH64)/build --torch $(AARCH64)/site-packages --processors $(PROCESSORS) \
 	  --library $(AARCH64)/site-packages/selfattn/lib
+	mkdir -p dist && cp $(AARCH64)/manylinux/*.whl dist
+
+# With CUDA kernels, by nvcc of this machine. Nothing of it can run here: that each symbol is there is for the linker to say.
+wheel-aarch64-cuda: $(AARCH64)/.torch $(VENV)/.wheel
+	$(call wheel_for_aarch64,-DSELFATTN_CUDA=ON -DSELFATTN_COMPUTE_CAPABILITIES=all \
+	  -DCMAKE_SHARED_LINKER_FLAGS=-Wl$(comma)-z$(comma)defs,torch$(TORCH))
 	mkdir -p dist && cp $(AARCH64)/manylinux/*.whl dist
 
 # ---------------------------------------------------------------- use
