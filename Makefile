@@ -147,10 +147,13 @@ wheel-aarch64: build-aarch64 $(VENV)/.wheel
 	  --library $(AARCH64)/site-packages/selfattn/lib
 	mkdir -p dist && cp $(AARCH64)/manylinux/*.whl dist
 
-# With CUDA kernels, by nvcc of this machine. Nothing of it can run here: that each symbol is there is for the linker to say.
+# With CUDA kernels, by nvcc of this machine. Nothing of it can run here: that each symbol is there is for the linker to say, but
+# for OpenMP's, which are those of the runtime that torch has loaded.
+OPENMP_SYMBOLS = GOMP_parallel omp_get_num_threads omp_get_thread_num
 wheel-aarch64-cuda: $(AARCH64)/.torch $(VENV)/.wheel
 	$(call wheel_for_aarch64,-DSELFATTN_CUDA=ON -DSELFATTN_COMPUTE_CAPABILITIES=all \
-	  -DCMAKE_SHARED_LINKER_FLAGS=-Wl$(comma)-z$(comma)defs,torch$(TORCH))
+	  '-DCMAKE_SHARED_LINKER_FLAGS=-Wl$(comma)-z$(comma)defs \
+	  $(addprefix -Wl$(comma)--ignore-unresolved-symbol$(comma),$(OPENMP_SYMBOLS))',torch$(TORCH))
 	mkdir -p dist && cp $(AARCH64)/manylinux/*.whl dist
 
 # ---------------------------------------------------------------- use
