@@ -82,18 +82,23 @@ WHEEL = build-wheel/torch$(TORCH)
 # What torch brings; auditwheel takes every other library that manylinux does not promise into the wheel.
 EXCLUDED = $(addprefix --exclude ,libtorch.so libtorch_cpu.so libtorch_cuda.so libc10.so libc10_cuda.so 'libcudart.so.*')
 
-# build/lib.* may hold files of an earlier build, and selfattn.egg-info what another torch's needs, of which pip would warn.
+# $(call make_wheel,FOLDER,FOLDER OF THE TOOLS,CMAKE OPTIONS,LOCAL VERSION,ENVIRONMENT) makes FOLDER/manylinux/*.whl and checks
+# it. build/lib.* may hold files of an earlier build, and selfattn.egg-info what another torch's needs, of which pip would warn.
+define make_wheel
+	rm -rf $(1)/linux $(1)/manylinux build/lib.* selfattn.egg-info
+	export PATH=$(abspath $(2)):$$PATH $(5) && \
+	  MAX_JOBS=$(JOBS) SELFATTN_CMAKE_ARGS="$(3) $(CMAKE_ARGS)" SELFATTN_LOCAL_VERSION=$(strip $(4)) \
+	  pip wheel --no-build-isolation --no-deps --wheel-dir $(1)/linux . && \
+	  auditwheel repair $(EXCLUDED) --wheel-dir $(1)/manylinux $(1)/linux/*.whl
+	$(2)/python .ci/check_wheel.py $(1)/manylinux/*.whl
+endef
+
 wheel: $(VENV)/.debian
-	rm -rf $(WHEEL)/linux $(WHEEL)/manylinux build/lib.* selfattn.egg-info
 	$(PYTHON) -m venv $(WHEEL)
 	$(WHEEL)/bin/python .ci/requirements.py build wheel > $(WHEEL)/requirements.txt
 	$(WHEEL)/bin/python -m pip install --quiet --requirement $(WHEEL)/requirements.txt 'torch==$(TORCH).*'
-	export PATH=$(abspath $(WHEEL)/bin):$$PATH && \
-	  MAX_JOBS=$(JOBS) SELFATTN_CMAKE_ARGS="-DSELFATTN_CUDA=ON -DSELFATTN_COMPUTE_CAPABILITIES=all $(CMAKE_ARGS)" \
-	  SELFATTN_LOCAL_VERSION=torch$(TORCH)$(if $(findstring SELFATTN_CUDA=OFF,$(CMAKE_ARGS)),.cpu) \
-	  pip wheel --no-build-isolation --no-deps --wheel-dir $(WHEEL)/linux . && \
-	  auditwheel repair $(EXCLUDED) --wheel-dir $(WHEEL)/manylinux $(WHEEL)/linux/*.whl
-	$(WHEEL)/bin/python .ci/check_wheel.py $(WHEEL)/manylinux/*.whl
+	$(call make_wheel,$(WHEEL),$(WHEEL)/bin,-DSELFATTN_CUDA=ON -DSELFATTN_COMPUTE_CAPABILITIES=all,\
+	  torch$(TORCH)$(if $(findstring SELFATTN_CUDA=OFF,$(CMAKE_ARGS)),.cpu))
 	$(WHEEL)/bin/python -m pip install --quiet --force-reinstall --no-deps $(WHEEL)/manylinux/*.whl
 	cd $(WHEEL) && env -u PYTHONPATH -u SELFATTN_LIBRARY bin/python -m selfattn
 	mkdir -p dist && cp $(WHEEL)/manylinux/*.whl dist
@@ -128,20 +133,16 @@ aarch64: build-aarch64
 	$(BIN)/python .ci/test_aarch64.py $(AARCH64)/build --torch $(AARCH64)/site-packages --processors $(PROCESSORS)
 
 # A wheel of it: $(call wheel_for_aarch64,CMAKE OPTIONS,LOCAL VERSION). What builds finds torch for aarch64 in the place of this
-# machine's.
+# machine's; the toolchain is read by a new build alone.
 define wheel_for_aarch64
-	rm -rf $(AARCH64)/linux $(AARCH64)/manylinux build/lib.linux-aarch64* build/temp.linux-aarch64* selfattn.egg-info
-	export PATH=$(abspath $(BIN)):$$PATH PYTHONPATH=$(abspath $(AARCH64)/site-packages) _PYTHON_HOST_PLATFORM=linux-aarch64 && \
-	  MAX_JOBS=$(JOBS) SELFATTN_CMAKE_ARGS="$(TOOLCHAIN) $(1) $(CMAKE_ARGS)" SELFATTN_LOCAL_VERSION=$(2) \
-	  pip wheel --no-build-isolation --no-deps --wheel-dir $(AARCH64)/linux . && \
-	  auditwheel repair $(EXCLUDED) --wheel-dir $(AARCH64)/manylinux $(AARCH64)/linux/*.whl
-	$(BIN)/python .ci/check_wheel.py $(AARCH64)/manylinux/*.whl
+	rm -rf build/temp.linux-aarch64* $(AARCH64)/site-packages/selfattn*
+	$(call make_wheel,$(AARCH64),$(BIN),$(TOOLCHAIN) $(1),$(2),PYTHONPATH=$(abspath $(AARCH64)/site-packages) \
+	  _PYTHON_HOST_PLATFORM=linux-aarch64)
 endef
 
 # The tests load the library of the wheel.
 wheel-aarch64: build-aarch64 $(VENV)/.wheel
 	$(call wheel_for_aarch64,-DSELFATTN_CUDA=OFF,torch$(TORCH).cpu)
-	rm -rf $(AARCH64)/site-packages/selfattn*
 	$(BIN)/python -m zipfile -e $(AARCH64)/manylinux/*.whl $(AARCH64)/site-packages
 	$(BIN)/python .ci/test_aarch64.py $(AARCH64)/build --torch $(AARCH64)/site-packages --processors $(PROCESSORS) \
 	  --library $(AARCH64)/site-packages/selfattn/lib

@@ -9,11 +9,11 @@ set(CMAKE_CROSSCOMPILING_EMULATOR qemu-aarch64 -L /usr/aarch64-linux-gnu)
 set(CMAKE_FIND_USE_CMAKE_SYSTEM_PATH OFF)  # the headers and libraries of this machine are not for that one
 set(CMAKE_GTEST_DISCOVER_TESTS_DISCOVERY_MODE PRE_TEST)  # a build needs no emulation
 
-# CUDA (SELFATTN_CUDA=ON) is compiled by nvcc of this machine with its own headers, which are those of every machine. The
+# CUDA, unless SELFATTN_CUDA=OFF, is compiled by nvcc of this machine with its own headers, which are those of every machine. The
 # runtime is that beside torch for aarch64.
 find_program(nvcc nvcc HINTS /usr/local/cuda/bin NO_CACHE)
 file(GLOB runtime "${LibTorch_ROOT}/../nvidia/cu*/lib/libcudart.so.*")
-if(nvcc AND runtime)
+if(SELFATTN_CUDA AND nvcc AND runtime)
   set(CMAKE_CUDA_COMPILER "${nvcc}")
   set(CMAKE_CUDA_HOST_COMPILER aarch64-linux-gnu-g++)
   file(REAL_PATH "${nvcc}" nvcc)
